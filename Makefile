@@ -1,0 +1,72 @@
+# Each target sets up what it needs first, in .venv: nothing but make and Python 3.11 or newer has to be there.
+#
+#   make demo PYTHON=/usr/bin/python3.12     use this Python
+#   make demo ARGS="--help"                  more words for the command
+#   make demo TORCH=pypi                     take PyTorch as the package index has it, with no look for a smaller build
+#   make demo PIP_FLAGS="..."                more words for pip, for instance PyTorch's public CPU index or a mirror of yours
+#
+# CPU torch where there is no GPU: for Linux the package index serves PyTorch with CUDA, some gigabytes that such a
+# machine cannot use. So where no nvidia-smi is found and pip would take the CUDA build (its list of requirements tells),
+# uv, which knows PyTorch's own CPU builds (--torch-backend), fetches the same version from there. If they are out of
+# reach, that is said and the CUDA build is taken: it runs on a CPU too.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint clean
+
+VENV ?= .venv
+PYTHON ?= python3.13 python3.12 python3.11 python3
+PIP_FLAGS ?=
+TORCH ?= auto
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help: ## say what can be made
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1 - /p' Makefile
+
+demo: $(READY) ## train a tiny editor without pairs and write a report (about 10 minutes on two cores)
+	$(BIN)/npedit demo $(ARGS)
+
+test: $(READY) ## the tests, except the slow ones and those that need a GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(READY) ## style, and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean: ## remove the virtual environment and the tools' caches (runs are kept)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist
+
+# The stamp is written last, so an interrupted set-up is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! { $(BIN)/python -c "$$usable" && $(PIP) --version; } >/dev/null 2>&1; then \
+	  found=; for p in $(PYTHON); do if "$$p" -c "$$usable" >/dev/null 2>&1; then found=$$p; break; fi; done; \
+	  if [ -z "$$found" ]; then \
+	    echo "npedit needs Python 3.11 or newer that can make virtual environments; none was found among: $(PYTHON)."; \
+	    echo "Install one (on Debian and Ubuntu: apt-get install python3 python3-venv) or name yours: make PYTHON=/path/to/python3"; \
+	    exit 1; \
+	  fi >&2; \
+	  echo "Setting up $(VENV) with $$("$$found" --version). This happens once."; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	@rm -f $@
+	@if [ "$(TORCH)" = auto ] && [ -z "$(PIP_FLAGS)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
+	  $(PIP) install --quiet --quiet --dry-run --no-deps --report - -c constraints.txt torch | grep -Eq '"(nvidia|cuda)-'; then \
+	  echo "No GPU here: looking for PyTorch's CPU build."; \
+	  { $(PIP) install --quiet --quiet uv && \
+	    $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu -c constraints.txt torch; } || \
+	  echo "PyTorch's CPU build is out of reach; taking the larger one with CUDA, which runs on a CPU too." >&2; \
+	fi
+	@echo "Installing what constraints.txt pins."; quiet=; [ -t 1 ] || quiet="--quiet --quiet"; \
+	  $(PIP) install $$quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,6 @@
+"""`python -m npedit`, the same as the command `npedit`."""
+
+from npedit.cli import main
+
+if __name__ == "__main__":
+    main()

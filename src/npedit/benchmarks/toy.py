@@ -1,0 +1,206 @@
+"""The toy benchmark: held-out scenes and phrasings of the toy world, judged by its exact oracle and by no network.
+
+`applied`: the edit was carried out. `preserved`: all else is as in the reference. `both`: the two together, the
+figure to quote. Each is a share of the items with a Wilson 95 % interval. `copy_rate` is the share of
+outputs that show the very scene of the reference; `outside_change` the mean absolute pixel change in the cells that an
+edit must not touch.
+
+Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses, and instructions from the
+templates that are kept out of training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from npedit.toy.world import EDIT_TYPES, SIDE, Edit, judge, outside_change, read_scene, reading_of, render, sample_edit
+
+EditFn = Callable[[Tensor, list[str]], Tensor]
+MEASURES = ("applied", "preserved", "both")
+Z95 = 1.959964
+
+
+class Rate(TypedDict):
+    """A share in [0, 1] and its 95 % interval [low, high]."""
+
+    value: float
+    ci95: list[float]
+
+
+class TypeScores(TypedDict):
+    """The three measures for one edit type."""
+
+    n: int
+    applied: Rate
+    preserved: Rate
+    both: Rate
+
+
+class Scores(TypedDict):
+    """What `score` returns: plain numbers, ready for JSON. `outside_change` is in [0, 1] units of pixel value."""
+
+    n: int
+    applied: Rate
+    preserved: Rate
+    both: Rate
+    by_type: dict[str, TypeScores]
+    copy_rate: float
+    outside_change: float
+    not_finite: int
+
+
+def items(n: int, seed: int = 0) -> list[Edit]:
+    """`n` held-out edits, the edit types in turn, so that each has its even share.
+
+    A longer list begins with the shorter one.
+
+    Raises:
+        ValueError: n is smaller than one.
+    """
+    if n < 1:
+        raise ValueError(f"expected at least one item to evaluate; got {n}")
+    return [
+        sample_edit(random.Random(f"held-out/{seed}/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)], held_out=True)
+        for i in range(n)
+    ]
+
+
+def wilson(hits: int, n: int) -> Rate:
+    """A share with its Wilson score interval (E. B. Wilson, 1927), which also holds near 0 and 1.
+
+    Raises:
+        ValueError: n is smaller than one, or hits is not in [0, n].
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"expected 0 <= hits <= n and n >= 1; got hits {hits}, n {n}")
+    p, z2 = hits / n, Z95**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return {"value": p, "ci95": [min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))]}
+
+
+def score(
+    edit_fn: EditFn,
+    items: Sequence[Edit],
+    *,
+    chunk: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+    save_to: Path | None = None,
+    save: int = 36,
+) -> Scores:
+    """Edit the items' references and ask the oracle.
+
+    `edit_fn(references (b, 3, 32, 32) in [0, 1], instructions)` returns images of the same shape; it gets at most
+    `chunk` at a time. `on_progress(done, total)` is called after each chunk. With `save_to`, the first `save`
+    items are left there as pictures (`reference-000.png`, `000.png`, ...) with `items.json`.
+
+    An output with a value that is not finite counts as neither applied nor preserved, and in `not_finite`.
+
+    Raises:
+        ValueError: no items, or `edit_fn` returned another shape.
+    """
+    if not items:
+        raise ValueError("expected at least one item to evaluate; got none")
+    rows: list[tuple[bool, bool]] = []
+    copies, broken, outside = 0, 0, []
+    kept: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(items), chunk):
+        part = items[start : start + chunk]
+        references = render([e.reference for e in part])
+        edited = edit_fn(references, [e.instruction for e in part]).detach().float().cpu()
+        if edited.shape != references.shape:
+            raise ValueError(f"expected edited images {tuple(references.shape)}; got {tuple(edited.shape)}")
+        finite = edited.flatten(1).isfinite().all(1).tolist()
+        edited = torch.nan_to_num(edited, 0.0, 1.0, 0.0).clamp(0, 1)
+        for e, fine, reading, image, reference in zip(part, finite, read_scene(edited), edited, references):
+            rows.append(judge(e, reading) if fine else (False, False))
+            broken += not fine
+            copies += fine and replace(reading, residual=0.0) == reading_of(e.reference)
+            change = outside_change(e, image, reference) if fine else None
+            outside += [] if change is None else [change]
+        kept += list(zip(references, edited))[: max(0, save - len(kept))] if save_to else []
+        if on_progress:
+            on_progress(len(rows), len(items))
+    if save_to:
+        _save(save_to, items, rows, kept)
+    kinds = [e.edit_type for e in items]
+    return {
+        "n": len(rows),
+        **_rates(rows),
+        "by_type": {
+            t: {"n": kinds.count(t), **_rates([r for r, k in zip(rows, kinds) if k == t])}
+            for t in EDIT_TYPES
+            if t in kinds
+        },
+        "copy_rate": copies / len(rows),
+        "outside_change": sum(outside) / len(outside) if outside else 0.0,
+        "not_finite": broken,
+    }
+
+
+def _rates(rows: Sequence[tuple[bool, bool]]) -> dict[str, Rate]:
+    counts = sum(a for a, _ in rows), sum(p for _, p in rows), sum(a and p for a, p in rows)
+    return {name: wilson(hits, len(rows)) for name, hits in zip(MEASURES, counts)}
+
+
+def _save(
+    folder: Path, items: Sequence[Edit], rows: list[tuple[bool, bool]], kept: list[tuple[Tensor, Tensor]]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for i, ((reference, edited), e, (applied, preserved)) in enumerate(zip(kept, items, rows)):
+        names = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
+        for name, image in zip(names.values(), (edited, reference)):
+            to_pil(image).save(folder / name)
+        words = {"instruction": e.instruction, "edit_type": e.edit_type}
+        listed.append({**names, **words, "applied": applied, "preserved": preserved})
+    (folder / "items.json").write_text(json.dumps(listed, indent=1))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> an RGB picture; values outside are clipped."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def table(after: Scores, before: Scores | None = None, title: str = "") -> Table:
+    """A table by edit type: `both` before (if given) and after with its 95 % interval, and what it is made of."""
+    shown = Table(title=title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})")
+    shown.add_column("edit type")
+    shown.add_column("n", justify="right")
+    if before is not None:
+        shown.add_column("both, before", justify="right")
+    for name in ("applied", "preserved"):
+        shown.add_column(name, justify="right")
+    shown.add_column("both" if before is None else "both, after", justify="right", style="bold")
+    for kind, row in [*after["by_type"].items(), ("all", after)]:
+        if kind == "all":
+            shown.add_section()
+        cells = [kind, str(row["n"])]
+        if before is not None:
+            earlier = before if kind == "all" else before["by_type"].get(kind)
+            cells.append(percent(earlier["both"]) if earlier else "-")
+        cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")]
+        shown.add_row(*cells, percent(row["both"]))
+    shown.caption = (
+        f"both = applied and preserved, with 95 % interval; mere copies {100 * after['copy_rate']:.1f} %, "
+        f"pixel change outside the edit {after['outside_change']:.3f}"
+    )
+    return shown
+
+
+def percent(rate: Rate) -> str:
+    """A rate for people: "52.3 % [47.9, 56.6]"."""
+    low, high = (100 * x for x in rate["ci95"])
+    return f"{100 * rate['value']:.1f} % [{low:.1f}, {high:.1f}]"

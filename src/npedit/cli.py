@@ -1,0 +1,384 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` is quick.
+
+Whatever a user can put right ends with one message and exit code 2; Ctrl-C ends with 130 and the command that goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit import __version__
+from npedit.errors import UserError, nearest
+
+app = typer.Typer(
+    name="npedit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a few-step image editor without pairs, and edit pictures with it.\n\nBegin with: npedit demo",
+)
+toy_app = typer.Typer(no_args_is_help=True, help="The toy world: its pictures, its data, its models.")
+app.add_typer(toy_app, name="toy")
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
+DEMO_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
+ModelOption = Annotated[
+    str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
+StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
+
+
+def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command end with a message and exit code 2 on a user's error, and with 130 on Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            err.print(f"[bold red]error[/] {escape(str(error))}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            again = shlex.join(["npedit", *(a for a in sys.argv[1:] if a != "--fresh")])
+            err.print(f"\nStopped. Go on with: [bold]{escape(again)}[/]")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def main() -> None:
+    """The entry point of the command `npedit`."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        out.print(f"npedit {__version__}")
+        raise typer.Exit()
+
+
+# ---------------------------------------------------------------------------------------------------- demo and train
+
+
+@app.command()
+@plain_errors
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/demo"),
+    minutes: Annotated[
+        float, typer.Option(help="Length of training: the updates grow in proportion; 10 is meant for two CPU cores.")
+    ] = 10.0,
+    items: Annotated[int, typer.Option(help="Held-out scenes for the table at the end.", min=1)] = DEMO_ITEMS,
+    fresh: Fresh = False,
+) -> None:
+    """Train a tiny editor without pairs on this computer and show what it learnt.
+
+    Stop it at any time: the same command goes on. A finished demo shows its result again.
+    """
+    if not 0 < minutes <= 10_000:
+        raise UserError(f"expected --minutes above 0; got {minutes}; 10 is usual")
+    from npedit import config, trainer
+
+    path = recipe_path("demo")
+    base = config.load_recipe(path)
+    updates = [max(1, round(stage.updates * minutes / 10)) for stage in base.stages]
+    recipe = config.load_recipe(path, [f"stages.{i}.updates={n}" for i, n in enumerate(updates)])
+    if fresh:
+        move_aside(folder)
+    out.print(f"Training without pairs in [bold]{escape(str(folder))}[/]: {sum(updates)} updates.")
+    trainer.train(recipe, folder)
+    before, after = compare_with_start(folder, recipe, items)
+    finish_demo(folder, before, after)
+
+
+def compare_with_start(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
+    """Score the untrained start and the finished editor of a toy run on held-out scenes; kept in `evaluation.json`."""
+    kept = run / "evaluation.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        if found["after"]["n"] == items:
+            return found["before"], found["after"]
+    from npedit.checkpoint import write_text
+    from npedit.editor import Editor
+
+    trained = Editor.open(run)
+    start = Editor(trained.family, trained.family.net(), trained.steps, trained.sizes)
+    before = score_toy(start, items, DEMO_SEED, "the start")
+    after = score_toy(trained, items, DEMO_SEED, "the result", save_to=run / "evaluation")
+    write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    return before, after
+
+
+def finish_demo(run: Path, before: Any, after: Any) -> None:
+    """The table, where the report is, and what to type next."""
+    from npedit.benchmarks import toy
+    from npedit.report import write_report
+
+    report = write_report(run)
+    out.print(toy.table(after, before))
+    picture = run / "try" / "picture.png"
+    words = write_try(picture)
+    python = "" if shutil.which("npedit") else f"{shlex.quote(sys.executable)} -m "
+    out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")
+    there = shlex.quote(str(run))
+    for line in (
+        f"edit {picture} {shlex.quote(words)} --model {there} -o {run / 'try' / 'out.png'}",
+        f"edit {picture} {shlex.quote(words)} -o {run / 'try' / 'out-embedded.png'}   # the fully trained one",
+        f"evaluate toy --run {there} --items 900 --seed 2",
+        f"export {there} my-editor",
+        "train toy   # the full recipe",
+    ):
+        out.print(f"  {escape(python)}npedit {escape(line)}")
+
+
+def write_try(path: Path) -> str:
+    """Leave one held-out scene, enlarged to 256 x 256, for the user's own first edit; returns an instruction for it."""
+    from PIL import Image
+
+    from npedit.benchmarks import toy
+    from npedit.toy.world import render
+
+    edit = next(e for e in toy.items(18, seed=7)[9:] if e.edit_type == "recolour")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+    return edit.instruction
+
+
+@app.command()
+@plain_errors
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package (demo, toy).")],
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder; runs/NAME if not given.")] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train a recipe. The same command goes on where an earlier one stopped."""
+    from npedit import config, trainer
+
+    loaded = config.load_recipe(recipe_path(recipe), overrides or [])
+    run = folder or Path("runs") / loaded.name
+    if fresh:
+        move_aside(run)
+    trainer.train(loaded, run)
+    out.print(f"\nNext:\n  npedit edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}")
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: the path as given, or the packaged recipe of this name.
+
+    Raises:
+        UserError: neither exists; the nearest packaged name is given.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(__file__).parent / "recipes"
+    packaged = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    if name in packaged:
+        return packaged[name]
+    known, hint = ", ".join(packaged) or "none", nearest(name, packaged)
+    raise UserError(f"expected a recipe's file or one of: {known}; got {name!r}; check the path.{hint}")
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder out of the way, if it is there."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            os.rename(folder, aside)
+        except OSError as error:
+            raise UserError(f"expected to move {folder} aside; got: {error}; use another folder") from None
+        out.print(f"Moved the earlier {escape(str(folder))} to {escape(str(aside))}.")
+
+
+# ------------------------------------------------------------------------------------------------------------- edit
+
+
+@app.command()
+@plain_errors
+def edit(
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... INSTRUCTION", help="Pictures, then what to change.")],
+    instructions: Annotated[
+        list[str] | None,
+        typer.Option("--instruction", "-i", help="What to change; repeat it for one instruction a picture, in order."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder. If not given: IMAGE-edited.png")
+    ] = "",
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    model: ModelOption = "embedded",
+) -> None:
+    """Edit pictures of any size.
+
+    npedit edit picture.png "paint the circle red" -o out.png
+
+    npedit edit a.png b.png -i "remove the cross" -i "make it night" -o out/
+    """
+    from npedit.cli_edit import run_edit
+
+    for line in run_edit(words, instructions or [], target, seed, steps, model, err):
+        out.print(escape(line))
+
+
+# ------------------------------------------------------------------------------------------ evaluate, report, export
+
+
+@app.command()
+@plain_errors
+def evaluate(
+    benchmark: Annotated[str, typer.Argument(help="The benchmark: toy.")],
+    model: ModelOption = "embedded",
+    items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """Score an editor on held-out items, with 95 % intervals."""
+    from npedit import config
+    from npedit.checkpoint import write_text
+    from npedit.cli_edit import writable
+    from npedit.editor import Editor
+
+    bench = config.find("benchmarks", benchmark)
+    if json_file:
+        writable(json_file)
+    editor = Editor.open(model)
+    scores = score_toy(editor, items, seed, str(model), steps)
+    out.print(bench.table(scores))
+    if json_file:
+        facts = {"benchmark": benchmark, "model": str(model), "seed": seed, "steps": steps or editor.steps}
+        write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
+        out.print(f"Scores: {escape(str(json_file))}")
+
+
+def score_toy(
+    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None
+) -> Any:
+    """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
+    from rich.progress import Progress
+
+    from npedit.benchmarks import toy
+
+    given = iter(range(seed * 1_000_003, seed * 1_000_003 + items))
+    edits = toy.items(items, seed)
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task(f"scoring {name}", total=items)
+
+        def edit_fn(references: Any, instructions: list[str]) -> Any:
+            return editor.edit_tensor(references, instructions, [next(given) for _ in instructions], steps)
+
+        return toy.score(edit_fn, edits, on_progress=lambda done, _: bar.update(task, completed=done), save_to=save_to)
+
+
+@app.command()
+@plain_errors
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write report.html of a run, finished or not: curves, pictures, tables."""
+    from npedit.checkpoint import require_run
+    from npedit.report import write_report
+
+    out.print(f"Report: {escape(str(write_report(require_run(run)).resolve()))}")
+
+
+@app.command()
+@plain_errors
+def export(
+    run: Annotated[str, typer.Argument(help="A run, or 'embedded'.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Copy a finished editor to a folder of its own: diffusers transformer, scheduler, model card."""
+    from npedit.editor import Facts, locate
+
+    source = locate(run)
+    facts = Facts.read(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
+    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, aside)
+        os.replace(aside, folder)
+    except OSError as error:
+        raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    out.print(f"Exported to {escape(str(folder))}. Its base model: {escape(facts.base)}.")
+    out.print(f"Use it: npedit edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}")
+
+
+@app.command()
+@plain_errors
+def doctor() -> None:
+    """Look at this installation: versions, device, embedded weights, one edit."""
+    from npedit.doctor import checks
+
+    bad = 0
+    for name, fine, words in checks():
+        bad += not fine
+        out.print(f"{'[green]ok     [/]' if fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
+    if bad:
+        raise UserError(f"{bad} of the checks above failed; each says what to do")
+
+
+# -------------------------------------------------------------------------------------------------------------- toy
+
+
+@toy_app.command("data")
+@plain_errors
+def toy_data(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    items: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
+    seed: SeedOption = 0,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also draw the edited pictures, for baselines.")] = False,
+) -> None:
+    """Write toy scenes as an ordinary data set: images and metadata.jsonl, no edited pictures."""
+    from npedit.toy.dataset import write_dataset
+
+    out.print(f"{items} items: {escape(str(write_dataset(folder, items, seed, pairs)))}")
+
+
+@toy_app.command("build")
+@plain_errors
+def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: Fresh = False) -> None:
+    """Teach the toy's VAE, text-to-image model and critic from nothing. The same command goes on after a stop."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"expected a folder to work in; {folder} is a file; choose another")
+    from npedit.toy import models
+
+    if fresh:
+        move_aside(folder)
+    models.build(folder)
+
+
+@toy_app.command("sheet")
+@plain_errors
+def toy_sheet(
+    picture: Annotated[Path, typer.Argument(help="The picture to write (.png).")],
+    seed: SeedOption = 0,
+) -> None:
+    """Draw one random scene of every edit type, its instruction and the true result."""
+    from npedit.cli_edit import save_pictures
+    from npedit.report import sheet
+
+    save_pictures([(sheet(seed), picture)])
+    out.print(f"Sheet: {escape(str(picture))}")

@@ -1,0 +1,330 @@
+"""Strict, typed recipes in YAML. A name in a recipe is a file name: `step: np_edit` is `steps/np_edit.py`.
+
+A setting lives in the class that reads it: what stands under `data` is checked by the class `Settings` in the named file,
+and a stage's `settings` by `Settings` of the step in the named file. A key that nobody reads is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from npedit.errors import UserError, nearest
+
+KINDS = ("families", "critics", "steps", "data", "benchmarks")
+BASES = {"families": "Family", "critics": "Critic", "steps": "Step"}
+EMBEDDED = "embedded"
+
+
+class Settings(BaseModel):
+    """The parent of every class of settings: it cannot be changed later, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FamilyChoice(Settings):
+    """Which text-to-image model is trained. `weights` is a folder, a Hub id, or "embedded"."""
+
+    name: str
+    weights: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def folder(self) -> str | Path:
+        """The weights to open; "embedded" becomes the package's own folder."""
+        return embedded("base") if self.weights == EMBEDDED else self.weights
+
+
+class CriticChoice(Settings):
+    """Which vision-language model judges. `resolution` is the side in pixels it sees (0: its own)."""
+
+    name: str
+    weights: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    resolution: int = Field(0, ge=0)
+    wording: Literal["plain", "short"] = "short"
+
+    def folder(self) -> str | Path:
+        """The weights to open; "embedded" becomes the package's own folder."""
+        return embedded("critic") if self.weights == EMBEDDED else self.weights
+
+
+class DataChoice(Settings):
+    """Which source of training data. In YAML its settings stand beside the name."""
+
+    name: str
+    settings: SerializeAsAny[Settings]
+
+
+class Stage(Settings):
+    """One way to train, for so many updates. `accumulate` batches of `batch_size` make one gradient."""
+
+    step: str
+    updates: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    accumulate: int = Field(1, ge=1)
+    settings: SerializeAsAny[Settings]
+
+
+class TrainerSettings(Settings):
+    """How often the trainer draws samples, evaluates and saves, in updates; 0 leaves only the start and the end."""
+
+    sample_every: int = Field(500, ge=0)
+    sample_items: int = Field(8, ge=1, le=64)
+    evaluate_every: int = Field(500, ge=0)
+    evaluate_items: int = Field(90, ge=1)
+    benchmark: str = ""  # a file in benchmarks/, or "" for none
+    save_every: int = Field(500, ge=0)
+    save_seconds: float = Field(60.0, gt=0)  # a run killed at any moment loses at most this much work
+    keep: int = Field(2, ge=1)  # checkpoints
+    steps: int = Field(4, ge=1, le=64)  # of the few-step editor
+
+
+class Recipe(Settings):
+    """A whole training run. Built by `load_recipe` or `make_recipe`."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    family: FamilyChoice
+    critic: CriticChoice
+    data: DataChoice
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    trainer: TrainerSettings = TrainerSettings()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain YAML values; `make_recipe` reads it back."""
+        out = self.model_dump(mode="json")
+        data = out.pop("data")
+        return {**out, "data": {"name": data["name"], **data["settings"]}}
+
+    def total_updates(self) -> int:
+        """Updates of all stages."""
+        return sum(s.updates for s in self.stages)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change it by `overrides` such as "stages.1.settings.lr=1e-4" (a list is indexed by number).
+
+    Raises:
+        UserError: the file is missing or not YAML, a key or name is unknown, a value is out of range.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"expected a recipe (a YAML file); got {path}, which cannot be read ({error}); check the path"
+        ) from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"expected YAML; got {path}, where {error}; correct the file") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"expected a recipe with keys such as name and stages; got {path}, a {type(raw).__name__}; see recipes/"
+        )
+    for override in overrides:
+        _override(raw, override)
+    return make_recipe(raw)
+
+
+def make_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Check plain values (as from YAML) and build a recipe.
+
+    Raises:
+        UserError: names the key, what was expected, and what came.
+    """
+    filled = dict(raw)
+    for kind, key in (("families", "family"), ("critics", "critic")):
+        if isinstance(filled.get(key), Mapping) and "name" in filled[key]:
+            _known(kind, filled[key]["name"], f"{key}.name")
+    data = filled.get("data")
+    if isinstance(data, Mapping) and "name" in data:
+        _known("data", data["name"], "data.name")
+        own = {k: v for k, v in data.items() if k != "name"}
+        filled["data"] = {"name": data["name"], "settings": check(find("data", data["name"]).Settings, own, "data")}
+    if isinstance(filled.get("stages"), list | tuple):
+        filled["stages"] = [_stage(s, f"stages.{i}") for i, s in enumerate(filled["stages"])]
+    recipe = check(Recipe, filled, "")
+    if recipe.trainer.benchmark:
+        _known("benchmarks", recipe.trainer.benchmark, "trainer.benchmark")
+    return recipe
+
+
+def _stage(stage: Any, path: str) -> Any:
+    if not isinstance(stage, Mapping) or "step" not in stage:
+        return stage
+    _known("steps", stage["step"], f"{path}.step")
+    own = stage.get("settings")
+    settings = check(find_class("steps", stage["step"]).Settings, {} if own is None else own, f"{path}.settings")
+    return {**stage, "settings": settings}
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def check(model: type[Model], values: Any, path: str) -> Model:
+    """Build `model` from plain values; `path` is where they stand in the recipe ("" for the top).
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, e, path) for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str:
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(p for p in (path, *loc) if p) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        known = _fields(model, loc[:-1])
+        hint = nearest(loc[-1], known)
+        return f"{where}: expected one of {', '.join(known)}; got an unknown key; remove or rename it.{hint}"
+    if error["type"] == "missing":
+        return f"{where}: expected a value; got none; add the key"
+    return f"{where}: expected another value ({error['msg']}); got {error['input']!r}; change it"
+
+
+def _fields(model: Any, loc: Sequence[str]) -> list[str]:
+    """The keys known at a place below `model`."""
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+        for inner in getattr(model, "__args__", ()):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"expected KEY=VALUE such as stages.0.updates=100; got {override!r}; write it that way")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value after '='; got {override!r}; put quotes around it") from None
+    place: Any = raw
+    for depth, key in enumerate(keys):
+        here, last = ".".join(keys[: depth + 1]), depth + 1 == len(keys)
+        if isinstance(place, list):
+            if not key.isdecimal() or int(key) >= len(place):
+                raise UserError(
+                    f"{here}: expected a number from 0 to {len(place) - 1}; got {key!r}; change the override"
+                )
+            if last:
+                place[int(key)] = value
+            else:
+                place = place[int(key)]
+        elif isinstance(place, dict):
+            if last:
+                place[key] = value
+            else:
+                if place.get(key) is None:
+                    place[key] = {}
+                place = place[key]
+        else:
+            raise UserError(
+                f"{here}: expected a key that has keys of its own; got {place!r} above it; change the override"
+            )
+
+
+def names(kind: str) -> list[str]:
+    """The names a recipe may use: the files of `npedit/<kind>/`, without `base`."""
+    package = importlib.import_module(f"npedit.{kind}")
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")
+    )
+
+
+def _known(kind: str, name: Any, path: str) -> None:
+    known = names(kind)
+    if name not in known:
+        raise UserError(
+            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{nearest(name, known)}"
+        )
+
+
+def find(kind: str, name: str) -> ModuleType:
+    """Import `npedit.<kind>.<name>`; kinds are families, critics, steps, data, benchmarks.
+
+    Raises:
+        UserError: there is no such file; the nearest one is named.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {KINDS}; got {kind!r}")
+    _known(kind, name, kind)
+    return importlib.import_module(f"npedit.{kind}.{name}")
+
+
+def find_class(kind: str, name: str) -> type:
+    """The class that a file of families, critics or steps defines: the only child there of the base class."""
+    module = find(kind, name)
+    base = getattr(importlib.import_module(f"npedit.{kind}.base"), BASES[kind])
+    found = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, base) and v.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(
+            f"expected one child of {base.__name__} in {module.__name__}; got {[f.__name__ for f in found]}"
+        )
+    return found[0]
+
+
+def embedded(kind: Literal["base", "critic", "editor"]) -> Path:
+    """The folder of the weights that ship in the package.
+
+    Raises:
+        UserError: this installation lacks them.
+    """
+    folder = Path(__file__).parent / "toy" / "weights" / kind
+    if not folder.is_dir():
+        raise UserError(
+            f"expected the package's own {kind} weights in {folder}; got none; reinstall, or run `npedit toy build`"
+        )
+    return folder
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Translate "float32" -> torch.float32, and so on."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU. The only place that names a device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, each with (old, new); a key that one side lacks has "(absent)" there."""
+    a, b = _flat(old, ""), _flat(new, "")
+    return {
+        k: (a.get(k, "(absent)"), b.get(k, "(absent)"))
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k, "(absent)") != b.get(k, "(absent)")
+    }
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    out: dict[str, Any] = {}
+    for key, inner in items:
+        out |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return out

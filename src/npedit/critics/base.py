@@ -1,0 +1,88 @@
+"""What a vision-language model must offer to serve as a critic. One file in this folder is one family of models.
+
+The critic is frozen; gradient flows from its answer to the image it looks at. Only the logits of "Yes" and "No" at the
+answer position are compared, in one forward pass, as in NP-Edit, section 3.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Critic(ABC):
+    """See the module's head. `yes` and `no` are token ids, found in the model's own tokenizer and chat template."""
+
+    yes: int
+    no: int
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+        """Open a Hub id or a local folder. `resolution` is the side in pixels that images are scaled to; 0 is the model's own.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing, another model lies there, or Yes and No are not single tokens.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int) -> Self:
+        """The same real classes at toy size with random weights, for tests."""
+
+    @abstractmethod
+    def see(self, images: Tensor) -> list[Tensor]:
+        """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call it under
+        `no_grad`, once, for images that need no gradient."""
+
+    @abstractmethod
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Next-token logits (b, vocabulary) at the answer position, in float32. `seen[i]` are the visual tokens (from
+        `see`) of the images that question i looks at, in order. Any batch, any mix of one image and several."""
+
+    @abstractmethod
+    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+        """Free text for prompts about images (each (3, H, W) in [0, 1]). No gradient."""
+
+    def margin(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """logit(Yes) - logit(No), (b,)."""
+        logits = self.logits(questions, seen)
+        return logits[:, self.yes] - logits[:, self.no]
+
+
+def answer_loss(margin: Tensor, answer: Tensor, inverse_temperature: float = 1.0) -> Tensor:
+    """-log p(answer) per question (b,), p = sigmoid(answer * inverse_temperature * margin); answer is +1 (Yes) or -1 (No).
+
+    Gradient flows to `margin`. Source: NP-Edit, section 3, the two-way form.
+    """
+    return F.softplus(-answer.to(margin.dtype) * inverse_temperature * margin)
+
+
+def vocabulary_loss(logits: Tensor, answer: Tensor, yes: int, no: int, inverse_temperature: float = 1.0) -> Tensor:
+    """-log p(answer) per question (b,) over the whole vocabulary, the paper's ablation. logits (b, vocabulary)."""
+    target = torch.where(answer > 0, yes, no).to(logits.device)
+    return F.cross_entropy(inverse_temperature * logits, target, reduction="none")
+
+
+def answer_token(tokenizer, prompt: str, word: str) -> int:
+    """The id of the one token that `word` becomes right after `prompt`, as the tokenizer really splits the two together.
+
+    Raises:
+        ValueError: the answer is not a single token there, or is an unknown word.
+    """
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    after = tokenizer(prompt + word, add_special_tokens=False).input_ids
+    new = after[len(before) :]
+    if after[: len(before)] != before or len(new) != 1 or new[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"expected the answer {word!r} to be one token after the prompt; got {new} "
+            f"({tokenizer.convert_ids_to_tokens(new)}). This model cannot be asked Yes/No questions as it is."
+        )
+    return new[0]

@@ -1,0 +1,213 @@
+"""LLaVA-OneVision (arXiv 2408.03326), the paper's critic; the embedded toy critic is the same classes at toy size.
+
+Each image is scaled to the vision tower's square (no tiles), as LLaVA-OneVision treats images when it is shown several.
+The question and the images are laid out by the model's own chat template; the padding on the right, under causal attention, cannot
+reach the answer position, so no mask is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.utils import cached_file
+
+from npedit.critics.base import Critic, answer_token
+from npedit.questions import WORDINGS
+
+TINY_WORDS = "yes no answer paint make remove add a the red blue circle square dog fence it".split()
+QUESTION_FIRST = (  # the chat template of the models that `new` makes
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} answer {% endif %}"
+)
+
+
+class LlavaOnevision(Critic):
+    """One frozen model; see `critics/base.py` for the contract."""
+
+    def __init__(
+        self,
+        model: LlavaOnevisionForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        processor: LlavaOnevisionImageProcessorPil,
+        template: str,
+        device: torch.device,
+        resolution: int = 0,
+    ):
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.template = template
+        self.device = device
+        self.side = model.config.vision_config.image_size
+        if resolution not in (0, self.side):
+            raise ValueError(f"expected resolution 0 or {self.side}, the vision tower's own; got {resolution}")
+        self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        prompt = self._prompt("is it?", 1)
+        self.yes, self.no = answer_token(tokenizer, prompt, "Yes"), answer_token(tokenizer, prompt, "No")
+        if self._ids("is it?", (1, 1)).count(model.config.image_token_id) != 2:
+            raise ValueError("expected the chat template to place two images for a question about two; it does not")
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+        """Open a Hub id or a local folder. Errors as in `Critic.load`."""
+        if Path(weights).is_dir():
+            config = Path(weights) / "config.json"
+            if not config.is_file():
+                raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
+            kind = json.loads(config.read_text()).get("model_type")
+            if kind != "llava_onevision":
+                raise ValueError(f"expected a llava_onevision model in {weights}; got {kind}. Choose that critic instead.")
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(weights)
+        processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights)
+        return cls(model, tokenizer, processor, _template(weights, tokenizer), device, resolution)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: vision tower of 2 layers on 32 x 32 pixels, language model of 2 layers, words as tokens."""
+        text = " ".join(WORDINGS["plain"].values()).replace("{", " ").replace("}", " ")
+        return cls.new(sorted({*re.findall(r"[a-z]+", text.lower()), *TINY_WORDS}), seed, vision=(32, 64, 2), text=(48, 96, 2))
+
+    @classmethod
+    def new(cls, words: Sequence[str], seed: int, vision: tuple[int, int, int], text: tuple[int, int, int]) -> Self:
+        """An untrained model for 32 x 32 pixels in patches of 8, with one token a word (lower case, no punctuation).
+
+        `vision` and `text` are (width, feed-forward width, layers), four heads each. The chat template puts the question
+        before the images, so that under causal attention they can be read with it in mind.
+        """
+        torch.manual_seed(seed)
+        side, marks = 32, ["<pad>", "<eos>", "<unk>", "<image>"]
+        vocabulary = [*marks, *words]
+        inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+        inner.normalizer = normalizers.Lowercase()
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+            additional_special_tokens=["<image>"], model_max_length=256,
+        )  # fmt: skip
+        tower = SiglipVisionConfig(
+            hidden_size=vision[0], intermediate_size=vision[1], num_hidden_layers=vision[2], num_attention_heads=4,
+            image_size=side, patch_size=8, vision_use_head=False,
+        )  # fmt: skip
+        language = Qwen2Config(
+            vocab_size=len(vocabulary), hidden_size=text[0], intermediate_size=text[1], num_hidden_layers=text[2],
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
+            bos_token_id=None, tie_word_embeddings=False,
+        )  # fmt: skip
+        config = LlavaOnevisionConfig(
+            vision_config=tower, text_config=language, image_token_index=marks.index("<image>"), vision_feature_layer=-1,
+            vision_feature_select_strategy="full", image_grid_pinpoints=[[side, side]], tie_word_embeddings=False,
+        )  # fmt: skip
+        processor = LlavaOnevisionImageProcessorPil(
+            size={"height": side, "width": side}, image_grid_pinpoints=[[side, side]], image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        model = LlavaOnevisionForConditionalGeneration(config)
+        return cls(model, tokenizer, processor, QUESTION_FIRST, torch.device("cpu"))
+
+    def see(self, images: Tensor) -> list[Tensor]:
+        """(n, 3, H, W) in [0, 1] -> n tensors (tokens, dim): one per patch and the newline."""
+        pixels = self.pixels(images).to(self.model.dtype)
+        sizes = torch.full((len(pixels), 2), self.side, device=pixels.device)
+        together = torch.tensor([max(2, len(pixels))])  # "several images": one square each, no tiles
+        return list(self.model.model.get_image_features(pixels, sizes, batch_num_images=together).pooler_output)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The image processor's work in torch, differentiable: bicubic with antialias to the square, then normalise."""
+        images = images.clamp(0, 1)
+        if images.shape[-2:] != (self.side, self.side):
+            size = (self.side, self.side)
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        mean = torch.tensor(self.processor.image_mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.processor.image_std, device=images.device)[:, None, None]
+        return (images - mean) / std
+
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(b, vocabulary) float32; see `Critic.logits`."""
+        hidden, last = self.hidden(questions, seen)
+        return self.model.lm_head(hidden[-1][torch.arange(len(last)), last]).float()
+
+    def hidden(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Hidden states of every layer, each (b, length, dim), and each question's answer position (b,)."""
+        rows = [torch.tensor(self._ids(q, tuple(len(s) for s in looks))) for q, looks in zip(questions, seen)]
+        last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0).to(self.device)
+        embedded = self.model.get_input_embeddings()(ids)
+        holes = ids == self.model.config.image_token_id
+        visual = torch.cat([s for looks in seen for s in looks]).to(embedded.dtype)
+        embedded = embedded.masked_scatter(holes[:, :, None], visual)
+        out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+        return out.hidden_states, last
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+        """Greedy text, one prompt after the other."""
+        texts = []
+        for prompt, pictures in zip(prompts, images):
+            seen = [self.see(p[None].to(self.device))[0] for p in pictures]
+            ids: list[int] = []
+            for _ in range(max_tokens):
+                row = torch.tensor([self._ids(prompt, tuple(len(s) for s in seen)) + ids], device=self.device)
+                embedded = self.model.get_input_embeddings()(row)
+                holes = row == self.model.config.image_token_id
+                embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
+                out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                ids.append(int(self.model.lm_head(out[:, -1]).argmax()))
+                if ids[-1] == self.tokenizer.eos_token_id:
+                    break
+            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary transformers folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.template)
+
+    def _prompt(self, question: str, images: int) -> str:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(
+            chat, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+
+    def _ids(self, question: str, visual_tokens: tuple[int, ...]) -> list[int]:
+        """Token ids of the prompt with each image's mark repeated for its visual tokens."""
+        ids, image = [], 0
+        for token in self.tokenizer(self._prompt(question, len(visual_tokens)), add_special_tokens=False).input_ids:
+            if token == self.model.config.image_token_id:
+                ids += [token] * visual_tokens[image]
+                image += 1
+            else:
+                ids.append(token)
+        return ids
+
+
+def _template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The processor's chat template, which knows images, before the tokenizer's own."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            text = Path(path).read_text()
+            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+    if tokenizer.chat_template is None:
+        raise FileNotFoundError(f"expected a chat template (chat_template.jinja) in {weights}; found none")
+    return tokenizer.chat_template

@@ -1,0 +1,62 @@
+"""What feeds training: `Example` and `Batch`, and the sources that make them (`imagefolder`, `toy`).
+
+There is no field for an edited image. Nothing in this folder opens one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npedit.questions import NOTHING
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training item. `reference` is (3, H, W) in [0, 1]; a caption is "" where the data set has none."""
+
+    id: str
+    reference: Tensor
+    instruction: str
+    edit_type: str
+    object: str
+    source_caption: str
+    target_caption: str
+
+    def doing_nothing(self, instruction: str) -> Example:
+        """The same picture with an instruction to leave it alone; its wanted result is described by its own caption."""
+        return Example(
+            self.id, self.reference, instruction, NOTHING, "", self.source_caption, self.source_caption or self.target_caption
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """References (b, 3, H, W) of one size and, for each, the words that go with it."""
+
+    ids: tuple[str, ...]
+    references: Tensor
+    instructions: tuple[str, ...]
+    edit_types: tuple[str, ...]
+    objects: tuple[str, ...]
+    source_captions: tuple[str, ...]
+    target_captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Stack examples whose references have one size."""
+    return Batch(
+        ids=tuple(e.id for e in examples),
+        references=torch.stack([e.reference for e in examples]).to(device),
+        instructions=tuple(e.instruction for e in examples),
+        edit_types=tuple(e.edit_type for e in examples),
+        objects=tuple(e.object for e in examples),
+        source_captions=tuple(e.source_caption for e in examples),
+        target_captions=tuple(e.target_caption for e in examples),
+    )

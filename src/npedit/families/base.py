@@ -1,0 +1,100 @@
+"""What a family of text-to-image flow models must offer. One file in this folder is one family; none imports another.
+
+A family translates between `flow.py`'s convention and its own model (sign, scale, packing, guidance input, ids of the
+reference's tokens). The denoiser is an argument of `velocity`, so student, teacher and fake score are three nets of ONE
+family, and text encoders and VAE exist once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the method must know of a base model."""
+
+    channels: int  # of a latent
+    stride: int  # pixels per latent pixel
+    multiple: int  # widths and heights in pixels must be multiples of it
+    guidance: float  # the guidance that its own pipeline uses by default
+    blocks: tuple[str, ...]  # names of the lists of blocks to shard and to checkpoint
+    lora: tuple[str, ...]  # names of the layers that LoRA adapts
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts. Only `velocity` of the family that made it looks inside; each part has the batch first."""
+
+    parts: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def take(self, index: Sequence[int] | Tensor) -> Text:
+        """The prompts at these positions."""
+        index = torch.as_tensor(index, device=self.parts[0].device)
+        return Text(tuple(p[index] for p in self.parts))
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """Several batches of prompts as one."""
+        return Text(tuple(torch.cat(p) for p in zip(*(t.parts for t in texts))))
+
+
+class Family(ABC):
+    """See the module's head. `load` and `tiny` build it; all its own modules are frozen and in eval mode."""
+
+    facts: Facts
+    device: torch.device
+    base: nn.Module  # the text-to-image model's own denoiser, frozen: the teacher
+
+    @classmethod
+    @abstractmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local diffusers folder.
+
+        Raises:
+            FileNotFoundError: a part is missing; the message names it.
+            ValueError: the folder holds another family's pipeline.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int) -> Self:
+        """The same real classes at toy size with random weights, for tests."""
+
+    @abstractmethod
+    def net(self) -> nn.Module:
+        """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
+
+    @abstractmethod
+    def open_net(self, folder: Path) -> nn.Module:
+        """A denoiser that was saved in a diffusers folder (`save_pretrained`)."""
+
+    @abstractmethod
+    def shift(self, height: int, width: int) -> float:
+        """The noise shift of the base model's own schedule for images of this size in pixels (see `flow.shifted`)."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """Encode prompts, as the family's own pipeline does. No gradient."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, 3, H, W) in [0, 1] -> normalised latents (b, c, h, w), the posterior's mean. No gradient."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, c, h, w) -> images (b, 3, H, W), about [0, 1], NOT clamped. Gradient flows to the latents."""
+
+    @abstractmethod
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v at (x, t): x (b, c, h, w), t (b,) in [0, 1], references are latents (b, c, h', w'). Gradient flows to all."""

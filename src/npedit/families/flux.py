@@ -1,0 +1,171 @@
+"""FLUX.1 (dev, schnell) and the embedded toy, which is the same classes at toy size.
+
+- time: the net is given t itself; its output is v, no sign change.
+- layout: latents are packed 2 x 2 into tokens; `img_ids` holds (0, row, column) for each.
+- text: T5 sequence (padding attended to, as FLUX does) and CLIP's pooled vector; dev embeds a guidance scale.
+- references: packed likewise and appended after the picture's tokens, with the ids' first coordinate 1, 2, ...; the net's
+  output on them is dropped. This is how FLUX.1-Kontext (arXiv 2506.15742) does it; no new weight is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from npedit.families.base import Facts, Family, Text
+
+T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy take less
+
+
+class Flux(Family):
+    """One FLUX pipeline, opened once; see `families/base.py` for the contract."""
+
+    def __init__(self, pipe: FluxPipeline, device: torch.device):
+        self.pipe = pipe
+        self.base = pipe.transformer
+        self.device = device
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            part.requires_grad_(False).eval().to(device)
+        vae = pipe.vae.config
+        stride = 2 ** (len(vae.block_out_channels) - 1)
+        self.text_length = min(T5_LENGTH, pipe.tokenizer_2.model_max_length)
+        if not pipe.transformer.config.guidance_embeds:
+            self.text_length = min(256, self.text_length)
+        self.facts = Facts(
+            channels=vae.latent_channels,
+            stride=stride,
+            multiple=2 * stride,
+            guidance=3.5,
+            blocks=("transformer_blocks", "single_transformer_blocks"),
+            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+                  "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local folder of a FluxPipeline. Errors as in `Family.load`."""
+        index = Path(weights) / "model_index.json"
+        if Path(weights).is_dir():
+            if not index.is_file():
+                raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
+            found = json.loads(index.read_text()).get("_class_name")
+            if found != "FluxPipeline":
+                raise ValueError(f"expected a FluxPipeline in {weights}; got {found}. Choose that family instead of flux.")
+        return cls(FluxPipeline.from_pretrained(weights, torch_dtype=dtype), device)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: a factor-4 VAE with 4 channels, 2 + 1 blocks of width 32, text by bytes."""
+        torch.manual_seed(seed)
+        marks = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1}
+        clip = CLIPTextConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128,
+            bos_token_id=2, **marks,
+        )  # fmt: skip
+        t5 = T5Config(d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3, dropout_rate=0.0, **marks)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
+            shift_factor=0.1, scaling_factor=1.3, use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+        net = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=seed % 2 == 1, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        pipe = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=CLIPTextModel(clip),
+            tokenizer=ByT5Tokenizer(model_max_length=128), text_encoder_2=T5EncoderModel(t5),
+            tokenizer_2=ByT5Tokenizer(model_max_length=128), transformer=net,
+        )  # fmt: skip
+        return cls(pipe, torch.device("cpu"))
+
+    def net(self) -> nn.Module:
+        """A trainable copy of the base transformer."""
+        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
+
+    def open_net(self, folder: Path) -> nn.Module:
+        """A transformer saved with `save_pretrained`, in the base's dtype."""
+        return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=self.pipe.transformer.dtype).to(self.device)
+
+    def shift(self, height: int, width: int) -> float:
+        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """T5 states (b, length, d) and CLIP's pooled vector (b, p)."""
+        sequence, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_length
+        )
+        return Text((sequence, pooled))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as FLUX does."""
+        vae: AutoencoderKL = self.pipe.vae
+        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), not clamped."""
+        vae: AutoencoderKL = self.pipe.vae
+        return (vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1) / 2
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v (b, c, h, w); see the head of this file."""
+        sequence, pooled = text.parts
+        planes = [x, *references]
+        tokens = torch.cat([_pack(p.to(x.dtype)) for p in planes], 1)
+        ids = torch.cat([_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
+        guidance = None
+        if net.config.guidance_embeds:
+            guidance = torch.full((len(x),), self.facts.guidance, device=x.device, dtype=torch.float32)
+        dtype = next(net.parameters()).dtype
+        out = net(
+            hidden_states=tokens.to(dtype),
+            timestep=t.to(dtype),
+            guidance=guidance,
+            pooled_projections=pooled.to(dtype),
+            encoder_hidden_states=sequence.to(dtype),
+            txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        return _unpack(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _pack(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
+
+
+def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    b, _, d = tokens.shape
+    return tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * rows, 2 * columns)
+
+
+def _ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:
+    ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
+    ids[..., 0] = frame
+    ids[..., 1] = torch.arange(rows, device=like.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=like.device)[None, :]
+    return ids.view(-1, 3)

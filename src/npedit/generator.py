@@ -1,0 +1,75 @@
+"""The few-step editor. One function, `draft`, makes the transitions: with gradient in training, without in use.
+
+    x0 <- eps - v(eps, t = 1);   then for each further time t:   x_t <- (1 - t) x0 + t eps', eps' FRESH;   x0 <- x_t - t v(x_t, t)
+
+Source: NP-Edit, section 3, "two-step unrolling". Training draws one later time, use visits all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from npedit import flow
+from npedit.families.base import Family, Text
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A CPU generator whose stream depends on the key alone, so that a resumed run repeats itself on any machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def draft(
+    family: Family,
+    net: nn.Module,
+    text: Text,
+    references: Float[Tensor, "b c h w"],
+    times: Sequence[float],
+    noise: Sequence[Float[Tensor, "b c h w"]],
+) -> Float[Tensor, "b c h w"]:
+    """The edit's clean latents after a transition at each of `times` (the first is 1), each with its own noise.
+
+    Gradient flows to `net` through every call.
+    """
+    x0 = torch.zeros_like(noise[0])
+    for time, eps in zip(times, noise, strict=True):
+        t = torch.full((len(eps),), float(time), device=eps.device)
+        x = flow.noised(x0, eps, t)
+        x0 = flow.clean(x, family.velocity(net, x, t, text, (references,)), t)
+    return x0
+
+
+def training_times(times: Float[Tensor, "steps"], generator: torch.Generator) -> list[float]:
+    """Which transitions a training step unrolls: k of the schedule drawn evenly; the first alone for k = 1, else the
+    first and the k-th. The caller seeds the generator equally on all ranks."""
+    k = int(torch.randint(len(times), (), generator=generator))
+    return [float(times[0])] if k == 0 else [float(times[0]), float(times[k])]
+
+
+def fresh_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Generator) -> list[Tensor]:
+    """`count` independent noises in the shape, type and place of `like`, drawn on the CPU."""
+    return [torch.randn(like.shape, generator=generator).to(like) for _ in range(count)]
+
+
+@torch.no_grad()
+def edit(
+    family: Family,
+    net: nn.Module,
+    references: Float[Tensor, "b 3 H W"],
+    instructions: Sequence[str],
+    seeds: Sequence[int] | int = 0,
+    steps: int = 4,
+) -> Float[Tensor, "b 3 H W"]:
+    """Edit images in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one."""
+    seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
+    times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()
+    latents = family.encode(references.to(family.device))
+    single = [fresh_noise(latents[:1], steps, seeded("edit", seed)) for seed in seeds]
+    noise = [torch.cat(level) for level in zip(*single)]
+    x0 = draft(family, net, family.encode_text(instructions), latents, times, noise)
+    return family.decode(x0).clamp(0, 1).float()

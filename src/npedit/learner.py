@@ -1,0 +1,163 @@
+"""One trainable net: float32 master weights, AdamW, accumulation, finite guard, clipping, schedule, averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from npedit.config import Settings
+from npedit.errors import UserError
+
+
+class LearnerSettings(Settings):
+    """How one net is trained."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.0, 0.9)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_updates: int = Field(0, ge=0)
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float = Field(1.0, gt=0)  # the largest gradient norm
+    ema: float = Field(0.99, ge=0, lt=1)
+    max_skipped: int = Field(20, ge=0)  # updates in a row without finite gradients before the run stops
+
+
+class Learner:
+    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place.
+
+    A step calls `update`; accumulation is in there and nowhere else. `net` holds the newest weights; inside
+    `with learner.average():` it holds their exponential moving average.
+    """
+
+    def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
+        self.net = net.float()
+        self.settings = settings
+        self.total_updates = total_updates
+        self.updates = 0  # calls of `update`, skipped ones too
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        if not self._params:
+            raise ValueError("expected a net with parameters to train; got none that requires a gradient")
+        self._ema = {n: p.detach().clone() for n, p in self._params.items()}
+        self._optimizer = torch.optim.AdamW(
+            self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def learning_rate(self) -> float:
+        """The rate of the coming update: linear warm-up, then constant or a cosine to zero at `total_updates`."""
+        s = self.settings
+        rate = s.lr * min(1.0, (self.updates + 1) / max(1, s.warmup_updates))
+        if s.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.updates / self.total_updates)))
+        return rate
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> dict[str, float]:
+        """One update from the mean of the scalar losses; each is computed and differentiated before the next.
+
+        Returns:
+            grad_norm before clipping, lr, and skipped: updates left out so far, their gradients not being finite.
+
+        Raises:
+            UserError: more than `max_skipped` updates in a row had to be left out.
+            ValueError: no loss was given, or none reaches the net.
+        """
+        if not losses:
+            raise ValueError("expected at least one loss; got none")
+        self._optimizer.zero_grad(set_to_none=True)
+        finite = True
+        for compute in losses:
+            loss = compute() / len(losses)
+            loss.backward()
+            finite = finite and bool(torch.isfinite(loss.detach()))
+        if all(p.grad is None for p in self._params.values()):
+            raise ValueError("expected losses that depend on the net; got none that reaches its parameters")
+        norm = float(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
+        rate = self.learning_rate()
+        if finite and math.isfinite(norm):
+            self._apply(rate)
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(norm)
+        self.updates += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "lr": rate, "skipped": float(self.skipped)}
+
+    def _apply(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        done = self.updates - self.skipped
+        decay = min(self.settings.ema, (done + 1) / (done + 10))  # an early average must not cling to the start
+        torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._params.values()], 1 - decay)
+
+    def _skip(self, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.settings.max_skipped:
+            raise UserError(
+                f"expected finite losses and gradients; got {self.skipped_in_a_row} updates in a row without (last "
+                f"gradient norm {norm}); look at the last loss/* and grad_norm/* in metrics.jsonl, then lower lr, raise "
+                "warmup_updates, or use dtype float32 for family and critic. The last checkpoint is kept."
+            )
+
+    @contextmanager
+    def average(self) -> Iterator[nn.Module]:
+        """Put the averaged weights into `net` for the length of a `with` block; the newest come back after it."""
+        self._swap()
+        try:
+            yield self.net
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the averaged weights the net's own, for good: how a stage hands the net to the next."""
+        for name, param in self._params.items():
+            param.copy_(self._ema[name])
+
+    def _swap(self) -> None:
+        for name, param in self._params.items():
+            param.data, self._ema[name] = self._ema[name], param.data
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Everything that goes on with training needs: tensors by name, and counters."""
+        tensors = {f"net.{n}": p.detach() for n, p in self._params.items()}
+        tensors |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
+        tensors |= {f"ema.{n}": e for n, e in self._ema.items()}
+        for name, param in self._params.items():
+            for key, value in self._optimizer.state.get(param, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ValueError: the tensors are those of another net; the message names the first that is wrong.
+        """
+        wanted = {f"net.{n}": p for n, p in self._params.items()}
+        wanted |= {f"ema.{n}": e for n, e in self._ema.items()}
+        wanted |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
+        for name, place in wanted.items():
+            if name not in tensors or tensors[name].shape != place.shape:
+                got = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
+            place.copy_(tensors[name])
+        self._optimizer.state.clear()
+        for name, param in self._params.items():
+            prefixes = ("exp_avg", "exp_avg_sq", "step")
+            found = {k: tensors[f"optimizer.{k}.{name}"] for k in prefixes if f"optimizer.{k}.{name}" in tensors}
+            if found:
+                self._optimizer.state[param] = {
+                    k: v.clone() if k == "step" else v.to(param.device, copy=True) for k, v in found.items()
+                }
+        self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
+        self.skipped_in_a_row = int(numbers["skipped_in_a_row"])

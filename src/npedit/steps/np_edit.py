@@ -1,0 +1,234 @@
+"""NP-Edit's training step: teach the fake score, then one student update from the critic's answers and from DMD.
+
+    N times:  x0 = draft (no gradient);  fake score: flow matching on x0, with the wanted result's caption
+    once:     x0 = draft (gradient);     critic: -log p(wanted answer) of each question, through decoder and draft
+                                         DMD: (fake - teacher) / w at a random time, with the wanted result's caption
+                                         "do nothing" items: the identity question alone, and || x0 - reference ||^2
+
+Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
+- both gradients are taken at the draft and added there, which is the same sum, and lets us log and balance the two:
+  with `balance: match` the critic's is scaled so that its size over a run of updates is `critic_weight` times DMD's.
+- the reference's visual tokens are computed once per batch, without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npedit import dmd, flow
+from npedit.config import Settings
+from npedit.critics.base import answer_loss, vocabulary_loss
+from npedit.data import Batch
+from npedit.generator import draft, fresh_noise, seeded, training_times
+from npedit.learner import Learner, LearnerSettings
+from npedit.questions import NOTHING, questions_for
+from npedit.steps.base import Clock, Parts
+from npedit.steps.base import Step as Base
+
+
+class NpEditSettings(Settings):
+    """Settings of the method. Each weight can be zero, and then what only it needs is not even loaded."""
+
+    steps: int = Field(4, ge=1, le=64)  # of the few-step schedule
+    critic_weight: float = Field(0.02, ge=0)
+    dmd_weight: float = Field(1.0, ge=0)
+    copy_weight: float = Field(1.0, ge=0)
+    identity_weight: float = Field(1.0, ge=0)  # of the identity question beside the edit question; 0 does not ask it
+    balance: Literal["none", "match"] = "none"
+    answer: Literal["two_way", "vocabulary"] = "two_way"
+    fake_updates: int = Field(5, ge=1, le=50)
+    ramp_from: float = Field(0.1, gt=0, le=1)  # inverse temperature of the critic's logits at the start
+    ramp_updates: int = Field(2000, ge=0)  # until it is 1
+    guidance: float = Field(3.5, ge=0)  # of the teacher
+    guidance_by_type: dict[str, float] = {}
+    negative_prompt: str = ""
+    t_min: float = Field(0.02, gt=0, lt=1)  # DMD's range of times
+    t_max: float = Field(0.98, gt=0, lt=1)
+    student: LearnerSettings = LearnerSettings()
+    fake: LearnerSettings = LearnerSettings()
+
+
+class Step(Base):
+    """See the module's head."""
+
+    Settings = NpEditSettings
+
+    def __init__(self, settings: NpEditSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
+        self.settings, self.parts, self.seed = settings, parts, seed
+        self.learners = {"student": Learner(student, settings.student, updates)}
+        if settings.dmd_weight:
+            self.learners["fake"] = Learner(parts.family.net(), settings.fake, updates * settings.fake_updates)
+        self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
+
+    @classmethod
+    def batches_per_update(cls, settings: NpEditSettings) -> int:
+        """One for the student, and one for each update of the fake score."""
+        return 1 + (settings.fake_updates if settings.dmd_weight else 0)
+
+    @classmethod
+    def needs(cls, settings: NpEditSettings) -> frozenset[str]:
+        """The critic unless its weight is zero; the wanted result's caption for DMD."""
+        return frozenset({"critic"} if settings.critic_weight else ()) | ({"target_caption"} if settings.dmd_weight else set())
+
+    def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
+        """One update of everything; see the module's head."""
+        per_update = self.batches_per_update(self.settings)
+        groups = [batches[i::per_update] for i in range(per_update)]
+        clock, logged = Clock(), {}
+        with clock("fake"):
+            for i, group in enumerate(groups[1:]):
+                logged |= self._fake_update(group, update, i)
+        with clock("student"):
+            logged |= self._student_update(groups[0], update, clock)
+        return logged | clock.seconds
+
+    # ------------------------------------------------------------------------------------------------ fake score
+
+    def _fake_update(self, batches: Sequence[Batch], update: int, turn: int) -> dict[str, float]:
+        values: list[float] = []
+
+        def loss(batch: Batch, micro: int) -> Tensor:
+            family, generator = self.parts.family, seeded(self.seed, "fake", update, turn, micro)
+            with torch.no_grad():
+                x0 = self._draft(batch, update, generator)
+            t = torch.rand(len(batch), generator=generator).to(x0.device)
+            (eps,) = fresh_noise(x0, 1, generator)
+            v = family.velocity(self.learners["fake"].net, flow.noised(x0, eps, t), t, family.encode_text(batch.target_captions))
+            value = dmd.fake_loss(v, x0, eps)
+            values.append(float(value.detach()))
+            return value
+
+        logged = self.learners["fake"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        return {"loss/fake": sum(values) / len(values), **{f"{k}/fake": v for k, v in logged.items()}}
+
+    # --------------------------------------------------------------------------------------------------- student
+
+    def _student_update(self, batches: Sequence[Batch], update: int, clock: Clock) -> dict[str, float]:
+        metrics: list[dict[str, float]] = []
+
+        def loss(batch: Batch, micro: int) -> Tensor:
+            generator = seeded(self.seed, "student", update, micro)
+            with clock("draft"):
+                references = self.parts.family.encode(batch.references)
+                x0 = self._draft(batch, update, generator, references)
+            gradient, seen = self._gradient_at_draft(batch, references, x0.detach(), update, generator, clock)
+            metrics.append(seen)
+            return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
+
+        logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        keys = {k for m in metrics for k in m}
+        means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
+        return means | {f"{k}/student": v for k, v in logged.items()}
+
+    def _draft(self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None) -> Tensor:
+        family, net = self.parts.family, self.learners["student"].net
+        if references is None:
+            references = family.encode(batch.references)
+        schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
+        times = training_times(schedule, seeded(self.seed, "times", update))  # equal on all ranks
+        text = family.encode_text(batch.instructions)
+        return draft(family, net, text, references, times, fresh_noise(references, len(times), generator))
+
+    def _gradient_at_draft(
+        self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, clock: Clock
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Sum of the weighted losses' gradients with respect to x0 (b, c, h, w), and what to log."""
+        s = self.settings
+        from_dmd, from_critic = torch.zeros_like(x0, dtype=torch.float32), torch.zeros_like(x0, dtype=torch.float32)
+        metrics: dict[str, float] = {}
+        if s.dmd_weight:
+            with clock("dmd"):
+                gap = self._dmd_gap(batch, x0, generator)
+            from_dmd = s.dmd_weight * gap / gap.numel()
+            metrics["loss/dmd"] = float(0.5 * gap.square().mean())
+        if s.critic_weight:
+            with clock("critic"):
+                from_critic, answered = self._critic_gradient(batch, x0, update)
+            metrics |= answered
+            from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
+        metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = float(from_dmd.norm()), float(from_critic.norm())
+        gradient = from_dmd + from_critic
+        still = torch.tensor([kind == NOTHING for kind in batch.edit_types], device=x0.device)
+        if s.copy_weight and still.any():
+            away = (x0 - references).float() * still.view(-1, 1, 1, 1)
+            gradient = gradient + s.copy_weight * 2 * away / away.numel()
+            metrics["loss/copy"] = float(away[still].square().mean())
+        return gradient, metrics
+
+    @torch.no_grad()
+    def _dmd_gap(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> Tensor:
+        s, family = self.settings, self.parts.family
+        t = (s.t_min + (s.t_max - s.t_min) * torch.rand(len(batch), generator=generator)).to(x0.device)
+        (eps,) = fresh_noise(x0, 1, generator)
+        x = flow.noised(x0, eps, t)
+        text = family.encode_text(batch.target_captions)
+        blank = family.encode_text([s.negative_prompt] * len(batch))
+        scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
+        fake = flow.clean(x, family.velocity(self.learners["fake"].net, x, t, text), t)
+        conditional = flow.clean(x, family.velocity(family.base, x, t, text), t)
+        unconditional = flow.clean(x, family.velocity(family.base, x, t, blank), t)
+        return dmd.gap(x0, dmd.guided(conditional, unconditional, scale), fake)
+
+    def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, dict[str, float]]:
+        """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions."""
+        s, critic = self.settings, self.parts.critic
+        latents = x0.detach().requires_grad_(True)
+        with torch.no_grad():
+            references = critic.see(batch.references)
+        edited = critic.see(self.parts.family.decode(latents))
+        asked = [
+            (i, q)
+            for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
+            for q in questions_for(kind, words, thing, self.parts.wording)
+            if q.kind == "edit" or s.identity_weight
+        ]
+        looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
+        logits = critic.logits([q.text for _, q in asked], looks)
+        margin = logits[:, critic.yes] - logits[:, critic.no]
+        answer = torch.tensor([q.answer for _, q in asked], device=margin.device)
+        ramp = 1.0 if update >= s.ramp_updates else s.ramp_from + (1 - s.ramp_from) * update / s.ramp_updates
+        if s.answer == "two_way":
+            losses = answer_loss(margin, answer, ramp)
+        else:
+            losses = vocabulary_loss(logits, answer, critic.yes, critic.no, ramp)
+        weight = torch.tensor([1.0 if q.kind == "edit" else s.identity_weight for _, q in asked], device=margin.device)
+        (gradient,) = torch.autograd.grad((weight * losses).sum() / len(batch), latents)
+        return s.critic_weight * gradient.float(), self._answers(batch, asked, margin.detach() * answer, losses.detach(), ramp)
+
+    @staticmethod
+    def _answers(batch: Batch, asked: list, right: Tensor, losses: Tensor, ramp: float) -> dict[str, float]:
+        metrics = {"critic/inverse_temperature": ramp}
+        for kind in ("edit", "identity"):
+            rows = [r for r, (_, q) in enumerate(asked) if q.kind == kind]
+            if rows:
+                metrics[f"loss/critic_{kind}"] = float(losses[rows].mean())
+                metrics[f"critic/p_{kind}"] = float(right[rows].sigmoid().mean())
+        for name in sorted(set(batch.edit_types)):
+            rows = [r for r, (i, q) in enumerate(asked) if q.kind == "edit" and batch.edit_types[i] == name]
+            if rows:
+                metrics[f"critic/p_yes/{name}"] = float(right[rows].sigmoid().mean())
+        return metrics
+
+    def _critic_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
+        """With `balance: match`, what brings the critic's gradient to `critic_weight` times DMD's, over a run of updates."""
+        s = self.settings
+        if s.balance == "none" or not s.dmd_weight:
+            return 1.0
+        now = torch.stack([from_critic.norm() / s.critic_weight, from_dmd.norm()]).cpu()
+        self.sizes = now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
+        return float(self.sizes[1] / self.sizes[0].clamp_min(1e-12))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The running sizes of the two gradients."""
+        return {"sizes": self.sizes}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        self.sizes = state["sizes"].clone()
+

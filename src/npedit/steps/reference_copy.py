@@ -1,0 +1,67 @@
+"""Warm-up: the student must return the reference image. It learns to read the reference's tokens (NP-Edit, section 3).
+
+Deviations from the paper:
+- the text is an instruction to do nothing or the reference's own caption, never the edit's instruction: with that, the student learns to
+  ignore its text.
+- times are those the few-step editor visits, half of them t = 1, since no other time is used later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from npedit import flow
+from npedit.config import Settings
+from npedit.data import Batch
+from npedit.generator import seeded
+from npedit.learner import Learner, LearnerSettings
+from npedit.steps.base import Parts
+from npedit.steps.base import Step as Base
+
+
+class CopySettings(Settings):
+    """Settings of the warm-up."""
+
+    steps: int = Field(4, ge=1, le=64)
+    student: LearnerSettings = LearnerSettings()
+
+
+class Step(Base):
+    """Flow matching towards the reference: || v - (eps - reference) ||^2."""
+
+    Settings = CopySettings
+
+    def __init__(self, settings: CopySettings, parts: Parts, student: nn.Module, updates: int, seed: int):
+        self.settings, self.parts, self.seed = settings, parts, seed
+        self.learners = {"student": Learner(student, settings.student, updates)}
+
+    @classmethod
+    def needs(cls, settings: Settings) -> frozenset[str]:
+        """The reference's own caption serves as text."""
+        return frozenset({"source_caption"})
+
+    def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
+        """One update; see the class."""
+        values: list[float] = []
+
+        def loss(batch: Batch, micro: int) -> torch.Tensor:
+            family, generator = self.parts.family, seeded(self.seed, "copy", update, micro)
+            latents = family.encode(batch.references)
+            text = family.encode_text(batch.source_captions)
+            times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
+            later = times[torch.randint(len(times), (len(batch),), generator=generator)]
+            t = torch.where(torch.rand(len(batch), generator=generator) < 0.5, times[0], later).to(latents.device)
+            eps = torch.randn(latents.shape, generator=generator).to(latents)
+            v = family.velocity(self.learners["student"].net, flow.noised(latents, eps, t), t, text, (latents,))
+            value = F.mse_loss(v.float(), flow.velocity(latents, eps).float())
+            values.append(float(value.detach()))
+            return value
+
+        logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        return {"loss/copy": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}
+

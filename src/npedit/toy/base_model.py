@@ -1,0 +1,119 @@
+"""Teach the toy's text-to-image model: an ordinary diffusers `FluxPipeline` (transformer, T5, CLIP, VAE) at toy size."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from npedit import flow
+from npedit.families.base import Text
+from npedit.families.flux import Flux
+from npedit.toy.fit import fit
+from npedit.toy.words import EOS, PAD, new_tokenizer, vocabulary
+from npedit.toy.world import caption_for, described, read_scene, render, sample_edit, sample_scene
+
+TEXT_LENGTH = 24
+SHIFT = 2.0
+
+
+def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
+    """An untrained pipeline around a VAE. The blocks start as the identity (adaLN-Zero, arXiv 2212.09748)."""
+    words = vocabulary()
+    marks = {"pad_token_id": words.index(PAD), "eos_token_id": words.index(EOS)}
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH, bos_token_id=words.index(PAD), **marks,
+        )
+    )  # fmt: skip
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(words), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", **marks,
+        )
+    )  # fmt: skip
+    net = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=4,
+        attention_head_dim=40, num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=64,
+        guidance_embeds=False, axes_dims_rope=(8, 16, 16),
+    )  # fmt: skip
+    for name, part in net.named_modules():
+        if isinstance(part, nn.Linear) and (name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) or name == "proj_out"):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=new_tokenizer(TEXT_LENGTH, ends=True),
+        text_encoder_2=t5,
+        tokenizer_2=new_tokenizer(TEXT_LENGTH, ends=True),
+        transformer=net,
+    )
+
+
+def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
+    """Flow matching on captioned scenes, text encoders and transformer together; 10 % of the captions are dropped."""
+    torch.manual_seed(seed)
+    pipe = new_pipeline(vae)
+    family = Flux(pipe, torch.device("cpu"))
+    rng = random.Random(f"base/{seed}")
+    world = [sample_scene(rng) if i % 2 else sample_edit(rng).target for i in range(scenes)]
+    latents = torch.cat([family.encode(render(world[i : i + 64])) for i in range(0, scenes, 64)])
+    learned = nn.ModuleDict({"net": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder})
+    learned.requires_grad_(True)
+
+    def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        chosen = [rng.randrange(scenes) for _ in range(64)]
+        captions = ["" if rng.random() < 0.1 else caption_for(world[i], rng) for i in chosen]
+        x0 = latents[chosen]
+        eps = torch.randn(x0.shape, generator=generator)
+        t = flow.shifted(torch.rand(len(x0), generator=generator), SHIFT)
+        v = family.velocity(pipe.transformer, flow.noised(x0, eps, t), t, _encode(pipe, captions))
+        return F.mse_loss(v, flow.velocity(x0, eps)), {}
+
+    fit("base", learned, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999)
+    return pipe
+
+
+def _encode(pipe: FluxPipeline, captions: list[str]) -> Text:
+    """Like `Flux.encode_text`, with gradient to the text encoders."""
+    ids = pipe.tokenizer(
+        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+    return Text((pipe.text_encoder_2(ids)[0], pipe.text_encoder(ids).pooler_output))
+
+
+@torch.no_grad()
+def sample(family: Flux, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
+    """Text-to-image: Euler steps of the guided velocity. Images (b, 3, 32, 32), clamped to [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(captions), family.facts.channels, 8, 8, generator=generator)
+    text, blank = family.encode_text(captions), family.encode_text([""] * len(captions))
+    times = [*flow.few_step_times(steps, SHIFT).tolist(), 0.0]
+    for now, then in zip(times, times[1:]):
+        t = torch.full((len(captions),), now)
+        v = family.velocity(family.pipe.transformer, x, t, text)
+        if guidance != 1:
+            v0 = family.velocity(family.pipe.transformer, x, t, blank)
+            v = v0 + guidance * (v - v0)
+        x = x + (then - now) * v
+    return family.decode(x).clamp(0, 1)
+
+
+def caption_score(family: Flux, count: int, seed: int, steps: int = 20, guidance: float = 3.0) -> float:
+    """Share of held-out captions whose picture holds all that the caption says, by the oracle, nothing unreadable."""
+    rng = random.Random(f"held-out/base/{seed}")
+    captions = [caption_for(sample_scene(rng), rng) for _ in range(count)]
+    right = 0
+    for start in range(0, count, 64):
+        some = captions[start : start + 64]
+        readings = read_scene(sample(family, some, steps, guidance, seed + start))
+        right += sum(described(c, r) for c, r in zip(some, readings))
+    return right / count

@@ -1,0 +1,68 @@
+"""The toy world written to disk as an ordinary imagefolder data set (`npedit toy data`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from npedit.errors import UserError
+from npedit.toy.world import render, sample_edit
+
+
+def _save(picture: Tensor, path: Path) -> None:
+    pixels = (picture * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False) -> Path:
+    """Write `count` items: `images/` and `metadata.jsonl`, in the training phrasings. One seed, one data set.
+
+    No edited image is drawn, unless `pairs`: then `edited/` and a column `edited_file_name` are added, for baselines
+    that need them. The folder appears only once it is complete.
+
+    Raises:
+        UserError: fewer than one item, a folder that is not empty, or one that cannot be written.
+    """
+    folder = Path(folder)
+    if count < 1:
+        raise UserError(f"expected at least 1 item to write; got {count}; give a larger count")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another or empty it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+            whole = Path(aside) / "data"
+            _write(whole, count, seed, pairs)
+            os.replace(whole, folder)
+    except OSError as error:
+        raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
+    return folder
+
+
+def _write(folder: Path, count: int, seed: int, pairs: bool) -> None:
+    for name in ("images", "edited") if pairs else ("images",):
+        (folder / name).mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(count):
+            edit = sample_edit(random.Random(f"{seed}/{i}"))
+            name = f"{i:06d}.png"
+            _save(render([edit.reference])[0], folder / "images" / name)
+            row = {"file_name": f"images/{name}"}
+            if pairs:
+                _save(render([edit.target])[0], folder / "edited" / name)
+                row["edited_file_name"] = f"edited/{name}"
+            row |= {
+                "id": f"{seed}/{i}",
+                "instruction": edit.instruction,
+                "edit_type": edit.edit_type,
+                "object": edit.object,
+                "source_caption": edit.source_caption,
+                "target_caption": edit.target_caption,
+            }
+            file.write(json.dumps(row) + "\n")

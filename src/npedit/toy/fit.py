@@ -1,0 +1,87 @@
+"""One resumable training loop, for teaching the toy's parts from nothing. The editor's own loop is `trainer.py`."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+LossFn = Callable[[int, random.Random, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss: LossFn,
+    folder: Path,
+    steps: int,
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    ema: float = 0.998,
+    seed: int = 0,
+    save_seconds: float = 60.0,
+    log_every: int = 100,
+) -> nn.Module:
+    """Train `module` in place with AdamW, linear warm-up and cosine decay to zero; leave the EMA weights in it.
+
+    `loss(step, rng, generator)` returns a scalar and figures to show. Both sources of randomness are seeded from (seed,
+    step), so a run that was stopped and started again repeats itself. State lies in `folder/NAME.state.pt`, written aside
+    and renamed; a finished part is not trained again.
+    """
+    path = folder / f"{name}.state.pt"
+    params = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+    average = [p.detach().clone() for p in params]
+    start = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+
+    def save(step: int) -> None:
+        aside = path.with_suffix(".tmp")
+        torch.save(
+            {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, aside
+        )
+        os.replace(aside, path)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    saved = time.monotonic()
+    with Progress(*columns, TextColumn("{task.fields[figures]}")) as bar:
+        task = bar.add_task(name, total=steps, completed=start, figures="")
+        module.train()
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            value, figures = loss(step, random.Random(f"{seed}/{name}/{step}"), generator)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            decay = min(ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
+            if step % log_every == 0 or step + 1 == steps:
+                shown = "  ".join(f"{k} {v:.3f}" for k, v in {"loss": float(value.detach()), **figures}.items())
+                bar.update(task, figures=shown)
+                if not bar.console.is_terminal:
+                    bar.console.print(f"{name} {step}/{steps}  {shown}", highlight=False)
+            bar.advance(task)
+            if time.monotonic() - saved > save_seconds:
+                save(step + 1)
+                saved = time.monotonic()
+        save(steps)
+    with torch.no_grad():
+        for p, a in zip(params, average):
+            p.copy_(a)
+    return module.eval()

@@ -1,0 +1,75 @@
+"""Teach the toy's parts from nothing and lay them down as ordinary diffusers and transformers folders.
+
+    FOLDER/base      FluxPipeline: vae, transformer, text encoders, tokenizers, scheduler
+    FOLDER/critic    LLaVA-OneVision
+    FOLDER/parts.json    what each part reached on held-out scenes
+
+Each part is resumable: the same command goes on where it was, and a finished part is not taught again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.families.flux import Flux
+from npedit.toy.base_model import caption_score, teach_base
+from npedit.toy.critic import examine, teach_critic
+from npedit.toy.vae import psnr, teach_vae
+
+STEPS = {"vae": 1300, "base": 3000, "critic": 3600}  # batches; about 10, 40 and 40 minutes on one core each
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
+    """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json` holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = STEPS | (steps or {})
+    if not (folder / "vae").is_dir():
+        _lay_down(teach_vae(folder, steps["vae"], seed), folder / "vae")
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    if not (folder / "base").is_dir():
+        pipe = copy.copy(teach_base(folder, vae, steps["base"], seed))
+        for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+            part.half()  # half the size; opened as float32
+        _lay_down(pipe, folder / "base")
+    if not (folder / "critic").is_dir():
+        critic = teach_critic(folder, vae, steps["critic"], seed)
+        critic.model.half()
+        _lay_down(critic, folder / "critic")
+    measured = measure(folder)
+    (folder / "parts.json").write_text(json.dumps({"steps": steps, "seed": seed, **measured}, indent=1) + "\n")
+    return measured
+
+
+def _lay_down(part: object, folder: Path) -> None:
+    """Save aside, then rename: a folder that is there is whole."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    if isinstance(part, LlavaOnevision):
+        part.save(aside)
+    else:
+        part.save_pretrained(aside)
+    os.replace(aside, folder)
+
+
+def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
+    """Examine the parts as saved, on held-out scenes and phrasings: see `psnr`, `caption_score`, `examine`."""
+    family = Flux.load(folder / "base", torch.float32, CPU)
+    critic = LlavaOnevision.load(folder / "critic", torch.float32, CPU)
+    vae = family.pipe.vae
+    return {
+        "vae_psnr_db": round(psnr(vae, 512, seed), 2),
+        "captions_right_20_steps_guidance_3": caption_score(family, 512, seed),
+        "critic_right_clean": examine(critic, vae, items, seed, damage=False),
+        "critic_right_damaged": examine(critic, vae, items, seed, damage=True),
+        "items": items,
+    }

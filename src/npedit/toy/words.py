@@ -1,0 +1,43 @@
+"""The toy's language as ordinary tokenizers: one token a word, punctuation dropped, every word of the world known."""
+
+from __future__ import annotations
+
+import re
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from npedit.questions import WORDINGS
+from npedit.toy.world import BACKGROUNDS, COLOURS, INSTRUCTIONS, NOTHING, PATTERNS, PLACES, SHAPES, SIZES, STYLES
+
+MARKS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
+SPARE = 24  # vocabulary rows left free for words to come
+SAME = {"color": "colour", "recolor": "recolour", "gray": "grey", "foggy": "fog", "violet": "purple", "daytime": "day"}
+
+
+def vocabulary() -> list[str]:
+    """Every word of captions, instructions and short questions, after the special tokens."""
+    text = [t for templates in INSTRUCTIONS.values() for t in templates]
+    text += [*NOTHING, *WORDINGS["short"].values(), *SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES]
+    text.append("a and on background at night in fog shape yes no answer the is there which what cell holds nothing")
+    words = sorted({w for line in text for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", line))})
+    return [*MARKS, *words, *(f"<spare{i}>" for i in range(SPARE))]
+
+
+def new_tokenizer(max_length: int, ends: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; with `ends` it closes each text with the end token, as T5 and CLIP do."""
+    ids = {w: i for i, w in enumerate(vocabulary())}
+    inner = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    same = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SAME.items()]
+    inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *same])
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
+    if ends:
+        inner.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[] if ends else [IMAGE],
+        model_max_length=max_length,
+    )
