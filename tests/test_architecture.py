@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "npedit"
@@ -24,6 +26,7 @@ LONG = {
     "src/npedit/toy/world.py": "the whole toy world: half of it is lists of words and templates",
     "src/npedit/toy/world.py::sample_edit": "one short branch for each edit type, read side by side",
     "src/npedit/toy/fit.py::fit": "one training loop, read from top to bottom",
+    "src/npedit/toy/critic.py::teach_critic": "one loss with its helping heads, read from top to bottom",
 }
 
 # Outside packages stay in their place: here, and nowhere else in the package.
@@ -31,7 +34,7 @@ PLACES = {
     "diffusers": ("families", "toy", "checkpoint"),
     "transformers": ("families", "critics", "benchmarks", "toy"),
     "datasets": ("data",),
-    "matplotlib": ("report",),
+    "matplotlib": ("plots", "report"),
     "typer": ("cli", "cli_edit"),
     "torchvision": (),  # beside a CPU-only torch it does not import
     "accelerate": (),  # sharding is the learner's own
@@ -279,3 +282,25 @@ def test_banned_words_are_found() -> None:
     text = "cd /wo~rk/x\nimport torch~vision\nsee https://py~pi.org\n".replace("~", "")
     assert len(banned("a", text)) == 3
     assert banned("a", "work/x, a shared/net, torchvision is not used, network/") == []
+
+
+# What conftest.py promises.
+
+
+def test_shapes_are_checked() -> None:
+    from jaxtyping import TypeCheckError
+
+    from npedit import flow
+
+    x0, t = torch.zeros(2, 3, 4, 4), torch.zeros(2)
+    assert flow.noised(x0, x0, t).shape == x0.shape
+    with pytest.raises(TypeCheckError, match="eps"):
+        flow.noised(x0, torch.zeros(2, 3, 4, 1), t)  # plain torch would broadcast it
+
+
+@pytest.mark.parametrize("method", ["connect", "connect_ex"])
+def test_the_network_is_out_of_reach(method: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:  # its connect sends nothing
+        with pytest.raises(RuntimeError, match="without network"):
+            getattr(far, method)(("192.0.2.1", 9))
+        far.connect(("127.0.0.1", 9))

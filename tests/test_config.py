@@ -90,7 +90,7 @@ def test_overrides(tmp_path: Path, override: str, read) -> None:
         ("trainer.benchmark=tooy", ["trainer.benchmark", "'toy'"]),
         ("stages.0.settings=3", ["stages.0.settings", "got 3"]),
         ("stages.9.updates=3", ["stages.9", "from 0 to 1"]),
-        ("seed.a=3", ["seed.a", "keys of its own"]),
+        ("name.a=3", ["name.a", "keys of its own"]),
         ("seed", ["KEY=VALUE"]),
         ("seed=[", ["YAML"]),
     ],

@@ -36,10 +36,10 @@ def weights(of: Learner) -> Tensor:
 
 def test_it_learns() -> None:
     one = learner(total=200, lr=0.02)
-    before = float(loss(one)())
+    before = loss(one)().item()
     for _ in range(200):
         one.update([loss(one)])
-    assert float(loss(one)()) < 0.2 * before
+    assert loss(one)().item() < 0.2 * before
 
 
 def test_master_weights_are_float32() -> None:

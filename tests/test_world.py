@@ -216,6 +216,11 @@ def test_rejects_noise_and_smears(edits):
     assert not any(both)
 
 
+def test_a_picture_under_heavy_noise_is_unreadable(edits, targets):
+    noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(0))
+    assert (True, True) not in verdicts(edits, targets + 0.3 * noise)
+
+
 def test_rejects_a_third_of_an_edit(edits, targets):
     """A picture nearer to the reference than to the target is not an edit of it."""
     third = torch.lerp(render([e.reference for e in edits]), targets, 1 / 3)

@@ -95,8 +95,8 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
                 f"expected a new or empty folder, or a run; got {run}, which holds other files; choose another"
             )
         run.mkdir(parents=True, exist_ok=True)
-        handle = open(run / LOCK, "w")
-    with handle:
+        (run / LOCK).touch()
+    with open(run / LOCK, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -35,6 +35,7 @@ app.add_typer(toy_app, name="toy")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
 DEMO_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
 ModelOption = Annotated[
@@ -73,6 +74,8 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     if version:
         out.print(f"npedit {__version__}")
         raise typer.Exit()

@@ -1,7 +1,8 @@
 """Strict, typed recipes in YAML. A name in a recipe is a file name: `step: np_edit` is `steps/np_edit.py`.
 
-A setting lives in the class that reads it: what stands under `data` is checked by the class `Settings` in the named file,
-and a stage's `settings` by `Settings` of the step in the named file. A key that nobody reads is an error that names the nearest known one.
+A setting lives in the class that reads it: what stands under `data` is checked by the class `Settings` in the named
+file, and a stage's `settings` by the `Settings` of the step in the named file. A key that nobody reads is an error that
+names the nearest known one.
 """
 
 from __future__ import annotations

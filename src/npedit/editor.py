@@ -131,7 +131,9 @@ class Editor:
         for i in range(0, len(references), CHUNK):
             part = slice(i, i + CHUNK)
             given = references[part].to(self.family.device)
-            edited = generator.edit(self.family, self.net, given, list(instructions[part]), steps, seeds[part])
+            edited = generator.edit(
+                self.family, self.net, given, list(instructions[part]), seeds=seeds[part], steps=steps
+            )
             done.append(edited.float().clamp(0, 1).to(references.device))
         return torch.cat(done)
 

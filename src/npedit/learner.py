@@ -103,8 +103,8 @@ class Learner:
         if self.skipped_in_a_row > self.settings.max_skipped:
             raise UserError(
                 f"expected finite losses and gradients; got {self.skipped_in_a_row} updates in a row without (last "
-                f"gradient norm {norm}); look at the last loss/* and grad_norm/* in metrics.jsonl, then lower lr, raise "
-                "warmup_updates, or use dtype float32 for family and critic. The last checkpoint is kept."
+                f"gradient norm {norm}); look at the last loss/* and grad_norm/* in metrics.jsonl, then lower lr, "
+                "raise warmup_updates, or use dtype float32 for family and critic. The last checkpoint is kept."
             )
 
     @contextmanager

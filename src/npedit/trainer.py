@@ -29,6 +29,7 @@ from npedit.config import Recipe, find, find_class, pick_device, torch_dtype
 from npedit.errors import UserError
 from npedit.flow import few_step_times
 from npedit.generator import edit
+from npedit.report import write_report
 from npedit.samples import write_samples
 from npedit.steps.base import Parts, Step
 
@@ -321,8 +322,6 @@ class _Loop:
         raise SystemExit(128 + self.caught[0])
 
     def _finish(self, step: Step) -> None:
-        from npedit.report import write_report  # it stands above this file and reads what was written here
-
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
         with step.learners["student"].average() as net:

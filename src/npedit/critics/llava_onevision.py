@@ -130,11 +130,16 @@ class LlavaOnevision(Critic):
         return list(self.model.model.get_image_features(pixels, sizes, batch_num_images=together).pooler_output)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The image processor's work in torch, differentiable: bicubic with antialias to the square, then normalise."""
+        """The image processor's work in torch, differentiable: bicubic with antialias to the square, then normalise.
+
+        As Pillow does it: the longer side first, then the other, and each result is held to [0, 1].
+        """
         images = images.clamp(0, 1)
-        if images.shape[-2:] != (self.side, self.side):
-            size = (self.side, self.side)
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        height, width = images.shape[-2:]
+        first = (self.side, width) if height > width else (height, self.side)
+        for size in (first, (self.side, self.side)):
+            if images.shape[-2:] != size:
+                images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean = torch.tensor(self.processor.image_mean, device=images.device)[:, None, None]
         std = torch.tensor(self.processor.image_std, device=images.device)[:, None, None]
         return (images - mean) / std
@@ -169,7 +174,9 @@ class LlavaOnevision(Critic):
                 holes = row == self.model.config.image_token_id
                 embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
                 out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                ids.append(int(self.model.lm_head(out[:, -1]).argmax()))
+                scores = self.model.lm_head(out[0, -1])
+                scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
+                ids.append(int(scores.argmax()))
                 if ids[-1] == self.tokenizer.eos_token_id:
                     break
             texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -220,9 +220,9 @@ class Source:
 
     @property
     def bad_rows(self) -> list[dict]:
-        """{"id", "file", "line", "reason"} of each row found unusable so far, in the order of the file."""
+        """{"id", "file", "line", "reason"} of each row found unusable so far; new ones come last."""
         with self._lock:
-            return [self._bad[line] for line in sorted(self._bad)]
+            return list(self._bad.values())
 
     def fingerprint(self) -> str:
         """A hash of the metadata and of the size in bytes of each photo, wherever the folder lies."""
@@ -267,6 +267,8 @@ class Source:
 
     def _record(self, row: Row, reason: str) -> None:
         with self._lock:
+            if row.line in self._bad:
+                return  # another thread met it at the same time
             self._bad[row.line] = {"id": row.id, "file": row.file_name, "line": row.line, "reason": reason}
         log.warning("bad row: %s:%d: %s: %s", self.metadata, row.line, row.file_name, reason)
 

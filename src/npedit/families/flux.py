@@ -23,6 +23,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 from npedit.families.base import Facts, Family, Text
 
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy take less
 
 
@@ -60,6 +61,9 @@ class Flux(Family):
             found = json.loads(index.read_text()).get("_class_name")
             if found != "FluxPipeline":
                 raise ValueError(f"expected a FluxPipeline in {weights}; got {found}. Choose that family instead of flux.")
+            missing = [part for part in PARTS if not (Path(weights) / part).is_dir()]
+            if missing:
+                raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
         return cls(FluxPipeline.from_pretrained(weights, torch_dtype=dtype), device)
 
     @classmethod

@@ -2,7 +2,8 @@
 
 Yes/No alone leaves a small model blind to images for a long time, so linear heads, thrown away at the end, teach it what
 the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the language
-model's states of the second image), and what the instruction names and which cells changed (at the answer position).
+model's states of the second image), what it should hold after the edit and whether it does (there too), and what the
+instruction names (at the answer position).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from npedit.questions import NOTHING, questions_for
 from npedit.toy.fit import fit
 from npedit.toy.words import MARKS, new_tokenizer, vocabulary
 from npedit.toy.world import (
-    BACKGROUNDS, COLOURS, EDIT_TYPES, PATTERNS, PLACES, SHAPES, SIDE, SIZES, STYLES, Edit, Scene, judge, reading_of,
+    BACKGROUNDS, COLOURS, EDIT_TYPES, PATTERNS, PLACES, SHAPES, SIDE, SIZES, STYLES, Edit, Scene, goal, judge, reading_of,
     render, sample_edit, sample_scene, sample_thing,
 )  # fmt: skip
 
@@ -33,7 +34,7 @@ HELD = len(LOOKS) + 2  # labels a cell: its look, and the scene's background and
 
 def new_critic(seed: int) -> LlavaOnevision:
     """An untrained critic that knows the toy's words and its other spellings of them."""
-    critic = LlavaOnevision.new(vocabulary()[len(MARKS) :], seed, vision=(128, 384, 3), text=(160, 480, 4))
+    critic = LlavaOnevision.new(vocabulary()[len(MARKS) :], seed, vision=(128, 384, 3), text=(144, 432, 5))
     critic.tokenizer = new_tokenizer(256, ends=False)
     return critic
 
@@ -195,8 +196,8 @@ class _Heads(nn.Module):
     def __init__(self, text: int):
         super().__init__()
         self.sizes = [len(names) for names in LOOKS] + [len(BACKGROUNDS), len(STYLES)]
-        self.pair = nn.Linear(text, 2 * sum(self.sizes))
-        self.answer = nn.Linear(text, 5 + len(VALUES) + 4 + 2)
+        self.cell = nn.Linear(text, 3 * sum(self.sizes) + 4)  # own, the other's, wanted; as wanted, as before (cell, whole)
+        self.answer = nn.Linear(text, 5 + len(VALUES))
 
     def cells(self, out: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of per-cell predictions out (n, 4 cells, 4 patches, sum(sizes)) for labels (n, 4, HELD)."""
@@ -217,7 +218,7 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
     """Train the critic on `pairs` edits (both questions each) and `singles` presence questions a step."""
     critic = new_critic(seed)
     model = critic.model.requires_grad_(True)
-    heads = _Heads(160)
+    heads = _Heads(144)
     grid = (SIDE // PATCH) ** 2
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -230,7 +231,7 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
         labels = _labels(scenes)
         tower = torch.stack([s[:grid] for s in seen])
         # the projector's output is as wide as the language model; a head on it teaches tower and projector alike
-        dense = heads.cells(heads.pair(_by_cell(tower))[..., : sum(heads.sizes)], labels)
+        dense = heads.cells(heads.cell(_by_cell(tower))[..., : sum(heads.sizes)], labels)
         texts, looks, truths, facts, second = [], [], [], [], []
         for i, (edit, scene) in enumerate(zip(edits, after)):
             asked = asked_about(edit, scene)
@@ -241,7 +242,7 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
                 texts.append(text)
                 truths.append(truth)
                 looks.append((seen[i], seen[pairs + i]) if count == 2 else (seen[pairs + i],))
-                facts.append(_facts(edit, scene, count))
+                facts.append(_facts(edit, count))
                 second.append((i, pairs + i, len(texts) - 1) if count == 2 else None)
         for i, scene in enumerate(alone):
             text, truth = asked_of_one(scene, rng)
@@ -258,14 +259,20 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
         at = last[[r for _, _, r in rows]]
         where = at[:, None] - 1 - grid + torch.arange(grid)
         between = states[-2][torch.tensor([r for _, _, r in rows])[:, None], where]
-        own, other = heads.pair(_by_cell(between)).chunk(2, -1)
-        cross = heads.cells(own, labels[[b for _, b, _ in rows]]) + heads.cells(other, labels[[a for a, _, _ in rows]])
+        own, other, wanted, bits = heads.cell(_by_cell(between)).split([sum(heads.sizes)] * 3 + [4], -1)
+        firsts, seconds = labels[[a for a, _, _ in rows]], labels[[b for _, b, _ in rows]]
+        goals = _labels([_goal(edits[a], after[a]) for a, _, _ in rows])
+        cross = heads.cells(own, seconds) + heads.cells(other, firsts) + heads.cells(wanted, goals)
+        same = torch.stack([_agree(seconds, goals), _agree(seconds, firsts)], -1).flatten(-2)
+        match = F.binary_cross_entropy_with_logits(bits, same[:, :, None].expand_as(bits))
         told = [i for i, f in enumerate(facts) if f is not None]
-        final = _answer_loss(heads.answer(states[-2][torch.arange(len(last)), last][told]), [facts[i] for i in told])
+        named, value = heads.answer(states[-2][torch.arange(len(last)), last][told]).split([5, len(VALUES)], 1)
+        about = torch.tensor([facts[i] for i in told])
+        final = F.cross_entropy(named, about[:, 0]) + F.cross_entropy(value, about[:, 1])
         correct = ((logits[:, critic.yes] > logits[:, critic.no]) == truth).float()
         pairs_right = correct[told].mean()
-        figures = {"right": float(pairs_right), "dense": float(dense.detach()), "cross": float(cross.detach()), "final": float(final.detach())}
-        return 2 * answers + 0.3 * dense + 0.3 * cross + 0.3 * final, figures
+        figures = {"right": float(pairs_right), "dense": float(dense.detach()), "cross": float(cross.detach()), "match": float(match.detach()), "final": float(final.detach())}
+        return 2 * answers + 0.3 * dense + 0.2 * cross + 2 * match + 0.3 * final, figures
 
     learned = nn.ModuleDict({"model": model, "heads": heads})
     fit("critic", learned, loss, folder, steps, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01, seed=seed, ema=0.998)
@@ -273,27 +280,25 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
     return critic
 
 
-def _facts(edit: Edit, seen: Scene, images: int) -> tuple[int, int, list[float]]:
-    """What the answer position should know: the cell named, the value asked for, and what holds of the second image."""
-    applied, preserved = judge(edit, reading_of(seen))
-    before, now = reading_of(edit.reference).cells, reading_of(seen).cells
-    changed = [float(a != b) if images == 2 else -1.0 for a, b in zip(before, now)]
+def _goal(edit: Edit, seen: Scene) -> Scene:
+    """What the second image should hold. An added thing may have any size: the one it has."""
+    scene = goal(edit, reading_of(seen))
+    for i, (thing, now) in enumerate(zip(scene.cells, seen.cells)):
+        if edit.edit_type == "add" and thing is not None and now is not None and edit.reference.cells[i] is None:
+            scene = scene.with_cell(i, replace(thing, size=now.size))
+    return scene
+
+
+def _agree(a: Tensor, b: Tensor) -> Tensor:
+    """Labels (n, 4, HELD) twice -> (n, 4, 2) floats: is the cell alike, are background and style?"""
+    same = a == b
+    return torch.stack([same[..., : len(LOOKS)].all(-1), same[..., len(LOOKS) :].all(-1)], -1).float()
+
+
+def _facts(edit: Edit, images: int) -> tuple[int, int]:
+    """What the answer position should know: the cell that the instruction names (4: none), and the value it asks for."""
     named = edit.cell if images == 2 and edit.cell >= 0 else 4
-    value = edit.value or (PLACES[edit.to_cell] if edit.to_cell >= 0 else "")
-    verdict = [float(applied), float(preserved)] if images == 2 else [-1.0, -1.0]
-    return named, VALUES.index(value), changed + verdict
-
-
-def _answer_loss(out: Tensor, facts: list[tuple[int, int, list[float]]]) -> Tensor:
-    named, value, bits = out.split([5, len(VALUES), 6], 1)
-    wanted = torch.tensor([f[2] for f in facts])
-    asked = (wanted >= 0).float()
-    bce = F.binary_cross_entropy_with_logits(bits, wanted.clamp(min=0), reduction="none")
-    return (
-        F.cross_entropy(named, torch.tensor([f[0] for f in facts]))
-        + F.cross_entropy(value, torch.tensor([f[1] for f in facts]))
-        + 2 * (bce * asked).sum() / asked.sum()
-    )
+    return named, VALUES.index(edit.value or (PLACES[edit.to_cell] if edit.to_cell >= 0 else ""))
 
 
 # --------------------------------------------------------------------------------------------------------- examination

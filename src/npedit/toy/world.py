@@ -512,17 +512,22 @@ def _facts(reading: Reading) -> dict[str, object]:
     return facts
 
 
+def goal(edit: Edit, reading: Reading) -> Scene:
+    """The scene that the edit should have led to. Where an added thing may go anywhere, it is where the reading has it."""
+    if edit.edit_type == "add" and edit.to_cell < 0:
+        (home,) = edit.touched
+        new = [i for i in edit.reference.empty if reading.cells[i] is not None]
+        if len(new) == 1:
+            return edit.reference.with_cell(new[0], edit.target.cells[home])
+    return edit.target
+
+
 def judge(edit: Edit, reading: Reading) -> tuple[bool, bool]:
     """(applied, preserved): was the edit carried out, and is all else as in the reference?
 
     Position is judged by cell. An added thing may have any size, and any empty cell where the instruction names none.
     """
-    target = edit.target
-    if edit.edit_type == "add" and edit.to_cell < 0:
-        (home,) = edit.touched
-        new = [i for i in edit.reference.empty if reading.cells[i] is not None]
-        if len(new) == 1:
-            target = edit.reference.with_cell(new[0], edit.target.cells[home])
+    target = goal(edit, reading)
     wanted, seen, before = _facts(reading_of(target)), _facts(reading), _facts(reading_of(edit.reference))
     if edit.edit_type == "add":
         (home,) = (i for i in range(4) if target.cells[i] != edit.reference.cells[i])
