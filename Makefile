@@ -16,7 +16,7 @@ SHELL := /bin/sh
 .PHONY: help demo test test-slow lint clean
 
 VENV ?= .venv
-PYTHON ?= python3.13 python3.12 python3.11 python3
+PYTHON ?= python3 python3.13 python3.12 python3.11
 PIP_FLAGS ?=
 TORCH ?= auto
 ARGS ?=

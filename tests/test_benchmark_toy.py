@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from npedit.benchmarks import toy
-from npedit.toy.world import EDIT_TYPES, INSTRUCTIONS, render, sample_edit
+from npedit.toy.edits import EDIT_TYPES, INSTRUCTIONS, sample_edit
+from npedit.toy.world import render
 
 N = 45
 

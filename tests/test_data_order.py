@@ -10,7 +10,7 @@ import torch
 
 from npedit.data import imagefolder, toy
 from npedit.questions import NOTHING
-from npedit.toy import world
+from npedit.toy import edits
 from photo_sets import SMALL, opened, plain, row, save, write_metadata
 
 
@@ -181,4 +181,4 @@ def test_nothing_to_do_can_stand_in_the_data(tmp_path):
 
 
 def test_the_phrases_are_known_to_the_toy():
-    assert imagefolder.NOTHING_PHRASES == world.NOTHING
+    assert imagefolder.NOTHING_PHRASES == edits.NOTHING

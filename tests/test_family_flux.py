@@ -205,7 +205,8 @@ def test_a_batch_is_its_items_one_by_one(families):
     with torch.no_grad():
         together = family.velocity(family.base, x, t, text, (ref,))
         apart = [
-            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.take([i]), (ref[i : i + 1],)) for i in range(3)
+            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.take([i]), (ref[i : i + 1],))
+            for i in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
 
@@ -220,7 +221,13 @@ def test_a_batch_is_its_items_one_by_one(families):
         {"shift": 1.0},
         {"shift": 3.0},
         {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096},
-        {"use_dynamic_shifting": True, "base_shift": 0.2, "max_shift": 2.0, "base_image_seq_len": 4, "max_image_seq_len": 64},
+        {
+            "use_dynamic_shifting": True,
+            "base_shift": 0.2,
+            "max_shift": 2.0,
+            "base_image_seq_len": 4,
+            "max_image_seq_len": 64,
+        },
     ],
     ids=["none", "fixed", "flux-dev", "steep"],
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from npedit.questions import ALIASES, EDIT_TYPES, NOTHING, OTHER, WORDINGS, known_edit_type, questions_for
-from npedit.toy import world
+from npedit.toy import edits
 
 ORDINARY = [t for t in EDIT_TYPES if t not in (NOTHING, "remove")]
 wordings = pytest.mark.parametrize("wording", list(WORDINGS))
@@ -82,4 +82,4 @@ def test_other_spellings_are_known():
 
 
 def test_every_toy_edit_has_questions():
-    assert set(world.EDIT_TYPES) <= set(EDIT_TYPES)
+    assert set(edits.EDIT_TYPES) <= set(EDIT_TYPES)

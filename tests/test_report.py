@@ -19,7 +19,8 @@ from npedit.checkpoint import CONFIG, MANIFEST, METRICS, append_row
 from npedit.errors import UserError
 from npedit.report import sheet, write_report
 from npedit.samples import write_samples
-from npedit.toy.world import EDIT_TYPES, render
+from npedit.toy.edits import EDIT_TYPES
+from npedit.toy.world import render
 
 
 def make_run(run, updates=60):

@@ -9,8 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from npedit.questions import questions_for
-from npedit.toy import world
-from npedit.toy.world import EDIT_TYPES, judge, read_scene, reading_of, render, sample_edit, sample_scene, sample_thing
+from npedit.toy import edits as language
+from npedit.toy import oracle, world
+from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.oracle import judge, read_scene, reading_of
+from npedit.toy.world import render, sample_scene, sample_thing
 
 EACH = 60  # edits of each type
 
@@ -247,10 +250,10 @@ def test_outside_change_counts_only_the_rest(edits, targets):
     references = render([e.reference for e in edits])
     for edit, a, b in zip(edits, references, targets, strict=True):
         if edit.edit_type in ("background", "style"):
-            assert world.outside_change(edit, b, a) is None
+            assert oracle.outside_change(edit, b, a) is None
         else:
-            assert world.outside_change(edit, b, a) == 0
-            assert world.outside_change(edit, b + 0.1, a) == pytest.approx(0.1, abs=1e-5)
+            assert oracle.outside_change(edit, b, a) == 0
+            assert oracle.outside_change(edit, b + 0.1, a) == pytest.approx(0.1, abs=1e-5)
 
 
 # ---- language
@@ -261,11 +264,11 @@ def words_of(text):
 
 
 def test_held_out_phrasings_are_others_of_the_same_words():
-    known = set().union(*(words_of(t) for ts in world.INSTRUCTIONS.values() for t in ts[: -world.HELD_OUT]))
-    training = {(k, t) for k, ts in world.INSTRUCTIONS.items() for t in ts[: -world.HELD_OUT]}
-    for kind, templates in world.INSTRUCTIONS.items():
-        assert len(set(templates)) == len(templates) > 2 * world.HELD_OUT - 1
-        for template in templates[-world.HELD_OUT :]:
+    known = set().union(*(words_of(t) for ts in language.INSTRUCTIONS.values() for t in ts[: -language.HELD_OUT]))
+    training = {(k, t) for k, ts in language.INSTRUCTIONS.items() for t in ts[: -language.HELD_OUT]}
+    for kind, templates in language.INSTRUCTIONS.items():
+        assert len(set(templates)) == len(templates) > 2 * language.HELD_OUT - 1
+        for template in templates[-language.HELD_OUT :]:
             assert (kind, template) not in training
             assert words_of(template) <= known, template
 
@@ -280,7 +283,7 @@ def test_sampled_instructions_come_from_their_own_half():
                 key = "add_at" if place else kind
                 fits = {
                     (key, t)
-                    for t in world.INSTRUCTIONS[key]
+                    for t in language.INSTRUCTIONS[key]
                     if t.format(x=edit.object, v=edit.value, p=place) == edit.instruction
                 }
                 assert fits, edit.instruction
@@ -289,15 +292,15 @@ def test_sampled_instructions_come_from_their_own_half():
 
     training, held_out = shapes(False), shapes(True)
     assert not training & held_out
-    assert held_out == {(k, t) for k, ts in world.INSTRUCTIONS.items() for t in ts[-world.HELD_OUT :]}
+    assert held_out == {(k, t) for k, ts in language.INSTRUCTIONS.items() for t in ts[-language.HELD_OUT :]}
 
 
 def test_captions_leave_things_out_and_never_lie(edits):
     """Shares over many scenes. If captions told all, distribution matching alone would solve the toy."""
     rng = random.Random(0)
     scenes = [sample_scene(rng) for _ in range(1500)]
-    captions = [world.caption_for(s, rng) for s in scenes]
-    assert all(world.described(c, reading_of(s)) for c, s in zip(captions, scenes, strict=True))
+    captions = [language.caption_for(s, rng) for s in scenes]
+    assert all(oracle.described(c, reading_of(s)) for c, s in zip(captions, scenes, strict=True))
     told = [c.partition(" on a ")[0].count(" and ") + 1 for c in captions]
     several = [(t, len(s.filled)) for t, s in zip(told, scenes, strict=True) if len(s.filled) > 1]
     assert 0.1 < share(t < n for t, n in several) < 0.5
@@ -306,13 +309,13 @@ def test_captions_leave_things_out_and_never_lie(edits):
     assert share(bool({"small", "large"} & set(c.split())) for c in captions) < 0.35
     patterned = [c for s, c in zip(scenes, captions, strict=True) if all(t.pattern != "solid" for t in s.cells if t)]
     assert 0.2 < share(not {"striped", "dotted"} & set(c.split()) for c in patterned) < 0.6
-    assert all(len(c.split()) <= world.CAPTION_WORDS for c in captions)
+    assert all(len(c.split()) <= language.CAPTION_WORDS for c in captions)
 
 
 def test_an_edits_captions_are_true_and_the_targets_tells_of_the_edit(edits):
     for edit in edits:
-        assert world.described(edit.source_caption, reading_of(edit.reference))
-        assert world.described(edit.target_caption, reading_of(edit.target))
+        assert oracle.described(edit.source_caption, reading_of(edit.reference))
+        assert oracle.described(edit.target_caption, reading_of(edit.target))
         if edit.edit_type in ("recolour", "replace", "background", "pattern") and edit.value not in ("solid",):
             assert edit.value in edit.target_caption.split()
         if edit.edit_type == "style" and edit.value != "day":
@@ -326,13 +329,13 @@ def test_described_sees_a_false_caption(edits):
     back = next(b for b in world.BACKGROUNDS if b != scene.background)
     place = next(p for i, p in enumerate(world.PLACES) if i not in scene.filled)
     name = f"{thing.colour} {thing.shape}"
-    assert world.described(f"a {name}", reading_of(scene))
+    assert oracle.described(f"a {name}", reading_of(scene))
     lies = (f"a {other} {thing.shape}", f"a {name} on a {back} background", f"a {name} at the {place}")
     for lie in (*lies, f"a {name} and a {name}"):
-        assert not world.described(lie, reading_of(scene)), lie
+        assert not oracle.described(lie, reading_of(scene)), lie
     for style, words in (("night", " at night"), ("fog", " in fog")):
-        assert world.described(f"a {name}{words}", reading_of(replace(scene, style=style)))
-        assert not world.described(f"a {name}{words}", reading_of(replace(scene, style="day")))
+        assert oracle.described(f"a {name}{words}", reading_of(replace(scene, style=style)))
+        assert not oracle.described(f"a {name}{words}", reading_of(replace(scene, style="day")))
 
 
 def test_every_edit_can_be_asked_about(edits):

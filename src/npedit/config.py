@@ -50,7 +50,7 @@ class CriticChoice(Settings):
     weights: str = EMBEDDED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: int = Field(0, ge=0)
-    wording: Literal["plain", "short"] = "short"
+    wording: Literal["plain", "short"] = "plain"
 
     def folder(self) -> str | Path:
         """The weights to open; "embedded" becomes the package's own folder."""

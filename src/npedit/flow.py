@@ -19,7 +19,9 @@ def _column(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def noised(x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+def noised(
+    x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]
+) -> Float[Tensor, "b c h w"]:
     """x_t = (1 - t) x0 + t eps."""
     s = _column(t, x0)
     return (1 - s) * x0 + s * eps
@@ -36,7 +38,8 @@ def clean(x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], t: Float[Ten
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """The noise shift of SD3 (arXiv 2403.03206, equation 23): t' = s t / (1 + (s - 1) t). It leaves 0 and 1 in place."""
+    """The noise shift of SD3 (arXiv 2403.03206, equation 23): t' = s t / (1 + (s - 1) t). It leaves 0 and 1 in
+    place."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -1,7 +1,9 @@
 """Edit type -> the Yes/No questions that the critic is asked about an edit, and the answers wanted.
 
-Two questions an edit: was the instruction carried out, and is all else unchanged? (NP-Edit, section 3, "VLM editing loss";
-the wording is ours.) Removal is verified on the edited image alone: "is the thing there?", wanted answer No. A "do nothing" item gets
+Two questions an edit: was the instruction carried out, and is all else unchanged? (NP-Edit, section 3, "VLM editing
+loss";
+the wording is ours.) Removal is verified on the edited image alone: "is the thing there?", wanted answer No. A "do
+nothing" item gets
 the identity question alone.
 """
 
@@ -89,7 +91,9 @@ def questions_for(edit_type: str, instruction: str, object: str = "", wording: s
         return (Question("identity", words["same"], pair, +1),)
     if kind == "remove":
         if not object:
-            raise ValueError(f"a removal needs the name of what is removed; got none for {instruction!r}. Fill 'object'.")
+            raise ValueError(
+                f"a removal needs the name of what is removed; got none for {instruction!r}. Fill 'object'."
+            )
         return (
             Question("edit", words["presence"].format(object=object), ("edited",), -1),
             Question("identity", words["identity_without"].format(object=object), pair, +1),

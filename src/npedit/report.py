@@ -233,7 +233,8 @@ def sheet(seed: int = 0) -> Image.Image:
     from PIL import ImageDraw, ImageFont
 
     from npedit.benchmarks.toy import to_pil
-    from npedit.toy.world import EDIT_TYPES, render, sample_edit
+    from npedit.toy.edits import EDIT_TYPES, sample_edit
+    from npedit.toy.world import render
 
     side, gap, line = 160, 12, 44
     edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]

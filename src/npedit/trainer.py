@@ -112,6 +112,10 @@ def _check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
                 f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
                 "add the column or set the weight of the loss that needs it to 0"
             )
+        if "edited" in needs and not getattr(data, "has_pairs", False):
+            raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
+        if "edited" not in needs and getattr(data, "has_pairs", False):
+            raise UserError(f"stages.{i}: {stage.step} trains without pairs; got data.name {recipe.data.name}; use toy")
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
         if height % multiple or width % multiple:

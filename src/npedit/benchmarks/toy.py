@@ -24,7 +24,9 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from npedit.toy.world import EDIT_TYPES, SIDE, Edit, judge, outside_change, read_scene, reading_of, render, sample_edit
+from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
+from npedit.toy.oracle import judge, outside_change, read_scene, reading_of
+from npedit.toy.world import SIDE, render
 
 EditFn = Callable[[Tensor, list[str]], Tensor]
 MEASURES = ("applied", "preserved", "both")

@@ -26,10 +26,12 @@ class Critic(ABC):
     @classmethod
     @abstractmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
-        """Open a Hub id or a local folder. `resolution` is the side in pixels that images are scaled to; 0 is the model's own.
+        """Open a Hub id or a local folder. `resolution` is the side in pixels that images are scaled to; 0 is the
+        model's own.
 
         Raises:
-            FileNotFoundError, ValueError: a part is missing, another model lies there, or Yes and No are not single tokens.
+            FileNotFoundError, ValueError: a part is missing, another model lies there, or Yes and No are not single
+            tokens.
         """
 
     @classmethod
@@ -39,7 +41,8 @@ class Critic(ABC):
 
     @abstractmethod
     def see(self, images: Tensor) -> list[Tensor]:
-        """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call it under
+        """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call
+        it under
         `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
@@ -58,7 +61,8 @@ class Critic(ABC):
 
 
 def answer_loss(margin: Tensor, answer: Tensor, inverse_temperature: float = 1.0) -> Tensor:
-    """-log p(answer) per question (b,), p = sigmoid(answer * inverse_temperature * margin); answer is +1 (Yes) or -1 (No).
+    """-log p(answer) per question (b,), p = sigmoid(answer * inverse_temperature * margin); answer is +1 (Yes) or -1
+    (No).
 
     Gradient flows to `margin`. Source: NP-Edit, section 3, the two-way form.
     """
@@ -72,7 +76,8 @@ def vocabulary_loss(logits: Tensor, answer: Tensor, yes: int, no: int, inverse_t
 
 
 def answer_token(tokenizer, prompt: str, word: str) -> int:
-    """The id of the one token that `word` becomes right after `prompt`, as the tokenizer really splits the two together.
+    """The id of the one token that `word` becomes right after `prompt`, as the tokenizer really splits the two
+    together.
 
     Raises:
         ValueError: the answer is not a single token there, or is an unknown word.

@@ -1,7 +1,8 @@
 """LLaVA-OneVision (arXiv 2408.03326), the paper's critic; the embedded toy critic is the same classes at toy size.
 
 Each image is scaled to the vision tower's square (no tiles), as LLaVA-OneVision treats images when it is shown several.
-The question and the images are laid out by the model's own chat template; the padding on the right, under causal attention, cannot
+The question and the images are laid out by the model's own chat template; the padding on the right, under causal
+attention, cannot
 reach the answer position, so no mask is needed.
 """
 
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlavaOnevisionConfig,
@@ -31,7 +32,26 @@ from transformers.utils import cached_file
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
-TINY_WORDS = "yes no answer paint make remove add a the red blue circle square dog fence it".split()
+TINY_WORDS = tuple(
+    [
+        "yes",
+        "no",
+        "answer",
+        "paint",
+        "make",
+        "remove",
+        "add",
+        "a",
+        "the",
+        "red",
+        "blue",
+        "circle",
+        "square",
+        "dog",
+        "fence",
+        "it",
+    ]
+)
 QUESTION_FIRST = (  # the chat template of the models that `new` makes
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>{% endif %}"
@@ -74,7 +94,9 @@ class LlavaOnevision(Critic):
                 raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
             kind = json.loads(config.read_text()).get("model_type")
             if kind != "llava_onevision":
-                raise ValueError(f"expected a llava_onevision model in {weights}; got {kind}. Choose that critic instead.")
+                raise ValueError(
+                    f"expected a llava_onevision model in {weights}; got {kind}. Choose that critic instead."
+                )
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(weights)
         processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights)
@@ -84,13 +106,16 @@ class LlavaOnevision(Critic):
     def tiny(cls, seed: int) -> Self:
         """Random weights: vision tower of 2 layers on 32 x 32 pixels, language model of 2 layers, words as tokens."""
         text = " ".join(WORDINGS["plain"].values()).replace("{", " ").replace("}", " ")
-        return cls.new(sorted({*re.findall(r"[a-z]+", text.lower()), *TINY_WORDS}), seed, vision=(32, 64, 2), text=(48, 96, 2))
+        return cls.new(
+            sorted({*re.findall(r"[a-z]+", text.lower()), *TINY_WORDS}), seed, vision=(32, 64, 2), text=(48, 96, 2)
+        )
 
     @classmethod
     def new(cls, words: Sequence[str], seed: int, vision: tuple[int, int, int], text: tuple[int, int, int]) -> Self:
         """An untrained model for 32 x 32 pixels in patches of 8, with one token a word (lower case, no punctuation).
 
-        `vision` and `text` are (width, feed-forward width, layers), four heads each. The chat template puts the question
+        `vision` and `text` are (width, feed-forward width, layers), four heads each. The chat template puts the
+        question
         before the images, so that under causal attention they can be read with it in mind.
         """
         torch.manual_seed(seed)
@@ -113,11 +138,15 @@ class LlavaOnevision(Critic):
             bos_token_id=None, tie_word_embeddings=False,
         )  # fmt: skip
         config = LlavaOnevisionConfig(
-            vision_config=tower, text_config=language, image_token_index=marks.index("<image>"), vision_feature_layer=-1,
+            vision_config=tower, text_config=language, image_token_index=marks.index("<image>"),
+            vision_feature_layer=-1,
             vision_feature_select_strategy="full", image_grid_pinpoints=[[side, side]], tie_word_embeddings=False,
         )  # fmt: skip
         processor = LlavaOnevisionImageProcessorPil(
-            size={"height": side, "width": side}, image_grid_pinpoints=[[side, side]], image_mean=[0.5] * 3, image_std=[0.5] * 3
+            size={"height": side, "width": side},
+            image_grid_pinpoints=[[side, side]],
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
         )
         model = LlavaOnevisionForConditionalGeneration(config)
         return cls(model, tokenizer, processor, QUESTION_FIRST, torch.device("cpu"))
@@ -132,14 +161,16 @@ class LlavaOnevision(Critic):
     def pixels(self, images: Tensor) -> Tensor:
         """The image processor's work in torch, differentiable: bicubic with antialias to the square, then normalise.
 
-        As Pillow does it: the longer side first, then the other, and each result is held to [0, 1].
+        As Pillow does it: the width first, then the height, each result held to [0, 1]. (From version 13 on, Pillow
+        takes
+        some tall pictures' height first; that differs where a hard edge overshoots.)
         """
         images = images.clamp(0, 1)
-        height, width = images.shape[-2:]
-        first = (self.side, width) if height > width else (height, self.side)
-        for size in (first, (self.side, self.side)):
+        for size in ((images.shape[-2], self.side), (self.side, self.side)):
             if images.shape[-2:] != size:
-                images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+                images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(
+                    0, 1
+                )
         mean = torch.tensor(self.processor.image_mean, device=images.device)[:, None, None]
         std = torch.tensor(self.processor.image_std, device=images.device)[:, None, None]
         return (images - mean) / std

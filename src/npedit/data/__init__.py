@@ -1,6 +1,8 @@
 """What feeds training: `Example` and `Batch`, and the sources that make them (`imagefolder`, `toy`).
 
-There is no field for an edited image. Nothing in this folder opens one.
+`Batch` has no field for an edited image, and no source of `Batch` opens one. `PairedBatch`, for supervised baselines,
+comes from
+`toy_pairs` alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ class Example:
     def doing_nothing(self, instruction: str) -> Example:
         """The same picture with an instruction to leave it alone; its wanted result is described by its own caption."""
         return Example(
-            self.id, self.reference, instruction, NOTHING, "", self.source_caption, self.source_caption or self.target_caption
+            self.id,
+            self.reference,
+            instruction,
+            NOTHING,
+            "",
+            self.source_caption,
+            self.source_caption or self.target_caption,
         )
 
 
@@ -47,6 +55,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PairedBatch(Batch):
+    """A batch with the true edited images (b, 3, H, W). No step of NP-Edit takes one."""
+
+    edited: Tensor
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:

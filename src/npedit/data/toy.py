@@ -14,7 +14,8 @@ from torch import Tensor
 
 from npedit.config import Settings as Base
 from npedit.data import Batch, Example, collate
-from npedit.toy.world import NOTHING, SIDE, Edit, render, sample_edit
+from npedit.toy.edits import NOTHING, Edit, sample_edit
+from npedit.toy.world import SIDE, render
 
 
 class Settings(Base):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 
@@ -97,4 +98,9 @@ class Family(ABC):
 
     @abstractmethod
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
-        """v at (x, t): x (b, c, h, w), t (b,) in [0, 1], references are latents (b, c, h', w'). Gradient flows to all."""
+        """v at (x, t): x (b, c, h, w), t (b,) in [0, 1], references are latents (b, c, h', w'). Gradient flows to
+        all."""
+
+    @abstractmethod
+    def few_step_scheduler(self, shift: float) -> SchedulerMixin:
+        """The diffusers scheduler to save beside a few-step editor: this family's own, with the shift fixed."""

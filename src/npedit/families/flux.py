@@ -3,7 +3,8 @@
 - time: the net is given t itself; its output is v, no sign change.
 - layout: latents are packed 2 x 2 into tokens; `img_ids` holds (0, row, column) for each.
 - text: T5 sequence (padding attended to, as FLUX does) and CLIP's pooled vector; dev embeds a guidance scale.
-- references: packed likewise and appended after the picture's tokens, with the ids' first coordinate 1, 2, ...; the net's
+- references: packed likewise and appended after the picture's tokens, with the ids' first coordinate 1, 2, ...; the
+  net's
   output on them is dropped. This is how FLUX.1-Kontext (arXiv 2506.15742) does it; no new weight is needed.
 """
 
@@ -60,11 +61,15 @@ class Flux(Family):
                 raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
             found = json.loads(index.read_text()).get("_class_name")
             if found != "FluxPipeline":
-                raise ValueError(f"expected a FluxPipeline in {weights}; got {found}. Choose that family instead of flux.")
+                raise ValueError(
+                    f"expected a FluxPipeline in {weights}; got {found}. Choose that family instead of flux."
+                )
             missing = [part for part in PARTS if not (Path(weights) / part).is_dir()]
             if missing:
-                raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
-        return cls(FluxPipeline.from_pretrained(weights, torch_dtype=dtype), device)
+                raise FileNotFoundError(
+                    f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}"
+                )
+        return cls(FluxPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -72,7 +77,8 @@ class Flux(Family):
         torch.manual_seed(seed)
         marks = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1}
         clip = CLIPTextConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=128,
             bos_token_id=2, **marks,
         )  # fmt: skip
         t5 = T5Config(d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3, dropout_rate=0.0, **marks)
@@ -82,7 +88,8 @@ class Flux(Family):
             shift_factor=0.1, scaling_factor=1.3, use_quant_conv=False, use_post_quant_conv=False,
         )  # fmt: skip
         net = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2,
             joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=seed % 2 == 1, axes_dims_rope=(4, 6, 6),
         )  # fmt: skip
         pipe = FluxPipeline(
@@ -98,7 +105,7 @@ class Flux(Family):
 
     def open_net(self, folder: Path) -> nn.Module:
         """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=self.pipe.transformer.dtype).to(self.device)
+        return FluxTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
@@ -127,7 +134,9 @@ class Flux(Family):
     def decode(self, latents: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         vae: AutoencoderKL = self.pipe.vae
-        return (vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1) / 2
+        return (
+            vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
+        ) / 2
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
@@ -164,7 +173,9 @@ def _pack(x: Tensor) -> Tensor:
 
 def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     b, _, d = tokens.shape
-    return tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * rows, 2 * columns)
+    return (
+        tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * rows, 2 * columns)
+    )
 
 
 def _ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:

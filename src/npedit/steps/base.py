@@ -1,6 +1,7 @@
 """What every way to train shares. One file in this folder is one way; none imports another.
 
-A step owns its learners and nothing else that changes: all its randomness comes from (seed, update), so a resumed run repeats
+A step owns its learners and nothing else that changes: all its randomness comes from (seed, update), so a resumed run
+repeats
 itself bit for bit.
 """
 
@@ -61,6 +62,8 @@ class Step(ABC):
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `extra_state` gave."""
+        if state:
+            raise ValueError(f"expected no state beside the learners'; got {', '.join(state)}")
 
 
 class Clock:

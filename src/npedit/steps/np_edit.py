@@ -14,20 +14,20 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from npedit import dmd, flow
 from npedit.config import Settings
 from npedit.critics.base import answer_loss, vocabulary_loss
 from npedit.data import Batch
+from npedit.errors import nearest
 from npedit.generator import draft, fresh_noise, seeded, training_times
 from npedit.learner import Learner, LearnerSettings
-from npedit.questions import NOTHING, questions_for
+from npedit.questions import EDIT_TYPES, NOTHING, questions_for
 from npedit.steps.base import Clock, Parts
 from npedit.steps.base import Step as Base
 
@@ -53,6 +53,16 @@ class NpEditSettings(Settings):
     student: LearnerSettings = LearnerSettings()
     fake: LearnerSettings = LearnerSettings()
 
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        """Refuse what the range of one value alone cannot tell."""
+        if self.t_min > self.t_max:
+            raise ValueError(f"expected t_min <= t_max; got {self.t_min} and {self.t_max}")
+        for name in self.guidance_by_type:
+            if name not in EDIT_TYPES:
+                raise ValueError(f"expected edit types in guidance_by_type; got {name!r}.{nearest(name, EDIT_TYPES)}")
+        return self
+
 
 class Step(Base):
     """See the module's head."""
@@ -74,7 +84,9 @@ class Step(Base):
     @classmethod
     def needs(cls, settings: NpEditSettings) -> frozenset[str]:
         """The critic unless its weight is zero; the wanted result's caption for DMD."""
-        return frozenset({"critic"} if settings.critic_weight else ()) | ({"target_caption"} if settings.dmd_weight else set())
+        return frozenset({"critic"} if settings.critic_weight else ()) | (
+            {"target_caption"} if settings.dmd_weight else set()
+        )
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One update of everything; see the module's head."""
@@ -99,7 +111,9 @@ class Step(Base):
                 x0 = self._draft(batch, update, generator)
             t = torch.rand(len(batch), generator=generator).to(x0.device)
             (eps,) = fresh_noise(x0, 1, generator)
-            v = family.velocity(self.learners["fake"].net, flow.noised(x0, eps, t), t, family.encode_text(batch.target_captions))
+            v = family.velocity(
+                self.learners["fake"].net, flow.noised(x0, eps, t), t, family.encode_text(batch.target_captions)
+            )
             value = dmd.fake_loss(v, x0, eps)
             values.append(float(value.detach()))
             return value
@@ -152,7 +166,10 @@ class Step(Base):
                 from_critic, answered = self._critic_gradient(batch, x0, update)
             metrics |= answered
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
-        metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = float(from_dmd.norm()), float(from_critic.norm())
+        metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = (
+            float(from_dmd.norm()),
+            float(from_critic.norm()),
+        )
         gradient = from_dmd + from_critic
         still = torch.tensor([kind == NOTHING for kind in batch.edit_types], device=x0.device)
         if s.copy_weight and still.any():
@@ -188,6 +205,8 @@ class Step(Base):
             for q in questions_for(kind, words, thing, self.parts.wording)
             if q.kind == "edit" or s.identity_weight
         ]
+        if not asked:  # "do nothing" items alone, and identity_weight is 0
+            return torch.zeros_like(x0, dtype=torch.float32), {}
         looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
         logits = critic.logits([q.text for _, q in asked], looks)
         margin = logits[:, critic.yes] - logits[:, critic.no]
@@ -199,7 +218,9 @@ class Step(Base):
             losses = vocabulary_loss(logits, answer, critic.yes, critic.no, ramp)
         weight = torch.tensor([1.0 if q.kind == "edit" else s.identity_weight for _, q in asked], device=margin.device)
         (gradient,) = torch.autograd.grad((weight * losses).sum() / len(batch), latents)
-        return s.critic_weight * gradient.float(), self._answers(batch, asked, margin.detach() * answer, losses.detach(), ramp)
+        return s.critic_weight * gradient.float(), self._answers(
+            batch, asked, margin.detach() * answer, losses.detach(), ramp
+        )
 
     @staticmethod
     def _answers(batch: Batch, asked: list, right: Tensor, losses: Tensor, ramp: float) -> dict[str, float]:
@@ -216,12 +237,14 @@ class Step(Base):
         return metrics
 
     def _critic_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
-        """With `balance: match`, what brings the critic's gradient to `critic_weight` times DMD's, over a run of updates."""
+        """With `balance: match`, what brings the critic's gradient to `critic_weight` times DMD's, over a run of
+        updates."""
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
         now = torch.stack([from_critic.norm() / s.critic_weight, from_dmd.norm()]).cpu()
-        self.sizes = now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
+        if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
+            self.sizes = now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
         return float(self.sizes[1] / self.sizes[0].clamp_min(1e-12))
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -231,4 +254,3 @@ class Step(Base):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
         self.sizes = state["sizes"].clone()
-

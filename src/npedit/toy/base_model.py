@@ -1,4 +1,5 @@
-"""Teach the toy's text-to-image model: an ordinary diffusers `FluxPipeline` (transformer, T5, CLIP, VAE) at toy size."""
+"""Teach the toy's text-to-image model: an ordinary diffusers `FluxPipeline` (transformer, T5, CLIP, VAE) at toy
+size."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from npedit import flow
 from npedit.families.base import Text
 from npedit.families.flux import Flux
+from npedit.toy.edits import caption_for, full_caption, sample_edit
 from npedit.toy.fit import fit
+from npedit.toy.oracle import described, read_scene
 from npedit.toy.words import EOS, PAD, new_tokenizer, vocabulary
-from npedit.toy.world import caption_for, described, read_scene, render, sample_edit, sample_scene
+from npedit.toy.world import render, sample_scene
 
 TEXT_LENGTH = 24
 SHIFT = 2.0
@@ -44,7 +47,9 @@ def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
         guidance_embeds=False, axes_dims_rope=(8, 16, 16),
     )  # fmt: skip
     for name, part in net.named_modules():
-        if isinstance(part, nn.Linear) and (name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) or name == "proj_out"):
+        if isinstance(part, nn.Linear) and (
+            name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) or name == "proj_out"
+        ):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
     return FluxPipeline(
@@ -59,7 +64,8 @@ def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
 
 
 def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
-    """Flow matching on captioned scenes, text encoders and transformer together; 10 % of the captions are dropped."""
+    """Flow matching on captioned scenes, text encoders and transformer together; half of the captions tell all, 10 %
+    nothing."""
     torch.manual_seed(seed)
     pipe = new_pipeline(vae)
     family = Flux(pipe, torch.device("cpu"))
@@ -71,7 +77,9 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         chosen = [rng.randrange(scenes) for _ in range(64)]
-        captions = ["" if rng.random() < 0.1 else caption_for(world[i], rng) for i in chosen]
+        captions = [
+            "" if rng.random() < 0.1 else rng.choice((caption_for, full_caption))(world[i], rng) for i in chosen
+        ]
         x0 = latents[chosen]
         eps = torch.randn(x0.shape, generator=generator)
         t = flow.shifted(torch.rand(len(x0), generator=generator), SHIFT)

@@ -1,9 +1,11 @@
 """Teach the toy's critic: an ordinary transformers LLaVA-OneVision at toy size (SigLIP + Qwen2).
 
-Yes/No alone leaves a small model blind to images for a long time, so linear heads, thrown away at the end, teach it what
-the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the language
-model's states of the second image), what it should hold after the edit and whether it does (there too), and what the
-instruction names (at the answer position).
+Yes/No alone leaves a small model blind to images for a long time, so linear heads, thrown away at the end, teach it
+what
+the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
+language
+model's states of the second image), what it should hold after the edit and what is wrong with it (there too), and what
+the instruction names (at the answer position).
 """
 
 from __future__ import annotations
@@ -19,12 +21,24 @@ from torch.nn import functional as F
 
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.questions import NOTHING, questions_for
+from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.fit import fit
+from npedit.toy.oracle import faults, goal, judge, reading_of
 from npedit.toy.words import MARKS, new_tokenizer, vocabulary
 from npedit.toy.world import (
-    BACKGROUNDS, COLOURS, EDIT_TYPES, PATTERNS, PLACES, SHAPES, SIDE, SIZES, STYLES, Edit, Scene, goal, judge, reading_of,
-    render, sample_edit, sample_scene, sample_thing,
-)  # fmt: skip
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SIDE,
+    SIZES,
+    STYLES,
+    Scene,
+    render,
+    sample_scene,
+    sample_thing,
+)
 
 PATCH = 8
 VALUES = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES, "")
@@ -45,7 +59,11 @@ def new_critic(seed: int) -> LlavaOnevision:
 def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scene:
     """The scene with one thing changed that no edit asked for, outside the cells in `spare` where that can be done."""
     open_cells = [i for i in range(4) if i not in spare]
-    kind = rng.choice(("cell", "cell", "cell", "background", "style")) if open_cells else rng.choice(("background", "style"))
+    kind = (
+        rng.choice(("cell", "cell", "cell", "background", "style"))
+        if open_cells
+        else rng.choice(("background", "style"))
+    )
     if kind == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
     if kind == "style":
@@ -54,7 +72,9 @@ def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scen
     thing = scene.cells[cell]
     if thing is None or rng.random() < 0.2:
         return scene.with_cell(cell, sample_thing(rng) if thing is None else None)
-    field, values = rng.choice((("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS), ("size", tuple(SIZES))))
+    field, values = rng.choice(
+        (("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS), ("size", tuple(SIZES)))
+    )
     value = rng.choice([v for v in values if v != getattr(thing, field)])
     changed = replace(thing, **{field: value})
     if field == "size":
@@ -115,7 +135,12 @@ def candidate(edit: Edit, rng: random.Random) -> Scene:
         scene = sample_scene(rng)
     if rng.random() < 0.3:  # the same things, drawn anew a little aside
         things = [
-            t and replace(t, dx=max(-0.8, min(0.8, t.dx + rng.uniform(-0.4, 0.4))), dy=max(-0.8, min(0.8, t.dy + rng.uniform(-0.4, 0.4))))
+            t
+            and replace(
+                t,
+                dx=max(-0.8, min(0.8, t.dx + rng.uniform(-0.4, 0.4))),
+                dy=max(-0.8, min(0.8, t.dy + rng.uniform(-0.4, 0.4))),
+            )
             for t in scene.cells
         ]
         scene = replace(scene, cells=tuple(things))
@@ -123,8 +148,11 @@ def candidate(edit: Edit, rng: random.Random) -> Scene:
 
 
 @torch.no_grad()
-def damaged(images: Tensor, vae: AutoencoderKL, rng: random.Random, generator: torch.Generator, share: float = 0.6) -> Tensor:
-    """Some of the images as a generator might leave them: through the VAE with noisy latents, noisy, soft, off in colour."""
+def damaged(
+    images: Tensor, vae: AutoencoderKL, rng: random.Random, generator: torch.Generator, share: float = 0.6
+) -> Tensor:
+    """Some of the images as a generator might leave them: through the VAE with noisy latents, noisy, soft, off in
+    colour."""
     images = images.clone()
     kinds = [rng.choice(("vae", "vae", "noise", "blur", "tint")) if rng.random() < share else "" for _ in images]
     rows = [i for i, k in enumerate(kinds) if k == "vae"]
@@ -144,7 +172,8 @@ def damaged(images: Tensor, vae: AutoencoderKL, rng: random.Random, generator: t
     return images.clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------------------------------------- what is
+# asked
 
 
 def asked_about(edit: Edit, seen: Scene) -> list[tuple[str, int, bool]]:
@@ -167,7 +196,9 @@ def asked_of_one(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     for field, values in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS)):
         if rng.random() < 0.3:
             words[field] = rng.choice(values)
-    keep = rng.choice((("colour", "shape"), ("colour", "shape"), ("shape",), ("colour",), ("pattern", "colour", "shape")))
+    keep = rng.choice(
+        (("colour", "shape"), ("colour", "shape"), ("shape",), ("colour",), ("pattern", "colour", "shape"))
+    )
     names = [words[k] for k in keep]
     truth = any(t is not None and set(names) <= set(t.look) for t in scene.cells)
     text = " ".join([n for n in names if n != "solid"] + ([] if "shape" in keep else ["shape"]))
@@ -196,11 +227,12 @@ class _Heads(nn.Module):
     def __init__(self, text: int):
         super().__init__()
         self.sizes = [len(names) for names in LOOKS] + [len(BACKGROUNDS), len(STYLES)]
-        self.cell = nn.Linear(text, 3 * sum(self.sizes) + 4)  # own, the other's, wanted; as wanted, as before (cell, whole)
+        self.cell = nn.Linear(text, 3 * sum(self.sizes) + 4)  # own, the other's, wanted; faults
         self.answer = nn.Linear(text, 5 + len(VALUES))
 
     def cells(self, out: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of per-cell predictions out (n, 4 cells, 4 patches, sum(sizes)) for labels (n, 4, HELD)."""
+        """Mean cross-entropy of per-cell predictions out (n, 4 cells, 4 patches, sum(sizes)) for labels (n, 4,
+        HELD)."""
         losses = []
         for k, logits in enumerate(out.split(self.sizes, -1)):
             target = labels[:, :, None, k].expand(logits.shape[:3])
@@ -214,7 +246,9 @@ def _by_cell(tokens: Tensor) -> Tensor:
     return tokens.view(n, 2, 2, 2, 2, d).permute(0, 1, 3, 2, 4, 5).reshape(n, 4, 4, d)
 
 
-def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pairs: int = 28, singles: int = 16) -> LlavaOnevision:
+def teach_critic(
+    folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pairs: int = 28, singles: int = 16
+) -> LlavaOnevision:
     """Train the critic on `pairs` edits (both questions each) and `singles` presence questions a step."""
     critic = new_critic(seed)
     model = critic.model.requires_grad_(True)
@@ -263,15 +297,21 @@ def teach_critic(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pa
         firsts, seconds = labels[[a for a, _, _ in rows]], labels[[b for _, b, _ in rows]]
         goals = _labels([_goal(edits[a], after[a]) for a, _, _ in rows])
         cross = heads.cells(own, seconds) + heads.cells(other, firsts) + heads.cells(wanted, goals)
-        same = torch.stack([_agree(seconds, goals), _agree(seconds, firsts)], -1).flatten(-2)
-        match = F.binary_cross_entropy_with_logits(bits, same[:, :, None].expand_as(bits))
+        wrong = torch.tensor([_faults(edits[a], after[a]) for a, _, _ in rows])
+        match = F.binary_cross_entropy_with_logits(bits, wrong[:, :, None].expand_as(bits))
         told = [i for i, f in enumerate(facts) if f is not None]
         named, value = heads.answer(states[-2][torch.arange(len(last)), last][told]).split([5, len(VALUES)], 1)
         about = torch.tensor([facts[i] for i in told])
         final = F.cross_entropy(named, about[:, 0]) + F.cross_entropy(value, about[:, 1])
         correct = ((logits[:, critic.yes] > logits[:, critic.no]) == truth).float()
         pairs_right = correct[told].mean()
-        figures = {"right": float(pairs_right), "dense": float(dense.detach()), "cross": float(cross.detach()), "match": float(match.detach()), "final": float(final.detach())}
+        figures = {
+            "right": float(pairs_right),
+            "dense": float(dense.detach()),
+            "cross": float(cross.detach()),
+            "match": float(match.detach()),
+            "final": float(final.detach()),
+        }
         return 2 * answers + 0.3 * dense + 0.2 * cross + 2 * match + 0.3 * final, figures
 
     learned = nn.ModuleDict({"model": model, "heads": heads})
@@ -289,14 +329,21 @@ def _goal(edit: Edit, seen: Scene) -> Scene:
     return scene
 
 
-def _agree(a: Tensor, b: Tensor) -> Tensor:
-    """Labels (n, 4, HELD) twice -> (n, 4, 2) floats: is the cell alike, are background and style?"""
-    same = a == b
-    return torch.stack([same[..., : len(LOOKS)].all(-1), same[..., len(LOOKS) :].all(-1)], -1).float()
+def _faults(edit: Edit, seen: Scene) -> list[list[float]]:
+    """For each cell: is a fact that was asked for missing there, is one disturbed there, and the same of the whole
+    scene."""
+    undone, disturbed = faults(edit, reading_of(seen))
+    whole = {"background", "style"}
+    return [
+        [float(any(f.startswith(f"{i}.") for f in some)) for some in (undone, disturbed)]
+        + [float(bool(some & whole)) for some in (undone, disturbed)]
+        for i in range(4)
+    ]
 
 
 def _facts(edit: Edit, images: int) -> tuple[int, int]:
-    """What the answer position should know: the cell that the instruction names (4: none), and the value it asks for."""
+    """What the answer position should know: the cell that the instruction names (4: none), and the value it asks
+    for."""
     named = edit.cell if images == 2 and edit.cell >= 0 else 4
     return named, VALUES.index(edit.value or (PLACES[edit.to_cell] if edit.to_cell >= 0 else ""))
 
@@ -306,11 +353,12 @@ def _facts(edit: Edit, images: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def examine(critic: LlavaOnevision, vae: AutoencoderKL, count: int, seed: int, damage: bool) -> dict[str, float]:
-    """Share of right answers on held-out scenes and phrasings, by kind of question ("edit/add", "identity", "presence", "same")."""
+    """Share of right answers on held-out scenes and phrasings, by kind of question ("edit/add", "identity",
+    "presence", "same")."""
     rng = random.Random(f"held-out/critic/{seed}")
     generator = torch.Generator().manual_seed(seed)
     right: dict[str, list[bool]] = {}
-    for start in range(0, count, 36):
+    for _ in range(0, count, 36):
         edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)], held_out=True) for i in range(36)]
         after = [candidate(e, rng) for e in edits]
         images = render([e.reference for e in edits] + after)
@@ -322,7 +370,9 @@ def examine(critic: LlavaOnevision, vae: AutoencoderKL, count: int, seed: int, d
             asked = asked_about(edit, scene)
             same = questions_for(NOTHING, "", "", "short")[0].text
             asked.append((same, 2, reading_of(scene) == reading_of(edit.reference)))
-            for (text, images_shown, truth), kind in zip(asked, (f"edit/{edit.edit_type}", f"identity/{edit.edit_type}", "same")):
+            for (text, images_shown, truth), kind in zip(
+                asked, (f"edit/{edit.edit_type}", f"identity/{edit.edit_type}", "same")
+            ):
                 texts.append(text)
                 truths.append(truth)
                 kinds.append(kind)

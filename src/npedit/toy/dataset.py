@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from npedit.errors import UserError
-from npedit.toy.world import render, sample_edit
+from npedit.toy.edits import sample_edit
+from npedit.toy.world import render
 
 
 def _save(picture: Tensor, path: Path) -> None:

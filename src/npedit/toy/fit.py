@@ -34,7 +34,8 @@ def fit(
     """Train `module` in place with AdamW, linear warm-up and cosine decay to zero; leave the EMA weights in it.
 
     `loss(step, rng, generator)` returns a scalar and figures to show. Both sources of randomness are seeded from (seed,
-    step), so a run that was stopped and started again repeats itself. State lies in `folder/NAME.state.pt`, written aside
+    step), so a run that was stopped and started again repeats itself. State lies in `folder/NAME.state.pt`, written
+    aside
     and renamed; a finished part is not trained again.
     """
     path = folder / f"{name}.state.pt"
@@ -51,7 +52,8 @@ def fit(
     def save(step: int) -> None:
         aside = path.with_suffix(".tmp")
         torch.save(
-            {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, aside
+            {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step},
+            aside,
         )
         os.replace(aside, path)
 

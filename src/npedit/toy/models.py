@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 
 def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
-    """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json` holds."""
+    """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json`
+    holds."""
     folder.mkdir(parents=True, exist_ok=True)
     steps = STEPS | (steps or {})
     if not (folder / "vae").is_dir():

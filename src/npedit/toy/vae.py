@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from npedit.toy.edits import sample_edit
 from npedit.toy.fit import fit
-from npedit.toy.world import render, sample_edit, sample_scene
+from npedit.toy.world import render, sample_scene
 
 
 def new_vae() -> AutoencoderKL:

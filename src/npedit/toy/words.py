@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from npedit.questions import WORDINGS
-from npedit.toy.world import BACKGROUNDS, COLOURS, INSTRUCTIONS, NOTHING, PATTERNS, PLACES, SHAPES, SIZES, STYLES
+from npedit.toy.edits import INSTRUCTIONS, NOTHING
+from npedit.toy.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, SIZES, STYLES
 
 MARKS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
 SPARE = 24  # vocabulary rows left free for words to come
@@ -18,8 +19,20 @@ SAME = {"color": "colour", "recolor": "recolour", "gray": "grey", "foggy": "fog"
 def vocabulary() -> list[str]:
     """Every word of captions, instructions and short questions, after the special tokens."""
     text = [t for templates in INSTRUCTIONS.values() for t in templates]
-    text += [*NOTHING, *WORDINGS["short"].values(), *SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES]
-    text.append("a and on background at night in fog shape yes no answer the is there which what cell holds nothing")
+    text += [
+        *NOTHING,
+        *WORDINGS["short"].values(),
+        *SHAPES,
+        *COLOURS,
+        *PATTERNS,
+        *SIZES,
+        *BACKGROUNDS,
+        *STYLES,
+        *PLACES,
+    ]
+    text.append(
+        "a and on background at night in fog shape yes no answer the is there which what cell holds nothing from"
+    )
     words = sorted({w for line in text for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", line))})
     return [*MARKS, *words, *(f"<spare{i}>" for i in range(SPARE))]
 

@@ -1,0 +1,33 @@
+"""The toy world with its true edits: the same items as `toy`, and each one's edited image. For supervised baselines
+only."""
+
+from __future__ import annotations
+
+import random
+
+from npedit.config import Settings as Base
+from npedit.data import PairedBatch
+from npedit.data.toy import Settings as ToySettings
+from npedit.data.toy import Source as ToySource
+from npedit.toy.edits import sample_edit
+from npedit.toy.world import render
+
+
+class Settings(Base):
+    """None: there is nothing to set."""
+
+
+class Source(ToySource):
+    """An endless stream of paired toy items; item i is the edit of `toy`'s item i, never "do nothing"."""
+
+    has_pairs = True
+
+    def __init__(self, settings: Settings, seed: int):
+        super().__init__(ToySettings(nothing_share=0.0), seed)
+
+    def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> PairedBatch:
+        """The index-th batch of this rank, with edited images (size, 3, 32, 32) in [0, 1]."""
+        batch = super().batch(index, size, rank, world)
+        first = (index * world + rank) * size
+        edits = [sample_edit(random.Random(f"{self.seed}/{i}")) for i in range(first, first + size)]
+        return PairedBatch(**vars(batch), edited=render([e.target for e in edits]))

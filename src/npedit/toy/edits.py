@@ -1,0 +1,219 @@
+"""Edits of the toy world and its language: instructions in many phrasings, captions that leave things out.
+
+Captions leave out what real captions leave out: nearly always where things are and how large, often the pattern, now
+and
+then a whole thing or the background. So a caption alone does not determine an edit, and the critic is needed.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from npedit.toy.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Scene,
+    sample_scene,
+    sample_thing,
+)  # fmt: skip
+
+EDIT_TYPES = ("add", "remove", "replace", "recolour", "pattern", "background", "move", "resize", "style")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of one scene. `cell` is the thing's cell (-1: none), `to_cell` where it goes (-1: any empty cell, or
+    none)."""
+
+    edit_type: str
+    reference: Scene
+    target: Scene
+    cell: int
+    to_cell: int
+    value: str  # the new shape, colour, pattern, size, background or style; "" if the edit has none
+    instruction: str
+    object: str  # the thing as the instruction calls it, with its article left out
+    source_caption: str
+    target_caption: str
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Cells that the edit may change; all four for background and style."""
+        if self.edit_type in ("background", "style"):
+            return 0, 1, 2, 3
+        return tuple(i for i in range(4) if self.reference.cells[i] != self.target.cells[i])
+
+
+def _name(scene: Scene, cell: int, rng: random.Random) -> str:
+    """What an instruction calls a thing: enough words to tell it from the others in the scene."""
+    thing = scene.cells[cell]
+    others = [scene.cells[i] for i in scene.filled if i != cell]
+    names = [f"{thing.colour} {thing.shape}"] * 2
+    if all(o.shape != thing.shape for o in others):
+        names.append(thing.shape)
+    if all(o.colour != thing.colour for o in others):
+        names.append(f"{thing.colour} shape")
+    if thing.pattern != "solid":
+        names.append(f"{thing.pattern} {thing.colour} {thing.shape}")
+    return rng.choice(names)
+
+
+# --------------------------------------------------------------------------------------------------------- language
+
+# The last two of each list are held out of training. They use only words that others use.
+INSTRUCTIONS = {
+    "add": ("add a {x}", "put a {x} in the picture", "draw a {x}", "insert a {x}", "place a {x} in the scene",
+            "put a {x} in the scene", "add a {x} to the picture"),
+    "add_at": ("add a {x} at the {p}", "put a {x} at the {p}", "draw a {x} in the {p}", "insert a {x} at the {p}",
+               "put a {x} in the {p}", "draw a {x} at the {p}"),
+    "remove": ("remove the {x}", "delete the {x}", "erase the {x}", "take the {x} away", "get rid of the {x}",
+               "take away the {x}", "remove the {x} in the picture"),
+    "replace": ("replace the {x} with a {v}", "turn the {x} into a {v}", "swap the {x} for a {v}",
+                "change the shape of the {x} to a {v}", "make the {x} a {v}",
+                "change the {x} into a {v}", "turn the shape of the {x} into a {v}"),
+    "recolour": ("paint the {x} {v}", "make the {x} {v}", "turn the {x} {v}", "change the colour of the {x} to {v}",
+                 "recolour the {x} to {v}", "change the {x} to {v}", "make the colour of the {x} {v}"),
+    "pattern": ("make the {x} {v}", "give the {x} a {v} pattern", "turn the {x} {v}",
+                "change the pattern of the {x} to {v}", "put a {v} pattern on the {x}",
+                "change the {x} to {v}", "make the pattern of the {x} {v}"),
+    "background": ("make the background {v}", "change the background to {v}", "paint the background {v}",
+                   "turn the background {v}", "replace the background with {v}",
+                   "change the colour of the background to {v}", "make the colour of the background {v}"),
+    "move": ("move the {x} to the {v}", "put the {x} at the {v}", "shift the {x} to the {v}",
+             "place the {x} in the {v}", "move the {x} into the {v}",
+             "put the {x} in the {v}", "place the {x} at the {v}"),
+    "resize": ("make the {x} {v}", "change the size of the {x} to {v}", "resize the {x} to {v}", "turn the {x} {v}",
+               "change the {x} to {v}", "make the size of the {x} {v}"),
+    "style": ("make it {v}", "change the scene to {v}", "turn the picture into {v}", "make the scene {v}",
+              "change the picture to {v}", "turn the scene into {v}"),
+}  # fmt: skip
+HELD_OUT = 2
+CAPTION_WORDS = 23  # no caption is longer
+NOTHING = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
+
+
+def instruction_for(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:
+    """An instruction from the training templates, or (`held_out`) from those kept out of training."""
+    templates = INSTRUCTIONS["add_at" if edit_type == "add" and place else edit_type]
+    chosen = rng.choice(templates[-HELD_OUT:] if held_out else templates[:-HELD_OUT])
+    return chosen.format(x=name, v=value, p=place)
+
+
+def full_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption that tells of every thing and its place, as a dense captioner would; now and then of pattern and
+    size."""
+    return caption_for(scene, rng, scene.filled, ("place",))
+
+
+def caption_for(scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = ()) -> str:
+    """A caption that leaves things out. `tell` are cells always told of; `also` facts always told ("background",
+    "style", "pattern", "size", "place"; the last three concern the cells in `tell`)."""
+    told = [c for c in scene.filled if c in tell or rng.random() < 0.85] or [rng.choice(scene.filled)]
+    rng.shuffle(told)
+    while True:
+        caption = _caption(scene, rng, told, tell, also)
+        if len(caption.split()) <= CAPTION_WORDS:
+            return caption
+
+
+def _caption(scene: Scene, rng: random.Random, told: list[int], tell: tuple[int, ...], also: tuple[str, ...]) -> str:
+    phrases = []
+    for cell in told:
+        thing, sure = scene.cells[cell], cell in tell
+        words = []
+        if (sure and "size" in also) or rng.random() < 0.1:
+            words.append(thing.size)
+        if thing.pattern != "solid" and ((sure and "pattern" in also) or rng.random() < 0.5):
+            words.append(thing.pattern)
+        phrase = " ".join(["a", *words, thing.colour, thing.shape])
+        if (sure and "place" in also) or rng.random() < 0.1:
+            phrase += f" at the {PLACES[cell]}"
+        phrases.append(phrase)
+    caption = " and ".join(phrases)
+    if "background" in also or rng.random() < 0.6:
+        caption += f" on a {scene.background} background"
+    if scene.style != "day" and ("style" in also or rng.random() < 0.75):
+        caption += {"night": " at night", "fog": " in fog"}[scene.style]
+    return caption
+
+
+# ------------------------------------------------------------------------------------------------------------ edits
+
+
+def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False) -> Edit:
+    """A random scene and a random edit of it that changes it. `held_out` takes the phrasings kept out of training.
+
+    Raises:
+        ValueError: the edit type is not one of `EDIT_TYPES`.
+    """
+    kind = edit_type or rng.choice(EDIT_TYPES)
+    if kind not in EDIT_TYPES:
+        raise ValueError(f"expected an edit type among {', '.join(EDIT_TYPES)}; got {kind!r}")
+    things = {"remove": rng.choice((2, 3)), "add": rng.choice((1, 2))}.get(kind, 0)
+    scene = sample_scene(rng, things)
+    cell = -1 if kind in ("add", "background", "style") else rng.choice(scene.filled)
+    to_cell, value, place, name, told, also = -1, "", "", "", (cell,), ()
+    thing = scene.cells[cell] if cell >= 0 else None
+    if thing is not None:
+        name = _name(scene, cell, rng)
+    if kind == "add":
+        to_cell, place = rng.choice(scene.empty), ""
+        new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
+        looks = {(scene.cells[c].shape, scene.cells[c].colour) for c in scene.filled}
+        while (new.shape, new.colour) in looks:
+            new = sample_thing(rng, pattern=new.pattern)
+        name = " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
+        target, told, also = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
+        if rng.random() < 0.5:
+            place = PLACES[to_cell]
+        else:
+            told, to_cell = (to_cell,), -1
+    elif kind == "remove":
+        target, told = scene.with_cell(cell, None), ()
+    elif kind == "replace":
+        value = rng.choice([s for s in SHAPES if s != thing.shape and _free(scene, cell, s, thing.colour)])
+        target = scene.with_cell(cell, replace(thing, shape=value))
+    elif kind == "recolour":
+        value = rng.choice([c for c in COLOURS if c != thing.colour and _free(scene, cell, thing.shape, c)])
+        target = scene.with_cell(cell, replace(thing, colour=value))
+    elif kind == "pattern":
+        value = rng.choice([p for p in PATTERNS if p != thing.pattern])
+        target, also = scene.with_cell(cell, replace(thing, pattern=value)), ("pattern",)
+    elif kind == "resize":
+        value = "small" if thing.size == "large" else "large"
+        target = scene.with_cell(cell, replace(thing, size=value, radius=rng.uniform(*SIZES[value])))
+        also = ("size",) if rng.random() < 0.5 else ()
+    elif kind == "move":
+        to_cell = rng.choice(scene.empty)
+        value = PLACES[to_cell]
+        target = scene.with_cell(cell, None).with_cell(to_cell, thing)
+        told, also = (to_cell,), (("place",) if rng.random() < 0.5 else ())
+    elif kind == "background":
+        value = rng.choice([b for b in BACKGROUNDS if b != scene.background])
+        target, told, also = replace(scene, background=value), (), ("background",)
+    else:
+        value = rng.choice([s for s in STYLES if s != scene.style])
+        target, told, also = replace(scene, style=value), (), ("style",)
+    return Edit(
+        edit_type=kind,
+        reference=scene,
+        target=target,
+        cell=cell,
+        to_cell=to_cell,
+        value=value,
+        instruction=instruction_for(kind, name, value, place, rng, held_out),
+        object=name,
+        source_caption=caption_for(scene, rng),
+        target_caption=caption_for(target, rng, told, also),
+    )
+
+
+def _free(scene: Scene, cell: int, shape: str, colour: str) -> bool:
+    """Would a thing of this shape and colour in this cell still be the only one of its kind?"""
+    return all((scene.cells[i].shape, scene.cells[i].colour) != (shape, colour) for i in scene.filled if i != cell)

@@ -1,0 +1,230 @@
+"""The oracle: which scene is this picture, and was the edit carried out with the rest preserved?
+
+It works by analysis-by-synthesis, comparing a picture with everything the world can draw, and knows nothing of any
+network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from npedit.toy.edits import Edit
+from npedit.toy.world import (
+    BACKGROUNDS,
+    CELL,
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SIDE,
+    STYLES,
+    Scene,
+    coverage,
+    whiteness,
+)  # fmt: skip
+
+UNREADABLE = "unreadable"
+RESIDUAL_LIMIT = 0.03  # mean squared difference per pixel and channel above which a cell is unreadable
+_RADII = {"small": (3.4, 3.7), "large": (5.5, 5.9)}
+_OFFSETS = (-0.8, -0.4, 0.0, 0.4, 0.8)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the oracle sees. A cell is a look (shape, colour, pattern, size), None (empty) or "unreadable"."""
+
+    cells: tuple[tuple[str, str, str, str] | None | str, ...]
+    background: str
+    style: str
+    residual: float  # mean squared difference to the best scene, worst cell, in the day's contrast
+
+
+@lru_cache(maxsize=1)
+def _bank() -> tuple[Tensor, Tensor, list[tuple[str, str, str]]]:
+    """Every mask of the oracle: coverage by paint (m, 256), coverage by white (m, 256), and (shape, pattern, size)."""
+    paint, white, names = [], [], []
+    for shape in SHAPES:
+        for size, radii in _RADII.items():
+            grid = torch.tensor([[r, x, y] for r in radii for x in _OFFSETS for y in _OFFSETS])
+            radius, dx, dy = grid.unbind(1)
+            cover = coverage(shape, radius, dx, dy).flatten(1)
+            for pattern in PATTERNS:
+                share = whiteness(pattern, radius, dx, dy).flatten(1)
+                paint.append(cover * (1 - share))
+                white.append(cover * share)
+                names += [(shape, pattern, size)] * len(grid)
+    return torch.cat(paint), torch.cat(white), names
+
+
+def _fit_cells(pixels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """Best template of each cell. pixels (n, 3, 256) in the day's contrast, background (n, 3).
+
+    Returns the mean squared residual (n,) and the template's index (n,): mask * len(COLOURS) + colour; -1 is empty.
+    """
+    paint, white, _ = _bank()
+    d = pixels - background[:, :, None]
+    power = d.square().sum((1, 2))
+    on_paint = torch.einsum("ncp,mp->ncm", d, paint)
+    on_white = torch.einsum("ncp,mp->ncm", d, white)
+    pp, ww, pw = paint.square().sum(1), white.square().sum(1), (paint * white).sum(1)
+    to_white = 1.0 - background
+    scores = []
+    for rgb in COLOURS.values():
+        to_paint = torch.tensor(rgb) - background
+        cross = torch.einsum("nc,ncm->nm", to_paint, on_paint) + torch.einsum("nc,ncm->nm", to_white, on_white)
+        own = (
+            to_paint.square().sum(1)[:, None] * pp
+            + to_white.square().sum(1)[:, None] * ww
+            + 2 * (to_paint * to_white).sum(1)[:, None] * pw
+        )
+        scores.append(own - 2 * cross)
+    gain, index = torch.stack(scores, 2).flatten(1).min(1)
+    empty = gain >= 0
+    return (power + gain.clamp(max=0)) / (3 * CELL * CELL), torch.where(empty, -1, index)
+
+
+def _ground() -> Tensor:
+    """The pixels (32, 32) that no thing can reach: the corners of the cells."""
+    axis = (torch.arange(CELL) + 0.5 - CELL / 2).abs()
+    corner = (axis[:, None] > 6.4) & (axis[None, :] > 6.4)
+    return corner.repeat(2, 2)
+
+
+@torch.no_grad()
+def read_scene(images: Tensor) -> list[Reading]:
+    """Which scenes are these pictures? Images (b, 3, 32, 32) in [0, 1]. No network is asked.
+
+    The background and style are the pair that leaves the smallest residual, among the three nearest to the corner
+    pixels.
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, SIDE, SIDE):
+        raise ValueError(f"expected images (b, 3, {SIDE}, {SIDE}); got {tuple(images.shape)}")
+    return [reading for chunk in images.float().cpu().split(64) for reading in _read_chunk(chunk)]
+
+
+def _read_chunk(images: Tensor) -> list[Reading]:
+    pairs = [(b, s) for b in BACKGROUNDS for s in STYLES]
+    shades = torch.tensor([[STYLES[s][0] * v + o for v, o in zip(BACKGROUNDS[b], STYLES[s][1])] for b, s in pairs])
+    ground = images[:, :, _ground()].median(2).values
+    near = torch.cdist(ground, shades).topk(3, largest=False).indices
+    cells = images.unfold(2, CELL, CELL).unfold(3, CELL, CELL).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4, 3, CELL * CELL)
+    fits = []
+    for k in range(near.shape[1]):
+        chosen = [pairs[i] for i in near[:, k].tolist()]
+        gain = torch.tensor([STYLES[s][0] for _, s in chosen])[:, None, None, None]
+        offset = torch.tensor([STYLES[s][1] for _, s in chosen])[:, None, :, None]
+        backs = torch.tensor([BACKGROUNDS[b] for b, _ in chosen]).repeat_interleave(4, 0)
+        residual, index = _fit_cells(((cells - offset) / gain).flatten(0, 1), backs)
+        total = (residual.view(-1, 4) * gain.view(-1, 1).square()).sum(1)
+        fits.append((total, residual.view(-1, 4), index.view(-1, 4), chosen))
+    best = torch.stack([f[0] for f in fits]).argmin(0).tolist()
+    _, _, names = _bank()
+    colours = tuple(COLOURS)
+    readings = []
+    for i, k in enumerate(best):
+        _, residual, index, chosen = fits[k]
+        looks = []
+        for r, j in zip(residual[i].tolist(), index[i].tolist()):
+            if not r <= RESIDUAL_LIMIT:
+                looks.append(UNREADABLE)
+            elif j < 0:
+                looks.append(None)
+            else:
+                shape, pattern, size = names[j // len(colours)]
+                looks.append((shape, colours[j % len(colours)], pattern, size))
+        readings.append(Reading(tuple(looks), *chosen[i], float(residual[i].max())))
+    return readings
+
+
+def reading_of(scene: Scene) -> Reading:
+    """The reading that the scene itself must give."""
+    return Reading(tuple(t.look if t else None for t in scene.cells), scene.background, scene.style, 0.0)
+
+
+def _facts(reading: Reading) -> dict[str, object]:
+    """A reading as independent facts: `2.colour`, `background`, ... An unreadable cell gives facts that equal
+    nothing."""
+    facts: dict[str, object] = {"background": reading.background, "style": reading.style}
+    for i, look in enumerate(reading.cells):
+        for k, key in enumerate(("shape", "colour", "pattern", "size")):
+            facts[f"{i}.{key}"] = look[k] if isinstance(look, tuple) else look
+    return facts
+
+
+def goal(edit: Edit, reading: Reading) -> Scene:
+    """The scene that the edit should have led to. Where an added thing may go anywhere, it is where the reading has
+    it."""
+    if edit.edit_type == "add" and edit.to_cell < 0:
+        (home,) = edit.touched
+        new = [i for i in edit.reference.empty if reading.cells[i] is not None]
+        if len(new) == 1:
+            return edit.reference.with_cell(new[0], edit.target.cells[home])
+    return edit.target
+
+
+def judge(edit: Edit, reading: Reading) -> tuple[bool, bool]:
+    """(applied, preserved): was the edit carried out, and is all else as in the reference?
+
+    Position is judged by cell. An added thing may have any size, and any empty cell where the instruction names none.
+    """
+    undone, disturbed = faults(edit, reading)
+    return not undone, not disturbed
+
+
+def faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:
+    """What is wrong with an edited picture: facts asked for and not there, and facts that should have stayed.
+
+    A fact is "background", "style", or a cell's "2.shape", "2.colour", "2.pattern", "2.size".
+    """
+    target = goal(edit, reading)
+    wanted, seen, before = _facts(reading_of(target)), _facts(reading), _facts(reading_of(edit.reference))
+    if edit.edit_type == "add":
+        (home,) = (i for i in range(4) if target.cells[i] != edit.reference.cells[i])
+        asked = {f"{home}.shape", f"{home}.colour", f"{home}.pattern"}
+        free = {f"{home}.size"}
+    elif edit.edit_type == "move":
+        asked = {f"{edit.to_cell}.shape", f"{edit.to_cell}.colour"} | {
+            k for k in wanted if k.startswith(f"{edit.cell}.")
+        }
+        free = {f"{edit.to_cell}.pattern", f"{edit.to_cell}.size"} if reading.cells[edit.to_cell] is None else set()
+    else:
+        asked, free = {k for k in wanted if wanted[k] != before[k]}, set()
+    rest = set(wanted) - asked - free
+    return {k for k in asked if seen[k] != wanted[k]}, {k for k in rest if seen[k] != wanted[k]}
+
+
+def outside_change(edit: Edit, image: Tensor, reference: Tensor) -> float | None:
+    """Mean absolute pixel change in the cells that the edit does not touch; None where it touches all four."""
+    cells = [i for i in range(4) if i not in edit.touched]
+    if not cells:
+        return None
+    change = (image - reference).abs().mean(0).view(2, CELL, 2, CELL).mean((1, 3)).flatten()
+    return float(change[cells].mean())
+
+
+def described(caption: str, reading: Reading) -> bool:
+    """Does the picture hold what the caption says: each thing it names, its pattern, size and place, background,
+    style?"""
+    head, _, rest = caption.partition(" on a ")
+    tail = rest or head
+    if rest and reading.background != rest.split()[0]:
+        return False
+    for words, style in ((" at night", "night"), (" in fog", "fog")):
+        if tail.endswith(words):
+            head = head.removesuffix(words)
+            if reading.style != style:
+                return False
+    left = dict(enumerate(reading.cells))
+    for phrase in head.split(" and "):
+        thing, _, place = phrase.partition(" at the ")
+        words = set(thing.split()) - {"a"}
+        fits = [i for i, look in left.items() if isinstance(look, tuple) and words <= set(look)]
+        fits = [i for i in fits if not place or PLACES[i] == place]
+        if not fits:
+            return False
+        del left[fits[0]]
+    return True
