@@ -7,6 +7,7 @@ occur here has a reason instead of a test.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -48,7 +49,9 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     )),
     9: ("options that nobody reads", ("test_architecture::test_every_setting_is_read",)),
     11: ("edit type names compared before they are mapped", ("test_questions::test_other_spellings_are_known",)),
-    12: ("a learning rate that runs by another clock", ("test_step_np_edit::test_the_fakes_schedule_ends_with_the_run",)),
+    12: ("a learning rate that runs by another clock", (
+        "test_step_np_edit::test_the_fakes_schedule_ends_with_the_run",
+    )),
     14: ("batch size 1 baked into the critic", (
         "test_critic_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
         "test_step_np_edit::test_a_batch_of_three_is_its_items_one_by_one",
@@ -60,7 +63,9 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     16: ("another vocabulary's padding token", (
         "test_critic_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
     )),
-    17: ("padding that is attended to", ("test_critic_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",)),
+    17: ("padding that is attended to", (
+        "test_critic_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
+    )),
     18: ("one reference only, equal to the target", (
         "test_family_flux::test_several_references_of_several_sizes_in_order",
         "test_no_pairs::test_no_field_could_hold_an_edited_image",
@@ -123,7 +128,7 @@ FREE: dict[int, str] = {
 
 
 @cache
-def tests_of(module: str) -> frozenset[str]:
+def named_in(module: str) -> frozenset[str]:
     tree = ast.parse((HERE / f"{module}.py").read_text())
     return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
 
@@ -139,18 +144,20 @@ def test_the_tests_that_hold_us_to_it_exist(number: int) -> None:
     for name in names:
         module, test = name.split("::")
         assert (HERE / f"{module}.py").is_file(), f"{module} is gone"
-        assert test in tests_of(module), f"fault {number}: {name} is gone; name the test that took its place"
+        assert test in named_in(module), f"fault {number}: {name} is gone; name the test that took its place"
 
 
 def test_no_unsafe_loading() -> None:
     """Faults 21, 22, 23, and 19: words that may not stand in the package at all."""
     banned = {
-        "torch.load": "safetensors only", "pickle": "safetensors only", "trust_remote_code": "no remote code",
-        "gc.disable": "left alone", "builtins.print": "not replaced", "import wandb": "no tracker",
+        r"torch\.load\((?!.*weights_only=True)": "weights alone", "pickle": "safetensors", "wandb": "no tracker",
+        "trust_remote_code": "no remote code", r"gc\.disable": "left alone", r"builtins\.print": "not replaced",
     }  # fmt: skip
     files = list((HERE.parent / "src").rglob("*.py"))
     assert len(files) > 20
-    found = [f"{f.name}: {w} ({why})" for f in files for w, why in banned.items() if w in f.read_text()]
+    lines = [(f"{f.name}:{i}", line) for f in files for i, line in enumerate(f.read_text().splitlines(), 1)]
+    lines = [(place, line) for place, line in lines if "safetensors.torch.load" not in line]
+    found = [f"{place}: {why}" for place, line in lines for word, why in banned.items() if re.search(word, line)]
     assert not found, found
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from npedit.data import Batch, Example, imagefolder, toy
+from npedit.data import Batch, Example, PairedBatch, imagefolder, toy
 from npedit.generator import edit
 from npedit.steps import np_edit, reference_copy
 from npedit.toy import world
 from npedit.toy.dataset import write_dataset
-from parts import parts, weights
+from npedit.toy.edits import sample_edit
+from parts import batch, parts, weights
 
 OPENED: list[str] = []
 _watching = False
@@ -116,10 +117,22 @@ def test_the_toy_never_draws_an_edited_scene(monkeypatch):
     given = [source.batch(i, 4) for i in range(2)]
     step.step(given, 0)
     edit(frozen.family, step.learners["student"].net, given[0].references, given[0].instructions, steps=2)
-    edits = [world.sample_edit(random.Random(f"3/{i}")) for i in range(8)]
+    edits = [sample_edit(random.Random(f"3/{i}")) for i in range(8)]
     assert drawn == [e.reference for e in edits]
     assert all(e.target != e.reference for e in edits)
     assert not [scene for scene in drawn if scene in [e.target for e in edits]]
+
+
+def test_a_paired_source_is_not_looked_at():
+    """The baselines' batches hold edited images; the method does not touch them, were they of no sense at all."""
+    found = []
+    for edited in (None, torch.full((2, 3, 16, 16), torch.nan)):
+        frozen, settings = parts(), np_edit.NpEditSettings(fake_updates=1)
+        step = np_edit.Step(settings, frozen, frozen.family.net(), 1, 0)
+        given = [batch(0, 1), batch(2, 3)]
+        step.step(given if edited is None else [PairedBatch(**vars(b), edited=edited) for b in given], 0)
+        found.append(weights(step.learners["student"].net))
+    assert torch.equal(*found)
 
 
 def test_no_field_could_hold_an_edited_image():

@@ -480,9 +480,9 @@ def test_the_fakes_schedule_ends_with_the_run(frozen):
     """Fault 12: the fake score is updated several times a step, so its schedule must be as much longer."""
     cosine = {"lr": 1e-3, "decay": "cosine"}
     step = make(frozen, student=cosine, fake=cosine, critic_weight=0.0, fake_updates=2)  # ten updates in all
-    rates = []
+    given, rates = [batch(0)] * 3, []
     for update in range(10):
-        metrics = step.step(batches(step), update)
+        metrics = step.step(given, update)
         rates.append((metrics["lr/student"], metrics["lr/fake"]))
     assert step.learners["student"].learning_rate() == pytest.approx(0, abs=1e-9)
     assert step.learners["fake"].learning_rate() == pytest.approx(0, abs=1e-9)

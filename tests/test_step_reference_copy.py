@@ -73,9 +73,11 @@ def test_the_text_is_the_references_caption_and_never_the_instruction(frozen, mo
 
 
 def test_times_are_those_of_the_few_step_editor(frozen, monkeypatch):
-    step, calls = make(frozen, updates=40), watched(frozen, monkeypatch)
-    for update in range(40):
-        step.step([batch(0, 1, 2, 3)], update)
+    step, calls = make(frozen), watched(frozen, monkeypatch)
+    with torch.no_grad():  # no backward is needed to see the times
+        monkeypatch.setattr(step.learners["student"], "update", lambda losses: [loss() for loss in losses] and {})
+        for update in range(40):
+            step.step([batch(0, 1, 2, 3)], update)
     times = torch.cat([c["t"] for c in calls])
     schedule = flow.few_step_times(4, frozen.family.shift(16, 16))
     assert set(times.tolist()) == set(schedule.tolist())
@@ -84,17 +86,10 @@ def test_times_are_those_of_the_few_step_editor(frozen, monkeypatch):
     assert all(s == pytest.approx(0.125, abs=0.08) for s in shares[1:])
 
 
-def test_it_learns_to_copy(frozen):
-    given, settings = batch(0, 1, 2, 3), LearnerSettings(lr=3e-3)
-    step = make(frozen, updates=120, student=settings)
-    losses = [step.step([given], update)["loss/copy"] for update in range(120)]
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-
-
-def test_the_net_learns_to_read_the_reference(frozen):
-    """The reference changes what it says; a net that ignored it could not copy."""
+def test_it_learns_to_copy_by_reading_the_reference(frozen):
+    """The loss falls, and the reference comes to change what the net says; one that ignored it could not copy."""
     given = batch(0, 1, 2, 3)
-    step = make(frozen, updates=60, student=LearnerSettings(lr=3e-3))
+    step = make(frozen, updates=50, student=LearnerSettings(lr=4e-3))
     net, family = step.learners["student"].net, frozen.family
     latents, text = family.encode(given.references), family.encode_text(given.source_captions)
     x, t = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9)), torch.ones(4)
@@ -105,8 +100,8 @@ def test_the_net_learns_to_read_the_reference(frozen):
         return float((right - other).norm())
 
     before = influence()
-    for update in range(60):
-        step.step([given], update)
+    losses = [step.step([given], update)["loss/copy"] for update in range(50)]
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
     assert influence() > before
 
 

@@ -32,25 +32,9 @@ from transformers.utils import cached_file
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
-TINY_WORDS = tuple(
-    [
-        "yes",
-        "no",
-        "answer",
-        "paint",
-        "make",
-        "remove",
-        "add",
-        "a",
-        "the",
-        "red",
-        "blue",
-        "circle",
-        "square",
-        "dog",
-        "fence",
-        "it",
-    ]
+TINY_WORDS = (
+    *("yes", "no", "answer", "paint", "make", "remove", "add", "a", "the"),
+    *("red", "blue", "circle", "square", "dog", "fence", "it"),
 )
 QUESTION_FIRST = (  # the chat template of the models that `new` makes
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"

@@ -191,7 +191,7 @@ def asked_about(edit: Edit, seen: Scene) -> list[tuple[str, int, bool]]:
 
 def asked_of_one(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     """Is there such a thing? Half the time there is; else a thing that shares something with one that is."""
-    thing = scene.cells[rng.choice(scene.filled)]
+    thing = scene.cells[rng.choice(scene.filled)] if scene.filled else sample_thing(rng)
     words = {"pattern": thing.pattern, "colour": thing.colour, "shape": thing.shape}
     for field, values in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS)):
         if rng.random() < 0.3:
@@ -266,7 +266,7 @@ def teach_critic(
         tower = torch.stack([s[:grid] for s in seen])
         # the projector's output is as wide as the language model; a head on it teaches tower and projector alike
         dense = heads.cells(heads.cell(_by_cell(tower))[..., : sum(heads.sizes)], labels)
-        texts, looks, truths, facts, second = [], [], [], [], []
+        texts, looks, truths, facts, second, shown = [], [], [], [], [], []
         for i, (edit, scene) in enumerate(zip(edits, after)):
             asked = asked_about(edit, scene)
             if rng.random() < 0.06:
@@ -278,12 +278,14 @@ def teach_critic(
                 looks.append((seen[i], seen[pairs + i]) if count == 2 else (seen[pairs + i],))
                 facts.append(_facts(edit, count))
                 second.append((i, pairs + i, len(texts) - 1) if count == 2 else None)
+                shown.append(scene if count == 1 else None)
         for i, scene in enumerate(alone):
             text, truth = asked_of_one(scene, rng)
             texts.append(text)
             truths.append(truth)
             looks.append((seen[2 * pairs + i],))
             facts.append(None)
+            shown.append(scene)
         states, last = critic.hidden(texts, looks)
         logits = critic.model.lm_head(states[-1][torch.arange(len(last)), last])
         truth = torch.tensor(truths)
@@ -299,6 +301,12 @@ def teach_critic(
         cross = heads.cells(own, seconds) + heads.cells(other, firsts) + heads.cells(wanted, goals)
         wrong = torch.tensor([_faults(edits[a], after[a]) for a, _, _ in rows])
         match = F.binary_cross_entropy_with_logits(bits, wrong[:, :, None].expand_as(bits))
+        # of one image: does the cell hold what the question asks for?
+        single = [r for r, scene in enumerate(shown) if scene is not None]
+        where = last[single][:, None] - 1 - grid + torch.arange(grid)
+        holds = heads.cell(_by_cell(states[-2][torch.tensor(single)[:, None], where]))[..., -1]
+        fits = torch.tensor([_fits(texts[r], shown[r]) for r in single])
+        match = match + F.binary_cross_entropy_with_logits(holds, fits[:, :, None].expand_as(holds))
         told = [i for i, f in enumerate(facts) if f is not None]
         named, value = heads.answer(states[-2][torch.arange(len(last)), last][told]).split([5, len(VALUES)], 1)
         about = torch.tensor([facts[i] for i in told])
@@ -339,6 +347,12 @@ def _faults(edit: Edit, seen: Scene) -> list[list[float]]:
         + [float(bool(some & whole)) for some in (undone, disturbed)]
         for i in range(4)
     ]
+
+
+def _fits(question: str, scene: Scene) -> list[float]:
+    """For each cell: does it hold what a presence question asks for?"""
+    names = set(question.split(" a ", 1)[1].split()) - {"shape", "?"}
+    return [float(t is not None and names <= set(t.look)) for t in scene.cells]
 
 
 def _facts(edit: Edit, images: int) -> tuple[int, int]:

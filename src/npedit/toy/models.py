@@ -59,6 +59,10 @@ def _lay_down(part: object, folder: Path) -> None:
         part.save(aside)
     else:
         part.save_pretrained(aside)
+    for path in aside.rglob("*.json"):  # the folder where a part was made concerns nobody
+        found = json.loads(path.read_text())
+        if found.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(aside, folder)
 
 
