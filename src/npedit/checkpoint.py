@@ -150,7 +150,7 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
     return {
         "format": 1,
         "recipe": recipe.name,
-        "no_pairs": True,
+        "no_pairs": not recipe.uses_pairs(),
         "data_fingerprint": data_fingerprint,
         "seeds": {"recipe": recipe.seed},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
@@ -342,15 +342,21 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     """A short card: what the editor is, how it was made, how to use it."""
     stages = "\n".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}" for s in recipe.stages)
     sizes = ", ".join(f"{w}x{h}" for h, w in facts["sizes"])
+    how = (
+        f"No edited image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) judged "
+        "the edits, and\ndistribution matching kept them on the base model's image manifold. The method is that of NP-Edit "
+        "(arXiv 2510.14978)."
+    )
+    if recipe.uses_pairs():
+        how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
     return f"""---
 library_name: npedit
-tags: [image-editing, no-pairs]
+tags: [image-editing{"" if recipe.uses_pairs() else ", no-pairs"}]
 ---
-# {recipe.name}: an image editor trained without pairs
+# {recipe.name}: an image editor trained {"on" if recipe.uses_pairs() else "without"} pairs
 
-A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{facts["base"]}`. No edited
-image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) judged the edits, and
-distribution matching kept them on the base model's image manifold. The method is that of NP-Edit (arXiv 2510.14978).
+A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{facts["base"]}`.
+{how}
 
 Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {recipe.seed}.
 

@@ -109,6 +109,10 @@ class Recipe(Settings):
         """Updates of all stages."""
         return sum(s.updates for s in self.stages)
 
+    def uses_pairs(self) -> bool:
+        """Is a stage a baseline that is shown edited images?"""
+        return any("edited" in find_class("steps", s.step).needs(s.settings) for s in self.stages)
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and change it by `overrides` such as "stages.1.settings.lr=1e-4" (a list is indexed by number).

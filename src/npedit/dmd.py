@@ -1,13 +1,10 @@
 """Distribution matching: keep the editor's output where the text-to-image model would put it.
 
-    grad KL = E[ (fake_x0 - real_x0) / w  dG/dtheta ],     x0_hat = x_t - t v_hat,     w = mean |x0 - real_x0| per
-    SAMPLE
+    grad KL = E[ (fake_x0 - real_x0) / w  dG/dtheta ],    x0_hat = x_t - t v_hat,    w = mean |x0 - real_x0| per SAMPLE
 
 Real is the frozen base model with the wanted result's caption and guidance; fake is a copy trained online on the
-editor's
-own output. Written from the papers: DMD (arXiv 2311.18828, equations 7 and 8) and NP-Edit (section 3). With v = eps -
-x0 the
-signs are as above: where the teacher would move x0 up, fake - real is negative and descent moves x0 up.
+editor's own output. Written from the papers: DMD (arXiv 2311.18828, equations 7 and 8) and NP-Edit (section 3). With
+v = eps - x0 the signs are as above: where the teacher would move x0 up, fake - real is negative, so descent moves it up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The few-step editor. One function, `draft`, makes the transitions: with gradient in training, without in use.
 
-    x0 <- eps - v(eps, t = 1);   then for each further time t:   x_t <- (1 - t) x0 + t eps', eps' FRESH;   x0 <- x_t -
-    t v(x_t, t)
+    x0 <- eps - v(eps, t = 1);  at each further t:  x_t <- (1 - t) x0 + t eps', eps' FRESH;  x0 <- x_t - t v(x_t, t)
 
 Source: NP-Edit, section 3, "two-step unrolling". Training draws one later time, use visits all of them.
 """

@@ -1,10 +1,8 @@
 """Edit type -> the Yes/No questions that the critic is asked about an edit, and the answers wanted.
 
 Two questions an edit: was the instruction carried out, and is all else unchanged? (NP-Edit, section 3, "VLM editing
-loss";
-the wording is ours.) Removal is verified on the edited image alone: "is the thing there?", wanted answer No. A "do
-nothing" item gets
-the identity question alone.
+loss"; the wording is ours.) Removal is verified on the edited image alone: "is the thing there?", wanted answer No. A
+"do nothing" item gets the identity question alone.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def write_report(run: str | Path) -> Path:
     scores = _scores(run)
     name = str(manifest.get("recipe", run.name))
     parts = [
-        f"<h1>{_e(name)}: an image editor trained without pairs</h1>",
-        f'<p class="soft">{_e(_summary(rows))} No edited image was used in training.</p>',
+        f"<h1>{_e(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
+        f'<p class="soft">{_e(_summary(rows))} {_pairs(manifest)}</p>',
         _headline(rows, scores),
         _scores_table(scores),
         _progress_pictures(run),
@@ -83,6 +83,12 @@ def write_report(run: str | Path) -> Path:
 
 def _e(words: object) -> str:
     return html.escape(str(words))
+
+
+def _pairs(manifest: dict[str, Any]) -> str:
+    return (
+        "No edited image was used in training." if manifest["no_pairs"] else "It was shown edited images: a baseline."
+    )
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -41,9 +41,8 @@ class Critic(ABC):
 
     @abstractmethod
     def see(self, images: Tensor) -> list[Tensor]:
-        """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call
-        it under
-        `no_grad`, once, for images that need no gradient."""
+        """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call it
+        under `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -1,9 +1,8 @@
 """LLaVA-OneVision (arXiv 2408.03326), the paper's critic; the embedded toy critic is the same classes at toy size.
 
-Each image is scaled to the vision tower's square (no tiles), as LLaVA-OneVision treats images when it is shown several.
-The question and the images are laid out by the model's own chat template; the padding on the right, under causal
-attention, cannot
-reach the answer position, so no mask is needed.
+Each image is squeezed to the vision tower's square without tiles, as the model's own processor makes the base patch of
+a single image. The question and the images are laid out by the model's own chat template; the padding on the right,
+under causal attention, cannot reach the answer position, so no mask is needed.
 """
 
 from __future__ import annotations
@@ -99,8 +98,7 @@ class LlavaOnevision(Critic):
         """An untrained model for 32 x 32 pixels in patches of 8, with one token a word (lower case, no punctuation).
 
         `vision` and `text` are (width, feed-forward width, layers), four heads each. The chat template puts the
-        question
-        before the images, so that under causal attention they can be read with it in mind.
+        question before the images, so that under causal attention they can be read with it in mind.
         """
         torch.manual_seed(seed)
         side, marks = 32, ["<pad>", "<eos>", "<unk>", "<image>"]
@@ -146,8 +144,7 @@ class LlavaOnevision(Critic):
         """The image processor's work in torch, differentiable: bicubic with antialias to the square, then normalise.
 
         As Pillow does it: the width first, then the height, each result held to [0, 1]. (From version 13 on, Pillow
-        takes
-        some tall pictures' height first; that differs where a hard edge overshoots.)
+        takes some tall pictures' height first; that differs where a hard edge overshoots.)
         """
         images = images.clamp(0, 1)
         for size in ((images.shape[-2], self.side), (self.side, self.side)):
@@ -205,7 +202,8 @@ class LlavaOnevision(Critic):
         (folder / "chat_template.jinja").write_text(self.template)
 
     def _prompt(self, question: str, images: int) -> str:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        words = question.replace(self.image_token, " ")  # an instruction must not place images
+        content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
         chat = [{"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(
             chat, chat_template=self.template, tokenize=False, add_generation_prompt=True

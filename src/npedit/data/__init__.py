@@ -1,8 +1,7 @@
 """What feeds training: `Example` and `Batch`, and the sources that make them (`imagefolder`, `toy`).
 
 `Batch` has no field for an edited image, and no source of `Batch` opens one. `PairedBatch`, for supervised baselines,
-comes from
-`toy_pairs` alone.
+comes from `toy_pairs` alone.
 """
 
 from __future__ import annotations

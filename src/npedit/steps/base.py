@@ -1,8 +1,7 @@
 """What every way to train shares. One file in this folder is one way; none imports another.
 
 A step owns its learners and nothing else that changes: all its randomness comes from (seed, update), so a resumed run
-repeats
-itself bit for bit.
+repeats itself bit for bit.
 """
 
 from __future__ import annotations

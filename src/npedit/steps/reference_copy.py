@@ -1,9 +1,8 @@
 """Warm-up: the student must return the reference image. It learns to read the reference's tokens (NP-Edit, section 3).
 
 Deviations from the paper:
-- the text is an instruction to do nothing or the reference's own caption, never the edit's instruction: with that,
-  the student learns to
-  ignore its text.
+- the text is the reference's own caption, never the edit's instruction: with that, the student learns to ignore its
+  text.
 - times are those the few-step editor visits, half of them t = 1, since no other time is used later.
 """
 

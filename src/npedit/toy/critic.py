@@ -1,11 +1,9 @@
 """Teach the toy's critic: an ordinary transformers LLaVA-OneVision at toy size (SigLIP + Qwen2).
 
 Yes/No alone leaves a small model blind to images for a long time, so linear heads, thrown away at the end, teach it
-what
-the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
-language
-model's states of the second image), what it should hold after the edit and what is wrong with it (there too), and what
-the instruction names (at the answer position).
+what the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
+language model's states of the second image), what it should hold after the edit and what is wrong with it (there too),
+and what the instruction names (at the answer position).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Edits of the toy world and its language: instructions in many phrasings, captions that leave things out.
 
 Captions leave out what real captions leave out: nearly always where things are and how large, often the pattern, now
-and
-then a whole thing or the background. So a caption alone does not determine an edit, and the critic is needed.
+and then a whole thing or the background. So a caption alone does not determine an edit, and the critic is needed.
 """
 
 from __future__ import annotations

@@ -33,10 +33,9 @@ def fit(
 ) -> nn.Module:
     """Train `module` in place with AdamW, linear warm-up and cosine decay to zero; leave the EMA weights in it.
 
-    `loss(step, rng, generator)` returns a scalar and figures to show. Both sources of randomness are seeded from (seed,
-    step), so a run that was stopped and started again repeats itself. State lies in `folder/NAME.state.pt`, written
-    aside
-    and renamed; a finished part is not trained again.
+    `loss(step, rng, generator)` returns a scalar and figures to show. Both sources of randomness are seeded from
+    (seed, step), so a run that was stopped and started again repeats itself. State lies in `folder/NAME.state.pt`,
+    written aside and renamed; a finished part is not trained again.
     """
     path = folder / f"{name}.state.pt"
     params = [p for p in module.parameters() if p.requires_grad]

@@ -1,9 +1,8 @@
 """The toy world: small scenes that are drawn exactly as they are described.
 
 A scene is a 2 x 2 grid of cells on a coloured background. Each cell is empty or holds one thing (shape, colour,
-pattern,
-size), drawn with anti-aliasing and a small random offset. A style dims the whole scene (night) or veils it (fog).
-`edits.py` has the language and the edits, `oracle.py` tells which scene a picture shows.
+pattern, size), drawn with anti-aliasing and a small random offset. A style dims the whole scene (night) or veils it
+(fog). `edits.py` has the language and the edits, `oracle.py` tells which scene a picture shows.
 """
 
 from __future__ import annotations
