@@ -25,6 +25,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 LONG = {
     "src/npedit/toy/edits.py::sample_edit": "one short branch for each edit type, read side by side",
     "src/npedit/toy/fit.py::fit": "one training loop, read from top to bottom",
+    "src/npedit/toy/critic.py::loss": "the loss inside it",
+    "tests/test_step_np_edit.py": "one step, many proofs; split it when it grows again",
     "src/npedit/toy/critic.py::teach_critic": "one loss with its helping heads, read from top to bottom",
 }
 

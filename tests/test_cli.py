@@ -25,8 +25,8 @@ family: {name: flux}
 critic: {name: llava_onevision}
 data: {name: toy}
 stages:
-  - {step: reference_copy, updates: 10, batch_size: 2, settings: {student: {lr: 1.0e-3}}}
-  - {step: np_edit, updates: 10, batch_size: 2, settings: {fake_updates: 1, ramp_updates: 2}}
+  - {step: reference_copy, updates: 10, batch_size: 2, settings: {steps: 2, student: {lr: 1.0e-3}}}
+  - {step: np_edit, updates: 10, batch_size: 2, settings: {steps: 2, fake_updates: 1, ramp_updates: 2}}
 trainer: {benchmark: toy, evaluate_items: 9, sample_items: 2, steps: 2}
 """
 
@@ -121,6 +121,11 @@ BAD_EDITS = {
     "truncated": (["half.png", "x"], "broken"),
     "no instruction": (["a.png"], "then an instruction"),
     "picture last": (["a.png", "b.png"], "then an instruction"),
+    "picture missing at the end": (["a.png", "typo.PNG"], "there is no picture typo.PNG"),
+    "long instruction": (["none.png", "paint the circle red " * 20], "there is no none.png"),
+    "long picture": (["a" * 300 + ".png", "x"], "there is no aaa"),
+    "long output": (["a.png", "x", "-o", "a" * 300 + ".png"], "can be written"),
+    "long model": (["a.png", "x", "-m", "a" * 300], "not a folder"),
     "blank instruction": (["a.png", " "], "empty one"),
     "counts": (["a.png", "b.png", "a.png", "-i", "x", "-i", "y"], "3 images and 2 instructions"),
     "suffix": (["a.png", "x", "-o", "out.gif"], "expected an output name"),
@@ -221,6 +226,20 @@ def test_evaluate_writes_the_documented_keys(here):
     assert "Did you mean 'toy'" in run("evaluate", "tyo", code=2)
     assert "can be written" in run("evaluate", "toy", "--items", 9, "--json", "f.json/x.json", code=2)
     run("evaluate", "toy", "--items", 0, code=2)
+
+
+def test_evaluation_is_of_other_scenes_than_training_watched(here):
+    run("evaluate", "toy", "--items", 9, "--json", "f.json")
+    assert json.loads((here / "f.json").read_text())["seed"] == 1
+    for name in ("demo", "toy"):
+        assert config.load_recipe(cli.recipe_path(name)).seed != 1
+    assert "Which held-out scenes" in run("evaluate", "--help") and "[default: 1]" in run("evaluate", "--help")
+
+
+def test_a_long_instruction_is_followed(here):
+    picture(here / "a.png")
+    run("edit", "a.png", "paint the circle red " * 20, "-o", "out.png")
+    run("edit", "a.png", "-i", "a copy of typo.png", "-o", "again.png")
 
 
 def test_export_makes_a_folder_that_opens_and_never_overwrites(here):

@@ -254,6 +254,23 @@ def test_encoding_is_the_pipelines_own(families, seed):
     assert not ours.requires_grad
 
 
+def test_latents_of_a_bfloat16_vae_are_float32():
+    """So that neither x_t nor DMD's gap is rounded to 8 bits; only the nets work in bfloat16."""
+    family = Flux.tiny(0)
+    for part in (family.pipe.vae, family.pipe.transformer, family.pipe.text_encoder, family.pipe.text_encoder_2):
+        part.to(torch.bfloat16)
+    x0 = family.encode(pictures(2))
+    mean = family.pipe.vae.encode((pictures(2) * 2 - 1).bfloat16()).latent_dist.mean
+    config = family.pipe.vae.config
+    assert mean.dtype is torch.bfloat16 and x0.dtype is torch.float32
+    assert torch.equal(x0, (mean.float() - config.shift_factor) * config.scaling_factor)
+    eps, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.3)
+    x = flow.noised(x0, eps, t)
+    assert x.dtype is torch.float32 and not torch.equal(x, x.bfloat16().float())
+    v = family.velocity(family.net(), x, t, family.encode_text(["a", "b"]), (x0,))
+    assert v.dtype is torch.float32 and family.decode(x0).isfinite().all()
+
+
 def test_decoding_passes_gradient_and_is_not_clamped(families):
     family, x = families[0], (4 * latents(families[0], 1)).requires_grad_()
     image = family.decode(x)

@@ -211,7 +211,14 @@ def test_a_state_of_another_net_is_refused() -> None:
         other.load_state(tensors, numbers)
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0}, {"ema": 1.0}, {"clip": 0}, {"decay": "linear"}, {"betas": [0.9]}])
+INFINITE = float("inf")
+OUT_OF_RANGE = [
+    {"lr": 0}, {"lr": INFINITE}, {"ema": 1.0}, {"clip": 0}, {"decay": "linear"}, {"weight_decay": INFINITE},
+    {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"betas": [-0.1, 0.9]}, {"betas": [0.0, float("nan")]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", OUT_OF_RANGE, ids=str)
 def test_settings_out_of_range(bad: dict) -> None:
     with pytest.raises(UserError, match=f"student.{next(iter(bad))}"):
         check(LearnerSettings, bad, "student")

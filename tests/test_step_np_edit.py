@@ -404,30 +404,6 @@ def test_settings_out_of_range(wrong):
         check(NpEditSettings, wrong, "stages.0.settings")
 
 
-# ------------------------------------------------------------------------------------------------------- balance
-
-
-def test_balance_brings_the_critic_to_its_share_of_dmd(frozen):
-    given = batch(0, 1, 2)
-    x0 = frozen.family.encode(given.references) + 0.1
-    plain, matched = make(frozen, critic_weight=0.25), make(frozen, critic_weight=0.25, balance="match")
-    _, before = plain._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
-    _, after = matched._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
-    assert after["grad_norm/from_dmd"] == before["grad_norm/from_dmd"]
-    assert after["grad_norm/from_critic"] == pytest.approx(0.25 * after["grad_norm/from_dmd"], rel=1e-4)
-    assert before["grad_norm/from_critic"] != pytest.approx(0.25 * before["grad_norm/from_dmd"], rel=0.1)
-
-
-def test_balance_runs_over_updates_and_survives_a_bad_one(frozen):
-    step = make(frozen, critic_weight=0.5, balance="match")
-    for critic, given in [(1.0, 2.0), (3.0, 2.0)]:
-        scale = step._critic_scale(torch.tensor([0.5 * critic]), torch.tensor([given]))
-    assert scale == pytest.approx(2.0 / (1.0 + 0.05 * 2.0))
-    before = step.extra_state()["sizes"].clone()
-    step._critic_scale(torch.tensor([float("nan")]), torch.tensor([2.0]))
-    assert torch.equal(step.extra_state()["sizes"], before)
-
-
 # ------------------------------------------------------------------------------------- batches and accumulation
 
 

@@ -29,8 +29,8 @@ class Crash(Exception):
 
 
 def recipe(**changes) -> Recipe:
-    copying = {"step": "reference_copy", "updates": 2, "batch_size": 2, "settings": {"student": STUDENT}}
-    editing = {"student": STUDENT, "fake": STUDENT, "fake_updates": 1}
+    copying = {"step": "reference_copy", "updates": 2, "batch_size": 2, "settings": {"student": STUDENT, "steps": 2}}
+    editing = {"student": STUDENT, "fake": STUDENT, "fake_updates": 1, "steps": 2}
     raw = {
         "name": "small",
         "family": {"name": "flux"},
@@ -216,7 +216,7 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
         found.family.pipe.vae.decoder.conv_out.weight.fill_(float("nan"))
         return found
 
-    settings = {"student": {"max_skipped": 1}, "dmd_weight": 0.0}
+    settings = {"student": {"max_skipped": 1}, "dmd_weight": 0.0, "steps": 2}
     stages = [{"step": "np_edit", "updates": 9, "batch_size": 2, "settings": settings}]
     with pytest.raises(UserError, match="2 updates in a row"):
         trainer.train(recipe(stages=stages), tmp_path / "run", parts=broken)
@@ -225,7 +225,7 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_evaluation_and_samples_come_when_due(tmp_path: Path) -> None:
-    stages = [{"step": "reference_copy", "updates": 3, "batch_size": 1}]
+    stages = [{"step": "reference_copy", "updates": 3, "batch_size": 1, "settings": {"steps": 1}}]
     rhythm = {
         "sample_every": 2,
         "evaluate_every": 2,
@@ -251,7 +251,7 @@ def test_a_look_does_not_change_training(whole: Path, tmp_path: Path) -> None:
 def test_it_saves_by_the_clock_too(tmp_path: Path) -> None:
     saved = []
     often = recipe().trainer.model_dump() | {"save_every": 0, "save_seconds": 1e-9}
-    stages = [{"step": "reference_copy", "updates": 2, "batch_size": 1}]
+    stages = [{"step": "reference_copy", "updates": 2, "batch_size": 1, "settings": {"steps": 2}}]
     trainer.train(
         recipe(stages=stages, trainer=often), tmp_path / "run", parts=parts,
         on_event=lambda name, facts: saved.append(facts["step"]) if name == "save" else None,
@@ -299,7 +299,7 @@ def test_what_no_stage_needs_is_not_loaded(tmp_path: Path) -> None:
     chosen = {"family": {"name": "flux", "weights": str(tmp_path / "base")},
               "critic": {"name": "llava_onevision", "weights": str(tmp_path / "none")}}  # fmt: skip
     for weight in (0.0, 1.0):
-        stages = [{"step": "np_edit", "updates": 1, "batch_size": 1, "settings": {"critic_weight": weight}}]
+        stages = [{"step": "np_edit", "updates": 1, "batch_size": 1, "settings": {"critic_weight": weight, "steps": 2}}]
         made = recipe(stages=stages, **chosen)
         if weight:
             with pytest.raises(UserError, match=r"critic\.weights"):
@@ -316,7 +316,7 @@ from pathlib import Path
 from npedit import trainer
 from npedit.config import make_recipe
 from test_trainer import parts, recipe
-stages = [{{"step": "reference_copy", "updates": 40, "batch_size": 2}}]
+stages = [{{"step": "reference_copy", "updates": 40, "batch_size": 2, "settings": {{"steps": 1}}}}]
 pace = {{"save_every": 1, "sample_items": 1, "steps": 1}}
 trainer.train(recipe(stages=stages, trainer=pace), Path(sys.argv[1]), parts=parts)
 """

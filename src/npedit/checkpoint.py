@@ -9,7 +9,6 @@ Whatever must be whole is written aside and renamed; a checkpoint without its ma
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from npedit.config import Recipe, differences
-from npedit.errors import UserError
+from npedit.errors import UserError, writing
 
 CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
     "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE",
@@ -40,26 +39,6 @@ LOCK = ".lock"
 UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave
 FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds")  # may differ when a run goes on
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pydantic")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into a `UserError`; other errors pass."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) in full or any(f"(os error {n})" in str(error) for n in full):
-            raise UserError(
-                f"expected room on the disk for {path}; got a full one; free some space and run the same command "
-                "again: the last complete checkpoint is kept and training goes on from there"
-            ) from error
-        if (
-            isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
-            or getattr(error, "errno", None) == errno.EROFS
-        ):
-            raise UserError(f"expected a place that can be written; got {path} ({error}); choose another") from error
-        raise
 
 
 def is_run(path: str | Path) -> bool:
@@ -290,6 +269,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def trim_rows(path: Path) -> list[dict[str, Any]]:
+    """Drop a last line that a kill cut off, so that the next row does not run on from it; returns the rows."""
+    rows = read_rows(path)
+    if path.exists():
+        write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+    return rows
+
+
 def trim_metrics(run: Path, step: int) -> None:
     """Drop the rows after `step` (all of them, if it is negative): they are about to be made again."""
     rows = [r for r in read_rows(run / METRICS) if r["step"] <= step]
@@ -342,11 +329,13 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     """A short card: what the editor is, how it was made, how to use it."""
     stages = "\n".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}" for s in recipe.stages)
     sizes = ", ".join(f"{w}x{h}" for h, w in facts["sizes"])
-    how = (
-        f"No edited image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) judged "
-        "the edits, and\ndistribution matching kept them on the base model's image manifold. The method is that of NP-Edit "
-        "(arXiv 2510.14978)."
-    )
+    how = "No edited image was used, and no critic."
+    if recipe.critic:
+        how = (
+            f"No edited image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) "
+            "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
+            "that of NP-Edit (arXiv 2510.14978)."
+        )
     if recipe.uses_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
     return f"""---

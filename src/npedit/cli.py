@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, nearest, own_command, program, writing
 
 app = typer.Typer(
     name="npedit",
@@ -37,11 +36,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
-DEMO_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
+HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
 ModelOption = Annotated[
     str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
+ScenesOption = Annotated[
+    int, typer.Option("--seed", "-s", help="Which held-out scenes. Training watches those of its recipe's seed.", min=0)
+]
 StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
@@ -60,8 +62,7 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"[bold red]error[/] {escape(str(error))}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            again = shlex.join(["npedit", *(a for a in sys.argv[1:] if a != "--fresh")])
-            err.print(f"\nStopped. Go on with: [bold]{escape(again)}[/]")
+            err.print(f"\nStopped. Go on with: [bold]{escape(own_command())}[/]")
             raise typer.Exit(130) from None
 
     return wrapped
@@ -126,8 +127,8 @@ def compare_with_start(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
 
     trained = Editor.open(run)
     start = Editor(trained.family, trained.family.net(), trained.steps, trained.sizes)
-    before = score_toy(start, items, DEMO_SEED, "the start")
-    after = score_toy(trained, items, DEMO_SEED, "the result", save_to=run / "evaluation")
+    before = score_toy(start, items, HELD_OUT_SEED, "the start")
+    after = score_toy(trained, items, HELD_OUT_SEED, "the result", save_to=run / "evaluation")
     write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")
     return before, after
 
@@ -141,17 +142,17 @@ def finish_demo(run: Path, before: Any, after: Any) -> None:
     out.print(toy.table(after, before))
     picture = run / "try" / "picture.png"
     words = write_try(picture)
-    python = "" if shutil.which("npedit") else f"{shlex.quote(sys.executable)} -m "
     out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")
-    there = shlex.quote(str(run))
+    there, given = shlex.quote(str(run)), shlex.join([str(picture), words])
+    mine, embedded = (shlex.quote(str(run / "try" / name)) for name in ("out.png", "out-embedded.png"))
     for line in (
-        f"edit {picture} {shlex.quote(words)} --model {there} -o {run / 'try' / 'out.png'}",
-        f"edit {picture} {shlex.quote(words)} -o {run / 'try' / 'out-embedded.png'}   # the fully trained one",
+        f"edit {given} --model {there} -o {mine}",
+        f"edit {given} -o {embedded}   # the fully trained one",
         f"evaluate toy --run {there} --items 900 --seed 2",
         f"export {there} my-editor",
         "train toy   # the full recipe",
     ):
-        out.print(f"  {escape(python)}npedit {escape(line)}")
+        out.print(f"  {escape(f'{program()} {line}')}")
 
 
 def write_try(path: Path) -> str:
@@ -162,8 +163,9 @@ def write_try(path: Path) -> str:
     from npedit.toy.world import render
 
     edit = next(e for e in toy.items(18, seed=7)[9:] if e.edit_type == "recolour")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
     return edit.instruction
 
 
@@ -183,7 +185,7 @@ def train(
     if fresh:
         move_aside(run)
     trainer.train(loaded, run)
-    out.print(f"\nNext:\n  npedit edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}")
+    out.print(escape(f"\nNext:\n  {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
 
 
 def recipe_path(name: str) -> Path:
@@ -192,7 +194,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         UserError: neither exists; the nearest packaged name is given.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     folder = Path(__file__).parent / "recipes"
     packaged = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
@@ -252,7 +254,7 @@ def evaluate(
     benchmark: Annotated[str, typer.Argument(help="The benchmark: toy.")],
     model: ModelOption = "embedded",
     items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
-    seed: SeedOption = 0,
+    seed: ScenesOption = HELD_OUT_SEED,
     steps: StepsOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
 ) -> None:
@@ -326,7 +328,7 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     out.print(f"Exported to {escape(str(folder))}. Its base model: {escape(facts.base)}.")
-    out.print(f"Use it: npedit edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}")
+    out.print(escape(f"Use it: {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from npedit.editor import Editor, open_picture, paired, to_rgb
 from npedit.errors import UserError, nearest
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this
 OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
@@ -62,10 +63,15 @@ def split_words(words: Sequence[str], instructions: Sequence[str]) -> tuple[list
     """
     if instructions:
         return [Path(w) for w in words], list(instructions)
-    if len(words) < 2 or Path(words[-1]).exists():
+    if len(words) < 2 or os.path.exists(words[-1]):  # unlike Path.exists, it does not fail on long words
         raise UserError(
             f"expected pictures and then an instruction; got only {', '.join(map(repr, words))}. "
             'Write it as: npedit edit picture.png "paint the circle red"'
+        )
+    if Path(words[-1]).suffix.lower() in PICTURES:
+        raise UserError(
+            f"expected pictures and then an instruction; there is no picture {words[-1]}. Correct its name; "
+            "an instruction that ends like a picture's name is given with -i."
         )
     return [Path(w) for w in words[:-1]], [words[-1]]
 
@@ -77,7 +83,7 @@ def plan(pairs: Sequence[tuple[Path, str]], target: str) -> list[Path]:
         UserError: one file for several results, an unknown suffix, or a picture that would be overwritten.
     """
     given = Path(target)
-    if target and given.suffix and not target.endswith(("/", os.sep)) and not given.is_dir():
+    if target and given.suffix and not target.endswith(("/", os.sep)) and not os.path.isdir(given):
         if given.suffix.lower() not in FORMATS:
             known = ", ".join(FORMATS)
             raise UserError(f"expected an output name ending in {known}, or a folder; got {target}. Change the ending.")
@@ -107,7 +113,7 @@ def writable(path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"expected a file to write; {path} is a folder. Give a file name in it.")
     probe = _aside(path)
     try:
@@ -139,7 +145,8 @@ def save_pictures(results: Sequence[tuple[Image.Image, Path]]) -> None:
         raise UserError(f"expected to write {path}; got: {error.strerror or error}. Choose another place.") from None
     finally:
         for aside, _ in written:
-            aside.unlink(missing_ok=True)
+            if os.path.exists(aside):
+                aside.unlink()
 
 
 def _aside(path: Path) -> Path:

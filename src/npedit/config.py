@@ -26,9 +26,10 @@ EMBEDDED = "embedded"
 
 
 class Settings(BaseModel):
-    """The parent of every class of settings: it cannot be changed later, and an unknown key is an error."""
+    """The parent of every class of settings: it cannot be changed later; an unknown key is an error, and so is a number
+    that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FamilyChoice(Settings):
@@ -44,7 +45,8 @@ class FamilyChoice(Settings):
 
 
 class CriticChoice(Settings):
-    """Which vision-language model judges. `resolution` is the side in pixels it sees (0: its own)."""
+    """Which vision-language model judges. `resolution` changes nothing yet: it can only state the side in pixels that
+    the model sees anyway (0: whatever that is), and another one is refused when the weights are opened."""
 
     name: str
     weights: str = EMBEDDED
@@ -94,7 +96,7 @@ class Recipe(Settings):
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
     family: FamilyChoice
-    critic: CriticChoice
+    critic: CriticChoice | None = None  # may be left out where no stage needs one
     data: DataChoice
     stages: tuple[Stage, ...] = Field(min_length=1)
     trainer: TrainerSettings = TrainerSettings()
@@ -159,7 +161,27 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
     recipe = check(Recipe, filled, "")
     if recipe.trainer.benchmark:
         _known("benchmarks", recipe.trainer.benchmark, "trainer.benchmark")
+    _whole(recipe)
     return recipe
+
+
+def _whole(recipe: Recipe) -> None:
+    """Refuse a recipe whose parts do not go together."""
+    for i, stage in enumerate(recipe.stages):
+        if recipe.critic is None and "critic" in find_class("steps", stage.step).needs(stage.settings):
+            raise UserError(
+                f"critic: expected a value; got none; stages.{i} ({stage.step}) needs a critic: add the key with its "
+                f"name and weights, or set stages.{i}.settings.critic_weight to 0"
+            )
+    steps = {"trainer.steps": recipe.trainer.steps}
+    for i, stage in enumerate(recipe.stages):
+        if hasattr(stage.settings, "steps"):
+            steps[f"stages.{i}.settings.steps"] = stage.settings.steps
+    if len(set(steps.values())) > 1:
+        got = ", ".join(f"{path} = {number}" for path, number in steps.items())
+        raise UserError(
+            f"{' and '.join(steps)}: expected one number, the few-step editor's steps; got {got}; make them equal"
+        )
 
 
 def _stage(stage: Any, path: str) -> Any:
@@ -297,7 +319,8 @@ def embedded(kind: Literal["base", "critic", "editor"]) -> Path:
     folder = Path(__file__).parent / "toy" / "weights" / kind
     if not folder.is_dir():
         raise UserError(
-            f"expected the package's own {kind} weights in {folder}; got none; reinstall, or run `npedit toy build`"
+            f"expected the package's own {kind} weights in {folder}; got none; "
+            "the package is incomplete: install it again"
         )
     return folder
 

@@ -4,7 +4,7 @@
 
 Real is the frozen base model with the wanted result's caption and guidance; fake is a copy trained online on the
 editor's own output. Written from the papers: DMD (arXiv 2311.18828, equations 7 and 8) and NP-Edit (section 3). With
-v = eps - x0 the signs are as above: where the teacher would move x0 up, fake - real is negative, so descent moves it up.
+v = eps - x0 the signs are as above: where the teacher would move x0 up, the gap is negative, and descent moves it up.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ def gap(x0: Latents, real: Latents, fake: Latents) -> Latents:
     x0, real, fake = x0.detach().float(), real.detach().float(), fake.detach().float()
     width = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
     return (fake - real) / width
-
-
-def student_loss(x0: Latents, gradient: Latents) -> Float[Tensor, ""]:
-    """A scalar whose gradient with respect to x0 is `gradient` over the number of elements. Gradient flows to x0."""
-    aim = (x0.detach().float() - gradient.detach()).detach()
-    return 0.5 * torch.nn.functional.mse_loss(x0.float(), aim)
 
 
 def fake_loss(v: Latents, x0: Latents, eps: Latents) -> Float[Tensor, ""]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import config, generator
+from npedit.data._photos import _PIL_ERRORS
 from npedit.errors import UserError
 from npedit.families.base import Family
 
@@ -100,7 +103,7 @@ class Editor:
         try:
             family = kind.load(base, config.torch_dtype(facts.dtype), device)
             net = family.open_net(folder / "transformer").to(device)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"expected the editor in {folder} and its base model {facts.base!r} to open; got: {error}. "
                 "Check that both are complete; 'npedit doctor' looks at the embedded parts."
@@ -179,7 +182,7 @@ def locate(path: str | Path) -> Path:
     if str(path) == "embedded":
         return Path(config.embedded("editor"))
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it does not fail on a name that is too long
         raise UserError(f"expected a run or an editor's folder; {folder} is not a folder. Give a run, or 'embedded'.")
     for candidate in (folder, folder / "final"):
         if (candidate / FACTS_FILE).is_file():
@@ -217,9 +220,9 @@ def open_picture(path: Path) -> Image.Image:
         UserError: it is missing, a folder, empty, not a picture, truncated, or too large.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"expected a picture; {path} is a folder. Name the pictures in it.")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"expected a picture; there is no {path}.")
     try:
         if path.stat().st_size == 0:
@@ -236,7 +239,7 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(
             f"expected at most {MOST_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except _PIL_ERRORS as error:
         raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
 
 
@@ -257,7 +260,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         UserError: it has no pixels, is too large, or holds floating-point values.
     """
     _check_size(image, "the picture")
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except _PIL_ERRORS as error:
+        raise UserError(f"expected a readable picture; its EXIF data or pixels are broken: {error}.") from None
     if image.mode == "F":
         raise UserError("expected a picture of 8 or 16 bits a channel; got floating-point values. Save it as PNG.")
     if image.mode == "I" or image.mode.startswith("I;16"):

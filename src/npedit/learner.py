@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from npedit.config import Settings
 from npedit.errors import UserError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class LearnerSettings(Settings):
     """How one net is trained."""
 
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.0, 0.9)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.0, 0.9)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     warmup_updates: int = Field(0, ge=0)
     decay: Literal["constant", "cosine"] = "constant"
     clip: float = Field(1.0, gt=0)  # the largest gradient norm

@@ -5,14 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from npedit.checkpoint import writing
+from npedit.config import Recipe, find
 
 SIDE = 128  # of a picture in grid.png
+
+
+def held_out(recipe: Recipe, data: Any) -> tuple[Tensor, tuple[str, ...]]:
+    """References (n, 3, H, W) and instructions to draw samples of: held-out ones for the toy; photos have no held-out
+    part, so there the first batch."""
+    n = recipe.trainer.sample_items
+    if recipe.trainer.benchmark == "toy":
+        from npedit.toy.world import render
+
+        items = find("benchmarks", "toy").items(n, recipe.seed)
+        return render([e.reference for e in items]), tuple(e.instruction for e in items)
+    batch = data.batch(0, n)
+    return batch.references, batch.instructions
 
 
 def write_samples(folder: Path, references: Tensor, instructions: Sequence[str], edited: Tensor) -> None:

@@ -8,9 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import resource
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +20,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import checkpoint
 from npedit.config import Recipe, find, find_class, pick_device, torch_dtype
-from npedit.errors import UserError
+from npedit.errors import UserError, own_command
 from npedit.flow import few_step_times
 from npedit.generator import edit
 from npedit.report import write_report
-from npedit.samples import write_samples
+from npedit.samples import held_out, write_samples
 from npedit.steps.base import Parts, Step
 
 CHUNK = 16  # pictures edited at a time for samples
@@ -60,14 +59,15 @@ def build_parts(recipe: Recipe) -> Parts:
         with _loading("critic", judge.weights):
             kind = find_class("critics", judge.name)
             critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
-    return Parts(family=family, critic=critic, wording=recipe.critic.wording, device=device)
+    wording = recipe.critic.wording if recipe.critic else "plain"
+    return Parts(family=family, critic=critic, wording=wording, device=device)
 
 
 @contextmanager
 def _loading(part: str, weights: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
         raise UserError(
             f"{part}.weights: expected a model that opens; got {weights!r} ({error}); correct the recipe"
         ) from error
@@ -112,6 +112,11 @@ def _check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
                 f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
                 "add the column or set the weight of the loss that needs it to 0"
             )
+        if "source_caption" in needs and not data.has_source_captions:
+            raise UserError(
+                f"stages.{i}: expected data with source_caption, which {stage.step} needs as its text, in every row; "
+                "got data without; add the column (what each photo shows, in a few words) or leave this stage out"
+            )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
         if "edited" not in needs and getattr(data, "has_pairs", False):
@@ -122,6 +127,23 @@ def _check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             raise UserError(
                 f"data: expected sizes that are multiples of {multiple}; got {width}x{height}; change the data's size"
             )
+    if recipe.trainer.benchmark:
+        _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
+
+
+def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
+    side = find("benchmarks", name).SIDE
+    other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
+    if other:
+        raise UserError(
+            f"trainer.benchmark: {name} expected an editor trained at {side}x{side} pixels; got data of "
+            f'{", ".join(other)}; set trainer.benchmark to "" or change the data\'s size'
+        )
+    if side % multiple:
+        raise UserError(
+            f"trainer.benchmark: {name} expected a family that takes {side}x{side} pixels; got one whose sizes are "
+            f'multiples of {multiple}; set trainer.benchmark to ""'
+        )
 
 
 @contextmanager
@@ -160,7 +182,7 @@ class _Loop:
         self.console = Console()
         self.saved_at = self.printed_at = time.monotonic()
         self.success = ""
-        self.bad_rows, self.rows_seen = checkpoint.read_rows(run / checkpoint.BAD_ROWS), 0
+        self.bad_rows, self.rows_seen = checkpoint.trim_rows(run / checkpoint.BAD_ROWS), 0
         self.shown = held_out(recipe, data)
 
     def go(self) -> None:
@@ -190,7 +212,7 @@ class _Loop:
                 if i == numbers["stage"] and folder:
                     restore(step, tensors, numbers)
                     start = numbers["update"]
-                if i == 0 and start == 0:
+                if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
                     checkpoint.append_row(
                         self.run / checkpoint.METRICS, {"step": 0, **self._look(step, 0), "time": time.time()}
                     )
@@ -198,6 +220,8 @@ class _Loop:
                 if i + 1 < len(self.recipe.stages):
                     step.learners["student"].settle()
         self._finish(step)
+        if self.caught:
+            self._leave(f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
 
     def _step(self, i: int, student: nn.Module) -> Step:
         stage = self.recipe.stages[i]
@@ -319,9 +343,10 @@ class _Loop:
     def _stop(self, i: int, step: Step, update: int, n: int) -> None:
         self._save(i, step, update, n)
         self.bar.stop()
-        self.console.print(
-            f"Stopped after update {n} of {self.total}; all is saved in {self.run}. To go on, run the same command:"
-        )
+        self._leave(f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
+
+    def _leave(self, words: str) -> None:
+        self.console.print(f"{words} To go on, run the same command:", markup=False)
         self.console.print(f"  {own_command()}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + self.caught[0])
 
@@ -351,34 +376,24 @@ def per_update(stage: Any) -> int:
 
 
 def restore(step: Step, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put a checkpoint's contents into a freshly built step."""
-    for name, learner in step.learners.items():
-        own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-        learner.load_state(own, numbers["learners"][name])
-    step.load_extra_state({k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")})
+    """Put a checkpoint's contents into a freshly built step.
 
-
-def held_out(recipe: Recipe, data: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """References (n, 3, H, W) and instructions to draw samples of: held-out ones for the toy; photos have no held-out
-    part, so there the first batch."""
-    n = recipe.trainer.sample_items
-    if recipe.trainer.benchmark == "toy":
-        from npedit.toy.world import render
-
-        items = find("benchmarks", "toy").items(n, recipe.seed)
-        return render([e.reference for e in items]), tuple(e.instruction for e in items)
-    batch = data.batch(0, n)
-    return batch.references, batch.instructions
+    Raises:
+        UserError: they are those of another model.
+    """
+    try:
+        for name, learner in step.learners.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            learner.load_state(own, numbers["learners"][name])
+        step.load_extra_state({k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"expected a checkpoint of this recipe and its weights; got another ({error}); "
+            "put the weights back that the run was begun with, or choose another folder"
+        ) from error
 
 
 def _peak_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def own_command() -> str:
-    """The command line that this process was started with, as one would type it."""
-    first = Path(sys.argv[0])
-    start = ["python", "-m", first.parent.name] if first.name == "__main__.py" else [first.name]
-    return shlex.join([*start, *sys.argv[1:]])

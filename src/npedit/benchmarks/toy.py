@@ -24,6 +24,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
+from npedit.checkpoint import write_text, writing
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.oracle import judge, outside_change, read_scene, reading_of
 from npedit.toy.world import SIDE, render
@@ -159,15 +160,17 @@ def _rates(rows: Sequence[tuple[bool, bool]]) -> dict[str, Rate]:
 def _save(
     folder: Path, items: Sequence[Edit], rows: list[tuple[bool, bool]], kept: list[tuple[Tensor, Tensor]]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for i, ((reference, edited), e, (applied, preserved)) in enumerate(zip(kept, items, rows)):
         names = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
         for name, image in zip(names.values(), (edited, reference)):
-            to_pil(image).save(folder / name)
+            with writing(folder / name):
+                to_pil(image).save(folder / name)
         words = {"instruction": e.instruction, "edit_type": e.edit_type}
         listed.append({**names, **words, "applied": applied, "preserved": preserved})
-    (folder / "items.json").write_text(json.dumps(listed, indent=1))
+    write_text(folder / "items.json", json.dumps(listed, indent=1))
 
 
 def to_pil(image: Tensor) -> Image.Image:

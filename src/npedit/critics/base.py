@@ -27,7 +27,7 @@ class Critic(ABC):
     @abstractmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
         """Open a Hub id or a local folder. `resolution` is the side in pixels that images are scaled to; 0 is the
-        model's own.
+        model's own. A model that takes one side only refuses any other.
 
         Raises:
             FileNotFoundError, ValueError: a part is missing, another model lies there, or Yes and No are not single

@@ -202,6 +202,7 @@ class Source:
         self.metadata = find_metadata(settings.path)
         self.rows = read_rows(self.metadata, settings)
         self.has_target_captions = all(row.target_caption for row in self.rows)
+        self.has_source_captions = all(row.source_caption for row in self.rows)
         self._bad: dict[int, dict] = {}
         self._lock = threading.Lock()
         self._buckets, self._bytes = self._scan()

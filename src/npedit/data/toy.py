@@ -28,6 +28,7 @@ class Source:
     """An endless stream of toy items in the training phrasings. There are no rows, hence no bad ones."""
 
     has_target_captions = True
+    has_source_captions = True
 
     def __init__(self, settings: Settings, seed: int):
         self.settings = settings

@@ -90,7 +90,8 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images (b, 3, H, W) in [0, 1] -> normalised latents (b, c, h, w), the posterior's mean. No gradient."""
+        """Images (b, 3, H, W) in [0, 1] -> normalised latents (b, c, h, w) in float32, the posterior's mean. No
+        gradient."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,8 +4,11 @@
 - layout: latents are packed 2 x 2 into tokens; `img_ids` holds (0, row, column) for each.
 - text: T5 sequence (padding attended to, as FLUX does) and CLIP's pooled vector; dev embeds a guidance scale.
 - references: packed likewise and appended after the picture's tokens, with the ids' first coordinate 1, 2, ...; the
-  net's
-  output on them is dropped. This is how FLUX.1-Kontext (arXiv 2506.15742) does it; no new weight is needed.
+  net's output on them is dropped. This is how FLUX.1-Kontext (arXiv 2506.15742) does it; no new weight is needed.
+- guidance, a choice: dev is a distilled model with the scale as an input, and every call here (student, teacher, fake)
+  gives it 3.5, its pipeline's default. DMD's teacher adds classifier-free guidance (`guidance` of `np_edit`) ON TOP of
+  that: two calls, both at 3.5. So with dev the teacher is guided twice; `guidance: 1.0` leaves the distilled one alone.
+  Schnell and the toy embed no scale, and there `guidance` is all there is.
 """
 
 from __future__ import annotations
@@ -126,9 +129,10 @@ class Flux(Family):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as FLUX does."""
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as FLUX does. Float32 whatever the VAE's type, so
+        that neither x_t nor DMD's gap is rounded."""
         vae: AutoencoderKL = self.pipe.vae
-        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean
+        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
         return (mean - vae.config.shift_factor) * vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Step(ABC):
 
     @classmethod
     def needs(cls, settings: Settings) -> frozenset[str]:
-        """What must be there: any of "critic", "target_caption", "source_caption"."""
+        """What must be there: any of "critic", "target_caption", "source_caption", "edited"."""
         return frozenset()
 
     @abstractmethod

@@ -14,7 +14,7 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -46,7 +46,7 @@ class NpEditSettings(Settings):
     ramp_from: float = Field(0.1, gt=0, le=1)  # inverse temperature of the critic's logits at the start
     ramp_updates: int = Field(2000, ge=0)  # until it is 1
     guidance: float = Field(3.5, ge=0)  # of the teacher
-    guidance_by_type: dict[str, float] = {}
+    guidance_by_type: dict[str, Annotated[float, Field(ge=0)]] = {}
     negative_prompt: str = ""
     t_min: float = Field(0.02, gt=0, lt=1)  # DMD's range of times
     t_max: float = Field(0.98, gt=0, lt=1)
@@ -75,6 +75,7 @@ class Step(Base):
         if settings.dmd_weight:
             self.learners["fake"] = Learner(parts.family.net(), settings.fake, updates * settings.fake_updates)
         self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
+        self.met: list[Tensor] = []  # their sizes in the batches of the update under way
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:
@@ -136,6 +137,7 @@ class Step(Base):
             return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
 
         logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        self.sizes, self.met = self._sizes_now(), []
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
         return means | {f"{k}/student": v for k, v in logged.items()}
@@ -238,14 +240,22 @@ class Step(Base):
 
     def _critic_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
         """With `balance: match`, what brings the critic's gradient to `critic_weight` times DMD's, over a run of
-        updates."""
+        updates. It knows this batch and those before it; the running sizes themselves move once an update."""
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
         now = torch.stack([from_critic.norm() / s.critic_weight, from_dmd.norm()]).cpu()
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
-            self.sizes = now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
-        return float(self.sizes[1] / self.sizes[0].clamp_min(1e-12))
+            self.met.append(now)
+        sizes = self._sizes_now()
+        return float(sizes[1] / sizes[0].clamp_min(1e-12))
+
+    def _sizes_now(self) -> Tensor:
+        """The running sizes moved by the mean of what this update's batches have shown so far."""
+        if not self.met:
+            return self.sizes
+        now = torch.stack(self.met).mean(0)
+        return now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
 
     def extra_state(self) -> dict[str, Tensor]:
         """The running sizes of the two gradients."""

@@ -3,7 +3,8 @@
 Deviations from the paper:
 - the text is the reference's own caption, never the edit's instruction: with that, the student learns to ignore its
   text.
-- times are those the few-step editor visits, half of them t = 1, since no other time is used later.
+- times are those the few-step editor visits, since no other time is used later: half of the items have t = 1, the
+  others one of all its times, t = 1 included, which with four steps makes t = 1 for 62.5 % of the items.
 """
 
 from __future__ import annotations

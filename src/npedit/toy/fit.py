@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import random
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+
+from npedit.errors import writing
 
 LossFn = Callable[[int, random.Random, torch.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -49,12 +52,14 @@ def fit(
         average, start = state["average"], state["step"]
 
     def save(step: int) -> None:
-        aside = path.with_suffix(".tmp")
+        aside, whole = path.with_suffix(".tmp"), io.BytesIO()
         torch.save(
             {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step},
-            aside,
+            whole,
         )
-        os.replace(aside, path)
+        with writing(path):
+            aside.write_bytes(whole.getbuffer())
+            os.replace(aside, path)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     saved = time.monotonic()

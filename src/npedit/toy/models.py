@@ -12,26 +12,32 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
+from npedit.checkpoint import write_text, writing
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.families.flux import Flux
 from npedit.toy.base_model import caption_score, teach_base
 from npedit.toy.critic import examine, teach_critic
+from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.oracle import judge, read_scene
 from npedit.toy.vae import psnr, teach_vae
+from npedit.toy.world import render
 
-STEPS = {"vae": 1300, "base": 3000, "critic": 3600}  # batches; about 10, 40 and 40 minutes on one core each
+STEPS = {"vae": 1300, "base": 5600, "critic": 6000}  # batches; about 10, 55 and 55 minutes
 CPU = torch.device("cpu")
 
 
 def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
     """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json`
     holds."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     steps = STEPS | (steps or {})
     if not (folder / "vae").is_dir():
         _lay_down(teach_vae(folder, steps["vae"], seed), folder / "vae")
@@ -46,7 +52,7 @@ def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> d
         critic.model.half()
         _lay_down(critic, folder / "critic")
     measured = measure(folder)
-    (folder / "parts.json").write_text(json.dumps({"steps": steps, "seed": seed, **measured}, indent=1) + "\n")
+    write_text(folder / "parts.json", json.dumps({"steps": steps, "seed": seed, **measured}, indent=1) + "\n")
     return measured
 
 
@@ -54,16 +60,28 @@ def _lay_down(part: object, folder: Path) -> None:
     """Save aside, then rename: a folder that is there is whole."""
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    if isinstance(part, LlavaOnevision):
-        part.save(aside)
-    else:
-        part.save_pretrained(aside)
+    with writing(folder):
+        aside.mkdir()
+        if isinstance(part, LlavaOnevision):
+            part.save(aside)
+        else:
+            part.save_pretrained(aside)
     for path in aside.rglob("*.json"):  # the folder where a part was made concerns nobody
         found = json.loads(path.read_text())
         if found.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(found, indent=2) + "\n")
+            write_text(path, json.dumps(found, indent=2) + "\n")
     os.replace(aside, folder)
+
+
+@torch.no_grad()
+def through_vae(family: Flux, items: int, seed: int) -> float:
+    """Share of true edits that the oracle still accepts when they have been encoded and decoded: the editor's bound."""
+    edits = [
+        sample_edit(random.Random(f"held-out/vae/{seed}/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(items)
+    ]
+    images = render([e.target for e in edits])
+    again = torch.cat([family.decode(family.encode(x)) for x in images.split(64)]).clamp(0, 1)
+    return sum(all(judge(e, r)) for e, r in zip(edits, read_scene(again), strict=True)) / items
 
 
 def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
@@ -73,6 +91,7 @@ def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]
     vae = family.pipe.vae
     return {
         "vae_psnr_db": round(psnr(vae, 512, seed), 2),
+        "edits_right_through_the_vae": through_vae(family, 720, seed),
         "captions_right_20_steps_guidance_3": caption_score(family, 512, seed),
         "critic_right_clean": examine(critic, vae, items, seed, damage=False),
         "critic_right_damaged": examine(critic, vae, items, seed, damage=True),

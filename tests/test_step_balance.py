@@ -1,0 +1,83 @@
+"""`balance: match`: the critic's gradient is brought to its share of DMD's, by sizes that run over updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from npedit.generator import seeded
+from npedit.steps.base import Clock
+from npedit.steps.np_edit import NpEditSettings, Step
+from parts import batch, parts
+
+
+@pytest.fixture
+def frozen():
+    return parts()
+
+
+def make(frozen, **settings) -> Step:
+    chosen = NpEditSettings(**{"critic_weight": 0.5, "fake_updates": 1, "ramp_updates": 0, **settings})
+    return Step(chosen, frozen, frozen.family.net(), updates=10, seed=0)
+
+
+def shown(step: Step, *batches: tuple[float, float]) -> list[float]:
+    """One update whose batches have gradients of these sizes (critic, DMD); the scale that each batch got."""
+    found = []
+
+    def update(losses) -> dict[str, float]:
+        found.extend(
+            step._critic_scale(torch.tensor([step.settings.critic_weight * c]), torch.tensor([d])) for c, d in batches
+        )
+        return {}
+
+    step.learners["student"].update = update
+    step._student_update([], 0, Clock())
+    return found
+
+
+def test_balance_brings_the_critic_to_its_share_of_dmd(frozen):
+    given = batch(0, 1, 2)
+    x0 = frozen.family.encode(given.references) + 0.1
+    plain, matched = make(frozen, critic_weight=0.25), make(frozen, critic_weight=0.25, balance="match")
+    _, before = plain._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    _, after = matched._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    assert after["grad_norm/from_dmd"] == before["grad_norm/from_dmd"]
+    assert after["grad_norm/from_critic"] == pytest.approx(0.25 * after["grad_norm/from_dmd"], rel=1e-4)
+    assert before["grad_norm/from_critic"] != pytest.approx(0.25 * before["grad_norm/from_dmd"], rel=0.1)
+
+
+def test_balance_runs_over_updates_and_survives_a_bad_one(frozen):
+    step = make(frozen, balance="match")
+    assert shown(step, (1.0, 2.0)) == [pytest.approx(2.0)]
+    assert shown(step, (3.0, 2.0)) == [pytest.approx(2.0 / (1.0 + 0.05 * 2.0))]
+    before = step.extra_state()["sizes"].clone()
+    shown(step, (float("nan"), 2.0))
+    assert torch.equal(step.extra_state()["sizes"], before)
+
+
+def test_accumulated_batches_move_the_sizes_once(frozen):
+    """Two batches an update move them as far as one does, by the batches' mean."""
+    one, two = make(frozen, balance="match"), make(frozen, balance="match")
+    for step, batches in ((one, [(3.0, 4.0)]), (two, [(2.0, 5.0), (4.0, 3.0)])):
+        shown(step, (1.0, 2.0))
+        shown(step, *batches)
+    torch.testing.assert_close(two.sizes, torch.tensor([1.1, 2.1]))
+    torch.testing.assert_close(two.sizes, one.sizes)
+
+
+def test_a_whole_update_of_two_batches_moves_the_sizes_once(frozen):
+    step = make(frozen, balance="match")
+    step.step([batch(0, 1), batch(2, 3)], 0)
+    start, seen = step.sizes.clone(), []
+    norms, real = [], step._critic_scale
+
+    def noted(from_critic, from_dmd):
+        norms.append(torch.stack([from_critic.norm() / step.settings.critic_weight, from_dmd.norm()]))
+        seen.append(step.sizes.clone())
+        return real(from_critic, from_dmd)
+
+    step._critic_scale = noted
+    step.step([batch(i, i + 1) for i in range(4)], 1)
+    assert len(norms) == 2 and all(torch.equal(s, start) for s in seen)
+    torch.testing.assert_close(step.sizes, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
