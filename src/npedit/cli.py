@@ -257,18 +257,26 @@ def evaluate(
     seed: ScenesOption = HELD_OUT_SEED,
     steps: StepsOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
 ) -> None:
     """Score an editor on held-out items, with 95 % intervals."""
+    import tempfile
+
     from npedit import config
     from npedit.checkpoint import write_text
-    from npedit.cli_edit import writable
+    from npedit.cli_edit import save_pictures, writable
     from npedit.editor import Editor
+    from npedit.report import results_sheet
 
     bench = config.find("benchmarks", benchmark)
-    if json_file:
-        writable(json_file)
+    for path in (json_file, picture):
+        if path:
+            writable(path)
     editor = Editor.open(model)
-    scores = score_toy(editor, items, seed, str(model), steps)
+    with tempfile.TemporaryDirectory() as kept:
+        scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
+        if picture:
+            save_pictures([(results_sheet(Path(kept)), picture)])
     out.print(bench.table(scores))
     if json_file:
         facts = {"benchmark": benchmark, "model": str(model), "seed": seed, "steps": steps or editor.steps}
@@ -277,7 +285,7 @@ def evaluate(
 
 
 def score_toy(
-    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None
+    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None, save: int = 36
 ) -> Any:
     """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
     from rich.progress import Progress
@@ -292,7 +300,8 @@ def score_toy(
         def edit_fn(references: Any, instructions: list[str]) -> Any:
             return editor.edit_tensor(references, instructions, [next(given) for _ in instructions], steps)
 
-        return toy.score(edit_fn, edits, on_progress=lambda done, _: bar.update(task, completed=done), save_to=save_to)
+        told = lambda done, _: bar.update(task, completed=done)  # noqa: E731
+        return toy.score(edit_fn, edits, on_progress=told, save_to=save_to, save=save)
 
 
 @app.command()

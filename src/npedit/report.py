@@ -236,22 +236,37 @@ def sheet(seed: int = 0) -> Image.Image:
     """A picture for looking at the toy world: for each edit type a scene, its instruction and the true result."""
     import random
 
-    from PIL import ImageDraw, ImageFont
-
     from npedit.benchmarks.toy import to_pil
     from npedit.toy.edits import EDIT_TYPES, sample_edit
     from npedit.toy.world import render
 
-    side, gap, line = 160, 12, 44
     edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]
+    pictures = [tuple(to_pil(x) for x in render([e.reference, e.target])) for e in edits]
+    return _page([(*both, e.instruction, e.edit_type) for both, e in zip(pictures, edits, strict=True)])
+
+
+def results_sheet(folder: Path) -> Image.Image:
+    """What `benchmarks.toy.score` left in a folder: reference, result, instruction and the oracle's verdict."""
+    rows = []
+    for item in _items(folder):
+        verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
+        both = tuple(Image.open(folder / item[k]).convert("RGB") for k in ("reference", "file"))
+        rows.append((*both, item["instruction"], f"{item['edit_type']}: {verdict}"))
+    return _page(rows)
+
+
+def _page(rows: Sequence[tuple[Image.Image, Image.Image, str, str]]) -> Image.Image:
+    """Pairs of pictures with two lines of words each, three pairs in a row."""
+    from PIL import ImageDraw, ImageFont
+
+    side, gap, line = 160, 12, 44
     width, height = 2 * side + 3 * gap, side + line + gap
-    page = Image.new("RGB", (3 * width, gap + -(-len(edits) // 3) * height), "white")
+    page = Image.new("RGB", (3 * width, gap + -(-len(rows) // 3) * height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    for i, edit in enumerate(edits):
+    for i, (*pictures, first, second) in enumerate(rows):
         left, top = i % 3 * width + gap, gap + i // 3 * height
-        for k, scene in enumerate((edit.reference, edit.target)):
-            picture = to_pil(render([scene])[0]).resize((side, side), Image.Resampling.NEAREST)
-            page.paste(picture, (left + k * (side + gap), top))
-        draw.text((left, top + side + 4), edit.instruction, fill="#1c2330", font=font)
-        draw.text((left, top + side + 22), edit.edit_type, fill="#8a919c", font=font)
+        for k, picture in enumerate(pictures):
+            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + k * (side + gap), top))
+        draw.text((left, top + side + 4), first, fill="#1c2330", font=font)
+        draw.text((left, top + side + 22), second, fill="#8a919c", font=font)
     return page
