@@ -142,7 +142,7 @@ def test_names_are_files() -> None:
 
 
 def test_embedded_weights_that_are_not_there() -> None:
-    with pytest.raises(UserError, match="reinstall"):
+    with pytest.raises(UserError, match="install it again"):
         embedded("nothing_like_it")
 
 

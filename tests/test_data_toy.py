@@ -11,7 +11,8 @@ from PIL import Image
 from npedit.data import toy
 from npedit.errors import UserError
 from npedit.questions import NOTHING
-from npedit.toy import edits, oracle, world
+from npedit.toy import edits as language
+from npedit.toy import oracle, world
 from npedit.toy.dataset import write_dataset
 from photo_sets import opened, spy_on_files
 
@@ -29,7 +30,7 @@ def test_the_toy_draws_references_only(monkeypatch):
     monkeypatch.setattr(toy, "render", lambda scenes: drawn.extend(scenes) or world.render(scenes))
     source = toy.Source(toy.Settings(nothing_share=0.0), 5)
     batch = source.batch(2, 8)
-    edits = [edits.sample_edit(random.Random(f"5/{i}")) for i in range(16, 24)]
+    edits = [language.sample_edit(random.Random(f"5/{i}")) for i in range(16, 24)]
     assert drawn == [e.reference for e in edits]
     assert torch.equal(batch.references, world.render(drawn))
     assert batch.instructions == tuple(e.instruction for e in edits)
@@ -60,7 +61,7 @@ def test_the_toy_has_items_with_nothing_to_do():
     turned = [i for i, t in enumerate(batch.edit_types) if t == NOTHING]
     assert 60 < len(turned) < 140
     for i in turned:
-        assert batch.instructions[i] in edits.NOTHING
+        assert batch.instructions[i] in language.NOTHING
         assert batch.target_captions[i] == batch.source_captions[i]
 
 
@@ -93,7 +94,7 @@ def test_the_paired_toy_has_edited_images_that_training_never_opens(tmp_path, ca
     folder = write_dataset(tmp_path / "toy", 9, seed=0, pairs=True)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
-        edit = edits.sample_edit(random.Random(f"0/{i}"))
+        edit = language.sample_edit(random.Random(f"0/{i}"))
         with Image.open(folder / line["edited_file_name"]) as image:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         assert oracle.judge(edit, oracle.read_scene(pixels)[0]) == (True, True)

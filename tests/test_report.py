@@ -28,7 +28,9 @@ def make_run(run, updates=60):
     rng = random.Random(0)
     run.mkdir(parents=True)
     (run / CONFIG).write_text(yaml.safe_dump({"name": "demo", "trainer": {"evaluate_items": 90}}))
-    (run / MANIFEST).write_text(json.dumps({"format": 1, "recipe": "demo <&>", "versions": {"torch": "2"}}))
+    (run / MANIFEST).write_text(
+        json.dumps({"format": 1, "no_pairs": True, "recipe": "demo <&>", "versions": {"torch": "2"}})
+    )
     append_row(run / METRICS, {"step": 0, "time": 0.0, **looks(0.02)})
     for n in range(1, updates + 1):
         p = n / updates
@@ -116,7 +118,7 @@ def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path):
     run = tmp_path / "r"
     run.mkdir()
     (run / CONFIG).write_text(yaml.safe_dump({"name": "demo", "trainer": {"evaluate_items": 90}}))
-    (run / MANIFEST).write_text('{"recipe": "demo"}')
+    (run / MANIFEST).write_text('{"recipe": "demo", "no_pairs": true}')
     assert "Nothing was trained yet" in write_report(run).read_text()
     append_row(
         run / METRICS, {"step": 1, "stage": 0, "stage_name": "np_edit", "loss/dmd": float("nan"), "loss/fake": 0.4}
