@@ -94,8 +94,8 @@ def test_settings_out_of_range(wrong: dict) -> None:
 @pytest.mark.parametrize(
     ("step", "data", "said"),
     [
-        ("np_edit", "toy_pairs", "stages.0: np_edit trains without pairs; got data.name toy_pairs; use toy"),
-        ("reference_copy", "toy_pairs", "stages.0: reference_copy trains without pairs"),
+        ("np_edit", "toy_pairs", "every stage trains without pairs; got toy_pairs, which has them; use toy"),
+        ("reference_copy", "toy_pairs", "every stage trains without pairs"),
         ("supervised", "toy", "stages.0: supervised expected pairs; got data.name toy; use toy_pairs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The parts that ship in the package: they open through the ordinary adapters and are as good as their papers say."""
+"""The parts that ship in the package: they open through the ordinary adapters and are as good as parts.json says."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def critic() -> LlavaOnevision:
 
 
 @pytest.fixture(scope="module")
-def paper() -> dict:
+def stated() -> dict:
     return json.loads((embedded("base").parent / "parts.json").read_text())
 
 
-def test_the_vae_keeps_scenes(family, paper):
+def test_the_vae_keeps_scenes(family, stated):
     measured = psnr(family.pipe.vae, 128, seed=1)
     assert measured >= 30
-    assert abs(measured - paper["vae_psnr_db"]) < 1
+    assert abs(measured - stated["vae_psnr_db"]) < 1
 
 
-def test_the_oracle_reads_scenes_through_the_vae(family, paper):
+def test_the_oracle_reads_scenes_through_the_vae(family, stated):
     """The bound of everything that goes through the VAE; see docs/log.md."""
     rng = random.Random("through the vae")
     edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(90)]
     again = family.decode(family.encode(render([e.target for e in edits]))).clamp(0, 1)
     right = [all(judge(e, r)) for e, r in zip(edits, read_scene(again), strict=True)]
-    assert abs(sum(right) / len(right) - paper["edits_right_through_the_vae"]) < 0.13
+    assert abs(sum(right) / len(right) - stated["edits_right_through_the_vae"]) < 0.13
 
 
-def test_captions_are_followed_as_the_paper_says(family, paper):
-    measured, said = caption_score(family, 64, seed=2), paper["captions_right_20_steps_guidance_3"]
+def test_captions_are_followed_as_stated(family, stated):
+    measured, said = caption_score(family, 64, seed=2), stated["captions_right_20_steps_guidance_3"]
     assert abs(measured - said) < 4 * (said * (1 - said) / 64) ** 0.5 + 0.02
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_the_critic_answers_as_the_paper_says(family, critic, paper, damage):
+def test_the_critic_answers_as_stated(family, critic, stated, damage):
     measured = examine(critic, family.pipe.vae, 108, 2, damage)
-    said = paper["critic_right_damaged" if damage else "critic_right_clean"]
+    said = stated["critic_right_damaged" if damage else "critic_right_clean"]
     assert set(measured) == set(said)
     assert sum(measured.values()) / len(measured) > sum(said.values()) / len(said) - 0.06
 

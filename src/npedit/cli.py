@@ -147,7 +147,7 @@ def finish_demo(run: Path, before: Any, after: Any) -> None:
     mine, embedded = (shlex.quote(str(run / "try" / name)) for name in ("out.png", "out-embedded.png"))
     for line in (
         f"edit {given} --model {there} -o {mine}",
-        f"edit {given} -o {embedded}   # the fully trained one",
+        f"edit {given} -o {embedded}   # the one that ships",
         f"evaluate toy --run {there} --items 900 --seed 2",
         f"export {there} my-editor",
         "train toy   # the full recipe",

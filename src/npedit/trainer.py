@@ -119,8 +119,8 @@ def _check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
-        if "edited" not in needs and getattr(data, "has_pairs", False):
-            raise UserError(f"stages.{i}: {stage.step} trains without pairs; got data.name {recipe.data.name}; use toy")
+    if getattr(data, "has_pairs", False) and not recipe.uses_pairs():
+        raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
         if height % multiple or width % multiple:
