@@ -21,8 +21,9 @@ from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.questions import NOTHING, questions_for
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.fit import fit
+from npedit.toy.mistakes import candidate, damaged
 from npedit.toy.oracle import faults, goal, judge, reading_of
-from npedit.toy.words import MARKS, new_tokenizer, vocabulary
+from npedit.toy.words import MARKS, VALUES, new_tokenizer, vocabulary
 from npedit.toy.world import (
     BACKGROUNDS,
     COLOURS,
@@ -39,8 +40,9 @@ from npedit.toy.world import (
 )
 
 PATCH = 8
-VALUES = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES, "")
 LOOKS = (("", *SHAPES), ("", *COLOURS), ("", *PATTERNS), ("", *SIZES))  # "" is an empty cell
+HALF_DONE = 0.12  # share of edits shown half done, a blend of reference and target: Yes as far as it is done
+DOUBT = 0.02  # the share of the other answer in each lesson: a margin that grows for ever has no slope
 HELD = len(LOOKS) + 2  # labels a cell: its look, and the scene's background and style
 
 
@@ -51,127 +53,7 @@ def new_critic(seed: int) -> LlavaOnevision:
     return critic
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
-
-
-def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scene:
-    """The scene with one thing changed that no edit asked for, outside the cells in `spare` where that can be done."""
-    open_cells = [i for i in range(4) if i not in spare]
-    kind = (
-        rng.choice(("cell", "cell", "cell", "background", "style"))
-        if open_cells
-        else rng.choice(("background", "style"))
-    )
-    if kind == "background":
-        return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
-    if kind == "style":
-        return replace(scene, style=rng.choice([s for s in STYLES if s != scene.style]))
-    cell = rng.choice(open_cells)
-    thing = scene.cells[cell]
-    if thing is None or rng.random() < 0.2:
-        return scene.with_cell(cell, sample_thing(rng) if thing is None else None)
-    field, values = rng.choice(
-        (("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS), ("size", tuple(SIZES)))
-    )
-    value = rng.choice([v for v in values if v != getattr(thing, field)])
-    changed = replace(thing, **{field: value})
-    if field == "size":
-        changed = replace(changed, radius=rng.uniform(*SIZES[value]))
-    return scene.with_cell(cell, changed)
-
-
-def _near_miss(edit: Edit, rng: random.Random) -> Scene:
-    """An edit of the same type gone wrong: another value, or another thing."""
-    scene = edit.reference
-    for _ in range(20):
-        other = _variant(edit, rng)
-        if other != edit.target and other != scene:
-            return other
-    return scene
-
-
-def _variant(edit: Edit, rng: random.Random) -> Scene:
-    scene, kind = edit.reference, edit.edit_type
-    if kind == "background":
-        return replace(scene, background=rng.choice(tuple(BACKGROUNDS)))
-    if kind == "style":
-        return replace(scene, style=rng.choice(tuple(STYLES)))
-    if kind == "add":
-        (home,) = edit.touched
-        wanted = edit.target.cells[home]
-        field, values = rng.choice((("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS)))
-        wrong = wanted if rng.random() < 0.25 else replace(wanted, **{field: rng.choice(values)})
-        return scene.with_cell(rng.choice(range(4)) if rng.random() < 0.4 else home, wrong)
-    cell = edit.cell if rng.random() < 0.6 else rng.choice(scene.filled)
-    thing = scene.cells[cell]
-    if kind == "remove":
-        return scene.with_cell(cell, None)
-    if kind == "move":
-        moved = scene.with_cell(rng.choice(scene.empty), thing)
-        return moved if rng.random() < 0.2 else moved.with_cell(cell, None)
-    field = {"replace": "shape", "recolour": "colour", "pattern": "pattern", "resize": "size"}[kind]
-    values = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}[field]
-    value = edit.value if cell != edit.cell else rng.choice(values)
-    changed = replace(thing, **{field: value})
-    return scene.with_cell(cell, replace(changed, radius=rng.uniform(*SIZES[value])) if field == "size" else changed)
-
-
-def candidate(edit: Edit, rng: random.Random) -> Scene:
-    """What an editor might return: right, nothing done, wrong, right but disturbed, ..."""
-    roll = rng.random()
-    if roll < 0.34:
-        scene = edit.target
-    elif roll < 0.46:
-        scene = edit.reference
-    elif roll < 0.68:
-        scene = _near_miss(edit, rng)
-    elif roll < 0.88:
-        scene = _disturbed(edit.target, rng, edit.touched if edit.edit_type not in ("background", "style") else ())
-    elif roll < 0.95:
-        scene = _disturbed(edit.reference, rng, ())
-    else:
-        scene = sample_scene(rng)
-    if rng.random() < 0.3:  # the same things, drawn anew a little aside
-        things = [
-            t
-            and replace(
-                t,
-                dx=max(-0.8, min(0.8, t.dx + rng.uniform(-0.4, 0.4))),
-                dy=max(-0.8, min(0.8, t.dy + rng.uniform(-0.4, 0.4))),
-            )
-            for t in scene.cells
-        ]
-        scene = replace(scene, cells=tuple(things))
-    return scene
-
-
-@torch.no_grad()
-def damaged(
-    images: Tensor, vae: AutoencoderKL, rng: random.Random, generator: torch.Generator, share: float = 0.6
-) -> Tensor:
-    """Some of the images as a generator might leave them: through the VAE with noisy latents, noisy, soft, off in
-    colour."""
-    images = images.clone()
-    kinds = [rng.choice(("vae", "vae", "noise", "blur", "tint")) if rng.random() < share else "" for _ in images]
-    rows = [i for i, k in enumerate(kinds) if k == "vae"]
-    if rows:
-        latents = vae.encode(images[rows] * 2 - 1).latent_dist.mean
-        strength = 0.25 * torch.rand(len(rows), 1, 1, 1, generator=generator)
-        latents = latents + strength * torch.randn(latents.shape, generator=generator) / vae.config.scaling_factor
-        images[rows] = (vae.decode(latents).sample + 1) / 2
-    for i, kind in enumerate(kinds):
-        if kind == "noise":
-            images[i] += rng.uniform(0.01, 0.08) * torch.randn(images[i].shape, generator=generator)
-        elif kind == "blur":
-            soft = F.avg_pool2d(F.pad(images[i : i + 1], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-            images[i] = torch.lerp(images[i], soft, rng.uniform(0.2, 0.7))
-        elif kind == "tint":
-            images[i] += torch.tensor([rng.uniform(-0.05, 0.05) for _ in range(3)])[:, None, None]
-    return images.clamp(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------- what is
-# asked
+# ------------------------------------------------------------------------------------------------------ what is asked
 
 
 def asked_about(edit: Edit, seen: Scene) -> list[tuple[str, int, bool]]:
@@ -256,9 +138,15 @@ def teach_critic(
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(pairs)]
         after = [candidate(e, rng) for e in edits]
+        done = [rng.random() if rng.random() < HALF_DONE else None for _ in edits]  # how far a half-done edit has come
+        after = [a if d is None else e.target if d > 0.5 else e.reference for a, d, e in zip(after, done, edits)]
         alone = [sample_scene(rng) for _ in range(singles)]
         scenes = [e.reference for e in edits] + after + alone
-        images = damaged(render(scenes), vae, rng, generator)
+        images = render(scenes)
+        for i, (edit, d) in enumerate(zip(edits, done)):
+            if d is not None:
+                images[pairs + i] = torch.lerp(images[i], render([edit.target])[0], d)
+        images = damaged(images, vae, rng, generator)
         seen = critic.see(images)
         labels = _labels(scenes)
         tower = torch.stack([s[:grid] for s in seen])
@@ -267,7 +155,13 @@ def teach_critic(
         texts, looks, truths, facts, second, shown = [], [], [], [], [], []
         for i, (edit, scene) in enumerate(zip(edits, after)):
             asked = asked_about(edit, scene)
-            if rng.random() < 0.06:
+            if done[i] is not None:
+                (_, _, after_all), (_, _, before) = (
+                    asked_about(edit, edit.target)[0],
+                    asked_about(edit, edit.reference)[0],
+                )
+                asked = [(*asked[0][:2], done[i] * after_all + (1 - done[i]) * before), asked[1]]
+            elif rng.random() < 0.06:
                 same = questions_for(NOTHING, "", "", "short")[0].text
                 asked = [(same, 2, reading_of(scene) == reading_of(edit.reference))]
             for text, count, truth in asked:
@@ -286,8 +180,10 @@ def teach_critic(
             shown.append(scene)
         states, last = critic.hidden(texts, looks)
         logits = critic.model.lm_head(states[-1][torch.arange(len(last)), last])
-        truth = torch.tensor(truths)
-        answers = F.cross_entropy(logits, torch.where(truth, critic.yes, critic.no))
+        truth = torch.tensor(truths, dtype=torch.float32)
+        soft = DOUBT + (1 - 2 * DOUBT) * truth
+        said = logits.log_softmax(1)
+        answers = -(soft * said[:, critic.yes] + (1 - soft) * said[:, critic.no]).mean()
         # second image's tokens: they end just before the newline and the word "answer"
         rows = [s for s in second if s is not None]
         at = last[[r for _, _, r in rows]]
@@ -309,7 +205,7 @@ def teach_critic(
         named, value = heads.answer(states[-2][torch.arange(len(last)), last][told]).split([5, len(VALUES)], 1)
         about = torch.tensor([facts[i] for i in told])
         final = F.cross_entropy(named, about[:, 0]) + F.cross_entropy(value, about[:, 1])
-        correct = ((logits[:, critic.yes] > logits[:, critic.no]) == truth).float()
+        correct = ((logits[:, critic.yes] > logits[:, critic.no]) == (truth > 0.5)).float()
         pairs_right = correct[told].mean()
         figures = {
             "right": float(pairs_right),

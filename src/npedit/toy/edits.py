@@ -93,6 +93,14 @@ INSTRUCTIONS = {
               "change the picture to {v}", "turn the scene into {v}"),
 }  # fmt: skip
 HELD_OUT = 2
+# Captions: how the things, two of them, the ground and the styles are told. The last of each is held out of training.
+CAPTIONS = {
+    "all": ("{x}", "there is {x}", "a picture of {x}", "the scene shows {x}", "the picture shows {x}"),
+    "joined": (" and ", " with ", " and there is "),
+    "ground": ("on a {b} background", "in front of a {b} background", "on {b}", "in front of {b}"),
+    "night": ("at night", "in the dark", "in the night"),
+    "fog": ("in fog", "in the mist", "in the fog"),
+}
 CAPTION_WORDS = 23  # no caption is longer
 NOTHING = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 
@@ -105,23 +113,34 @@ def instruction_for(edit_type: str, name: str, value: str, place: str, rng: rand
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that tells of every thing and its place, as a dense captioner would; now and then of pattern and
-    size."""
+    """A caption that tells of every thing and its place (of three things' places, not always all), as a dense captioner
+    would; now and then of pattern and size."""
     return caption_for(scene, rng, scene.filled, ("place",))
 
 
-def caption_for(scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = ()) -> str:
+def caption_for(
+    scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = (), held_out: bool = False
+) -> str:
     """A caption that leaves things out. `tell` are cells always told of; `also` facts always told ("background",
-    "style", "pattern", "size", "place"; the last three concern the cells in `tell`)."""
+    "style", "pattern", "size", "place"; the last three concern the cells in `tell`). `held_out` takes the phrasings
+    kept out of training."""
     told = [c for c in scene.filled if c in tell or rng.random() < 0.85] or [rng.choice(scene.filled)]
     rng.shuffle(told)
-    while True:
-        caption = _caption(scene, rng, told, tell, also)
+    for attempt in range(1000):
+        surely = tuple(f for f in also if attempt < 8 or f != "place" or len(tell) == 1)
+        caption = _caption(scene, rng, told, tell, surely, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
+    raise AssertionError(f"no caption of {scene} is short enough")
 
 
-def _caption(scene: Scene, rng: random.Random, told: list[int], tell: tuple[int, ...], also: tuple[str, ...]) -> str:
+def _caption(
+    scene: Scene, rng: random.Random, told: list[int], tell: tuple[int, ...], also: tuple[str, ...], held_out: bool
+) -> str:
+    def phrased(part: str, **words: str) -> str:
+        templates = CAPTIONS[part]
+        return (templates[-1] if held_out else rng.choice(templates[:-1])).format(**words)
+
     phrases = []
     for cell in told:
         thing, sure = scene.cells[cell], cell in tell
@@ -134,11 +153,11 @@ def _caption(scene: Scene, rng: random.Random, told: list[int], tell: tuple[int,
         if (sure and "place" in also) or rng.random() < 0.1:
             phrase += f" at the {PLACES[cell]}"
         phrases.append(phrase)
-    caption = " and ".join(phrases)
+    caption = phrased("all", x=phrased("joined").join(phrases))
     if "background" in also or rng.random() < 0.6:
-        caption += f" on a {scene.background} background"
+        caption += " " + phrased("ground", b=scene.background)
     if scene.style != "day" and ("style" in also or rng.random() < 0.75):
-        caption += {"night": " at night", "fog": " in fog"}[scene.style]
+        caption += " " + phrased(scene.style)
     return caption
 
 

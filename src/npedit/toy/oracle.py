@@ -6,13 +6,14 @@ network.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from npedit.toy.edits import Edit
+from npedit.toy.edits import CAPTIONS, Edit
 from npedit.toy.world import (
     BACKGROUNDS,
     CELL,
@@ -29,8 +30,8 @@ from npedit.toy.world import (
 
 UNREADABLE = "unreadable"
 RESIDUAL_LIMIT = 0.03  # mean squared difference per pixel and channel above which a cell is unreadable
-_RADII = {"small": (3.4, 3.7), "large": (5.5, 5.9)}
-_OFFSETS = (-0.8, -0.4, 0.0, 0.4, 0.8)
+_RADII = {"small": (4.5, 4.7), "large": (6.1, 6.4)}
+_OFFSETS = (-0.35, 0.0, 0.35)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _fit_cells(pixels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
 def _ground() -> Tensor:
     """The pixels (32, 32) that no thing can reach: the corners of the cells."""
     axis = (torch.arange(CELL) + 0.5 - CELL / 2).abs()
-    corner = (axis[:, None] > 6.4) & (axis[None, :] > 6.4)
+    corner = (axis[:, None] > 7) & (axis[None, :] > 7)
     return corner.repeat(2, 2)
 
 
@@ -206,20 +207,39 @@ def outside_change(edit: Edit, image: Tensor, reference: Tensor) -> float | None
     return float(change[cells].mean())
 
 
+@lru_cache(maxsize=1)
+def _told() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], re.Pattern]:
+    """Patterns of the captions' openings, joints, styles and grounds."""
+
+    def any_of(part: str, rest: str) -> str:
+        longest_first = sorted(CAPTIONS[part], key=len, reverse=True)
+        return "|".join(re.escape(t).replace(r"\{b\}", r"(?:\w+)").replace(r"\{x\}", "") for t in longest_first) + rest
+
+    styles = {s: re.compile(rf" (?:{any_of(s, '')})$") for s in ("night", "fog")}
+    return (
+        re.compile(rf"^(?:{any_of('all', '')})"),
+        re.compile(any_of("joined", "")),
+        styles,
+        re.compile(rf" (?:{any_of('ground', '')})$"),
+    )
+
+
 def described(caption: str, reading: Reading) -> bool:
     """Does the picture hold what the caption says: each thing it names, its pattern, size and place, background,
     style?"""
-    head, _, rest = caption.partition(" on a ")
-    tail = rest or head
-    if rest and reading.background != rest.split()[0]:
-        return False
-    for words, style in ((" at night", "night"), (" in fog", "fog")):
-        if tail.endswith(words):
-            head = head.removesuffix(words)
+    opening, joint, styles, ground = _told()
+    for style, told in styles.items():
+        if told.search(caption):
+            caption = told.sub("", caption)
             if reading.style != style:
                 return False
+    told = ground.search(caption)
+    if told:
+        caption = caption[: told.start()]
+        if reading.background not in told[0].split():
+            return False
     left = dict(enumerate(reading.cells))
-    for phrase in head.split(" and "):
+    for phrase in joint.split(opening.sub("", caption)):
         thing, _, place = phrase.partition(" at the ")
         words = set(thing.split()) - {"a"}
         fits = [i for i, look in left.items() if isinstance(look, tuple) and words <= set(look)]

@@ -8,17 +8,20 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from npedit.questions import WORDINGS
-from npedit.toy.edits import INSTRUCTIONS, NOTHING
+from npedit.toy.edits import CAPTIONS, INSTRUCTIONS, NOTHING
 from npedit.toy.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, SIZES, STYLES
 
 MARKS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
 SPARE = 24  # vocabulary rows left free for words to come
 SAME = {"color": "colour", "recolor": "recolour", "gray": "grey", "foggy": "fog", "violet": "purple", "daytime": "day"}
 
+VALUES = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES, "")  # what an edit may ask for
+
 
 def vocabulary() -> list[str]:
     """Every word of captions, instructions and short questions, after the special tokens."""
     text = [t for templates in INSTRUCTIONS.values() for t in templates]
+    text += [t for templates in CAPTIONS.values() for t in templates]
     text += [
         *NOTHING,
         *WORDINGS["short"].values(),

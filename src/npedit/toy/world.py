@@ -26,19 +26,19 @@ COLOURS = {
     "cyan": (0.15, 0.80, 0.85),
 }
 PATTERNS = ("solid", "striped", "dotted")
-SIZES = {"small": (3.3, 3.8), "large": (5.4, 6.0)}  # radius in pixels
+SIZES = {"small": (4.4, 4.8), "large": (6.0, 6.5)}  # radius in pixels
 BACKGROUNDS = {
     "grey": (0.50, 0.50, 0.50),
-    "brown": (0.40, 0.25, 0.14),
-    "beige": (0.85, 0.75, 0.58),
-    "teal": (0.10, 0.40, 0.42),
+    "brown": (0.40, 0.32, 0.10),
+    "beige": (0.90, 0.68, 0.52),
+    "teal": (0.08, 0.40, 0.50),
 }
 STYLES = {  # gain, offset per channel: pixel -> gain * pixel + offset
     "day": (1.0, (0.0, 0.0, 0.0)),
-    "night": (0.40, (0.0, 0.0, 0.12)),
-    "fog": (0.45, (0.50, 0.50, 0.50)),
+    "night": (0.50, (0.0, 0.0, 0.10)),
+    "fog": (0.55, (0.45, 0.45, 0.45)),
 }
-JITTER = 0.8  # largest offset of a thing from its cell's centre, in pixels
+JITTER = 0.5  # largest offset of a thing from its cell's centre, in pixels
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def coverage(shape: str, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     y = axis[None, :, None] - dy[:, None, None]
     r = radius[:, None, None]
     if shape == "circle":
-        distance = (x**2 + y**2).sqrt() - r
+        distance = (x**2 + y**2).sqrt() - 0.90 * r
     elif shape == "square":
-        distance = torch.maximum(x.abs(), y.abs()) - 0.86 * r
+        distance = torch.maximum(x.abs(), y.abs()) - 0.98 * r
     elif shape == "triangle":
         distance = torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.575 * r
     else:
-        upright = torch.maximum(x.abs() - 0.36 * r, y.abs() - r)
-        flat = torch.maximum(y.abs() - 0.36 * r, x.abs() - r)
+        upright = torch.maximum(x.abs() - 0.30 * r, y.abs() - r)
+        flat = torch.maximum(y.abs() - 0.30 * r, x.abs() - r)
         distance = torch.minimum(upright, flat)
     return (0.5 - distance).clamp(0, 1)
 
