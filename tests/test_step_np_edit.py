@@ -95,7 +95,7 @@ def test_one_step_moves_student_and_fake_and_nothing_else(frozen):
 
 
 def test_each_update_moves_one_net(frozen):
-    """The fake score moves in its own updates only, the student in its own, in this order."""
+    """The student moves in its own update only, the fake score in its own, in this order."""
     step, moved = make(frozen), []
     for name, learner in step.learners.items():
 
@@ -111,7 +111,7 @@ def test_each_update_moves_one_net(frozen):
 
         learner.update = update
     step.step(batches(step), 0)
-    assert moved == [("fake", ["fake"], [])] * 2 + [("student", ["student"], [])]
+    assert moved == [("student", ["student"], [])] + [("fake", ["fake"], [])] * 2
 
 
 @pytest.mark.parametrize("weight", ["critic_weight", "dmd_weight", "copy_weight"])
@@ -186,7 +186,7 @@ def test_the_students_gradient_is_that_of_the_written_out_loss(frozen, update):
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     given = batch(0, 1, 2, 3, nothing=(2,))
     wanted = torch.autograd.grad(written_out(step, given, update), list(step.learners["student"].net.parameters()))
-    ours = student_gradient(step, [given] * 3, update)
+    ours = student_gradient(step, [given] * 2, update)
     size = torch.stack([w.norm() for w in wanted]).norm()
     assert size > 1e-4
     for a, b in zip(ours, wanted):
@@ -234,7 +234,7 @@ def test_do_nothing_items_get_the_identity_question_alone(frozen, monkeypatch):
     real, real_text = frozen.critic.logits, frozen.family.encode_text
     monkeypatch.setattr(frozen.critic, "logits", lambda q, seen: asked.extend(zip(q, map(len, seen))) or real(q, seen))
     monkeypatch.setattr(frozen.family, "encode_text", lambda p: prompts.append(tuple(p)) or real_text(p))
-    metrics = step.step([given] * 3, 0)
+    metrics = step.step([given] * 2, 0)
     short = WORDINGS["short"]
     words = {"instruction": "paint the circle red"}
     assert asked == [(short["edit"].format(**words), 2), (short["identity"].format(**words), 2), (short["same"], 2)]
@@ -312,27 +312,29 @@ def test_teacher_and_fake_see_the_caption_and_no_reference(frozen, monkeypatch):
     step = make(frozen, fake_updates=1)
     calls = watched(frozen, monkeypatch)
     given = batch(0, 1)
-    step.step([given, batch(2, 3)], 2)
+    step.step([given], 2)
     student, fake, teacher = step.learners["student"].net, step.learners["fake"].net, frozen.family.base
     assert {id(net) for net, *_ in calls} == {id(student), id(fake), id(teacher)}
     for net, references, _, _ in calls:
         assert len(references) == (1 if net is student else 0)
-    texts = {
-        name: frozen.family.encode_text(words).parts[0]
-        for name, words in {
-            "caption": given.target_captions,
-            "blank": ("", ""),
-            "fake": batch(2, 3).target_captions,
-        }.items()
-    }
-    scoring = [(net, text) for net, _, text, _ in calls[-3:]]
-    assert [net for net, _ in scoring] == [fake, teacher, teacher]
-    for (_, text), name in zip(scoring, ("caption", "caption", "blank")):
-        assert torch.equal(text.parts[0], texts[name])
-    (taught,) = [c for c in calls[:-3] if c[0] is fake]
-    assert torch.equal(taught[2].parts[0], texts["fake"])
-    # Student and fake score unroll the same transitions in one update.
-    times = [float(t[0]) for net, _, _, t in calls if net is student]
+    caption, blank = (frozen.family.encode_text(words).parts[0] for words in (given.target_captions, ("", "")))
+    scoring = [(net, text.parts[0]) for net, _, text, _ in calls if net is not student]
+    assert [net for net, _ in scoring] == [fake, teacher, teacher, fake]  # the last is the fake score's own lesson
+    for (_, seen), wanted in zip(scoring, (caption, caption, blank, caption)):
+        assert torch.equal(seen, wanted)
+
+
+def test_the_first_fake_update_takes_the_students_own_draft(frozen, monkeypatch):
+    """The second takes a draft of a further batch; both unroll the same transitions in one update."""
+    step, taught, made = make(frozen), [], []
+    calls, real, drafts = watched(frozen, monkeypatch), dmd.fake_loss, step._draft
+    monkeypatch.setattr(dmd, "fake_loss", lambda v, x0, eps: taught.append(x0) or real(v, x0, eps))
+    step._draft = lambda *given: made.append(drafts(*given)) or made[-1]
+    step.step(batches(step), 2)
+    assert len(made) == len(taught) == 2
+    for draft, lesson in zip(made, taught):
+        assert torch.equal(draft.detach(), lesson) and not lesson.requires_grad
+    times = [float(t[0]) for net, _, _, t in calls if net is step.learners["student"].net]
     assert times[: len(times) // 2] == times[len(times) // 2 :]
 
 
@@ -391,7 +393,7 @@ def test_without_identity_weight_only_the_edit_is_asked(frozen, monkeypatch):
 def test_needs_and_batches_of_the_whole_method():
     settings = NpEditSettings(fake_updates=5)
     assert Step.needs(settings) == {"critic", "target_caption"}
-    assert Step.batches_per_update(settings) == 6
+    assert Step.batches_per_update(settings) == 5
 
 
 @pytest.mark.parametrize(
@@ -428,7 +430,7 @@ def test_four_at_once_are_two_and_two(frozen, monkeypatch):
     found = []
     for sizes in ([(0, 1, 2, 3)], [(0, 1), (2, 3)]):
         step = make(frozen, t_min=0.5, t_max=0.5, fake_updates=1)
-        given = [b for numbers in sizes for b in (batch(*numbers, nothing=(3,)), batch(0, 1))]
+        given = [batch(*numbers, nothing=(3,)) for numbers in sizes]
         found.append(student_gradient(step, given))
     size = torch.stack([g.norm() for g in found[0]]).norm()
     for a, b in zip(*found):
@@ -437,7 +439,7 @@ def test_four_at_once_are_two_and_two(frozen, monkeypatch):
 
 def test_accumulation_gives_every_batch_one_place(frozen):
     """Each update of each net takes `accumulate` batches, and no batch serves twice."""
-    step, given, used, taken = make(frozen), [batch(i) for i in range(6)], [], []
+    step, given, used, taken = make(frozen), [batch(i) for i in range(4)], [], []
     for name, learner in step.learners.items():
 
         def update(losses, name=name, real=learner.update):
@@ -448,7 +450,7 @@ def test_accumulation_gives_every_batch_one_place(frozen):
     real = step._draft
     step._draft = lambda one, *rest: taken.append(one) or real(one, *rest)
     step.step(given, 0)
-    assert used == [("fake", 2), ("fake", 2), ("student", 2)]
+    assert used == [("student", 2), ("fake", 2), ("fake", 2)]
     assert sorted(map(id, taken)) == sorted(map(id, given))
 
 

@@ -1,14 +1,16 @@
-"""NP-Edit's training step: teach the fake score, then one student update from the critic's answers and from DMD.
+"""NP-Edit's training step: one student update from the critic's answers and from DMD, then teach the fake score.
 
-    N times:  x0 = draft (no gradient);  fake score: flow matching on x0, with the wanted result's caption
     once:     x0 = draft (gradient);     critic: -log p(wanted answer) of each question, through decoder and draft
                                          DMD: (fake - teacher) / w at a random time, with the wanted result's caption
                                          "do nothing" items: the identity question alone, and || x0 - reference ||^2
+    N times:  x0 = draft (no gradient);  fake score: flow matching on x0, with the wanted result's caption
 
 Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 - both gradients are taken at the draft and added there, which is the same sum, and lets us log and balance the two:
   with `balance: match` the critic's is scaled so that its size over a run of updates is `critic_weight` times DMD's.
 - the reference's visual tokens are computed once per batch, without gradient.
+- the first fake update takes the draft that the student has just made, which saves one of N + 1 drafts; the others
+  take drafts of further batches.
 """
 
 from __future__ import annotations
@@ -76,11 +78,12 @@ class Step(Base):
             self.learners["fake"] = Learner(parts.family.net(), settings.fake, updates * settings.fake_updates)
         self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
         self.met: list[Tensor] = []  # their sizes in the batches of the update under way
+        self.drafts: list[Tensor] = []  # the student's, in the update under way
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:
-        """One for the student, and one for each update of the fake score."""
-        return 1 + (settings.fake_updates if settings.dmd_weight else 0)
+        """One for the student, and one for each update of the fake score after the first."""
+        return settings.fake_updates if settings.dmd_weight else 1
 
     @classmethod
     def needs(cls, settings: NpEditSettings) -> frozenset[str]:
@@ -94,11 +97,13 @@ class Step(Base):
         per_update = self.batches_per_update(self.settings)
         groups = [batches[i::per_update] for i in range(per_update)]
         clock, logged = Clock(), {}
-        with clock("fake"):
-            for i, group in enumerate(groups[1:]):
-                logged |= self._fake_update(group, update, i)
         with clock("student"):
             logged |= self._student_update(groups[0], update, clock)
+        if self.settings.dmd_weight:
+            with clock("fake"):
+                for i, group in enumerate(groups):
+                    logged |= self._fake_update(group, update, i)
+        self.drafts = []
         return logged | clock.seconds
 
     # ------------------------------------------------------------------------------------------------ fake score
@@ -109,7 +114,7 @@ class Step(Base):
         def loss(batch: Batch, micro: int) -> Tensor:
             family, generator = self.parts.family, seeded(self.seed, "fake", update, turn, micro)
             with torch.no_grad():
-                x0 = self._draft(batch, update, generator)
+                x0 = self.drafts[micro] if turn == 0 else self._draft(batch, update, generator)
             t = torch.rand(len(batch), generator=generator).to(x0.device)
             (eps,) = fresh_noise(x0, 1, generator)
             v = family.velocity(
@@ -132,6 +137,7 @@ class Step(Base):
             with clock("draft"):
                 references = self.parts.family.encode(batch.references)
                 x0 = self._draft(batch, update, generator, references)
+            self.drafts.append(x0.detach())
             gradient, seen = self._gradient_at_draft(batch, references, x0.detach(), update, generator, clock)
             metrics.append(seen)
             return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
