@@ -16,8 +16,9 @@ from npedit.families.flux import Flux
 from npedit.generator import edit
 from npedit.toy import models
 from npedit.toy.base_model import caption_score
-from npedit.toy.critic import asked_about, candidate, damaged, examine
+from npedit.toy.critic import asked_about, examine
 from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.mistakes import candidate, damaged
 from npedit.toy.oracle import judge, read_scene, reading_of
 from npedit.toy.vae import psnr
 from npedit.toy.world import render

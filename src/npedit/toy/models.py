@@ -29,7 +29,7 @@ from npedit.toy.oracle import judge, read_scene
 from npedit.toy.vae import psnr, teach_vae
 from npedit.toy.world import render
 
-STEPS = {"vae": 1300, "base": 5600, "critic": 6000}  # batches; about 10, 55 and 55 minutes
+STEPS = {"vae": 1500, "base": 6000, "critic": 6000}  # batches; about 10, 50 and 50 minutes
 CPU = torch.device("cpu")
 
 
@@ -93,6 +93,7 @@ def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]
         "vae_psnr_db": round(psnr(vae, 512, seed), 2),
         "edits_right_through_the_vae": through_vae(family, 720, seed),
         "captions_right_20_steps_guidance_3": caption_score(family, 512, seed),
+        "captions_right_held_out_phrasings": caption_score(family, 512, seed, held_out=True),
         "critic_right_clean": examine(critic, vae, items, seed, damage=False),
         "critic_right_damaged": examine(critic, vae, items, seed, damage=True),
         "items": items,
