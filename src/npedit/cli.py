@@ -105,11 +105,13 @@ def demo(
 
     path = recipe_path("demo")
     base = config.load_recipe(path)
-    updates = [max(1, round(stage.updates * minutes / 10)) for stage in base.stages]
-    recipe = config.load_recipe(path, [f"stages.{i}.updates={n}" for i, n in enumerate(updates)])
+    long = {f"stages.{i}.updates": stage.updates for i, stage in enumerate(base.stages)}
+    long |= {f"trainer.{k}": getattr(base.trainer, k) for k in ("evaluate_every", "sample_every")}
+    long["stages.1.settings.ramp_updates"] = base.stages[1].settings.ramp_updates
+    recipe = config.load_recipe(path, [f"{k}={max(1, round(v * minutes / 10))}" for k, v in long.items()])
     if fresh:
         move_aside(folder)
-    out.print(f"Training without pairs in [bold]{escape(str(folder))}[/]: {sum(updates)} updates.")
+    out.print(f"Training without pairs in [bold]{escape(str(folder))}[/]: {recipe.total_updates()} updates.")
     trainer.train(recipe, folder)
     before, after = compare_with_start(folder, recipe, items)
     finish_demo(folder, before, after)
