@@ -1,0 +1,263 @@
+"""What critics with a chat template share: opening, the prompt with its images, answers, and text.
+
+A family adds how its images become visual tokens (`pixels`, `see`), which text stands for one image (`_marks`), and
+what else its language model is told (`_extras`). Rows of a batch are padded on the right: under causal attention the
+padding cannot reach the answer position, so no mask is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.image_processing_backends import PilBackend
+from transformers.utils import cached_file, is_bitsandbytes_available
+
+from npedit.critics.base import Critic, answer_token
+from npedit.questions import WORDINGS
+
+TINY_TEXTS = (
+    "Yes No is it ? user assistant User Assistant : \n",
+    "paint make remove add a the red blue circle square dog fence it",
+    *(text.replace("{", " ").replace("}", " ") for wording in WORDINGS.values() for text in wording.values()),
+)
+
+
+class ChatCritic(Critic):
+    """One frozen model; see `critics/base.py` for the contract."""
+
+    kinds: ClassVar[Mapping[str, type[PreTrainedModel]]]  # config.json's model_type -> the class that opens it
+    image_processor: ClassVar[type[PilBackend]]
+    resample: ClassVar[int]  # Pillow's number of the filter that `pixels` imitates
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        processor: PilBackend,
+        template: str,
+        device: torch.device,
+        resolution: int = 0,
+    ):
+        self.model = model.requires_grad_(False).eval()
+        if not getattr(model, "is_quantized", False):  # quantised weights were put there as they were opened
+            self.model.to(device)
+        self.tokenizer, self.processor, self.template, self.device = tokenizer, processor, template, device
+        if processor.resample != self.resample:
+            raise ValueError(
+                f"expected an image processor with Pillow's filter {self.resample}; got {processor.resample}. "
+                "Its images would be scaled in another way than the model has learned."
+            )
+        self._scale_to(resolution)
+        image = model.config.image_token_id
+        self.mark = tokenizer.convert_ids_to_tokens(image)
+        if tokenizer(self._prompt("is it?", 2), add_special_tokens=False).input_ids.count(image) != 2:
+            raise ValueError("expected the chat template to place two images for a question about two; it does not")
+        prompt = self._prompt("is it?", 1)
+        self.yes, self.no = (answer_token(tokenizer, prompt, self._spoken(prompt, word)) for word in ("Yes", "No"))
+        ends = model.generation_config.eos_token_id
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+    @classmethod
+    def load(
+        cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
+    ) -> Self:
+        """Open a Hub id or a local folder. `bits` 8 or 4 holds the linear layers' weights in so few (bitsandbytes, CUDA
+        alone); 0 holds them in `dtype`. Errors as in `Critic.load`."""
+        how = quantised(bits, dtype, device)
+        kind = model_kind(weights, cls.kinds)
+        tokenizer = AutoTokenizer.from_pretrained(weights)
+        processor = cls.image_processor.from_pretrained(weights)
+        template = chat_template(weights, tokenizer)
+        model = cls.kinds[kind].from_pretrained(weights, dtype=dtype, **how)
+        return cls(model, tokenizer, processor, template, device, resolution)
+
+    @abstractmethod
+    def pixels(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [0, 1] -> what the image processor makes of it, differentiable: scaled and normalised."""
+
+    @abstractmethod
+    def _scale_to(self, resolution: int) -> None:
+        """Note the side in pixels that images are scaled to; 0 is the model's own. ValueError if it cannot be."""
+
+    @abstractmethod
+    def _marks(self, seen: Tensor) -> str:
+        """The text that stands for one image: `mark` once for each visual token, and what the model has around it."""
+
+    def _tokens(self, seen: Tensor) -> Tensor:
+        """The visual tokens (tokens, dim) of one image that take the place of its marks."""
+        return seen
+
+    def _extras(self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+        """What the language model is told beside the embeddings. `holes` (b, length) is true where marks are."""
+        return {}
+
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(b, vocabulary) float32; see `Critic.logits`."""
+        return self.model.lm_head(self.states(questions, seen)).float()
+
+    def states(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The language model's last hidden state at each question's answer position, (b, dim)."""
+        return self._read([self._ids(q, looks) for q, looks in zip(questions, seen)], seen)
+
+    def _read(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The last hidden state at the last token of each row of token ids, (b, dim)."""
+        last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(self.device)
+        embedded = self.model.get_input_embeddings()(ids)
+        holes = ids == self.model.config.image_token_id
+        visual = torch.cat([self._tokens(s) for looks in seen for s in looks]).to(embedded.dtype)
+        marks = sum(row.count(self.model.config.image_token_id) for row in rows)
+        if marks != len(visual):
+            raise ValueError(f"expected one mark in the prompts for each of {len(visual)} visual tokens; got {marks}")
+        embedded = embedded.masked_scatter(holes[:, :, None], visual)
+        extras = self._extras(rows, holes, seen)
+        hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
+        return hidden[torch.arange(len(rows), device=self.device), last]
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+        """Greedy text, one prompt after the other."""
+        texts = []
+        for prompt, pictures in zip(prompts, images):
+            seen = [self.see(p[None].to(self.device))[0] for p in pictures]
+            row = self._ids(prompt, seen)
+            start = len(row)
+            while len(row) - start < max_tokens and (len(row) == start or row[-1] not in self.ends):
+                scores = self.model.lm_head(self._read([row], [seen]))[0]
+                scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
+                row.append(int(scores.argmax()))
+            texts.append(self.tokenizer.decode(row[start:], skip_special_tokens=True).strip())
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary transformers folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.template)
+
+    def _prompt(self, question: str, images: int) -> str:
+        for mark in self.tokenizer.get_added_vocab():  # an instruction must not place images nor end its turn
+            question = question.replace(mark, " ")
+        return self._chat([_turn("user", question, images)], add_generation_prompt=True)
+
+    def _chat(self, turns: list[dict[str, Any]], **options: bool) -> str:
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
+
+    def _spoken(self, prompt: str, word: str) -> str:
+        """An answer as the template writes it after its own prompt for "is it?": with the space before it, if any."""
+        whole = self._chat([_turn("user", "is it?", 1), _turn("assistant", word, 0)])
+        before, found, _ = whole.removeprefix(prompt).partition(word)
+        if not (whole.startswith(prompt) and found) or before.strip():
+            raise ValueError(
+                f"expected the chat template to put an answer right after its prompt, which ends in {prompt[-40:]!r}; "
+                f"got {whole[-80:]!r}. A model that thinks first cannot be asked Yes/No questions: choose its sibling "
+                "that answers at once."
+            )
+        return before + word
+
+    def _ids(self, question: str, looks: Sequence[Tensor]) -> list[int]:
+        """Token ids of the prompt about these images' visual tokens."""
+        first, *others = self._prompt(question, len(looks)).split(self.mark)
+        text = first + "".join(self._marks(s) + piece for s, piece in zip(looks, others))
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _turn(role: str, text: str, images: int) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def model_kind(weights: str | Path, known: Mapping[str, type]) -> str:
+    """The model_type in config.json of a folder or Hub id.
+
+    Raises:
+        FileNotFoundError: there is no config.json in the folder.
+        ValueError: it is none of `known`.
+    """
+    if Path(weights).is_dir() and not (Path(weights) / "config.json").is_file():
+        raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
+    kind = PreTrainedConfig.get_config_dict(weights)[0].get("model_type")
+    if kind not in known:
+        raise ValueError(
+            f"expected a model of {' or '.join(known)} in {weights}; got {kind}. Choose that critic instead, or the "
+            "weights in transformers' own format (where there are two, their name ends in -hf)."
+        )
+    return kind
+
+
+def chat_template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The processor's chat template, which knows images, before the tokenizer's own."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            text = Path(path).read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+    if tokenizer.chat_template is None:
+        raise FileNotFoundError(f"expected a chat template (chat_template.jinja) in {weights}; found none")
+    return tokenizer.chat_template
+
+
+def quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told to hold weights in 8 or 4 bits; nothing for 0."""
+    if bits == 0:
+        return {}
+    if bits not in (4, 8):
+        raise ValueError(f"expected bits 0, 4 or 8; got {bits}")
+    if device.type != "cuda" or not is_bitsandbytes_available():
+        has = "with" if is_bitsandbytes_available() else "without"
+        raise ValueError(
+            f"expected a CUDA device and the package bitsandbytes for weights of {bits} bits; got {device.type} {has} "
+            "bitsandbytes. Install it, or set bits to 0."
+        )
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def at_least_float32(images: Tensor) -> Tensor:
+    """Images held to [0, 1], in float32 or better."""
+    return images.clamp(0, 1).to(torch.promote_types(images.dtype, torch.float32))
+
+
+def bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """(n, 3, H, W) in [0, 1] -> (n, 3, height, width), bicubic with antialias, differentiable.
+
+    As Pillow does it: the width first, then the height, each result held to [0, 1]. (From version 13 on, Pillow takes
+    some tall pictures' height first; that differs where a hard edge overshoots.)
+    """
+    images = at_least_float32(images)
+    for size in ((images.shape[-2], width), (height, width)):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return images
+
+
+def normalised(images: Tensor, processor: PilBackend) -> Tensor:
+    """(n, 3, H, W) less each channel's mean, divided by its deviation."""
+    mean = torch.tensor(processor.image_mean, device=images.device)[:, None, None]
+    std = torch.tensor(processor.image_std, device=images.device)[:, None, None]
+    return (images - mean) / std
+
+
+def tiny_tokenizer(special: Sequence[str], eos: str, named: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer for tests with one token a word, the space before it included, as real ones have it.
+
+    `special` are tokens of their own, the first one for padding; `named` makes some known by a name.
+    """
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = {w.removeprefix("Ġ") for text in TINY_TEXTS for w, _ in cut.pre_tokenize_str(text)}
+    vocabulary = [*special, "<unk>", *sorted(words), *("Ġ" + w for w in sorted(words))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = cut, decoders.ByteLevel()
+    inner.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=special[0], eos_token=eos, unk_token="<unk>", extra_special_tokens=dict(named)
+    )

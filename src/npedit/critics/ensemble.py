@@ -1,0 +1,91 @@
+"""Several critics at once: the margin is the mean of theirs, so that no single one's weaknesses are all that counts.
+
+`weights` is a YAML file with a list of members, each with the keys of `Member`; paths are as in a recipe:
+
+    - {name: llava_onevision, weights: llava-hf/llava-onevision-qwen2-7b-ov-hf}
+    - {name: internvl, weights: OpenGVLab/InternVL3-8B-hf, resolution: 336}
+
+The members share no vocabulary. The ensemble's own has two words, Yes and No, with plus and minus half the mean margin
+as their logits; so over this vocabulary the answer loss is the two-way one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+import yaml
+from pydantic import Field
+from torch import Tensor
+
+from npedit.config import EMBEDDED, Settings, check, embedded, find_class
+from npedit.critics.base import Critic
+
+
+class Member(Settings):
+    """One critic of an ensemble; the keys mean what they mean in a recipe's `critic`."""
+
+    name: str
+    weights: str
+    resolution: int = Field(0, ge=0)
+
+    def open(self, dtype: torch.dtype, device: torch.device) -> Critic:
+        """Load it."""
+        folder = embedded("critic") if self.weights == EMBEDDED else self.weights
+        return find_class("critics", self.name).load(folder, dtype, device, self.resolution)
+
+
+class Ensemble(Critic):
+    """See `critics/base.py` for the contract. `see` gives a tuple an image: the visual tokens of each member."""
+
+    yes, no = 0, 1
+
+    def __init__(self, members: Sequence[Critic]):
+        if len(members) < 2:
+            raise ValueError(f"expected two critics or more; got {len(members)}. Choose a single one by its own name.")
+        self.members, self.device = list(members), members[0].device
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+        """Open all members that the file `weights` lists. Errors as in `Critic.load`, and UserError for unknown keys
+        and names."""
+        if resolution:
+            raise ValueError(
+                f"expected resolution 0, for each member has its own; got {resolution}; set it in {weights}"
+            )
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"expected a YAML file that lists critics; got {weights}, which is none")
+        try:
+            listed = yaml.safe_load(Path(weights).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"expected YAML in {weights}; got a file where {error}") from None
+        if not isinstance(listed, list):
+            raise ValueError(f"expected a list of critics in {weights}; got a {type(listed).__name__}")
+        members = [check(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]
+        return cls([m.open(dtype, device) for m in members])
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Two members of different families."""
+        return cls([find_class("critics", name).tiny(seed) for name in ("llava_onevision", "smolvlm")])
+
+    def see(self, images: Tensor) -> list[tuple]:
+        """(n, 3, H, W) in [0, 1] -> n tuples, what each member sees of the image."""
+        return list(zip(*(m.see(images) for m in self.members)))
+
+    def margins(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]]) -> Tensor:
+        """Each member's margin, (members, b), float32."""
+        return torch.stack(
+            [m.margin(questions, [[s[i] for s in looks] for looks in seen]) for i, m in enumerate(self.members)]
+        )
+
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]]) -> Tensor:
+        """(b, 2): plus and minus half the mean margin."""
+        half = self.margins(questions, seen).mean(0) / 2
+        return torch.stack([half, -half], 1)
+
+    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+        """The first member writes."""
+        return self.members[0].write(prompts, images, max_tokens)
