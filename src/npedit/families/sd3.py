@@ -16,8 +16,8 @@
   Those places lie outside what SD3 was trained on at 1024 pixels, as the new ids of FLUX.1-Kontext's references did.
   That they are good ones has not been measured here.
 - guidance: the net embeds none; the pipeline's classifier-free guidance is 7.
-- schedule: the scheduler's fixed shift (3), or exp(mu). Before the shift, the pipeline's own grid of four is not 1, 3/4, 1/2,
-  1/4: diffusers takes its ends from the shifted range and shifts once more. A few-step editor takes the method's.
+- schedule: the scheduler's fixed shift (3), or exp(mu). The pipeline's own four times before the shift are not 1, 3/4,
+  1/2, 1/4: diffusers takes its ends from the shifted range and shifts once more. A few-step editor takes the method's.
 """
 
 from __future__ import annotations
