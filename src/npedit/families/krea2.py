@@ -1,0 +1,168 @@
+"""Krea 2 (Krea2Pipeline), base and distilled.
+
+Chosen beside SD3 and Qwen-Image because it is a recent text-to-image model, without an editing sister in diffusers, and
+simple: one stream of blocks, whose positions and mask are the caller's, so that references enter without a change of
+the net. HunyuanImage 2.1 and Lumina 2 make their positions inside, and LongCat-Image has its editor.
+
+- time: the net is given t itself, in float32; its output is v, no sign change.
+- layout: latents of Qwen-Image's VAE, packed 2 x 2 into tokens; `position_ids` holds (0, row, column) for each, and
+  zeros for each token of text.
+- text: several layers of Qwen3-VL's hidden states, laid out by the pipeline in a fixed length with the padding in the
+  middle, and their mask. All text stands at position zero, so `velocity` may leave out what is padding in every prompt;
+  the rest is masked. No prompt's answer depends on how long the others are.
+- references: packed likewise and appended after the picture's tokens with the ids' first coordinate 1, 2, ..., which is
+  0 in every picture that the base model has seen; the net's output on them is dropped. This is what FLUX.1-Kontext
+  (arXiv 2506.15742) did to FLUX.1, whose ids are the same; no new weight is needed.
+- guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond); in `dmd.guided`'s usual terms that is 5.5. A distilled
+  checkpoint has none, which is 1.
+- schedule: exp(mu), mu from the number of tokens; a distilled checkpoint's mu is 1.15 at every size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, Qwen3VLConfig, Qwen3VLModel
+
+from npedit.families._shared import (
+    check_folder,
+    decode_qwen,
+    encode_qwen,
+    packed,
+    schedule_shift,
+    unpacked,
+    without_padding,
+)
+from npedit.families.base import Facts, Family, Text
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+TEXT_LENGTH = 512  # the pipeline's own, in tokens
+DISTILLED_MU = 1.15  # the pipeline's own
+
+
+class Krea2(Family):
+    """One Krea 2 pipeline, opened once; see `families/base.py` for the contract."""
+
+    def __init__(self, pipe: Krea2Pipeline, device: torch.device):
+        self.pipe = pipe
+        self.base = pipe.transformer
+        self.device = device
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+            part.requires_grad_(False).eval().to(device)
+        if pipe.config.patch_size != 2:
+            raise ValueError(f"expected Krea 2 with patches of 2 x 2 latents; got {pipe.config.patch_size}")
+        stride = 2 ** len(pipe.vae.config.temperal_downsample)
+        self.text_length = min(TEXT_LENGTH, pipe.tokenizer.model_max_length)
+        self.facts = Facts(
+            channels=pipe.vae.config.z_dim,
+            stride=stride,
+            multiple=2 * stride,
+            guidance=1.0 if pipe.config.is_distilled else 5.5,
+            blocks=("transformer_blocks",),
+            lora=("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down"),
+        )
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local folder of a Krea2Pipeline. Errors as in `Family.load`."""
+        check_folder(weights, "krea2", "Krea2Pipeline", PARTS)
+        return cls(Krea2Pipeline.from_pretrained(weights, dtype=dtype), device)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: a factor-4 VAE with 4 channels, 2 blocks of width 32, text by bytes; odd seeds are marked as
+        distilled."""
+        torch.manual_seed(seed)
+        words = {
+            "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024, "pad_token_id": 0,
+            "bos_token_id": 2, "eos_token_id": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        }  # fmt: skip
+        eyes = {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+            "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        }  # fmt: skip
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.3, 0.7],
+        )  # fmt: skip
+        net = Krea2Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=48, timestep_embed_dim=32, text_hidden_dim=32, num_text_layers=2,
+            text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=48,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        pipe = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400), vae=vae,
+            text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=words, vision_config=eyes)),
+            tokenizer=ByT5Tokenizer(model_max_length=224), transformer=net, text_encoder_select_layers=(1, 3),
+            is_distilled=seed % 2 == 1,
+        )  # fmt: skip
+        return cls(pipe, torch.device("cpu"))
+
+    def net(self) -> nn.Module:
+        """A trainable copy of the base transformer."""
+        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
+
+    def open_net(self, folder: Path) -> nn.Module:
+        """A transformer saved with `save_pretrained`, in the base's dtype."""
+        return Krea2Transformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+
+    def shift(self, height: int, width: int) -> float:
+        """exp(mu) of the scheduler's resolution-dependent shift or of the distilled model's own, or the fixed one."""
+        config = self.pipe.scheduler.config
+        if config.use_dynamic_shifting and self.pipe.config.is_distilled:
+            return math.exp(DISTILLED_MU)
+        return schedule_shift(config, (height // self.facts.multiple) * (width // self.facts.multiple))
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """The tapped states (b, length, layers, d) and their mask (b, length); the length is always the same."""
+        states, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.text_length)
+        return Text((states, mask))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), normalised per channel as Qwen-Image does, in float32."""
+        return encode_qwen(self.pipe.vae, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), not clamped."""
+        return decode_qwen(self.pipe.vae, latents)
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v (b, c, h, w); see the head of this file."""
+        states, mask = without_padding(*text.parts)
+        planes = [x, *references]
+        tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
+        ids = [_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
+        dtype = next(net.parameters()).dtype
+        out = net(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=states.to(dtype),
+            timestep=t.float(),
+            position_ids=torch.cat([torch.zeros(states.shape[1], 3, device=x.device), *ids]),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        return unpacked(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _ids(rows: int, columns: int, frame: int, device: torch.device) -> Tensor:
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 0] = frame
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)[None, :]
+    return ids.view(-1, 3)

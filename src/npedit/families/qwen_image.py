@@ -1,0 +1,157 @@
+"""Qwen-Image (QwenImagePipeline).
+
+- time: the net is given t itself; its output is v, no sign change.
+- layout: latents are packed 2 x 2 into tokens; `img_shapes` lists (1, rows, columns) of every picture, and from that
+  the net makes its positions, centred.
+- text: the last hidden states of Qwen2.5-VL after the pipeline's own template, and their mask. `Text` holds them padded
+  to `TEXT_LENGTH`, so that prompts of any length can be put together; `velocity` leaves out what is padding in all of
+  them. Padding comes after the words, is masked, and has no say in their positions, so no prompt's answer depends on
+  how long the others are.
+- references: packed likewise and appended after the picture's tokens, each one more entry of `img_shapes`; the net's
+  output on them is dropped. This is how Qwen-Image-Edit (arXiv 2508.02324, QwenImageEditPipeline) does it; no new
+  weight is needed. That pipeline also shows the reference to Qwen2.5-VL beside the instruction, under another template.
+  Here the text stays as the text-to-image teacher learnt it, and the reference enters through its latents alone.
+- guidance: the net embeds none. The pipeline's classifier-free guidance (4, with a negative prompt) rescales its result
+  to the norm of the conditional one; `np_edit`'s teacher is guided without that.
+- schedule: exp(mu), mu from the number of tokens. The released scheduler also stretches its times so that the last one
+  is 0.02 (`shift_terminal`). A few-step editor does not: with four steps that would leave the last one nothing to do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ByT5Tokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from npedit.families._shared import (
+    check_folder,
+    decode_qwen,
+    encode_qwen,
+    packed,
+    schedule_shift,
+    unpacked,
+    without_padding,
+)
+from npedit.families.base import Facts, Family, Text
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+TEXT_LENGTH = 512  # the pipeline's own limit, in tokens
+
+
+class QwenImage(Family):
+    """One Qwen-Image pipeline, opened once; see `families/base.py` for the contract."""
+
+    def __init__(self, pipe: QwenImagePipeline, device: torch.device):
+        self.pipe = pipe
+        self.base = pipe.transformer
+        self.device = device
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+            part.requires_grad_(False).eval().to(device)
+        stride = 2 ** len(pipe.vae.config.temperal_downsample)
+        self.facts = Facts(
+            channels=pipe.vae.config.z_dim,
+            stride=stride,
+            multiple=2 * stride,
+            guidance=4.0,
+            blocks=("transformer_blocks",),
+            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+                  "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local folder of a QwenImagePipeline. Errors as in `Family.load`."""
+        check_folder(weights, "qwen_image", "QwenImagePipeline", PARTS)
+        return cls(QwenImagePipeline.from_pretrained(weights, dtype=dtype), device)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: a factor-4 VAE with 4 channels, 2 blocks of width 32, text by bytes."""
+        torch.manual_seed(seed)
+        words = {
+            "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "pad_token_id": 0,
+            "bos_token_id": 2, "eos_token_id": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        }  # fmt: skip
+        eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.3, 0.7],
+        )  # fmt: skip
+        net = QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        pipe = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192,
+                                                      shift_terminal=0.02),
+            vae=vae, text_encoder=Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=words, vision_config=eyes)
+            ),
+            tokenizer=ByT5Tokenizer(model_max_length=1024), transformer=net,
+        )  # fmt: skip
+        return cls(pipe, torch.device("cpu"))
+
+    def net(self) -> nn.Module:
+        """A trainable copy of the base transformer."""
+        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
+
+    def open_net(self, folder: Path) -> nn.Module:
+        """A transformer saved with `save_pretrained`, in the base's dtype."""
+        return QwenImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+
+    def shift(self, height: int, width: int) -> float:
+        """exp(mu) of the scheduler's resolution-dependent shift, or its fixed one."""
+        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
+        return schedule_shift(self.pipe.scheduler.config, tokens)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """Qwen2.5-VL's states (b, TEXT_LENGTH, d), zero where padded, and their mask (b, TEXT_LENGTH)."""
+        states, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=TEXT_LENGTH)
+        if mask is None:  # the pipeline's way to say that nothing is padding
+            mask = torch.ones(states.shape[:2], device=states.device)
+        rest = TEXT_LENGTH - states.shape[1]
+        return Text((F.pad(states, (0, 0, 0, rest)), F.pad(mask.bool(), (0, rest))))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), normalised per channel as Qwen-Image does, in float32."""
+        return encode_qwen(self.pipe.vae, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), not clamped."""
+        return decode_qwen(self.pipe.vae, latents)
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v (b, c, h, w); see the head of this file."""
+        states, mask = without_padding(*text.parts)
+        planes = [x, *references]
+        tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
+        dtype = next(net.parameters()).dtype
+        out = net(
+            hidden_states=tokens.to(dtype),
+            timestep=t.to(dtype),
+            encoder_hidden_states=states.to(dtype),
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, p.shape[2] // 2, p.shape[3] // 2) for p in planes]] * len(x),
+            return_dict=False,
+        )[0]
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        return unpacked(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)

@@ -1,0 +1,222 @@
+"""Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline).
+
+- time: the net is given 1000 t, in float32; its output is v, no sign change.
+- layout: the net takes latents (b, c, h, w) and makes patches of 2 x 2 itself.
+- text: two CLIPs beside each other, T5 after them (padding attended to, as SD3 does; zeros where the folder has no T5),
+  and the two pooled vectors. Always the same length.
+- references: the net takes one picture, and its patch embedding adds to each patch the code of its place, cut from the
+  middle of a table (192 x 192 patches, SD3.5 medium 384 x 384). A reference goes through that same embedding with the
+  codes of the places beside the picture (right, else below, left, above: the first free side where the table has room,
+  so four references at most) and its tokens follow the picture's; before the last norm they are dropped again. Two
+  hooks, there for one call, do this around the net's own forward: no new weight, no code of diffusers copied. Why so:
+  - as in a diptych every token has a place of its own, so picture and references can be told apart at every t and in
+    their order, which the picture's own codes would not allow (the net has no other mark);
+  - the picture stays where text-to-image has it, and without references the call is the base model's. On one common
+    canvas it would move, and references of another size would need filling.
+  Those places lie outside what SD3 was trained on at 1024 pixels, as the new ids of FLUX.1-Kontext's references did.
+  That they are good ones has not been measured here.
+- guidance: the net embeds none; the pipeline's classifier-free guidance is 7.
+- schedule: the scheduler's fixed shift (3), or exp(mu). The pipeline's own four times before the shift are not 1, 3/4,
+  1/2, 1/4: diffusers takes its ends from the shifted range and shifts once more. A few-step editor takes the method's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from npedit.families._shared import check_folder, schedule_shift
+from npedit.families.base import Facts, Family, Text
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+T5 = ("text_encoder_3", "tokenizer_3")  # often left out to save memory
+T5_LENGTH = 256  # the pipeline's own, in tokens
+
+
+class SD3(Family):
+    """One SD3 or SD3.5 pipeline, opened once; see `families/base.py` for the contract."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, device: torch.device):
+        self.pipe = pipe
+        self.base = pipe.transformer
+        self.device = device
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+            if part is not None:  # SD3 may be saved without T5
+                part.requires_grad_(False).eval().to(device)
+        stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        longest = pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 is not None else T5_LENGTH
+        self.text_length = min(T5_LENGTH, longest)
+        self.facts = Facts(
+            channels=pipe.vae.config.latent_channels,
+            stride=stride,
+            multiple=stride * pipe.transformer.config.patch_size,
+            guidance=7.0,
+            blocks=("transformer_blocks",),
+            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+                  "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local folder of a StableDiffusion3Pipeline. Errors as in `Family.load`."""
+        absent = check_folder(weights, "sd3", "StableDiffusion3Pipeline", PARTS, T5)
+        return cls(StableDiffusion3Pipeline.from_pretrained(weights, dtype=dtype, **absent), device)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: a factor-4 VAE with 4 channels, 2 blocks of width 32, text by bytes."""
+        torch.manual_seed(seed)
+        marks = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1}
+        clips = [
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    max_position_embeddings=64, projection_dim=8, bos_token_id=2, **marks,
+                )
+            )
+            for width in (8, 16)
+        ]  # fmt: skip
+        t5 = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0, **marks)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
+            shift_factor=0.1, scaling_factor=1.3, use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+        net = SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16,
+            pos_embed_max_size=24, dual_attention_layers=(0,), qk_norm="rms_norm",
+        )  # fmt: skip
+        pipe = StableDiffusion3Pipeline(
+            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+            text_encoder=clips[0], tokenizer=ByT5Tokenizer(model_max_length=64),
+            text_encoder_2=clips[1], tokenizer_2=ByT5Tokenizer(model_max_length=64),
+            text_encoder_3=T5EncoderModel(t5), tokenizer_3=ByT5Tokenizer(model_max_length=128),
+        )  # fmt: skip
+        return cls(pipe, torch.device("cpu"))
+
+    def net(self) -> nn.Module:
+        """A trainable copy of the base transformer."""
+        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
+
+    def open_net(self, folder: Path) -> nn.Module:
+        """A transformer saved with `save_pretrained`, in the base's dtype."""
+        return SD3Transformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+
+    def shift(self, height: int, width: int) -> float:
+        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
+        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
+        return schedule_shift(self.pipe.scheduler.config, tokens)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """CLIPs' and T5's states (b, length, d) and the CLIPs' pooled vectors (b, p)."""
+        sequence, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+        )  # fmt: skip
+        return Text((sequence, pooled))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as SD3 does. Float32 whatever the VAE's type."""
+        vae: AutoencoderKL = self.pipe.vae
+        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), not clamped."""
+        vae: AutoencoderKL = self.pipe.vae
+        z = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(z.to(vae.dtype)).sample + 1) / 2
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v (b, c, h, w); see the head of this file.
+
+        Raises:
+            ValueError: the net's table of places has no room for the pictures.
+        """
+        sequence, pooled = text.parts
+        dtype = next(net.parameters()).dtype
+        with _beside(net, x, [r.to(dtype) for r in references]):
+            out = net(
+                hidden_states=x.to(dtype),
+                timestep=1000 * t.float(),
+                encoder_hidden_states=sequence.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                return_dict=False,
+            )[0]
+        return out.to(x.dtype)
+
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+@contextmanager
+def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block, a call of the net on x (b, c, h, w) sees the references (b, c, h', w') beside it; see the
+    module's head."""
+    embed, patch = net.pos_embed, net.config.patch_size
+    rows, columns = x.shape[2] // patch, x.shape[3] // patch
+    corners = _corners(rows, columns, [(r.shape[2] // patch, r.shape[3] // patch) for r in references],
+                       embed.pos_embed_max_size)  # fmt: skip
+
+    def append(_: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        table = embed.pos_embed.view(embed.pos_embed_max_size, embed.pos_embed_max_size, -1)
+        for reference, (top, left) in zip(references, corners):
+            grid = embed.proj(reference).permute(0, 2, 3, 1)
+            grid = grid + table[top : top + grid.shape[1], left : left + grid.shape[2]]
+            tokens = torch.cat([tokens, grid.flatten(1, 2).to(tokens.dtype)], 1)
+        return tokens
+
+    def drop(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0][:, : rows * columns], *args[1:]
+
+    hooks = [embed.register_forward_hook(append), net.norm_out.register_forward_pre_hook(drop)] if references else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _corners(rows: int, columns: int, sizes: Sequence[tuple[int, int]], table: int) -> list[tuple[int, int]]:
+    """Where in the table of places (a square of so many patches) each reference's top left patch lies; the picture of
+    rows x columns is in the middle. Each reference takes the first side of it that is free and has room.
+
+    Raises:
+        ValueError: there is no such side.
+    """
+    top, left = (table - rows) // 2, (table - columns) // 2
+    free, corners = ["right", "below", "left", "above"], []
+    for high, wide in sizes:
+        middle = (table - high) // 2, (table - wide) // 2
+        at = {
+            "right": (middle[0], left + columns),
+            "below": (top + rows, middle[1]),
+            "left": (middle[0], left - wide),
+            "above": (top - high, middle[1]),
+        }
+        fitting = [s for s in free if min(at[s]) >= 0 and at[s][0] + high <= table and at[s][1] + wide <= table]
+        if not fitting:
+            raise ValueError(
+                f"expected references that fit beside a picture of {rows} x {columns} patches, one on each side, in "
+                f"this net's table of {table} x {table}; got sizes {list(sizes)}; take smaller pictures or fewer"
+            )
+        free.remove(fitting[0])
+        corners.append(at[fitting[0]])
+    return corners
