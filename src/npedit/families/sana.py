@@ -9,8 +9,8 @@
 - references: stacked on the channels of x, as InstructPix2Pix does (arXiv 2211.09800). Sana has no position ids: places
   are told apart by the 3 x 3 convolutions of its feed-forward alone, and its attention keeps one small matrix a head. A
   reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
-  counterpart there. A trial on 6 x 6 latents of unit variance, six new blocks taught to return the reference at t = 1:
-  after 100 updates the mean squared error was .03 stacked and 1.0, that of the blind, on a canvas.
+  counterpart there. A trial with one seed, six untrained blocks taught to return 6 x 6 latents of unit variance at
+  t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; 1 is that of the blind.
   So `net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student starts as the base
   model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
   picture's grid, so encode it at the picture's size if you can. The base itself has no slot and refuses references.
