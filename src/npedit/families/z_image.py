@@ -1,0 +1,179 @@
+"""Z-Image (arXiv 2511.22699), the base model and Turbo: the same classes, other weights and schedule.
+
+- time: the net is given 1 - t, in float32; its output is x0 - eps, so the sign is turned.
+- layout: a list of (c, 1, h, w), one an item; the net cuts it into 2 x 2 patches with ids (frame, row, column).
+- text: the states of the last layer but one of a Qwen3, as the chat template lays the prompt out. The net takes ragged
+  captions; `Text` holds them padded to 512 beside their true lengths, so that any two batches of prompts can be joined,
+  and the padding is cut off again before each call. An item's own padding to a multiple of 32 is the model's.
+- references: the net's own *omni* mode, of which diffusers' `ZImageOmniPipeline` is the user: each reference is a frame
+  of its own, its tokens are modulated with the clean time and the picture's with the true one. Frames are
+  1, 3, 5, ... for the references, then the caption, then the picture; diffusers puts each frame behind a piece of
+  the caption, and here the pieces before references are empty. So caption and picture stand to each other as without
+  references, references may have any size, and no new weight is needed. The SigLIP states, which the omni
+  checkpoint sees beside the latents, are left out: Z-Image and Turbo have no weights for them.
+- guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 in `dmd.guided`. Turbo is
+  distilled and wants none: give a recipe `guidance: 1.0`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from npedit.families.base import Facts, Family, Text
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+TEXT_LENGTH = 512  # the pipeline's own
+TINY_TEMPLATE = (  # Qwen3's, for one turn
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ZImage(Family):
+    """One Z-Image pipeline, opened once; see `families/base.py` for the contract."""
+
+    def __init__(self, pipe: ZImagePipeline, device: torch.device):
+        self.pipe = pipe
+        self.base = pipe.transformer
+        self.device = device
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+            part.requires_grad_(False).eval().to(device)
+        stride = pipe.vae_scale_factor
+        self.facts = Facts(
+            channels=pipe.vae.config.latent_channels,
+            stride=stride,
+            multiple=2 * stride,
+            guidance=6.0,
+            blocks=("noise_refiner", "context_refiner", "layers"),
+            lora=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        )
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
+        """Open a Hub id or a local folder of a ZImagePipeline. Errors as in `Family.load`."""
+        folder = Path(weights)
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
+        found = ZImagePipeline.load_config(weights).get("_class_name")
+        if found != "ZImagePipeline":
+            raise ValueError(
+                f"expected a ZImagePipeline in {weights}; got {found}. Choose that family instead of z_image."
+            )
+        missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
+        if missing:
+            raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
+        return cls(ZImagePipeline.from_pretrained(weights, dtype=dtype), device)
+
+    @classmethod
+    def tiny(cls, seed: int) -> Self:
+        """Random weights: a factor-4 VAE with 4 channels, 1 + 1 + 2 blocks of width 32, text by bytes."""
+        torch.manual_seed(seed)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Qwen2Tokenizer(
+            vocab={symbol: i for i, symbol in enumerate(alphabet)}, model_max_length=TEXT_LENGTH,
+            extra_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=TINY_TEMPLATE,
+        )  # fmt: skip
+        encoder = Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=12, max_position_embeddings=TEXT_LENGTH,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
+            shift_factor=0.1, scaling_factor=1.3, use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+        net = ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
+            axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+        )  # fmt: skip
+        nn.init.normal_(net.x_pad_token)  # learned in a trained model; zero in a new one, which would hide them
+        nn.init.normal_(net.cap_pad_token)
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=vae, text_encoder=Qwen3Model(encoder),
+            tokenizer=tokenizer, transformer=net,
+        )  # fmt: skip
+        return cls(pipe, torch.device("cpu"))
+
+    def net(self) -> nn.Module:
+        """A trainable copy of the base transformer."""
+        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
+
+    def open_net(self, folder: Path) -> nn.Module:
+        """A transformer saved with `save_pretrained`, in the base's dtype."""
+        return ZImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+
+    def shift(self, height: int, width: int) -> float:
+        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        """States (b, 512, d), zero behind each prompt's end, and the true lengths (b,)."""
+        ragged, _ = self.pipe.encode_prompt(
+            list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+        )
+        padded = ragged[0].new_zeros(len(ragged), TEXT_LENGTH, ragged[0].shape[1])
+        for row, states in zip(padded, ragged):
+            row[: len(states)] = states
+        return Text((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled. Float32 whatever the VAE's type, so that neither
+        x_t nor DMD's gap is rounded."""
+        vae: AutoencoderKL = self.pipe.vae
+        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), not clamped."""
+        vae: AutoencoderKL = self.pipe.vae
+        return (
+            vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
+        ) / 2
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+        """v (b, c, h, w); see the head of this file.
+
+        Raises:
+            ValueError: not one prompt and one of each reference for each item; the net's lists would be cut short.
+        """
+        if any(len(part) != len(x) for part in (text, *references)):
+            came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
+            raise ValueError(f"expected {len(x)} of each; got {came}")
+        dtype = next(net.parameters()).dtype
+        padded, lengths = text.parts
+        captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
+        frames = [plane.to(dtype).unsqueeze(2).unbind() for plane in (*references, x)]  # each b times (c, 1, h, w)
+        if references:
+            out = net(
+                x=[list(item) for item in zip(*frames)],
+                t=1 - t.float(),
+                cap_feats=[[caption[:0]] * len(references) + [caption] for caption in captions],
+                siglip_feats=[None] * len(x),
+                image_noise_mask=[[0] * len(references) + [1]] * len(x),
+                return_dict=False,
+            )[0]
+        else:
+            out = net(x=list(frames[0]), t=1 - t.float(), cap_feats=captions, return_dict=False)[0]
+        return -torch.stack(out).squeeze(2).to(x.dtype)
+
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
