@@ -1,4 +1,4 @@
-"""`balance: match`: the critic's gradient is brought to its share of DMD's, by sizes that run over updates."""
+"""`balance`: the critic's gradient is brought to its share of DMD's, by batch or by item."""
 
 from __future__ import annotations
 
@@ -81,3 +81,27 @@ def test_a_whole_update_of_two_batches_moves_the_sizes_once(frozen):
     step.step([batch(i, i + 1) for i in range(2)], 1)
     assert len(norms) == 2 and all(torch.equal(s, start) for s in seen)
     torch.testing.assert_close(step.sizes, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
+
+
+def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
+    """`balance: item`: directions stay, sizes become critic_weight * (1 - p) times DMD's size for one item."""
+    given = batch(0, 1, 2)
+    x0 = frozen.family.encode(given.references) + 0.1
+    plain, by_item = make(frozen), make(frozen, critic_weight=0.25, balance="item")
+    before, wrong, _ = plain._critic_gradient(given, x0, 0)
+    from_dmd = make(frozen, critic_weight=0.0)._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())[0]
+    both, _ = by_item._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    after = both - from_dmd
+    assert ((wrong > 0) & (wrong < 1)).all()
+    sizes = after.flatten(1).norm(dim=1)
+    torch.testing.assert_close(sizes, 0.25 * wrong * from_dmd.norm() / 3**0.5, rtol=1e-3, atol=0)
+    turned = torch.nn.functional.cosine_similarity(after.flatten(1), before.flatten(1))
+    torch.testing.assert_close(turned, torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_how_wrong_an_item_is_is_the_mean_over_its_questions(frozen):
+    given = batch(0, 1, nothing=(1,))
+    x0 = frozen.family.encode(given.references) + 0.1
+    _, wrong, metrics = make(frozen)._critic_gradient(given, x0, 0)
+    p = (metrics["critic/p_edit"], metrics["critic/p_identity"])  # one edit question, two identity questions
+    assert float(2 * wrong[0] + wrong[1]) == pytest.approx(3 - p[0] - 2 * p[1], rel=1e-4)

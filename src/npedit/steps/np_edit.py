@@ -7,7 +7,8 @@
 
 Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 - both gradients are taken at the draft and added there, which is the same sum, and lets us log and balance the two:
-  with `balance: match` the critic's is scaled so that its size over a run of updates is `critic_weight` times DMD's.
+  with `balance: match` the critic's is scaled so that its size over a run of updates is `critic_weight` times DMD's;
+  with `balance: item` each item's is, in proportion to how wrong the critic finds the item.
 - the reference's visual tokens are computed once per batch, without gradient.
 - the first fake update takes the draft that the student has just made, which saves one of N + 1 drafts; the others
   take drafts of further batches.
@@ -42,7 +43,7 @@ class NpEditSettings(Settings):
     dmd_weight: float = Field(1.0, ge=0)
     copy_weight: float = Field(1.0, ge=0)
     identity_weight: float = Field(1.0, ge=0)  # of the identity question beside the edit question; 0 does not ask it
-    balance: Literal["none", "match"] = "none"
+    balance: Literal["none", "match", "item"] = "none"
     answer: Literal["two_way", "vocabulary"] = "two_way"
     fake_updates: int = Field(5, ge=1, le=50)
     ramp_from: float = Field(0.1, gt=0, le=1)  # inverse temperature of the critic's logits at the start
@@ -171,8 +172,10 @@ class Step(Base):
             metrics["loss/dmd"] = float(0.5 * gap.square().mean())
         if s.critic_weight:
             with clock("critic"):
-                from_critic, answered = self._critic_gradient(batch, x0, update)
+                from_critic, wrong, answered = self._critic_gradient(batch, x0, update)
             metrics |= answered
+            if s.balance == "item":
+                from_critic = s.critic_weight * self._by_item(from_critic, wrong)
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
         metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = (
             float(from_dmd.norm()),
@@ -200,8 +203,11 @@ class Step(Base):
         unconditional = flow.clean(x, family.velocity(family.base, x, t, blank), t)
         return dmd.gap(x0, dmd.guided(conditional, unconditional, scale), fake)
 
-    def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, dict[str, float]]:
-        """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions."""
+    def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions.
+
+        Beside it how wrong each item is (b,): the mean of 1 - p(wanted answer) over its questions.
+        """
         s, critic = self.settings, self.parts.critic
         latents = x0.detach().requires_grad_(True)
         with torch.no_grad():
@@ -214,7 +220,7 @@ class Step(Base):
             if q.kind == "edit" or s.identity_weight
         ]
         if not asked:  # "do nothing" items alone, and identity_weight is 0
-            return torch.zeros_like(x0, dtype=torch.float32), {}
+            return torch.zeros_like(x0, dtype=torch.float32), torch.zeros(len(batch)), {}
         looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
         logits = critic.logits([q.text for _, q in asked], looks)
         margin = logits[:, critic.yes] - logits[:, critic.no]
@@ -226,9 +232,18 @@ class Step(Base):
             losses = vocabulary_loss(logits, answer, critic.yes, critic.no, ramp)
         weight = torch.tensor([1.0 if q.kind == "edit" else s.identity_weight for _, q in asked], device=margin.device)
         (gradient,) = torch.autograd.grad((weight * losses).sum() / len(batch), latents)
-        return s.critic_weight * gradient.float(), self._answers(
-            batch, asked, margin.detach() * answer, losses.detach(), ramp
-        )
+        right = margin.detach() * answer
+        rows = torch.tensor([i for i, _ in asked], device=right.device)
+        wrong = torch.zeros(len(batch), device=right.device).index_add(0, rows, 1 - right.sigmoid())
+        wrong = wrong / torch.bincount(rows, minlength=len(batch)).clamp_min(1)
+        return s.critic_weight * gradient.float(), wrong, self._answers(batch, asked, right, losses.detach(), ramp)
+
+    @staticmethod
+    def _by_item(from_critic: Tensor, wrong: Tensor) -> Tensor:
+        """Each item's gradient keeps its direction; its size becomes how wrong the item is. Otherwise the few items
+        where the critic is near a change of mind drown all others, by a factor of a hundred."""
+        size = from_critic.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return from_critic * (wrong / size).view(-1, 1, 1, 1)
 
     @staticmethod
     def _answers(batch: Batch, asked: list, right: Tensor, losses: Tensor, ramp: float) -> dict[str, float]:
@@ -245,12 +260,17 @@ class Step(Base):
         return metrics
 
     def _critic_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
-        """With `balance: match`, what brings the critic's gradient to `critic_weight` times DMD's, over a run of
-        updates. It knows this batch and those before it; the running sizes themselves move once an update."""
+        """What brings the critic's gradient to `critic_weight` times DMD's, over a run of updates.
+
+        With `balance: match` the whole batch's, with `item` that of an item all wrong, so that the critic falls silent
+        when it is content. It knows this batch and those before it; the running sizes themselves move once an update.
+        """
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
-        now = torch.stack([from_critic.norm() / s.critic_weight, from_dmd.norm()]).cpu()
+        all_wrong = torch.tensor(float(len(from_critic))).sqrt().to(from_dmd.device)
+        ours = all_wrong if s.balance == "item" else from_critic.norm() / s.critic_weight
+        now = torch.stack([ours, from_dmd.norm()]).cpu()
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
             self.met.append(now)
         sizes = self._sizes_now()
