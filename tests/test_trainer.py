@@ -194,7 +194,7 @@ def test_another_recipe_is_refused_before_anything_is_loaded(whole: Path) -> Non
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    run, write = tmp_path / "run", checkpoint._write_state
+    run, write = tmp_path / "run", checkpoint._write_marks
 
     def full(folder: Path, *rest) -> None:
         if folder.name == "checkpoint-000003.tmp":
@@ -202,11 +202,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Pat
             raise OSError(28, "No space left on device")
         write(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "_write_state", full)
+    monkeypatch.setattr(checkpoint, "_write_marks", full)
     with pytest.raises(UserError, match="free some space"):
         trainer.train(recipe(), run, parts=parts)
     assert checkpoint.newest_complete(run).name == "checkpoint-000002" and not list(run.glob("*.tmp"))
-    monkeypatch.setattr(checkpoint, "_write_state", write)
+    monkeypatch.setattr(checkpoint, "_write_marks", write)
     trainer.train(recipe(), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
 

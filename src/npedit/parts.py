@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from npedit import distributed
 from npedit.config import Recipe, find, find_class, pick_device, torch_dtype
 from npedit.errors import UserError
 from npedit.steps.base import Parts
@@ -17,9 +19,10 @@ def build_parts(recipe: Recipe) -> Parts:
     """Load the family, and the critic if a stage needs it, as the recipe says.
 
     Raises:
-        UserError: weights are missing or are those of another model.
+        UserError: weights are missing or are those of another model, or the device lacks their type of number.
     """
     device = pick_device()
+    check_dtype("family", torch_dtype(recipe.family.dtype), device)
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
     chosen = recipe.family
     with _loading("family", chosen.weights):
@@ -27,11 +30,32 @@ def build_parts(recipe: Recipe) -> Parts:
     critic = None
     if "critic" in wanted:
         judge = recipe.critic
+        check_dtype("critic", torch_dtype(judge.dtype), device)
         with _loading("critic", judge.weights):
             kind = find_class("critics", judge.name)
             critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
     wording = recipe.critic.wording if recipe.critic else "plain"
     return Parts(family=family, critic=critic, wording=wording, device=device)
+
+
+def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a type of number that the device cannot compute with, or only by emulation.
+
+    Raises:
+        UserError: it cannot.
+    """
+    bfloat = dtype == torch.bfloat16 and device.type == "cuda"
+    try:
+        x = torch.ones(1, 1, 8, 8, device=device).to(dtype)
+        able = bool((x[0, 0] @ x[0, 0] + torch.nn.functional.conv2d(x, x, padding=4)[0, 0, :8, :8]).isfinite().all())
+    except RuntimeError:
+        able = False
+    if not able or (bfloat and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(
+            f"{part}.dtype: expected a type that this device ({name}) computes with; got {str(dtype)[6:]}, which it "
+            "lacks; use float32"
+        )
 
 
 @contextmanager
@@ -55,6 +79,12 @@ def check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
     Raises:
         UserError: names what is missing or of the wrong size.
     """
+    check_processes(recipe, distributed.world())
+    if distributed.world() > 1 and distributed.world() > len(data):
+        raise UserError(
+            f"data: expected at least one item per process; got {len(data)} items and {distributed.world()} processes; "
+            "start fewer, or add data"
+        )
     for i, stage in enumerate(recipe.stages):
         needs = find_class("steps", stage.step).needs(stage.settings)
         if "target_caption" in needs and not data.has_target_captions:
@@ -79,6 +109,20 @@ def check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             )
     if recipe.trainer.benchmark:
         _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Refuse a number of processes that cannot share each batch equally.
+
+    Raises:
+        UserError: names the stage.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % count:
+            raise UserError(
+                f"stages.{i}.batch_size: expected a multiple of the {count} processes, which share each batch; got "
+                f"{stage.batch_size}; change it, or start a number of processes that divides it"
+            )
 
 
 def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
