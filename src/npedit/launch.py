@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
+LIBC = ctypes.CDLL(None)  # opened before any fork
 GRACE = 10.0  # seconds for the others to end by themselves when one has failed
 STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -26,13 +25,15 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 def visible() -> int:
     """Processes to start on this machine: one per visible GPU, one where there is none."""
+    import torch
+
     return max(1, torch.cuda.device_count())
 
 
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run `npedit ARGUMENTS` in `count` processes that train together, and wait for them.
 
-    SIGINT and SIGTERM are passed on to all. When one fails, the others are ended.
+    The first SIGINT or SIGTERM is passed on to all, a second one kills them. When one fails, the others are ended.
 
     Returns:
         the exit code: 0; 130 or 143 if they were told to stop; 2 for a user's error; else that of the first to fail.
@@ -73,10 +74,13 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
 
 @contextmanager
 def _passing_on(children: Sequence[subprocess.Popen]) -> Iterator[None]:
+    heard = []
+
     def pass_on(number: int, frame: Any) -> None:
+        heard.append(number)
         for child in children:
             if child.poll() is None:
-                child.send_signal(number)
+                child.send_signal(number if len(heard) == 1 else signal.SIGKILL)
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -89,7 +93,7 @@ def _passing_on(children: Sequence[subprocess.Popen]) -> Iterator[None]:
 def _end_with_parent() -> None:
     """In the child: SIGTERM when the parent dies, `kill -9` included, so that no GPU stays taken."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+        LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
 
 def _free_port() -> int:

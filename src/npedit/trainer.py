@@ -96,7 +96,8 @@ def _check_seen(run: Path, fingerprint: str) -> None:
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual."""
+    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual. Not so for one of
+    several processes: there the system and torchrun may both send the one signal."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -106,7 +107,7 @@ def stopping() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for n in numbers:
+        for n in numbers if not distributed.launched() else ():
             signal.signal(n, before[n])
 
     for n in numbers:
