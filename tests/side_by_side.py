@@ -88,7 +88,7 @@ def together(folder: Path, job: Callable[..., Any], *given: Any, count: int = 2,
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["side_by_side"])
+    context.set_forkserver_preload(["npedit.trainer", "npedit.families.flux", "npedit.critics.llava_onevision"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -231,33 +231,36 @@ def plan(
 
 
 def spread(net: nn.Module) -> nn.Module:
-    """Make a net's trainable weights equal in all processes and shard it, if that is the plan. In place."""
+    """Make a net's trainable weights equal in all processes and shard it, if that is the plan. In place. A net that
+    trains a part of its weights, such as an adapter, keeps that part whole; its base is for `spread_frozen`."""
     if world() == 1 or isinstance(net, FSDPModule):
         return net
-    for param in net.parameters():
-        if param.requires_grad:
-            dist.broadcast(param.data, 0)
-    if _plan.mesh is not None:
+    trained = [param for param in net.parameters() if param.requires_grad]
+    for param in trained:
+        dist.broadcast(param.data, 0)
+    if _plan.mesh is not None and len(trained) == len(list(net.parameters())):
         places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
         _empty[net] = copy.deepcopy(net, places)
-        _shard(net)
+        _shard(net, set())
     return net
 
 
 def spread_frozen(net: nn.Module) -> None:
-    """Shard a frozen net, if that is the plan. In place; it cannot be copied any more."""
+    """Shard a frozen net, if that is the plan; adapters on it, which are trained, stay whole. In place; it can be
+    neither copied nor given further adapters any more."""
     if _plan.mesh is not None and not isinstance(net, FSDPModule):
-        _shard(net)
+        _shard(net, {param for param in net.parameters() if param.requires_grad})
 
 
-def _shard(net: nn.Module) -> None:
+def _shard(net: nn.Module, left_out: set[nn.Parameter]) -> None:
     low = {} if _plan.dtype == torch.float32 else {"param_dtype": _plan.dtype, "reduce_dtype": torch.float32}
     inside = MixedPrecisionPolicy(**low, cast_forward_inputs=False)  # rotary embeddings stay in float32
     for name in _plan.blocks:
         for block in net.get_submodule(name):
-            fully_shard(block, mesh=_plan.mesh, mp_policy=inside)
+            fully_shard(block, mesh=_plan.mesh, mp_policy=inside, ignored_params=left_out)
     # Resharded after each call: else a call without gradient leaves weights behind that the next one takes for new.
-    fully_shard(net, mesh=_plan.mesh, mp_policy=MixedPrecisionPolicy(**low), reshard_after_forward=True)
+    outside = MixedPrecisionPolicy(**low)
+    fully_shard(net, mesh=_plan.mesh, mp_policy=outside, reshard_after_forward=True, ignored_params=left_out)
 
 
 def whole_net(net: nn.Module) -> nn.Module | None:
