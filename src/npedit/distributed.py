@@ -45,6 +45,11 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, so that its own command line is not what the user typed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0

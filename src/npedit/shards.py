@@ -6,6 +6,7 @@ tensors its slices lie.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def read(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor
         sliced = isinstance(model, DTensor) and model.shape == facts.size
         tensors[name] = torch.empty_like(model) if sliced else torch.empty(facts.size, dtype=facts.properties.dtype)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be for one process
+            dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
     except dcp.CheckpointException as error:
         raise _cause(error) from error
     return tensors

@@ -311,7 +311,8 @@ class _Loop:
 
     def _leave(self, number: int, words: str) -> None:
         self.console.print(f"{words} To go on, run the same command:", markup=False)
-        self.console.print(f"  {own_command()}", highlight=False, soft_wrap=True)
+        command = "torchrun ..." if distributed.by_torchrun() else own_command()
+        self.console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + number)
 
     def _finish(self, step: Step) -> None:
