@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -119,7 +120,7 @@ def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
         Editor.open(tmp_path, "cpu")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), trainer.SafetensorError("header")])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), SafetensorError("header")])
 def test_what_loading_may_raise(error: Exception) -> None:
     with pytest.raises(UserError, match=r"critic\.weights"), _loading("critic", "there"):
         raise error
