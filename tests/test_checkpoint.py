@@ -81,7 +81,7 @@ def test_a_damaged_one_is_named(tmp_path: Path) -> None:
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("where", ["_write_state", "_sync_folder"])
+@pytest.mark.parametrize("where", ["_write_marks", "_sync_folder"])
 def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     good = checkpoint.save(tmp_path, 2, TENSORS, {"n": 2}, keep=1)
     monkeypatch.setattr(checkpoint, where, full_disk)

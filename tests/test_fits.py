@@ -13,6 +13,7 @@ from npedit.config import Recipe, load_recipe, make_recipe
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.parts import build_parts, build_source, check_fits
 from npedit.steps.base import Parts
 from photo_sets import opened, plain, row, save, write_metadata
 
@@ -37,8 +38,8 @@ def photos(folder: Path, *captions: str):
 def test_sources_say_whether_they_have_the_references_captions(tmp_path: Path) -> None:
     assert photos(tmp_path / "all", "red", "green").has_source_captions
     assert not photos(tmp_path / "one", "red", "").has_source_captions
-    assert trainer.build_source(make_recipe(raw())).has_source_captions
-    assert trainer.build_source(make_recipe(raw(data={"name": "toy_pairs"}))).has_source_captions
+    assert build_source(make_recipe(raw())).has_source_captions
+    assert build_source(make_recipe(raw(data={"name": "toy_pairs"}))).has_source_captions
 
 
 def test_the_warm_up_wants_the_references_captions(tmp_path: Path) -> None:
@@ -77,9 +78,9 @@ def test_an_override_of_one_of_the_steps_is_refused(tmp_path: Path) -> None:
 def test_the_toy_benchmark_wants_its_own_size() -> None:
     made = make_recipe(raw(trainer={"benchmark": "toy"}))
     with pytest.raises(UserError, match="trainer.benchmark: .*32x32.*got data of 64x64, 80x48"):
-        trainer._check_fits(made, _sized(((64, 64), (32, 32), (48, 80))), parts(made))
-    trainer._check_fits(made, _sized(((32, 32),)), parts(made))
-    trainer._check_fits(make_recipe(raw()), _sized(((64, 64),)), parts(made))
+        check_fits(made, _sized(((64, 64), (32, 32), (48, 80))), parts(made))
+    check_fits(made, _sized(((32, 32),)), parts(made))
+    check_fits(make_recipe(raw()), _sized(((64, 64),)), parts(made))
 
 
 def _sized(sizes) -> SimpleNamespace:
@@ -90,7 +91,7 @@ def test_the_toy_benchmark_wants_a_family_that_takes_its_size() -> None:
     made = make_recipe(raw(trainer={"benchmark": "toy"}))
     coarse = SimpleNamespace(family=SimpleNamespace(facts=SimpleNamespace(multiple=64)))
     with pytest.raises(UserError, match=r"multiples of 64"):
-        trainer._check_fits(made, _sized(((32, 32),)), coarse)
+        check_fits(made, _sized(((32, 32),)), coarse)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_recipe_without_critic(tmp_path: Path, without: dict) -> None:
     del made["critic"]
     recipe = make_recipe(made)
     assert recipe.critic is None and make_recipe(recipe.as_dict()) == recipe
-    found = trainer.build_parts(recipe)
+    found = build_parts(recipe)
     assert found.critic is None and found.wording == "plain"
     trainer.train(recipe, tmp_path / "run", parts=lambda r: Parts(Flux.tiny(0), None, "plain", torch.device("cpu")))
     assert "vision-language" not in (tmp_path / "run" / "final" / "README.md").read_text()

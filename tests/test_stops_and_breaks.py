@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,6 +22,7 @@ from npedit.benchmarks import toy
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.parts import _loading, build_parts, build_source
 from npedit.toy import models
 from npedit.toy.fit import fit
 
@@ -63,7 +65,7 @@ def test_a_signal_at_the_very_end_is_heard(tmp_path: Path, event: str, capsys: p
 
 
 def test_a_half_written_bad_row_harms_no_resume(tmp_path: Path) -> None:
-    class Source(trainer.build_source(usual.recipe()).__class__):
+    class Source(build_source(usual.recipe()).__class__):
         bad_rows = ({"row": 3, "why": "truncated"}, {"row": 5, "why": "empty"})
 
     def source(made: config.Recipe) -> Source:
@@ -104,7 +106,7 @@ def test_broken_weights_of_the_base(base: Path, tmp_path: Path, harm, part: str)
     harm(next((bad / part).glob("*.safetensors")))
     made = usual.recipe(stages=STAGES, trainer=PACE, family={"name": "flux", "weights": str(bad)})
     with pytest.raises(UserError, match=r"family\.weights"):
-        trainer.build_parts(made)
+        build_parts(made)
 
 
 @pytest.mark.parametrize("harm", [cut, reshape])
@@ -118,9 +120,9 @@ def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
         Editor.open(tmp_path, "cpu")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), trainer.SafetensorError("header")])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), SafetensorError("header")])
 def test_what_loading_may_raise(error: Exception) -> None:
-    with pytest.raises(UserError, match=r"critic\.weights"), trainer._loading("critic", "there"):
+    with pytest.raises(UserError, match=r"critic\.weights"), _loading("critic", "there"):
         raise error
 
 

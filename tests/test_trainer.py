@@ -19,6 +19,7 @@ from npedit.config import Recipe, make_recipe
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.parts import build_parts, build_source
 from npedit.steps.base import Parts
 
 STUDENT = {"lr": 0.001, "warmup_updates": 2}
@@ -193,7 +194,7 @@ def test_another_recipe_is_refused_before_anything_is_loaded(whole: Path) -> Non
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    run, write = tmp_path / "run", checkpoint._write_state
+    run, write = tmp_path / "run", checkpoint._write_marks
 
     def full(folder: Path, *rest) -> None:
         if folder.name == "checkpoint-000003.tmp":
@@ -201,11 +202,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Pat
             raise OSError(28, "No space left on device")
         write(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "_write_state", full)
+    monkeypatch.setattr(checkpoint, "_write_marks", full)
     with pytest.raises(UserError, match="free some space"):
         trainer.train(recipe(), run, parts=parts)
     assert checkpoint.newest_complete(run).name == "checkpoint-000002" and not list(run.glob("*.tmp"))
-    monkeypatch.setattr(checkpoint, "_write_state", write)
+    monkeypatch.setattr(checkpoint, "_write_marks", write)
     trainer.train(recipe(), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
 
@@ -260,7 +261,7 @@ def test_it_saves_by_the_clock_too(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_written_once(tmp_path: Path) -> None:
-    class Source(trainer.build_source(recipe()).__class__):
+    class Source(build_source(recipe()).__class__):
         bad_rows = ({"row": 3, "why": "truncated"},)
 
     def source(made: Recipe) -> Source:
@@ -275,10 +276,10 @@ def test_bad_rows_are_written_once(tmp_path: Path) -> None:
 
 
 def test_data_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
-    class NoCaptions(trainer.build_source(recipe()).__class__):
+    class NoCaptions(build_source(recipe()).__class__):
         has_target_captions = False
 
-    class Odd(trainer.build_source(recipe()).__class__):
+    class Odd(build_source(recipe()).__class__):
         sizes = ((30, 32),)
 
     for kind, said in ((NoCaptions, "stages.1: .*target_caption"), (Odd, "multiples of 8; got 32x30")):
@@ -290,7 +291,7 @@ def test_data_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
 def test_weights_that_do_not_open(tmp_path: Path) -> None:
     made = recipe(family={"name": "flux", "weights": str(tmp_path)})
     with pytest.raises(UserError, match=r"family\.weights: .*model_index\.json"):
-        trainer.build_parts(made)
+        build_parts(made)
 
 
 def test_what_no_stage_needs_is_not_loaded(tmp_path: Path) -> None:
@@ -303,9 +304,9 @@ def test_what_no_stage_needs_is_not_loaded(tmp_path: Path) -> None:
         made = recipe(stages=stages, **chosen)
         if weight:
             with pytest.raises(UserError, match=r"critic\.weights"):
-                trainer.build_parts(made)
+                build_parts(made)
         else:
-            assert trainer.build_parts(made).critic is None
+            assert build_parts(made).critic is None
 
 
 SCRIPT = """

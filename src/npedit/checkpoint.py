@@ -1,7 +1,7 @@
 """The run directory: write, read, resume, export. safetensors and JSON only.
 
     config.resolved.yaml  manifest.json  metrics.jsonl  bad_rows.jsonl
-    samples/step-000500/*.png            checkpoint-000500/{state.safetensors, state.json, COMPLETE}
+    samples/step-000500/*.png            checkpoint-000500/{*.safetensors, state.json, COMPLETE}
     final/{transformer/, scheduler/, npedit.json, README.md}
 
 Whatever must be whole is written aside and renamed; a checkpoint without its mark COMPLETE does not count.
@@ -17,18 +17,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors.torch
 import torch
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from npedit import distributed, shards
 from npedit.config import Recipe, differences
 from npedit.errors import UserError, writing
 
@@ -37,7 +37,7 @@ CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
 )  # fmt: skip
 LOCK = ".lock"
 UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave
-FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds")  # may differ when a run goes on
+FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds", "trainer.shard")  # may differ when a run goes on
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pydantic")
 
 
@@ -135,6 +135,7 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git_revision": git_revision(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": distributed.world(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "command": sys.argv,
@@ -184,25 +185,32 @@ def newest_complete(run: Path) -> Path | None:
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
     """Write `checkpoint-STEP` aside, rename it, then drop all but the newest `keep`. If it fails, the older ones stay.
+    All processes call it, and each writes its part of the tensors.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     folder = run / f"checkpoint-{step:06d}"
     aside = folder.with_name(folder.name + ".tmp")
-    if folder in checkpoints(run):
+    if distributed.from_first(folder in checkpoints(run)):
         return folder
-    _sweep(run)
+    first = distributed.first()
     try:
         with writing(folder):
-            aside.mkdir()
-            _write_state(aside, tensors, numbers)
-            os.rename(aside, folder)
-            _sync_folder(run)
+            if first:
+                _sweep(run)
+                aside.mkdir()
+            distributed.gather(None)  # until the folder is there
+            shards.write(aside, tensors)
+            if first:
+                _write_marks(aside, numbers)
+                os.rename(aside, folder)
+                _sync_folder(run)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # makes room again; what went wrong is raised
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)  # makes room again; what went wrong is raised
         raise
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(run)[:-keep] if first else []:
         (old / COMPLETE).unlink()
         shutil.rmtree(old)
     return folder
@@ -215,11 +223,10 @@ def _sweep(run: Path) -> None:
             shutil.rmtree(path)
 
 
-def _write_state(folder: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    safetensors.torch.save_file(whole, folder / "state.safetensors")
-    with open(folder / "state.safetensors", "rb") as file:
-        os.fsync(file.fileno())
+def _write_marks(folder: Path, numbers: Mapping[str, Any]) -> None:
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     for name, text in (("state.json", json.dumps(numbers, indent=2)), (COMPLETE, "")):
         with open(folder / name, "w") as file:
             file.write(text)
@@ -235,20 +242,33 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` was given, on the CPU.
+def load(
+    folder: Path, like: Callable[[str], Tensor | None] = lambda key: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` was given, the tensors as `shards.read` gives them.
 
     Raises:
         UserError: the checkpoint is damaged in spite of its mark.
     """
+    numbers = read_numbers(folder)
     try:
-        return safetensors.torch.load_file(folder / "state.safetensors"), json.loads(
-            (folder / "state.json").read_text()
-        )
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"expected a whole checkpoint; got {folder} ({error}); delete that folder to go on from the one before"
-        ) from error
+        return shards.read(folder, like), numbers
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_numbers(folder: Path) -> dict[str, Any]:
+    """The numbers that `save` was given. Errors as in `load`."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"expected a whole checkpoint; got {folder} ({error}); delete that folder to go on from the one before"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- row files

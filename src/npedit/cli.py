@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.errors import UserError, nearest, own_command, program, writing
+from npedit.cli_train import move_aside, recipe_path
+from npedit.errors import UserError, own_command, program, writing
 
 app = typer.Typer(
     name="npedit",
@@ -178,43 +178,17 @@ def train(
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option("--out", help="The run's folder; runs/NAME if not given.")] = None,
     fresh: Fresh = False,
+    processes: Annotated[
+        int, typer.Option(help="Processes on this machine; 0: one per visible GPU. They share each batch.", min=0)
+    ] = 0,
 ) -> None:
-    """Train a recipe. The same command goes on where an earlier one stopped."""
-    from npedit import config, trainer
+    """Train a recipe. The same command goes on where an earlier one stopped.
 
-    loaded = config.load_recipe(recipe_path(recipe), overrides or [])
-    run = folder or Path("runs") / loaded.name
-    if fresh:
-        move_aside(run)
-    trainer.train(loaded, run)
-    out.print(escape(f"\nNext:\n  {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: the path as given, or the packaged recipe of this name.
-
-    Raises:
-        UserError: neither exists; the nearest packaged name is given.
+    All visible GPUs are used. For several machines: torchrun ... -m npedit train RECIPE, see docs/cluster.md.
     """
-    if os.path.isfile(name):
-        return Path(name)
-    folder = Path(__file__).parent / "recipes"
-    packaged = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-    if name in packaged:
-        return packaged[name]
-    known, hint = ", ".join(packaged) or "none", nearest(name, packaged)
-    raise UserError(f"expected a recipe's file or one of: {known}; got {name!r}; check the path.{hint}")
+    from npedit.cli_train import run_train
 
-
-def move_aside(folder: Path) -> None:
-    """Rename a folder out of the way, if it is there."""
-    if folder.exists():
-        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            os.rename(folder, aside)
-        except OSError as error:
-            raise UserError(f"expected to move {folder} aside; got: {error}; use another folder") from None
-        out.print(f"Moved the earlier {escape(str(folder))} to {escape(str(aside))}.")
+    raise typer.Exit(run_train(recipe, overrides or [], folder, fresh, processes))
 
 
 # ------------------------------------------------------------------------------------------------------------- edit

@@ -67,7 +67,8 @@ class DataChoice(Settings):
 
 
 class Stage(Settings):
-    """One way to train, for so many updates. `accumulate` batches of `batch_size` make one gradient."""
+    """One way to train, for so many updates. `accumulate` batches of `batch_size` make one gradient; several processes
+    share each batch."""
 
     step: str
     updates: int = Field(ge=1)
@@ -88,6 +89,7 @@ class TrainerSettings(Settings):
     save_seconds: float = Field(60.0, gt=0)  # a run killed at any moment loses at most this much work
     keep: int = Field(2, ge=1)  # checkpoints
     steps: int = Field(4, ge=1, le=64)  # of the few-step editor
+    shard: Literal["none", "full", "hybrid"] = "none"  # trained nets: whole, over all processes, over each machine's
 
 
 class Recipe(Settings):

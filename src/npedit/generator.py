@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from npedit import flow
+from npedit.distributed import own, whole
 from npedit.families.base import Family, Text
 
 
@@ -52,8 +53,10 @@ def training_times(times: Float[Tensor, "steps"], generator: torch.Generator) ->
 
 
 def fresh_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` independent noises in the shape, type and place of `like`, drawn on the CPU."""
-    return [torch.randn(like.shape, generator=generator).to(like) for _ in range(count)]
+    """`count` independent noises in the shape, type and place of `like`, drawn on the CPU. Of several processes, each
+    draws the whole batch's noise and keeps its rows."""
+    shape = (whole(len(like)), *like.shape[1:])
+    return [own(torch.randn(shape, generator=generator)).to(like) for _ in range(count)]
 
 
 @torch.no_grad()
@@ -69,7 +72,8 @@ def edit(
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()
     latents = family.encode(references.to(family.device))
-    single = [fresh_noise(latents[:1], steps, seeded("edit", seed)) for seed in seeds]
-    noise = [torch.cat(level) for level in zip(*single)]
+    generators = [seeded("edit", seed) for seed in seeds]
+    shape = latents[:1].shape
+    noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
     x0 = draft(family, net, family.encode_text(instructions), latents, times, noise)
     return family.decode(x0).clamp(0, 1).float()

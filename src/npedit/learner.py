@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from npedit import distributed
 from npedit.config import Settings
 from npedit.errors import UserError
 
@@ -31,14 +32,15 @@ class LearnerSettings(Settings):
 
 
 class Learner:
-    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place.
+    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place, and spread over the
+    processes as `distributed.plan` has it.
 
     A step calls `update`; accumulation is in there and nowhere else. `net` holds the newest weights; inside
     `with learner.average():` it holds their exponential moving average.
     """
 
     def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
-        self.net = net.float()
+        self.net = distributed.spread(net).float()
         self.settings = settings
         self.total_updates = total_updates
         self.updates = 0  # calls of `update`, skipped ones too
@@ -61,7 +63,8 @@ class Learner:
         return rate
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> dict[str, float]:
-        """One update from the mean of the scalar losses; each is computed and differentiated before the next.
+        """One update from the mean of the scalar losses, over all processes too; each is computed and differentiated
+        before the next.
 
         Returns:
             grad_norm before clipping, lr, and skipped: updates left out so far, their gradients not being finite.
@@ -78,11 +81,12 @@ class Learner:
             loss = compute() / len(losses)
             loss.backward()
             finite = finite and bool(torch.isfinite(loss.detach()))
+        distributed.average_gradients(self._params.values())
         if all(p.grad is None for p in self._params.values()):
             raise ValueError("expected losses that depend on the net; got none that reaches its parameters")
-        norm = float(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
+        norm = distributed.number(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
         rate = self.learning_rate()
-        if finite and math.isfinite(norm):
+        if all(distributed.gather(finite and math.isfinite(norm))):
             self._apply(rate)
             self.skipped_in_a_row = 0
         else:
@@ -124,9 +128,12 @@ class Learner:
         for name, param in self._params.items():
             param.copy_(self._ema[name])
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for name, param in self._params.items():
-            param.data, self._ema[name] = self._ema[name], param.data
+        for name, param in self._params.items():  # in place: FSDP goes on with the tensors that it knows
+            kept = param.clone()
+            param.copy_(self._ema[name])
+            self._ema[name].copy_(kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that goes on with training needs: tensors by name, and counters."""
@@ -137,6 +144,11 @@ class Learner:
             for key, value in self._optimizer.state.get(param, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def like(self, key: str) -> Tensor | None:
+        """The parameter that the tensor `key` of `state` belongs to; None for a buffer's."""
+        kind, name = key.split(".", 1)
+        return self._params.get(name.split(".", 1)[1] if kind == "optimizer" else name)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

@@ -1,8 +1,11 @@
-"""Train by a recipe: build the parts, run the stages, log, draw samples, evaluate, save, go on after a stop.
+"""Train by a recipe: run the stages, log, draw samples, evaluate, save, go on after a stop.
 
 The state of a run is (stage, update) and what the step's learners hold. Data and noise are functions of the seed and
 the update's number, so a run that was stopped at any moment, `kill -9` included, repeats itself exactly from its last
 checkpoint.
+
+Several processes run this loop side by side (`distributed.py`). The first writes and prints; each batch, each set of
+pictures to edit, and what is logged are shared out; stops and saves are agreed on after each update.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from npedit import checkpoint
-from npedit.config import Recipe, find, find_class, pick_device, torch_dtype
+from npedit import checkpoint, distributed
+from npedit.config import Recipe, find, find_class, torch_dtype
 from npedit.errors import UserError, own_command
 from npedit.flow import few_step_times
 from npedit.generator import edit
+from npedit.parts import build_parts, build_source, check_fits
 from npedit.report import write_report
 from npedit.samples import held_out, write_samples
 from npedit.steps.base import Parts, Step
@@ -42,42 +45,6 @@ def ignore(event: str, facts: dict[str, Any]) -> None:
     """The `on_event` that does nothing."""
 
 
-def build_parts(recipe: Recipe) -> Parts:
-    """Load the family, and the critic if a stage needs it, as the recipe says.
-
-    Raises:
-        UserError: weights are missing or are those of another model.
-    """
-    device = pick_device()
-    wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
-    chosen = recipe.family
-    with _loading("family", chosen.weights):
-        family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
-    critic = None
-    if "critic" in wanted:
-        judge = recipe.critic
-        with _loading("critic", judge.weights):
-            kind = find_class("critics", judge.name)
-            critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
-    wording = recipe.critic.wording if recipe.critic else "plain"
-    return Parts(family=family, critic=critic, wording=wording, device=device)
-
-
-@contextmanager
-def _loading(part: str, weights: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
-        raise UserError(
-            f"{part}.weights: expected a model that opens; got {weights!r} ({error}); correct the recipe"
-        ) from error
-
-
-def build_source(recipe: Recipe) -> Any:
-    """Open the training data, as the recipe says."""
-    return find("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
-
-
 def train(
     recipe: Recipe,
     run: Path,
@@ -88,67 +55,49 @@ def train(
 ) -> Path:
     """Train, or go on with training, in the folder `run`; the same call goes on after any kind of stop. Returns `run`.
 
-    `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end"; facts hold at least "step".
+    `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end", in every process; facts
+    hold at least "step".
 
     Raises:
         UserError: see `checkpoint.claimed`; also a full disk, data that do not fit, gradients that stay not finite.
         SystemExit: SIGINT or SIGTERM came; everything is saved.
     """
     run = Path(run)
-    with checkpoint.claimed(run, recipe, resume), stopping() as caught:
+    with distributed.session(), _claimed(run, recipe, resume), stopping() as caught:
         data = source(recipe)
         made = parts(recipe)
-        _check_fits(recipe, data, made)
-        checkpoint.begin(run, recipe, checkpoint.make_manifest(recipe, data.fingerprint(), made.device))
+        check_fits(recipe, data, made)
+        fingerprint = data.fingerprint()
+        if distributed.first():
+            checkpoint.begin(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
+        _check_seen(run, fingerprint)
+        distributed.plan(recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device)
         _Loop(recipe, run, made, data, on_event, caught).go()
     return run
 
 
-def _check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
-    for i, stage in enumerate(recipe.stages):
-        needs = find_class("steps", stage.step).needs(stage.settings)
-        if "target_caption" in needs and not data.has_target_captions:
-            raise UserError(
-                f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
-                "add the column or set the weight of the loss that needs it to 0"
-            )
-        if "source_caption" in needs and not data.has_source_captions:
-            raise UserError(
-                f"stages.{i}: expected data with source_caption, which {stage.step} needs as its text, in every row; "
-                "got data without; add the column (what each photo shows, in a few words) or leave this stage out"
-            )
-        if "edited" in needs and not getattr(data, "has_pairs", False):
-            raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
-    if getattr(data, "has_pairs", False) and not recipe.uses_pairs():
-        raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
-    multiple = parts.family.facts.multiple
-    for height, width in data.sizes:
-        if height % multiple or width % multiple:
-            raise UserError(
-                f"data: expected sizes that are multiples of {multiple}; got {width}x{height}; change the data's size"
-            )
-    if recipe.trainer.benchmark:
-        _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
+def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[None]:
+    return checkpoint.claimed(run, recipe, resume) if distributed.first() else nullcontext()
 
 
-def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
-    side = find("benchmarks", name).SIDE
-    other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
-    if other:
+def _check_seen(run: Path, fingerprint: str) -> None:
+    """Refuse a machine that does not see the first one's run folder, or sees other data."""
+    if distributed.from_first(fingerprint) != fingerprint:
         raise UserError(
-            f"trainer.benchmark: {name} expected an editor trained at {side}x{side} pixels; got data of "
-            f'{", ".join(other)}; set trainer.benchmark to "" or change the data\'s size'
+            f"data: expected the same data for every process; got others in process {distributed.rank()}; "
+            "put one copy where all machines see it"
         )
-    if side % multiple:
+    if not checkpoint.is_run(run):
         raise UserError(
-            f"trainer.benchmark: {name} expected a family that takes {side}x{side} pixels; got one whose sizes are "
-            f'multiples of {multiple}; set trainer.benchmark to ""'
+            f"expected {run} on a file system that all machines share; process {distributed.rank()} does not see what "
+            "the first has written there; choose another folder"
         )
 
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual."""
+    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual. Not so for one of
+    several processes: there the system and torchrun may both send the one signal."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -158,7 +107,7 @@ def stopping() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for n in numbers:
+        for n in numbers if not distributed.launched() else ():
             signal.signal(n, before[n])
 
     for n in numbers:
@@ -179,17 +128,20 @@ class _Loop:
         self.recipe, self.run, self.parts, self.data = recipe, run, parts, data
         self.on_event, self.caught = on_event, caught
         self.total = recipe.total_updates()
-        self.console = Console()
+        self.first = distributed.first()
+        self.console = Console(quiet=not self.first)
         self.saved_at = self.printed_at = time.monotonic()
         self.success = ""
-        self.bad_rows, self.rows_seen = checkpoint.trim_rows(run / checkpoint.BAD_ROWS), 0
+        self.bad_rows = checkpoint.trim_rows(run / checkpoint.BAD_ROWS) if self.first else []
+        self.rows_seen = 0
         self.shown = held_out(recipe, data)
 
     def go(self) -> None:
         """All stages, from the last checkpoint if there is one."""
-        folder = checkpoint.newest_complete(self.run)
-        tensors, numbers = checkpoint.load(folder) if folder else ({}, {"stage": 0, "update": 0, "step": -1})
-        checkpoint.trim_metrics(self.run, numbers["step"])
+        folder = distributed.from_first(checkpoint.newest_complete(self.run))
+        numbers = checkpoint.read_numbers(folder) if folder else {"stage": 0, "update": 0, "step": -1}
+        if self.first:
+            checkpoint.trim_metrics(self.run, numbers["step"])
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
         student = self.parts.family.net().to(self.parts.device)
@@ -210,23 +162,24 @@ class _Loop:
                 step = self._step(i, student)
                 start = 0
                 if i == numbers["stage"] and folder:
-                    restore(step, tensors, numbers)
+                    restore(step, folder)
                     start = numbers["update"]
                 if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
-                    checkpoint.append_row(
-                        self.run / checkpoint.METRICS, {"step": 0, **self._look(step, 0), "time": time.time()}
-                    )
+                    self._log({"step": 0, **self._look(step, 0), "time": time.time()})
                 self._stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
                     step.learners["student"].settle()
         self._finish(step)
-        if self.caught:
-            self._leave(f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
+        if number := self._signal():
+            self._leave(number, f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
 
     def _step(self, i: int, student: nn.Module) -> Step:
         stage = self.recipe.stages[i]
         seed = self.recipe.seed + STAGE_SEEDS * i
-        return find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
+        step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
+        if i + 1 == len(self.recipe.stages):  # no more nets are copied from the base
+            distributed.spread_frozen(self.parts.family.base)
+        return step
 
     def _stage(self, i: int, step: Step, start: int) -> None:
         stage = self.recipe.stages[i]
@@ -234,8 +187,8 @@ class _Loop:
         earlier = self.recipe.stages[:i]
         first_batch, first_step = sum(per_update(s) * s.updates for s in earlier), sum(s.updates for s in earlier)
         for update in range(start, stage.updates):
-            if self.caught:
-                self._stop(i, step, update, first_step + update)
+            if number := self._signal():
+                self._stop(number, i, step, update, first_step + update)
             began = time.monotonic()
             index = first_batch + update * count
             batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
@@ -243,33 +196,42 @@ class _Loop:
             metrics = step.step(batches, update)
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
             n = first_step + update + 1
+            metrics = distributed.merged(distributed.gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
             metrics |= self._counts(step) | self._look(step, n)
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
-            checkpoint.append_row(self.run / checkpoint.METRICS, row)
+            self._log(row)
             self._show(n, stage.step, metrics)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
-            if due or n == self.total or time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds:
+            late = distributed.from_first(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
+            if due or late or n == self.total:
                 self._save(i, step, update + 1, n)
             self.on_event("update", row)
-        if self.caught and i + 1 < len(self.recipe.stages):
-            self._stop(i, step, stage.updates, first_step + stage.updates)
+        if i + 1 < len(self.recipe.stages) and (number := self._signal()):
+            self._stop(number, i, step, stage.updates, first_step + stage.updates)
+
+    def _signal(self) -> int:
+        """The signal that a process has caught, 0 if none has; the same number in all."""
+        return max(distributed.gather(self.caught[0] if self.caught else 0))
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.first:
+            checkpoint.append_row(self.run / checkpoint.METRICS, row)
 
     def _batch(self, index: int, size: int) -> Any:
-        batch = self.data.batch(index, size)
+        """This process's share of a batch of `size` items."""
+        world = distributed.world()
+        batch = self.data.batch(index, size // world, distributed.rank(), world)
         return replace(batch, references=batch.references.to(self.parts.device))
 
     def _counts(self, step: Step) -> dict[str, float]:
         rows = self.data.bad_rows
-        for row in (r for r in rows[self.rows_seen :] if r not in self.bad_rows):
-            checkpoint.append_row(self.run / checkpoint.BAD_ROWS, row)
-            self.bad_rows.append(row)
+        for row in (r for met in distributed.gather(rows[self.rows_seen :]) for r in met):
+            if self.first and row not in self.bad_rows:
+                checkpoint.append_row(self.run / checkpoint.BAD_ROWS, row)
+                self.bad_rows.append(row)
         self.rows_seen = len(rows)
         skipped = sum(learner.skipped for learner in step.learners.values())
-        return {
-            "skipped_steps": float(skipped),
-            "data/bad_rows": float(len(self.bad_rows)),
-            "mem/peak_gb": _peak_gb(self.parts.device),
-        }
+        return {"skipped_steps": float(skipped), "data/bad_rows": float(len(self.bad_rows))}
 
     def _look(self, step: Step, n: int) -> dict[str, float]:
         """Samples and evaluation where they are due, with the averaged weights."""
@@ -287,7 +249,8 @@ class _Loop:
             if sample:
                 references, instructions = self.shown
                 edited = self._edit(net, references, instructions, 0)
-                write_samples(self.run / "samples" / f"step-{n:06d}", references, instructions, edited)
+                if self.first:
+                    write_samples(self.run / "samples" / f"step-{n:06d}", references, instructions, edited)
                 self.on_event("sample", {"step": n})
             if evaluate:
                 found = self._evaluate(net)
@@ -297,15 +260,16 @@ class _Loop:
         return {**found, "time/look": time.monotonic() - began}
 
     def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first: int) -> Tensor:
-        """Edits on the CPU; item i has the seed `first` + i."""
-        done = []
-        for k in range(0, len(references), CHUNK):
+        """Edits on the CPU, made by all processes; item i has the seed `first` + i."""
+        done: list[Tensor] = []
+        for start in range(0, len(references), CHUNK * distributed.world()):
+            mine = start + CHUNK * distributed.rank()
+            k = mine if mine < len(references) else start  # a sharded net has to be called by all, as often by each
             part = references[k : k + CHUNK].to(self.parts.device)
             seeds = list(range(first + k, first + k + len(part)))
             words = list(instructions[k : k + CHUNK])
-            done.append(
-                edit(self.parts.family, net, part, words, steps=self.recipe.trainer.steps, seeds=seeds).float().cpu()
-            )
+            edited = edit(self.parts.family, net, part, words, steps=self.recipe.trainer.steps, seeds=seeds)
+            done += [e for e in distributed.gather(edited.float().cpu() if k == mine else None) if e is not None]
         return torch.cat(done)
 
     def _evaluate(self, net: nn.Module) -> dict[str, float]:
@@ -340,24 +304,28 @@ class _Loop:
         self.saved_at = time.monotonic()
         self.on_event("save", {"step": n})
 
-    def _stop(self, i: int, step: Step, update: int, n: int) -> None:
+    def _stop(self, number: int, i: int, step: Step, update: int, n: int) -> None:
         self._save(i, step, update, n)
         self.bar.stop()
-        self._leave(f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
+        self._leave(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
 
-    def _leave(self, words: str) -> None:
+    def _leave(self, number: int, words: str) -> None:
         self.console.print(f"{words} To go on, run the same command:", markup=False)
-        self.console.print(f"  {own_command()}", highlight=False, soft_wrap=True)
-        raise SystemExit(128 + self.caught[0])
+        command = "torchrun ..." if distributed.by_torchrun() else own_command()
+        self.console.print(f"  {command}", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + number)
 
     def _finish(self, step: Step) -> None:
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
         with step.learners["student"].average() as net:
             times = few_step_times(steps, shift).tolist()
-            final = checkpoint.write_final(
-                self.run, self.recipe, net, family.few_step_scheduler(shift), times, self.data.sizes
-            )
+            net = distributed.whole_net(net)
+        if net is None:
+            self.on_event("end", {"step": self.total})
+            return
+        scheduler = family.few_step_scheduler(shift)
+        final = checkpoint.write_final(self.run, self.recipe, net, scheduler, times, self.data.sizes)
         report = write_report(self.run)
         places = {
             "editor": final,
@@ -375,12 +343,18 @@ def per_update(stage: Any) -> int:
     return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
 
 
-def restore(step: Step, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def restore(step: Step, folder: Path) -> None:
     """Put a checkpoint's contents into a freshly built step.
 
     Raises:
         UserError: they are those of another model.
     """
+
+    def like(key: str) -> Tensor | None:
+        name, _, own = key.partition("/")
+        return step.learners[name].like(own) if name in step.learners else None
+
+    tensors, numbers = checkpoint.load(folder, like)
     try:
         for name, learner in step.learners.items():
             own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}

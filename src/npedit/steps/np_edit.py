@@ -27,6 +27,7 @@ from npedit import dmd, flow
 from npedit.config import Settings
 from npedit.critics.base import answer_loss, vocabulary_loss
 from npedit.data import Batch
+from npedit.distributed import own, whole, whole_norm
 from npedit.errors import nearest
 from npedit.generator import draft, fresh_noise, seeded, training_times
 from npedit.learner import Learner, LearnerSettings
@@ -116,7 +117,7 @@ class Step(Base):
             family, generator = self.parts.family, seeded(self.seed, "fake", update, turn, micro)
             with torch.no_grad():
                 x0 = self.drafts[micro] if turn == 0 else self._draft(batch, update, generator)
-            t = torch.rand(len(batch), generator=generator).to(x0.device)
+            t = own(torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
             (eps,) = fresh_noise(x0, 1, generator)
             v = family.velocity(
                 self.learners["fake"].net, flow.noised(x0, eps, t), t, family.encode_text(batch.target_captions)
@@ -178,8 +179,8 @@ class Step(Base):
                 from_critic = s.critic_weight * self._by_item(from_critic, wrong)
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
         metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = (
-            float(from_dmd.norm()),
-            float(from_critic.norm()),
+            float(whole_norm(from_dmd)),
+            float(whole_norm(from_critic)),
         )
         gradient = from_dmd + from_critic
         still = torch.tensor([kind == NOTHING for kind in batch.edit_types], device=x0.device)
@@ -192,7 +193,7 @@ class Step(Base):
     @torch.no_grad()
     def _dmd_gap(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> Tensor:
         s, family = self.settings, self.parts.family
-        t = (s.t_min + (s.t_max - s.t_min) * torch.rand(len(batch), generator=generator)).to(x0.device)
+        t = own(s.t_min + (s.t_max - s.t_min) * torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
         (eps,) = fresh_noise(x0, 1, generator)
         x = flow.noised(x0, eps, t)
         text = family.encode_text(batch.target_captions)
@@ -268,9 +269,9 @@ class Step(Base):
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
-        all_wrong = torch.tensor(float(len(from_critic))).sqrt().to(from_dmd.device)
-        ours = all_wrong if s.balance == "item" else from_critic.norm() / s.critic_weight
-        now = torch.stack([ours, from_dmd.norm()]).cpu()
+        all_wrong = whole_norm(torch.ones(len(from_critic)))
+        ours = all_wrong if s.balance == "item" else whole_norm(from_critic) / s.critic_weight
+        now = torch.stack([ours.cpu(), whole_norm(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
             self.met.append(now)
         sizes = self._sizes_now()

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from npedit import flow
 from npedit.config import Settings
 from npedit.data import Batch
-from npedit.generator import seeded
+from npedit.distributed import own, whole
+from npedit.generator import fresh_noise, seeded
 from npedit.learner import Learner, LearnerSettings
 from npedit.steps.base import Parts
 from npedit.steps.base import Step as Base
@@ -51,13 +52,13 @@ class Step(Base):
         values: list[float] = []
 
         def loss(batch: Batch, micro: int) -> torch.Tensor:
-            family, generator = self.parts.family, seeded(self.seed, "copy", update, micro)
+            family, generator, rows = self.parts.family, seeded(self.seed, "copy", update, micro), whole(len(batch))
             latents = family.encode(batch.references)
             text = family.encode_text(batch.source_captions)
             times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
-            later = times[torch.randint(len(times), (len(batch),), generator=generator)]
-            t = torch.where(torch.rand(len(batch), generator=generator) < 0.5, times[0], later).to(latents.device)
-            eps = torch.randn(latents.shape, generator=generator).to(latents)
+            later = times[torch.randint(len(times), (rows,), generator=generator)]
+            t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)
+            t, (eps,) = own(t).to(latents.device), fresh_noise(latents, 1, generator)
             v = family.velocity(self.learners["student"].net, flow.noised(latents, eps, t), t, text, (latents,))
             value = F.mse_loss(v.float(), flow.velocity(latents, eps).float())
             values.append(float(value.detach()))

@@ -1,0 +1,102 @@
+"""Start one process per GPU of this machine, with the environment that torchrun would give them.
+
+torchrun itself ends with code 1 and a page of its own whatever went wrong; here the exit code and the one message are
+those of the process that failed. For several machines there is torchrun: see docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+LIBC = ctypes.CDLL(None)  # opened before any fork
+GRACE = 10.0  # seconds for the others to end by themselves when one has failed
+STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def visible() -> int:
+    """Processes to start on this machine: one per visible GPU, one where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def start(count: int, arguments: Sequence[str]) -> int:
+    """Run `npedit ARGUMENTS` in `count` processes that train together, and wait for them.
+
+    The first SIGINT or SIGTERM is passed on to all, a second one kills them. When one fails, the others are ended.
+
+    Returns:
+        the exit code: 0; 130 or 143 if they were told to stop; 2 for a user's error; else that of the first to fail.
+    """
+    command = [sys.executable, "-m", "npedit", *arguments]
+    common = os.environ | {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    children: list[subprocess.Popen] = []
+    with _passing_on(children):
+        for i in range(count):
+            env = common | {"RANK": str(i), "LOCAL_RANK": str(i)}
+            # A session of its own: Ctrl-C in a terminal would else reach it twice.
+            children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent))
+        return _wait(children)
+
+
+def _wait(children: Sequence[subprocess.Popen]) -> int:
+    """Wait for all. The exit code is that of the first to fail, but 2 if any gave 2."""
+    codes: list[int] = []
+    running, deadline = list(children), float("inf")
+    while running:
+        for child in [c for c in running if c.poll() is not None]:
+            running.remove(child)
+            codes.append(child.returncode if child.returncode >= 0 else 128 - child.returncode)
+            if codes[-1] not in STOPPED:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() > deadline:
+            for child in running:
+                child.kill()  # it waits for the one that failed, and would not hear SIGTERM
+        time.sleep(0.1)
+    return 2 if 2 in codes else next((c for c in codes if c), 0)
+
+
+@contextmanager
+def _passing_on(children: Sequence[subprocess.Popen]) -> Iterator[None]:
+    heard = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        heard.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number if len(heard) == 1 else signal.SIGKILL)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent dies, `kill -9` included, so that no GPU stays taken."""
+    if sys.platform == "linux":
+        LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
