@@ -60,7 +60,7 @@ def build_parts(recipe: Recipe) -> Parts:
             kind = find_class("critics", judge.name)
             critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
     wording = recipe.critic.wording if recipe.critic else "plain"
-    return Parts(family=family, critic=critic, wording=wording, device=device)
+    return Parts(family, critic, wording, device, recipe.lora, recipe.memory)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ class _Loop:
         checkpoint.trim_metrics(self.run, numbers["step"])
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
-        student = self.parts.family.net().to(self.parts.device)
+        student = self.parts.net("student", self.recipe.seed)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -281,7 +281,7 @@ class _Loop:
             return {}
         began = time.monotonic()
         found: dict[str, float] = {}
-        with step.learners["student"].average() as net:
+        with step.learners["student"].average() as net, self.parts.awake("text", "vae"):
             mode = net.training
             net.eval()
             if sample:

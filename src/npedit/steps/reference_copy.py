@@ -52,8 +52,8 @@ class Step(Base):
 
         def loss(batch: Batch, micro: int) -> torch.Tensor:
             family, generator = self.parts.family, seeded(self.seed, "copy", update, micro)
-            latents = family.encode(batch.references)
-            text = family.encode_text(batch.source_captions)
+            latents = self.parts.encode(batch.references)
+            text = self.parts.text(batch.source_captions)
             times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
             later = times[torch.randint(len(times), (len(batch),), generator=generator)]
             t = torch.where(torch.rand(len(batch), generator=generator) < 0.5, times[0], later).to(latents.device)
