@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from npedit.config import LoraChoice, MemorySettings
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.data import Batch, Example, collate
 from npedit.families.flux import Flux
@@ -18,9 +19,11 @@ ITEMS = [  # instruction, edit type, object, source caption, target caption
 ]
 
 
-def parts(critic: bool = True) -> Parts:
+def parts(critic: bool = True, lora: bool = False, **memory) -> Parts:
     """Fresh ones, so that no test changes another's."""
-    return Parts(Flux.tiny(0), LlavaOnevision.tiny(0) if critic else None, "short", torch.device("cpu"))
+    adapters = LoraChoice(rank=4, alpha=6.0) if lora else None
+    judge = LlavaOnevision.tiny(0) if critic else None
+    return Parts(Flux.tiny(0), judge, "short", torch.device("cpu"), adapters, MemorySettings(**memory))
 
 
 def example(number: int, side: int = 16) -> Example:
@@ -42,5 +45,19 @@ def nets(of: Parts) -> dict[str, nn.Module]:
 
 
 def weights(net: nn.Module) -> Tensor:
-    """All parameters and buffers of a net as one vector of its own."""
-    return torch.cat([v.detach().double().flatten() for v in net.state_dict().values()]).clone()
+    """All parameters and buffers of a net as one vector of its own; of a base, without adapters laid on it."""
+    own = [v for n, v in net.state_dict().items() if ".lora_" not in n]
+    return torch.cat([v.detach().double().flatten() for v in own]).clone()
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    """What a learner would train."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def nudge(net: nn.Module, seed: int = 1, by: float = 0.02) -> None:
+    """Move a net away from where it starts."""
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trained(net):
+            p += by * torch.randn(p.shape, generator=stream)

@@ -35,6 +35,7 @@ LONG = {
 PLACES = {
     "diffusers": ("families", "toy", "checkpoint"),
     "transformers": ("families", "critics", "benchmarks", "toy"),
+    "peft": ("lora",),
     "datasets": ("data",),
     "matplotlib": ("plots", "report"),
     "typer": ("cli", "cli_edit"),

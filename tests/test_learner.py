@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 
 import pytest
@@ -202,6 +203,23 @@ def test_the_state_goes_on_bit_for_bit() -> None:
         assert a == b
     for name, value in whole.state()[0].items():
         assert torch.equal(value, second.state()[0][name]), name
+
+
+def test_a_plain_number_in_the_optimizers_state_comes_back_as_one() -> None:
+    """AdamW in 8 bits counts its steps so."""
+    first, second = learner(), learner()
+    first.update([loss(first)])
+    for kept in first._optimizer.state.values():
+        kept["step"] = int(kept["step"])
+    tensors, numbers = first.state()
+    second.load_state(tensors, numbers)
+    assert [type(kept["step"]) for kept in second._optimizer.state.values()] == [int] * 6
+
+
+def test_the_8_bit_optimizer_wants_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="student.optimizer: .*bitsandbytes.*install it or use adamw"):
+        check(LearnerSettings, {"optimizer": "adamw8bit"}, "student")
 
 
 def test_a_state_of_another_net_is_refused() -> None:

@@ -18,19 +18,23 @@ from npedit.questions import WORDINGS, questions_for
 from npedit.steps import np_edit
 from npedit.steps.base import Clock
 from npedit.steps.np_edit import NpEditSettings, Step
-from parts import batch, nets, parts, weights
+from parts import batch, nets, nudge, parts, trained, weights
 
 WHOLE = {"critic_weight": 0.5, "fake_updates": 2, "ramp_updates": 0}
 
 
+both = pytest.mark.parametrize("frozen", ["whole nets", "lora"], indirect=True)
+
+
 @pytest.fixture
-def frozen():
-    return parts()
+def frozen(request):
+    """Parts that train whole nets; with `@both`, also some that train adapters of one base."""
+    return parts(lora=getattr(request, "param", "") == "lora")
 
 
 def make(frozen, seed: int = 0, **settings) -> Step:
     chosen = NpEditSettings(**{**WHOLE, **settings})
-    return Step(chosen, frozen, frozen.family.net(), updates=10, seed=seed)
+    return Step(chosen, frozen, frozen.net("student", seed), updates=10, seed=seed)
 
 
 def batches(step: Step, accumulate: int = 1):
@@ -73,12 +77,13 @@ def student_gradient(step: Step, given, update: int = 0) -> list[Tensor]:
     step.learners["student"].update = collect
     step._fake_update = lambda *args: {}
     step.step(given, update)
-    return [p.grad.clone() for p in step.learners["student"].net.parameters()]
+    return [p.grad.clone() for p in trained(step.learners["student"].net)]
 
 
 # ------------------------------------------------------------------------------------------------- gradient routing
 
 
+@both
 def test_one_step_moves_student_and_fake_and_nothing_else(frozen):
     step = make(frozen)
     fixed = {n: weights(net) for n, net in nets(frozen).items()}
@@ -90,10 +95,12 @@ def test_one_step_moves_student_and_fake_and_nothing_else(frozen):
         assert metrics[f"grad_norm/{name}"] > 0
     for name, net in nets(frozen).items():
         assert torch.equal(weights(net), fixed[name]), name
-        assert all(p.grad is None and not p.requires_grad for p in net.parameters()), name
+        own = [p for n, p in net.named_parameters() if ".lora_" not in n]
+        assert all(p.grad is None and not p.requires_grad for p in own), name
         assert not net.training, name
 
 
+@both
 def test_each_update_moves_one_net(frozen):
     """The student moves in its own update only, the fake score in its own, in this order."""
     step, moved = make(frozen), []
@@ -114,6 +121,7 @@ def test_each_update_moves_one_net(frozen):
     assert moved == [("student", ["student"], [])] + [("fake", ["fake"], [])] * 2
 
 
+@both
 @pytest.mark.parametrize("weight", ["critic_weight", "dmd_weight", "copy_weight"])
 def test_each_loss_alone_reaches_the_student(frozen, weight):
     off = {"critic_weight": 0.0, "dmd_weight": 0.0, "copy_weight": 0.0}
@@ -126,6 +134,7 @@ def test_each_loss_alone_reaches_the_student(frozen, weight):
     assert {k for k in named if named[k] in metrics} == {weight}
 
 
+@both
 def test_without_any_loss_the_student_stands_still(frozen):
     step = make(frozen, critic_weight=0.0, dmd_weight=0.0, copy_weight=0.0)
     before = weights(step.learners["student"].net)
@@ -177,15 +186,15 @@ def written_out(step: Step, given, update: int) -> Tensor:
     return total
 
 
+@both
 @pytest.mark.parametrize("update", [0, 1, 3])
 def test_the_students_gradient_is_that_of_the_written_out_loss(frozen, update):
     step = make(frozen, critic_weight=0.7, dmd_weight=0.8, copy_weight=0.3, identity_weight=0.6, ramp_updates=5,
                 guidance=2.0, guidance_by_type={"remove": 6.0}, negative_prompt="low quality")  # fmt: skip
-    with torch.no_grad():  # a fake score that is not the teacher
-        for p in step.learners["fake"].net.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     given = batch(0, 1, 2, 3, nothing=(2,))
-    wanted = torch.autograd.grad(written_out(step, given, update), list(step.learners["student"].net.parameters()))
+    for number, learner in enumerate(step.learners.values()):  # student, fake and teacher are three
+        nudge(learner.net, number)
+    wanted = torch.autograd.grad(written_out(step, given, update), trained(step.learners["student"].net))
     ours = student_gradient(step, [given] * 2, update)
     size = torch.stack([w.norm() for w in wanted]).norm()
     assert size > 1e-4
@@ -308,6 +317,7 @@ def test_the_critics_logits_start_soft(frozen):
 # ----------------------------------------------------------------------------------------------------------- the DMD
 
 
+@both
 def test_teacher_and_fake_see_the_caption_and_no_reference(frozen, monkeypatch):
     step = make(frozen, fake_updates=1)
     calls = watched(frozen, monkeypatch)
@@ -324,6 +334,7 @@ def test_teacher_and_fake_see_the_caption_and_no_reference(frozen, monkeypatch):
         assert torch.equal(seen, wanted)
 
 
+@both
 def test_the_first_fake_update_takes_the_students_own_draft(frozen, monkeypatch):
     """The second takes a draft of a further batch; both unroll the same transitions in one update."""
     step, taught, made = make(frozen), [], []
@@ -437,6 +448,7 @@ def test_four_at_once_are_two_and_two(frozen, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(size))
 
 
+@both
 def test_accumulation_gives_every_batch_one_place(frozen):
     """Each update of each net takes `accumulate` batches, and no batch serves twice."""
     step, given, used, taken = make(frozen), [batch(i) for i in range(4)], [], []

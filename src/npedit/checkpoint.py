@@ -2,7 +2,7 @@
 
     config.resolved.yaml  manifest.json  metrics.jsonl  bad_rows.jsonl
     samples/step-000500/*.png            checkpoint-000500/{*.safetensors, state.json, COMPLETE}
-    final/{transformer/, scheduler/, npedit.json, README.md}
+    final/{transformer/ or pytorch_lora_weights.safetensors, scheduler/, npedit.json, README.md}
 
 Whatever must be whole is written aside and renamed; a checkpoint without its mark COMPLETE does not count.
 """
@@ -29,8 +29,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from npedit import distributed, shards
-from npedit.config import Recipe, differences
+from npedit.config import Recipe, differences, make_recipe
 from npedit.errors import UserError, writing
+from npedit.lora import FILE as LORA_FILE
+from npedit.lora import Adapter
 
 CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
     "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE",
@@ -38,7 +40,7 @@ CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
 LOCK = ".lock"
 UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave
 FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds", "trainer.shard")  # may differ when a run goes on
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pydantic")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
 
 def is_run(path: str | Path) -> bool:
@@ -88,7 +90,8 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
 def _same_recipe(run: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         raise UserError(f"expected a new folder; got {run}, which is a run already; choose another, or go on with it")
-    changed = {k: v for k, v in differences(read_config(run), recipe.as_dict()).items() if k not in FREE}
+    begun = make_recipe(read_config(run)).as_dict()  # with the defaults of keys that are newer than the run
+    changed = {k: v for k, v in differences(begun, recipe.as_dict()).items() if k not in FREE}
     if changed:
         lines = "\n".join(f"  {k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
         raise UserError(
@@ -316,7 +319,8 @@ def write_final(
 ) -> Path:
     """Write `final/`: the editor as diffusers opens it, and `npedit.json` for `Editor.open`.
 
-    `net` and `scheduler` are diffusers objects; `times` are the few-step times for the first of `sizes` (H, W, pixels).
+    `net` is a diffusers model or an `Adapter` of one, `scheduler` a diffusers object; `times` are the few-step times
+    for the first of `sizes` (H, W, pixels).
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -335,7 +339,10 @@ def write_final(
     shutil.rmtree(aside, ignore_errors=True)
     with writing(folder):
         aside.mkdir()
-        net.save_pretrained(aside / "transformer")
+        if isinstance(net, Adapter):
+            net.save(aside)
+        else:
+            net.save_pretrained(aside / "transformer")
         scheduler.save_pretrained(aside / "scheduler")
         write_text(aside / "npedit.json", json.dumps(facts, indent=2) + "\n")
         write_text(aside / "README.md", model_card(recipe, facts))
@@ -358,6 +365,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         )
     if recipe.uses_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
+    weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
     return f"""---
 library_name: npedit
 tags: [image-editing{"" if recipe.uses_pairs() else ", no-pairs"}]
@@ -375,6 +383,6 @@ Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {rec
 
     npedit edit --run PATH_OF_THIS_RUN picture.png "paint the circle red" -o out.png
 
-`transformer/` and `scheduler/` are diffusers folders (the averaged weights; the scheduler re-noises with fresh noise,
+{weights} and `scheduler/` are as diffusers wants them (the averaged weights; the scheduler re-noises with fresh noise,
 as in training). The times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"])}.
 """

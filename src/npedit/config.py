@@ -59,6 +59,22 @@ class CriticChoice(Settings):
         return embedded("critic") if self.weights == EMBEDDED else self.weights
 
 
+class LoraChoice(Settings):
+    """Student and fake score as low-rank adapters of one frozen base, instead of whole nets of their own."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0)  # an adapter's output is scaled by alpha / rank
+
+
+class MemorySettings(Settings):
+    """What is traded for memory or time. `cached_prompts` is how many encoded prompts are kept, in the CPU's memory;
+    with any, each prompt is encoded by itself, so that a resumed run, whose cache is empty, repeats itself."""
+
+    gradient_checkpointing: bool = False  # student and fake score compute their blocks again in the backward pass
+    offload: bool = False  # text encoders, VAE and critic are in the CPU's memory while nobody uses them
+    cached_prompts: int = Field(0, ge=0)
+
+
 class DataChoice(Settings):
     """Which source of training data. In YAML its settings stand beside the name."""
 
@@ -98,10 +114,12 @@ class Recipe(Settings):
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
     family: FamilyChoice
+    lora: LoraChoice | None = None  # without, student and fake score are whole nets
     critic: CriticChoice | None = None  # may be left out where no stage needs one
     data: DataChoice
     stages: tuple[Stage, ...] = Field(min_length=1)
     trainer: TrainerSettings = TrainerSettings()
+    memory: MemorySettings = MemorySettings()
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain YAML values; `make_recipe` reads it back."""
@@ -333,8 +351,13 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU. The only place that names a device."""
+    """CUDA where there is one, else the CPU. Devices are named here and in `rest_device`, and nowhere else."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rest_device() -> torch.device:
+    """Where frozen parts wait while nobody uses them."""
+    return torch.device("cpu")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from npedit.errors import UserError
 
-PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pydantic", "datasets", "matplotlib")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "datasets",
+    "matplotlib",
+)
 Check = tuple[str, bool, str]
 
 

@@ -1,7 +1,8 @@
 """Open a trained editor and edit pictures with it: the only door that the command line and other programs need.
 
-An editor's folder (a run's `final/`, or what `npedit export` wrote) holds `npedit.json`, `transformer/` and
-`scheduler/`. `npedit.json` names the base model that the editor was trained from:
+An editor's folder (a run's `final/`, or what `npedit export` wrote) holds `npedit.json`, `scheduler/` and
+`transformer/`, or `pytorch_lora_weights.safetensors` if it was trained with LoRA. `npedit.json` names the base model
+that the editor was trained from:
 `{"format": 1, "family": "flux", "base": "embedded", "steps": 4, "sizes": [[32, 32]], "recipe": "toy"}`.
 """
 
@@ -25,6 +26,8 @@ from npedit import config, generator
 from npedit.data._photos import _PIL_ERRORS
 from npedit.errors import UserError
 from npedit.families.base import Family
+from npedit.lora import FILE as LORA_FILE
+from npedit.lora import Adapter
 
 FORMAT = 1
 CHUNK = 16  # pictures edited at a time
@@ -102,7 +105,10 @@ class Editor:
         kind, device = config.find_class("families", facts.family), torch.device(device or config.pick_device())
         try:
             family = kind.load(base, config.torch_dtype(facts.dtype), device)
-            net = family.open_net(folder / "transformer").to(device)
+            if (folder / LORA_FILE).is_file():
+                net = Adapter.open(family.lora_base(), "student", folder)
+            else:
+                net = family.open_net(folder / "transformer").to(device)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"expected the editor in {folder} and its base model {facts.base!r} to open; got: {error}. "

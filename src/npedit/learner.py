@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from npedit import distributed
@@ -29,6 +31,16 @@ class LearnerSettings(Settings):
     clip: float = Field(1.0, gt=0)  # the largest gradient norm
     ema: float = Field(0.99, ge=0, lt=1)
     max_skipped: int = Field(20, ge=0)  # updates in a row without finite gradients before the run stops
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter keeps its moments in 8 bits, with bitsandbytes
+
+    @field_validator("optimizer")
+    @classmethod
+    def _installed(cls, name: str) -> str:
+        if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "adamw8bit needs the package bitsandbytes, which is not installed; install it or use adamw"
+            )
+        return name
 
 
 class Learner:
@@ -50,7 +62,7 @@ class Learner:
         if not self._params:
             raise ValueError("expected a net with parameters to train; got none that requires a gradient")
         self._ema = {n: p.detach().clone() for n, p in self._params.items()}
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = _optimizer(settings)(
             self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
@@ -142,7 +154,7 @@ class Learner:
         tensors |= {f"ema.{n}": e for n, e in self._ema.items()}
         for name, param in self._params.items():
             for key, value in self._optimizer.state.get(param, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # 8 bits: the number of steps is an int
         return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def like(self, key: str) -> Tensor | None:
@@ -166,12 +178,25 @@ class Learner:
                 raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
             place.copy_(tensors[name])
         self._optimizer.state.clear()
+        found: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, key, param = name.split(".", 2)
+                found[param][key] = value
         for name, param in self._params.items():
-            prefixes = ("exp_avg", "exp_avg_sq", "step")
-            found = {k: tensors[f"optimizer.{k}.{name}"] for k in prefixes if f"optimizer.{k}.{name}" in tensors}
-            if found:
-                self._optimizer.state[param] = {
-                    k: v.clone() if k == "step" else v.to(param.device, copy=True) for k, v in found.items()
-                }
+            for key, value in found[name].items():
+                if key == "step":
+                    kept = value.clone() if value.is_floating_point() else int(value)
+                else:
+                    kept = value.to(param.device, copy=True)
+                self._optimizer.state[param][key] = kept
         self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
+
+
+def _optimizer(settings: LearnerSettings) -> type[torch.optim.Optimizer]:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit

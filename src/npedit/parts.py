@@ -35,7 +35,7 @@ def build_parts(recipe: Recipe) -> Parts:
             kind = find_class("critics", judge.name)
             critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
     wording = recipe.critic.wording if recipe.critic else "plain"
-    return Parts(family=family, critic=critic, wording=wording, device=device)
+    return Parts(family, critic, wording, device, recipe.lora, recipe.memory)
 
 
 def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:

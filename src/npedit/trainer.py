@@ -144,7 +144,7 @@ class _Loop:
             checkpoint.trim_metrics(self.run, numbers["step"])
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
-        student = self.parts.family.net().to(self.parts.device)
+        student = self.parts.net("student", self.recipe.seed)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -243,7 +243,7 @@ class _Loop:
             return {}
         began = time.monotonic()
         found: dict[str, float] = {}
-        with step.learners["student"].average() as net:
+        with step.learners["student"].average() as net, self.parts.awake("text", "vae"):
             mode = net.training
             net.eval()
             if sample:

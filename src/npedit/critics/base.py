@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -22,6 +22,7 @@ class Critic(ABC):
     yes: int
     no: int
     device: torch.device
+    model: nn.Module  # all its weights, frozen
 
     @classmethod
     @abstractmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 
@@ -55,6 +55,7 @@ class Family(ABC):
 
     facts: Facts
     device: torch.device
+    pipe: DiffusionPipeline  # all parts, as diffusers opens them
     base: nn.Module  # the text-to-image model's own denoiser, frozen: the teacher
 
     @classmethod
@@ -75,6 +76,11 @@ class Family(ABC):
     @abstractmethod
     def net(self) -> nn.Module:
         """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
+
+    def lora_base(self) -> nn.Module:
+        """The frozen net that adapters are laid on: the base itself. A family whose `net` is wider than its base gives
+        one such net, frozen, the same at every call."""
+        return self.base
 
     @abstractmethod
     def open_net(self, folder: Path) -> nn.Module:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from npedit.config import Settings
+from npedit.config import LoraChoice, MemorySettings, Settings, rest_device
 from npedit.critics.base import Critic
 from npedit.data import Batch
-from npedit.families.base import Family
+from npedit.errors import UserError
+from npedit.families.base import Family, Text
 from npedit.learner import Learner
+from npedit.lora import Adapter, checkpoint_gradients
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,79 @@ class Parts:
     critic: Critic | None
     wording: str
     device: torch.device
+    lora: LoraChoice | None = None
+    memory: MemorySettings = MemorySettings()
+    prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded, the last used at the end
+    woken: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
+
+    def __post_init__(self) -> None:
+        with self.awake("text", "vae", "critic"):
+            pass  # with `memory.offload` they rest from here on
+
+    def net(self, role: str, seed: int) -> nn.Module:
+        """A trainable net that starts as the base: an adapter of it, or a copy. With LoRA a role has one at a time.
+
+        Raises:
+            UserError: gradient checkpointing is asked for, and the model does not offer it.
+        """
+        if self.lora is None:
+            net = self.family.net().to(self.device)
+        else:
+            layers, chosen = self.family.facts.lora, self.lora
+            net = Adapter.new(self.family.lora_base(), role, layers, chosen.rank, chosen.alpha, seed)
+        if self.memory.gradient_checkpointing:
+            try:
+                checkpoint_gradients(net)
+            except ValueError as error:
+                raise UserError(f"memory.gradient_checkpointing: {error}; set it to false") from None
+        return net
+
+    def text(self, prompts: Sequence[str]) -> Text:
+        """Encode prompts, each distinct one once while the cache (`memory.cached_prompts`) has room for it. Encoders
+        are frozen, so the prompt alone is the key."""
+        room = self.memory.cached_prompts
+        if not room:
+            with self.awake("text"):
+                return self.family.encode_text(prompts)
+        here: dict[str, Text] = {}
+        for prompt in dict.fromkeys(prompts):
+            found = self.prompts.pop(prompt, None)
+            if found is None:
+                with self.awake("text"):
+                    found = Text(tuple(p.to(rest_device()) for p in self.family.encode_text([prompt]).parts))
+            self.prompts[prompt] = found
+            here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
+            while len(self.prompts) > room:
+                self.prompts.popitem(last=False)
+        return Text.cat([here[prompt] for prompt in prompts])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The family's `encode`."""
+        with self.awake("vae"):
+            return self.family.encode(images)
+
+    @contextmanager
+    def awake(self, *names: str) -> Iterator[None]:
+        """Use the frozen parts of these names ("text", "vae", "critic") inside the block, where they are on the device.
+        With `memory.offload` they rest in the CPU's memory outside of all such blocks; a backward pass through them
+        must end inside."""
+        if not self.memory.offload:
+            yield
+            return
+        pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
+        groups = {"text": [m for n, m in pipe.items() if n.startswith("text_encoder")], "vae": [pipe["vae"]],
+                  "critic": [self.critic.model] if self.critic else []}  # fmt: skip
+        mine = [name for name in names if name not in self.woken]
+        modules = [m for name in mine for m in groups[name]]
+        self.woken.update(mine)
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to(rest_device())
+            self.woken.difference_update(mine)
 
 
 class Step(ABC):

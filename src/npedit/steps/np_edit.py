@@ -77,7 +77,7 @@ class Step(Base):
         self.settings, self.parts, self.seed = settings, parts, seed
         self.learners = {"student": Learner(student, settings.student, updates)}
         if settings.dmd_weight:
-            self.learners["fake"] = Learner(parts.family.net(), settings.fake, updates * settings.fake_updates)
+            self.learners["fake"] = Learner(parts.net("fake", seed), settings.fake, updates * settings.fake_updates)
         self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
         self.met: list[Tensor] = []  # their sizes in the batches of the update under way
         self.drafts: list[Tensor] = []  # the student's, in the update under way
@@ -120,7 +120,7 @@ class Step(Base):
             t = own(torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
             (eps,) = fresh_noise(x0, 1, generator)
             v = family.velocity(
-                self.learners["fake"].net, flow.noised(x0, eps, t), t, family.encode_text(batch.target_captions)
+                self.learners["fake"].net, flow.noised(x0, eps, t), t, self.parts.text(batch.target_captions)
             )
             value = dmd.fake_loss(v, x0, eps)
             values.append(float(value.detach()))
@@ -137,7 +137,7 @@ class Step(Base):
         def loss(batch: Batch, micro: int) -> Tensor:
             generator = seeded(self.seed, "student", update, micro)
             with clock("draft"):
-                references = self.parts.family.encode(batch.references)
+                references = self.parts.encode(batch.references)
                 x0 = self._draft(batch, update, generator, references)
             self.drafts.append(x0.detach())
             gradient, seen = self._gradient_at_draft(batch, references, x0.detach(), update, generator, clock)
@@ -153,10 +153,10 @@ class Step(Base):
     def _draft(self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
         if references is None:
-            references = family.encode(batch.references)
+            references = self.parts.encode(batch.references)
         schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
         times = training_times(schedule, seeded(self.seed, "times", update))  # equal on all ranks
-        text = family.encode_text(batch.instructions)
+        text = self.parts.text(batch.instructions)
         return draft(family, net, text, references, times, fresh_noise(references, len(times), generator))
 
     def _gradient_at_draft(
@@ -172,7 +172,7 @@ class Step(Base):
             from_dmd = s.dmd_weight * gap / gap.numel()
             metrics["loss/dmd"] = float(0.5 * gap.square().mean())
         if s.critic_weight:
-            with clock("critic"):
+            with clock("critic"), self.parts.awake("vae", "critic"):
                 from_critic, wrong, answered = self._critic_gradient(batch, x0, update)
             metrics |= answered
             if s.balance == "item":
@@ -196,8 +196,8 @@ class Step(Base):
         t = own(s.t_min + (s.t_max - s.t_min) * torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
         (eps,) = fresh_noise(x0, 1, generator)
         x = flow.noised(x0, eps, t)
-        text = family.encode_text(batch.target_captions)
-        blank = family.encode_text([s.negative_prompt] * len(batch))
+        text = self.parts.text(batch.target_captions)
+        blank = self.parts.text([s.negative_prompt] * len(batch))
         scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
         fake = flow.clean(x, family.velocity(self.learners["fake"].net, x, t, text), t)
         conditional = flow.clean(x, family.velocity(family.base, x, t, text), t)

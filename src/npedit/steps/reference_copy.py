@@ -53,8 +53,8 @@ class Step(Base):
 
         def loss(batch: Batch, micro: int) -> torch.Tensor:
             family, generator, rows = self.parts.family, seeded(self.seed, "copy", update, micro), whole(len(batch))
-            latents = family.encode(batch.references)
-            text = family.encode_text(batch.source_captions)
+            latents = self.parts.encode(batch.references)
+            text = self.parts.text(batch.source_captions)
             times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
             later = times[torch.randint(len(times), (rows,), generator=generator)]
             t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)

@@ -52,10 +52,11 @@ class Step(Base):
                     f"expected batches with edited images, as data toy_pairs gives; got {type(batch).__name__}"
                 )
             family, generator = self.parts.family, seeded(self.seed, "supervised", update, micro)
-            references, wanted = family.encode(batch.references), family.encode(batch.edited.to(batch.references))
+            encode = self.parts.encode
+            references, wanted = encode(batch.references), encode(batch.edited.to(batch.references))
             schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
             times = training_times(schedule, seeded(self.seed, "times", update))
-            text, noise = family.encode_text(batch.instructions), fresh_noise(references, len(times), generator)
+            text, noise = self.parts.text(batch.instructions), fresh_noise(references, len(times), generator)
             value = F.mse_loss(draft(family, self.learners["student"].net, text, references, times, noise), wanted)
             values.append(float(value.detach()))
             return value

@@ -1,0 +1,150 @@
+"""LoRA (arXiv 2106.09685): one frozen base serves student, fake score and teacher.
+
+A trained role is an `Adapter`: a net whose forward is the base's with this role's low-rank layers switched on. Outside
+such a call none is on, so the base itself is the teacher, and its output stays bitwise that of the untouched model.
+The base keeps its type (bfloat16, say); an adapter's weights are float32, the master weights that a learner trains.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+FILE = "pytorch_lora_weights.safetensors"  # this name, the prefix and the metadata's key are those diffusers looks for
+PREFIX = "transformer"
+METADATA = "lora_adapter_metadata"
+
+
+class Adapter(nn.Module):
+    """One role's adapter of a base: called like the base, and what is not its own (config, dtype) is the base's.
+
+    Its own parameters alone are in `state_dict` and are reached by `float`; those of the base, frozen, come first in
+    `parameters`, where families look for the type to compute in.
+    """
+
+    def __init__(self, base: nn.Module, role: str):
+        """A view of the adapter `role` that `base` has already; see `new` and `open`."""
+        super().__init__()
+        self.__dict__["base"] = base  # not as a submodule: it is shared
+        self.role, self.settings = role, base.peft_config[role]
+        self.own = nn.ModuleDict()
+        for name, layer in base.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._active_adapter = []
+                layer.set_requires_grad(list(base.peft_config), True)  # peft freezes all but the newest
+                for part in ("lora_A", "lora_B"):
+                    self.own[f"{name}.{part}".replace(".", "/")] = getattr(layer, part)[role]
+        self.own.float()  # peft makes them in the base's type
+
+    @classmethod
+    def new(cls, base: nn.Module, role: str, layers: Sequence[str], rank: int, alpha: float, seed: int) -> Self:
+        """A fresh adapter of the layers whose names end like one of `layers`; it changes nothing yet. An earlier one of
+        this role is dropped, and refuses to be called from then on."""
+        if role in getattr(base, "peft_config", {}):
+            base.delete_adapters(role)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            torch.manual_seed(zlib.crc32(f"{role} {seed}".encode()))
+            base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers)), role)
+        return cls(base, role)
+
+    @classmethod
+    def open(cls, base: nn.Module, role: str, folder: Path) -> Self:
+        """The adapter that `save` wrote to this folder, frozen.
+
+        Raises:
+            ValueError: it holds no adapter of a model like `base`.
+        """
+        base.load_lora_adapter(folder, prefix=PREFIX, weight_name=FILE, adapter_name=role)
+        if role not in getattr(base, "peft_config", {}):
+            raise ValueError(f"expected keys that begin with {PREFIX} in {folder / FILE}; got none")
+        found = cls(base, role).requires_grad_(False)
+        whole = safetensors.torch.load_file(folder / FILE)  # again: the first time, peft rounded to the base's type
+        for name, p in found.own.named_parameters():
+            p.copy_(whole[_key(name)])
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of the family's pipeline opens."""
+        whole = {_key(name): p.detach().cpu().contiguous() for name, p in self.own.named_parameters()}
+        chosen = {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()}
+        metadata = {"format": "pt", METADATA: json.dumps(chosen, indent=2, sort_keys=True)}
+        safetensors.torch.save_file(whole, folder / FILE, metadata)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward with this adapter.
+
+        Raises:
+            RuntimeError: the role has been given another adapter.
+        """
+        if getattr(self.base, "peft_config", {}).get(self.role) is not self.settings:
+            raise RuntimeError(f"expected the adapter {self.role} on its base; got one that a newer one has replaced")
+        with _active(self.base, [self.role]):
+            return self.base(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's (frozen, without any adapter), then the adapter's own."""
+        yield from ((f"base.{n}", p) for n, p in self.base.named_parameters() if ".lora_" not in n)
+        yield from super().named_parameters(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+
+def _key(name: str) -> str:
+    """The name of a parameter of `Adapter.own`, as diffusers writes it."""
+    return f"{PREFIX}.{name.replace('/', '.')}"
+
+
+@contextmanager
+def _active(module: nn.Module, roles: list[str]) -> Iterator[None]:
+    """Switch these adapters on, and all others off, below `module`.
+
+    Not by peft's `set_adapter`, which also freezes the parameters of all others: theirs, and those of one whose
+    backward pass is still to come, are to stay as they are.
+    """
+    layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = roles
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before):
+            layer._active_adapter = was
+
+
+def checkpoint_gradients(net: nn.Module) -> None:
+    """Have a net (a model of its own, or an `Adapter`) keep only its blocks' inputs for the backward pass, which
+    computes the rest again.
+
+    Raises:
+        ValueError: the model cannot do that.
+    """
+    net.enable_gradient_checkpointing(_computed_again)
+
+
+def _computed_again(block: nn.Module, *args: Any) -> Any:
+    """Run a block, and once more in the backward pass, under the adapter that is on now: by then another may be."""
+    roles = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
+
+    def run(*given: Any) -> Any:
+        with _active(block, roles):
+            return block(*given)
+
+    return checkpoint(run, *args, use_reentrant=False)
