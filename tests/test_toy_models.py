@@ -15,13 +15,13 @@ from npedit.editor import Editor
 from npedit.families.flux import Flux
 from npedit.generator import edit
 from npedit.toy import models
-from npedit.toy.base_model import caption_score
+from npedit.toy.base_model import THING, caption_score, things_said
 from npedit.toy.critic import asked_about, examine
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.mistakes import candidate, damaged
 from npedit.toy.oracle import judge, read_scene, reading_of
 from npedit.toy.vae import psnr
-from npedit.toy.world import render
+from npedit.toy.world import COLOURS, PATTERNS, SHAPES, SIZES, render
 
 CPU = torch.device("cpu")
 
@@ -59,6 +59,26 @@ def test_the_oracle_reads_scenes_through_the_vae(family, stated):
 def test_captions_are_followed_as_stated(family, stated):
     measured, said = caption_score(family, 64, seed=2), stated["captions_right_20_steps_guidance_3"]
     assert abs(measured - said) < 4 * (said * (1 - said) / 64) ** 0.5 + 0.02
+
+
+def test_the_words_of_one_thing_are_found():
+    line = "there is a small red circle at the top left with a striped blue square on a grey background"
+    said = [[" ".join(line.split()[start:end]), facts] for start, end, facts in things_said(line)]
+    none = [len(names) for names in THING]
+    red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
+    circle, square = SHAPES.index("circle"), SHAPES.index("square")
+    assert said == [
+        ["small red circle at the top left", [red, circle, none[2], list(SIZES).index("small"), 0]],
+        ["striped blue square", [blue, square, PATTERNS.index("striped"), none[3], none[4]]],
+    ]
+    assert things_said("make it night") == []
+
+
+def test_the_text_encoder_binds_a_colour_to_its_shape(family):
+    """It once did not depend on the order of the words at all, and colours were swapped in half of the pictures."""
+    (one, other) = family.encode_text(["a red circle and a blue square", "a blue circle and a red square"]).parts[0]
+    for word in (2, 6):  # circle, square
+        assert (one[word] - other[word]).norm() > 0.2 * one[word].norm()
 
 
 @pytest.mark.parametrize("damage", [False, True])

@@ -154,11 +154,13 @@ def teach_text(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> N
 
 
 def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
-    """Text encoders on text alone (half as many steps), then flow matching on captioned scenes for the transformer;
-    half of the captions tell all, 10 % nothing."""
+    """Text encoders on text alone, a quarter as many steps; then flow matching on captioned scenes for the transformer.
+
+    Half of the captions tell all, 10 % nothing.
+    """
     torch.manual_seed(seed)
     pipe = new_pipeline(vae)
-    teach_text(folder, pipe, steps // 2, seed)
+    teach_text(folder, pipe, max(1, steps // 4), seed)
     family = Flux(pipe, torch.device("cpu"))
     rng = random.Random(f"base/{seed}")
     world = [sample_scene(rng) if i % 2 else sample_edit(rng).target for i in range(scenes)]

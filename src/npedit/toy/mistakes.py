@@ -79,7 +79,7 @@ def _variant(edit: Edit, rng: random.Random) -> Scene:
         return scene.with_cell(cell, None)
     if kind == "move":
         moved = scene.with_cell(rng.choice(scene.empty), thing)
-        return moved if rng.random() < 0.2 else moved.with_cell(cell, None)
+        return moved if rng.random() < 0.5 else moved.with_cell(cell, None)
     field = {"replace": "shape", "recolour": "colour", "pattern": "pattern", "resize": "size"}[kind]
     values = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}[field]
     value = edit.value if cell != edit.cell else rng.choice(values)
