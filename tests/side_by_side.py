@@ -46,7 +46,7 @@ def recipe(shard: str = "none", **changes: Any) -> Recipe:
 
 
 def parts(made: Recipe) -> Parts:
-    return Parts(Flux.tiny(0), LlavaOnevision.tiny(0), "short", torch.device("cpu"))
+    return Parts(Flux.tiny(0), LlavaOnevision.tiny(0), "short", torch.device("cpu"), made.lora, made.memory)
 
 
 def train(run: Path, made: Recipe, at: tuple[int, int] | None = None, event: str = "") -> dict[str, Any]:

@@ -79,6 +79,12 @@ def test_a_reference_is_seen_once_without_gradient(critic):
     assert not any(t.requires_grad for t in kept) and edited.grad.abs().sum() > 0
 
 
+def test_its_model_is_all_members(critic):
+    ours = {id(p) for p in critic.model.parameters()}
+    assert ours == {id(p) for member in critic.members for p in member.model.parameters()}
+    assert not any(p.requires_grad for p in critic.model.parameters())
+
+
 def test_it_opens_what_a_file_lists(critic, listed):
     loaded = Ensemble.load(listed, torch.float32, CPU)
     margins = [c.margins([LONG], [c.see(images(2))]) for c in (critic, loaded)]

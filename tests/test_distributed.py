@@ -91,6 +91,15 @@ def test_hybrid_equals_one(alone: Path, tmp_path: Path, near: int) -> None:
     assert_alike(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
+def test_adapters_beside_a_sharded_base_equal_those_of_one(tmp_path: Path) -> None:
+    chosen = {"lora": {"rank": 4}, "memory": {"gradient_checkpointing": True, "offload": True, "cached_prompts": 8}}
+    two.train(tmp_path / "one", two.recipe(**chosen))
+    ends = two.together(tmp_path, two.train, tmp_path / "run", two.recipe("full", **chosen))
+    assert all("value" in end for end in ends), ends
+    assert_alike(tmp_path / "run", tmp_path / "one")
+
+
 # --------------------------------------------------------------------------------------------------- stop and go on
 
 

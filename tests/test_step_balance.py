@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from npedit.generator import seeded
+from npedit.steps import np_edit
 from npedit.steps.base import Clock
 from npedit.steps.np_edit import NpEditSettings, Step
 from parts import batch, parts
@@ -97,6 +98,18 @@ def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
     torch.testing.assert_close(sizes, 0.25 * wrong * from_dmd.norm() / 3**0.5, rtol=1e-3, atol=0)
     turned = torch.nn.functional.cosine_similarity(after.flatten(1), before.flatten(1))
     torch.testing.assert_close(turned, torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_by_item_two_processes_weigh_as_one(frozen, monkeypatch):
+    """And they keep the same sizes, so that a run may go on with another number of processes."""
+    one, two = make(frozen, balance="item"), make(frozen, balance="item")
+    critic, half = torch.ones(4, 3), torch.randn(2, 3, generator=seeded("d"))
+    alone = one._critic_scale(critic, torch.cat([half, half]) / 4)
+    monkeypatch.setattr(np_edit, "whole", lambda size: 2 * size)
+    monkeypatch.setattr(np_edit, "whole_norm", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2)  # both alike
+    each = two._critic_scale(critic[:2], half / 2)
+    assert each / 2 == pytest.approx(alone)  # the learner takes the mean of the two gradients
+    torch.testing.assert_close(two._sizes_now(), one._sizes_now())
 
 
 def test_how_wrong_an_item_is_is_the_mean_over_its_questions(frozen):

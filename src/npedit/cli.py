@@ -296,7 +296,7 @@ def export(
     run: Annotated[str, typer.Argument(help="A run, or 'embedded'.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:
-    """Copy a finished editor to a folder of its own: diffusers transformer, scheduler, model card."""
+    """Copy a finished editor to a folder of its own: weights, scheduler, model card."""
     from npedit.editor import Facts, locate
 
     source = locate(run)

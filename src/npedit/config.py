@@ -45,8 +45,8 @@ class FamilyChoice(Settings):
 
 
 class CriticChoice(Settings):
-    """Which vision-language model judges. `resolution` changes nothing yet: it can only state the side in pixels that
-    the model sees anyway (0: whatever that is), and another one is refused when the weights are opened."""
+    """Which vision-language model judges. `resolution` is the side in pixels that it sees pictures at (0: its own); one
+    that takes a single side refuses any other when the weights are opened."""
 
     name: str
     weights: str = EMBEDDED

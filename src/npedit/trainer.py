@@ -179,6 +179,8 @@ class _Loop:
         step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
         if i + 1 == len(self.recipe.stages):  # no more nets are copied from the base
             distributed.spread_frozen(self.parts.family.base)
+            if self.parts.lora:
+                distributed.spread_frozen(self.parts.family.lora_base())
         return step
 
     def _stage(self, i: int, step: Step, start: int) -> None:

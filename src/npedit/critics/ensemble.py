@@ -18,7 +18,7 @@ from typing import Self
 import torch
 import yaml
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from npedit.config import EMBEDDED, Settings, check, embedded, find_class
 from npedit.critics.base import Critic
@@ -46,6 +46,7 @@ class Ensemble(Critic):
         if len(members) < 2:
             raise ValueError(f"expected two critics or more; got {len(members)}. Choose a single one by its own name.")
         self.members, self.device = list(members), members[0].device
+        self.model = nn.ModuleList(m.model for m in members)
 
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:

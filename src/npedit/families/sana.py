@@ -14,6 +14,8 @@
   So `net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student starts as the base
   model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
   picture's grid, so encode it at the picture's size if you can. The base itself has no slot and refuses references.
+  Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not open them,
+  npedit's editor does.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import copy
 import inspect
 import string
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -109,18 +112,15 @@ class Sana(Family):
 
     def net(self) -> nn.Module:
         """A trainable copy of the base transformer, its input widened for references."""
-        net = copy.deepcopy(self.pipe.transformer)
-        old = net.patch_embed.proj
-        width = old.in_channels * (1 + REFERENCES)
-        new = nn.Conv2d(width, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None).to(old.weight)
-        with torch.no_grad():
-            new.weight.zero_()
-            new.weight[:, : old.in_channels] = old.weight
-            if old.bias is not None:
-                new.bias.copy_(old.bias)
-        net.patch_embed.proj = new
-        net.register_to_config(in_channels=width, out_channels=net.proj_out.out_features // net.config.patch_size**2)
-        return net.requires_grad_(True).train()
+        return _widened(copy.deepcopy(self.base)).requires_grad_(True).train()
+
+    def lora_base(self) -> nn.Module:
+        """The base with its input widened for references, frozen; all other weights are the base's own."""
+        return self._wide
+
+    @cached_property
+    def _wide(self) -> nn.Module:
+        return _widened(copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})).requires_grad_(False)
 
     def open_net(self, folder: Path) -> nn.Module:
         """A transformer saved with `save_pretrained`, in the base's dtype."""
@@ -188,6 +188,21 @@ class Sana(Family):
         """The scheduler to save beside a few-step editor: flow matching's Euler, since the DPM solver that most Sana
         folders hold does not re-noise with fresh noise. SanaPipeline takes either."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _widened(net: nn.Module) -> nn.Module:
+    """The net, in place, with REFERENCES further slots of zero weights in its input."""
+    old = net.patch_embed.proj
+    width = old.in_channels * (1 + REFERENCES)
+    new = nn.Conv2d(width, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None).to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if old.bias is not None:
+            new.bias.copy_(old.bias)
+    net.patch_embed.proj = new
+    net.register_to_config(in_channels=width, out_channels=net.proj_out.out_features // net.config.patch_size**2)
+    return net
 
 
 def _fitted(reference: Tensor, x: Tensor) -> Tensor:

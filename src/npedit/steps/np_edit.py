@@ -221,7 +221,7 @@ class Step(Base):
             if q.kind == "edit" or s.identity_weight
         ]
         if not asked:  # "do nothing" items alone, and identity_weight is 0
-            return torch.zeros_like(x0, dtype=torch.float32), torch.zeros(len(batch)), {}
+            return torch.zeros_like(x0, dtype=torch.float32), torch.zeros(len(batch), device=x0.device), {}
         looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
         logits = critic.logits([q.text for _, q in asked], looks)
         margin = logits[:, critic.yes] - logits[:, critic.no]
@@ -269,13 +269,15 @@ class Step(Base):
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
-        all_wrong = whole_norm(torch.ones(len(from_critic)))
+        processes = whole(1)
+        all_wrong = processes * whole_norm(torch.ones(len(from_critic)))  # the whole batch's items, each of size 1
         ours = all_wrong if s.balance == "item" else whole_norm(from_critic) / s.critic_weight
         now = torch.stack([ours.cpu(), whole_norm(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
             self.met.append(now)
         sizes = self._sizes_now()
-        return float(sizes[1] / sizes[0].clamp_min(1e-12))
+        scale = float(sizes[1] / sizes[0].clamp_min(1e-12))
+        return scale * processes if s.balance == "item" else scale  # the mean over processes divides it again
 
     def _sizes_now(self) -> Tensor:
         """The running sizes moved by the mean of what this update's batches have shown so far."""
