@@ -320,14 +320,14 @@ class _Loop:
     def _finish(self, step: Step) -> None:
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
-        with step.learners["student"].average() as net:
-            times = few_step_times(steps, shift).tolist()
-            net = distributed.whole_net(net)
-        if net is None:
+        times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
+        with step.learners["student"].average() as net:  # until it is written: a net that is not sharded is no copy
+            whole = distributed.whole_net(net)
+            if whole is not None:
+                final = checkpoint.write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
+        if whole is None:
             self.on_event("end", {"step": self.total})
             return
-        scheduler = family.few_step_scheduler(shift)
-        final = checkpoint.write_final(self.run, self.recipe, net, scheduler, times, self.data.sizes)
         report = write_report(self.run)
         places = {
             "editor": final,
