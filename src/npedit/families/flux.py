@@ -14,8 +14,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -25,6 +23,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from npedit.families._shared import check_folder, packed, schedule_shift, unpacked
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -58,20 +57,7 @@ class Flux(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a FluxPipeline. Errors as in `Family.load`."""
-        index = Path(weights) / "model_index.json"
-        if Path(weights).is_dir():
-            if not index.is_file():
-                raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
-            found = json.loads(index.read_text()).get("_class_name")
-            if found != "FluxPipeline":
-                raise ValueError(
-                    f"expected a FluxPipeline in {weights}; got {found}. Choose that family instead of flux."
-                )
-            missing = [part for part in PARTS if not (Path(weights) / part).is_dir()]
-            if missing:
-                raise FileNotFoundError(
-                    f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}"
-                )
+        check_folder(weights, "flux", "FluxPipeline", PARTS)
         return cls(FluxPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -112,12 +98,8 @@ class Flux(Family):
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
@@ -146,7 +128,7 @@ class Flux(Family):
         """v (b, c, h, w); see the head of this file."""
         sequence, pooled = text.parts
         planes = [x, *references]
-        tokens = torch.cat([_pack(p.to(x.dtype)) for p in planes], 1)
+        tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
         ids = torch.cat([_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
         guidance = None
         if net.config.guidance_embeds:
@@ -163,23 +145,11 @@ class Flux(Family):
             return_dict=False,
         )[0]
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        return _unpack(out[:, : rows * columns], rows, columns).to(x.dtype)
+        return unpacked(out[:, : rows * columns], rows, columns).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
-
-
-def _pack(x: Tensor) -> Tensor:
-    b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
-
-
-def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    b, _, d = tokens.shape
-    return (
-        tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * rows, 2 * columns)
-    )
 
 
 def _ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+from npedit.families._shared import check_folder
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -70,15 +71,7 @@ class Sana(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a SanaPipeline. Errors as in `Family.load`."""
-        folder = Path(weights)
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
-        found = SanaPipeline.load_config(weights).get("_class_name")
-        if found != "SanaPipeline":
-            raise ValueError(f"expected a SanaPipeline in {weights}; got {found}. Choose that family instead of sana.")
-        missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
-        if missing:
-            raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
+        check_folder(weights, "sana", "SanaPipeline", PARTS)
         return cls(SanaPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod

@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -29,6 +28,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from npedit.families._shared import check_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -61,17 +61,7 @@ class ZImage(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a ZImagePipeline. Errors as in `Family.load`."""
-        folder = Path(weights)
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"expected a diffusers folder with model_index.json; {weights} has none")
-        found = ZImagePipeline.load_config(weights).get("_class_name")
-        if found != "ZImagePipeline":
-            raise ValueError(
-                f"expected a ZImagePipeline in {weights}; got {found}. Choose that family instead of z_image."
-            )
-        missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
-        if missing:
-            raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
+        check_folder(weights, "z_image", "ZImagePipeline", PARTS)
         return cls(ZImagePipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -115,12 +105,8 @@ class ZImage(Family):
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

@@ -23,6 +23,7 @@ from npedit.toy.world import COLOURS, PATTERNS, PLACES, SHAPES, SIZES, render, s
 
 TEXT_LENGTH = 24
 SHIFT = 2.0
+THING = (tuple(COLOURS), SHAPES, PATTERNS, tuple(SIZES), PLACES)  # what can be said of a thing
 
 
 def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
@@ -108,9 +109,6 @@ class _Reader(nn.Module):
         object_words = [next((w for w in words if w in names), "") for names in (COLOURS, SHAPES, PATTERNS)]
         place = next((p for p in PLACES if edit.instruction.endswith(p)), "")
         return edit.edit_type, *object_words, edit.value, place
-
-
-THING = (tuple(COLOURS), SHAPES, PATTERNS, tuple(SIZES), PLACES)
 
 
 def things_said(line: str) -> list[tuple[int, int, list[int]]]:
