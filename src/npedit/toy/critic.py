@@ -62,11 +62,18 @@ def asked_about(edit: Edit, seen: Scene) -> list[tuple[str, int, bool]]:
     if edit.edit_type == "remove":  # asked of one image: is the thing there, wherever it is?
         names = set(edit.object.split()) - {"shape"}
         applied = not any(t is not None and names <= set(t.look) for t in seen.cells)
+        # the thing itself may be there or not, but what it has been changed into is something new
+        preserved &= seen.cells[edit.cell] is None or _alike(edit, seen)
     asked = []
     for q in questions_for(edit.edit_type, edit.instruction, edit.object, "short"):
         truth = preserved if q.kind == "identity" else applied == (q.answer > 0)
         asked.append((q.text, len(q.looks_at), truth))
     return asked
+
+
+def _alike(edit: Edit, seen: Scene) -> bool:
+    """Does the edit's cell hold the same thing as in the reference, whatever its size?"""
+    return seen.cells[edit.cell].look[:3] == edit.reference.cells[edit.cell].look[:3]
 
 
 def asked_of_one(scene: Scene, rng: random.Random) -> tuple[str, bool]:

@@ -20,9 +20,19 @@ from npedit.toy.world import (
     SIZES,
     STYLES,
     Scene,
+    Thing,
     sample_scene,
     sample_thing,
 )  # fmt: skip
+
+FIELDS = {"replace": "shape", "recolour": "colour", "pattern": "pattern", "resize": "size"}  # what an edit changes
+VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}
+
+
+def _with(thing: Thing, field: str, value: str, rng: random.Random) -> Thing:
+    """The thing with another value in one field; a size brings its radius along."""
+    changed = replace(thing, **{field: value})
+    return replace(changed, radius=rng.uniform(*SIZES[value])) if field == "size" else changed
 
 
 def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scene:
@@ -41,14 +51,9 @@ def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scen
     thing = scene.cells[cell]
     if thing is None or rng.random() < 0.2:
         return scene.with_cell(cell, sample_thing(rng) if thing is None else None)
-    field, values = rng.choice(
-        (("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS), ("size", tuple(SIZES)))
-    )
-    value = rng.choice([v for v in values if v != getattr(thing, field)])
-    changed = replace(thing, **{field: value})
-    if field == "size":
-        changed = replace(changed, radius=rng.uniform(*SIZES[value]))
-    return scene.with_cell(cell, changed)
+    field = rng.choice(tuple(VALUES))
+    value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
+    return scene.with_cell(cell, _with(thing, field, value, rng))
 
 
 def _near_miss(edit: Edit, rng: random.Random) -> Scene:
@@ -70,35 +75,74 @@ def _variant(edit: Edit, rng: random.Random) -> Scene:
     if kind == "add":
         (home,) = edit.touched
         wanted = edit.target.cells[home]
-        field, values = rng.choice((("shape", SHAPES), ("colour", tuple(COLOURS)), ("pattern", PATTERNS)))
-        wrong = wanted if rng.random() < 0.25 else replace(wanted, **{field: rng.choice(values)})
+        field = rng.choice(("shape", "colour", "pattern"))
+        wrong = wanted if rng.random() < 0.25 else replace(wanted, **{field: rng.choice(VALUES[field])})
         return scene.with_cell(rng.choice(range(4)) if rng.random() < 0.4 else home, wrong)
     cell = edit.cell if rng.random() < 0.6 else rng.choice(scene.filled)
     thing = scene.cells[cell]
     if kind == "remove":
-        return scene.with_cell(cell, None)
+        return _leftover(edit, rng) if rng.random() < 0.6 else scene.with_cell(cell, None)
     if kind == "move":
         moved = scene.with_cell(rng.choice(scene.empty), thing)
         return moved if rng.random() < 0.5 else moved.with_cell(cell, None)
-    field = {"replace": "shape", "recolour": "colour", "pattern": "pattern", "resize": "size"}[kind]
-    values = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}[field]
-    value = edit.value if cell != edit.cell else rng.choice(values)
-    changed = replace(thing, **{field: value})
-    return scene.with_cell(cell, replace(changed, radius=rng.uniform(*SIZES[value])) if field == "size" else changed)
+    value = edit.value if cell != edit.cell else rng.choice(VALUES[FIELDS[kind]])
+    return scene.with_cell(cell, _with(thing, FIELDS[kind], value, rng))
+
+
+def _leftover(edit: Edit, rng: random.Random) -> Scene:
+    """A thing that should be gone and was only changed into another, or shrunk."""
+    thing = edit.reference.cells[edit.cell]
+    if rng.random() < 0.35:
+        return edit.reference.with_cell(edit.cell, replace(thing, size="small", radius=rng.uniform(1.5, 4.0)))
+    field = rng.choice(("shape", "shape", "colour", "pattern"))
+    return edit.reference.with_cell(edit.cell, replace(thing, **{field: rng.choice(VALUES[field])}))
+
+
+def _overdone(edit: Edit, rng: random.Random) -> Scene:
+    """The edit carried out, and more of it: other things changed alike, the new thing in several cells."""
+    scene, kind = edit.target, edit.edit_type
+    others = [i for i in scene.filled if i not in edit.touched]
+    if kind in FIELDS and others:
+        for cell in rng.sample(others, rng.randint(1, len(others))):
+            scene = scene.with_cell(cell, _with(scene.cells[cell], FIELDS[kind], edit.value, rng))
+    elif kind in ("add", "move"):
+        home = next(i for i in edit.touched if scene.cells[i] is not None)
+        places = list(scene.empty) if rng.random() < 0.8 else others or list(scene.empty)
+        for cell in rng.sample(places, rng.randint(1, len(places))):
+            scene = scene.with_cell(cell, scene.cells[home])
+    elif kind == "remove" and others:
+        scene = scene.with_cell(rng.choice(others), None)
+    return scene if scene != edit.target else _disturbed(scene, rng, ())
+
+
+def _otherwise(edit: Edit, rng: random.Random) -> Scene:
+    """The edit carried out, and something else about the very same thing changed with it."""
+    scene = edit.target
+    cells = [i for i in edit.touched if scene.cells[i] is not None]
+    fields = [f for f in VALUES if f != FIELDS.get(edit.edit_type)]
+    if edit.edit_type in ("add", "background", "style") or not cells:
+        return _overdone(edit, rng)
+    thing, field = scene.cells[cells[0]], rng.choice([*fields, *(["size"] if "size" in fields else [])])
+    value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
+    return scene.with_cell(cells[0], _with(thing, field, value, rng))
 
 
 def candidate(edit: Edit, rng: random.Random) -> Scene:
-    """What an editor might return: right, nothing done, wrong, right but disturbed, ..."""
+    """What an editor might return: right, nothing done, wrong, right but disturbed, overdone, ..."""
     roll = rng.random()
-    if roll < 0.34:
+    if roll < 0.32:
         scene = edit.target
-    elif roll < 0.46:
+    elif roll < 0.41:
         scene = edit.reference
-    elif roll < 0.68:
+    elif roll < 0.60:
         scene = _near_miss(edit, rng)
-    elif roll < 0.88:
+    elif roll < 0.73:
         scene = _disturbed(edit.target, rng, edit.touched if edit.edit_type not in ("background", "style") else ())
-    elif roll < 0.95:
+    elif roll < 0.84:
+        scene = _overdone(edit, rng)
+    elif roll < 0.93:
+        scene = _otherwise(edit, rng)
+    elif roll < 0.97:
         scene = _disturbed(edit.reference, rng, ())
     else:
         scene = sample_scene(rng)
