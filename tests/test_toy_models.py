@@ -18,7 +18,7 @@ from npedit.toy import models
 from npedit.toy.base_model import THING, caption_score, things_said
 from npedit.toy.critic import asked_about, examine
 from npedit.toy.edits import EDIT_TYPES, sample_edit
-from npedit.toy.mistakes import candidate, damaged
+from npedit.toy.mistakes import _leftover, _otherwise, _overdone, candidate, damaged
 from npedit.toy.oracle import judge, read_scene, reading_of
 from npedit.toy.vae import psnr
 from npedit.toy.world import COLOURS, PATTERNS, SHAPES, SIZES, render
@@ -108,6 +108,25 @@ def test_candidates_are_of_every_kind():
     verdicts = [judge(e, reading_of(candidate(e, rng))) for e in (sample_edit(rng) for _ in range(600))]
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
         assert 0.08 < verdicts.count(wanted) / len(verdicts) < 0.6
+
+
+def test_an_overdone_edit_is_carried_out_and_disturbs_and_a_leftover_is_no_removal():
+    """What editors were seen to do: paint all things, add a thing twice, enlarge what they paint, reshape what should
+    go."""
+    overdone = []
+    for i in range(270):
+        rng = random.Random(f"overdone/{i}")
+        item = sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)])
+        if item.edit_type in ("add", "replace", "recolour", "pattern"):
+            overdone.append(judge(item, reading_of(_overdone(item, rng))))
+        if item.edit_type in ("replace", "recolour", "pattern", "resize"):
+            assert judge(item, reading_of(_otherwise(item, rng))) == (True, False)
+        if item.edit_type == "remove":
+            left = _leftover(item, rng)
+            (_, _, there), (_, _, same) = asked_about(item, left)
+            shrunk = left.cells[item.cell].look[:3] == item.reference.cells[item.cell].look[:3]
+            assert same is shrunk and (there or not shrunk)
+    assert (True, True) not in overdone and overdone.count((True, False)) > 0.9 * len(overdone)
 
 
 def test_damage_leaves_most_scenes_readable(family):
