@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from npedit import flow
 from npedit.benchmarks import toy
 from npedit.config import embedded
 from npedit.critics.llava_onevision import LlavaOnevision
@@ -127,6 +128,18 @@ def test_an_overdone_edit_is_carried_out_and_disturbs_and_a_leftover_is_no_remov
             shrunk = left.cells[item.cell].look[:3] == item.reference.cells[item.cell].look[:3]
             assert same is shrunk and (there or not shrunk)
     assert (True, True) not in overdone and overdone.count((True, False)) > 0.9 * len(overdone)
+
+
+def test_the_base_model_answers_a_request_with_latents_of_ordinary_size(family):
+    """It is the student's start. One that has never read an instruction's words answered with latents of size 75."""
+    edits = [sample_edit(random.Random(f"request/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(27)]
+    x0 = family.encode(render([e.reference for e in edits]))
+    eps, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.ones(len(edits))
+    with torch.no_grad():
+        text = family.encode_text([e.instruction for e in edits])
+        for references in ((), (x0,)):
+            drawn = flow.clean(eps, family.velocity(family.base, eps, t, text, references), t)
+            assert float(drawn.square().mean()) < 2 * float(x0.square().mean())
 
 
 def test_damage_leaves_most_scenes_readable(family):

@@ -1,9 +1,8 @@
 """Warm-up: the student must return the reference image. It learns to read the reference's tokens (NP-Edit, section 3).
 
 Deviations from the paper:
-- the text is the reference's own caption; a share of the items, `instructed`, gets the edit's instruction instead. All
-  instructed, the student learns to ignore its text; none, a base model that has never read instructions leaves the
-  range of its latents when it is first told one, and the next step begins with noise.
+- the text is the reference's own caption, never the edit's instruction: with that, the student learns to ignore its
+  text.
 - times are those the few-step editor visits, since no other time is used later: half of the items have t = 1, the
   others one of all its times, t = 1 included, which with four steps makes t = 1 for 62.5 % of the items.
 """
@@ -31,7 +30,6 @@ class CopySettings(Settings):
     """Settings of the warm-up."""
 
     steps: int = Field(4, ge=1, le=64)
-    instructed: float = Field(0.0, ge=0, le=1)  # share of items told the instruction
     student: LearnerSettings = LearnerSettings()
 
 
@@ -56,12 +54,10 @@ class Step(Base):
         def loss(batch: Batch, micro: int) -> torch.Tensor:
             family, generator, rows = self.parts.family, seeded(self.seed, "copy", update, micro), whole(len(batch))
             latents = self.parts.encode(batch.references)
+            text = self.parts.text(batch.source_captions)
             times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
             later = times[torch.randint(len(times), (rows,), generator=generator)]
             t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)
-            told = own(torch.rand(rows, generator=generator) < self.settings.instructed).tolist()
-            pairs = zip(told, batch.instructions, batch.source_captions)
-            text = self.parts.text([i if instructed else c for instructed, i, c in pairs])
             t, (eps,) = own(t).to(latents.device), fresh_noise(latents, 1, generator)
             v = family.velocity(self.learners["student"].net, flow.noised(latents, eps, t), t, text, (latents,))
             value = F.mse_loss(v.float(), flow.velocity(latents, eps).float())

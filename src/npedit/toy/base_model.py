@@ -19,7 +19,7 @@ from npedit.toy.edits import EDIT_TYPES, Edit, caption_for, full_caption, sample
 from npedit.toy.fit import fit
 from npedit.toy.oracle import described, read_scene
 from npedit.toy.words import EOS, PAD, VALUES, new_tokenizer, vocabulary
-from npedit.toy.world import COLOURS, PATTERNS, PLACES, SHAPES, SIZES, render, sample_scene
+from npedit.toy.world import COLOURS, PATTERNS, PLACES, SHAPES, SIZES, Scene, render, sample_scene
 
 TEXT_LENGTH = 24
 SHIFT = 2.0
@@ -154,22 +154,23 @@ def teach_text(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> N
 def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
     """Text encoders on text alone, a quarter as many steps; then flow matching on captioned scenes for the transformer.
 
-    Half of the captions tell all, 10 % nothing.
+    Half of the captions tell all, 10 % of the texts nothing. Beside half of the pictures a request for an edit may
+    stand in place of the caption, as it does beside people's photos: a model that has never read one answers it with
+    latents a hundred times too large, since what CLIP makes of it scales every block.
     """
     torch.manual_seed(seed)
     pipe = new_pipeline(vae)
     teach_text(folder, pipe, max(1, steps // 4), seed)
     family = Flux(pipe, torch.device("cpu"))
     rng = random.Random(f"base/{seed}")
-    world = [sample_scene(rng) if i % 2 else sample_edit(rng).target for i in range(scenes)]
+    edits = [sample_edit(rng) for _ in range(scenes)]
+    world = [e.reference if i % 2 else e.target for i, e in enumerate(edits)]
     latents = torch.cat([family.encode(render(world[i : i + 64])) for i in range(0, scenes, 64)])
     net = pipe.transformer.requires_grad_(True)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         chosen = [rng.randrange(scenes) for _ in range(64)]
-        captions = [
-            "" if rng.random() < 0.1 else rng.choice((caption_for, full_caption))(world[i], rng) for i in chosen
-        ]
+        captions = [_told(world[i], edits[i].instruction if i % 2 else "", rng) for i in chosen]
         x0 = latents[chosen]
         eps = torch.randn(x0.shape, generator=generator)
         t = flow.shifted(torch.rand(len(x0), generator=generator), SHIFT)
@@ -178,6 +179,16 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
 
     fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999)
     return pipe
+
+
+def _told(scene: Scene, request: str, rng: random.Random) -> str:
+    """A text beside a picture: nothing, the request if there is one, or a caption."""
+    roll = rng.random()
+    if roll < 0.1:
+        return ""
+    if request and roll < 0.3:
+        return request
+    return rng.choice((caption_for, full_caption))(scene, rng)
 
 
 def _encode(pipe: FluxPipeline, captions: list[str]) -> Text:
