@@ -282,6 +282,22 @@ def score_toy(
 
 @app.command()
 @plain_errors
+def study(
+    path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The first seed alone and a fifth of the updates.")] = False,
+) -> None:
+    """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
+    from npedit.study import load_study, run_study
+
+    loaded = load_study(recipe_path(path))
+    folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))
+    results = run_study(loaded, folder, recipe_path, lambda line: out.print(f"[bold]{escape(line)}[/]"), quick)
+    out.print(f"Results: [bold]{escape(str(results.resolve()))}[/]")
+
+
+@app.command()
+@plain_errors
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write report.html of a run, finished or not: curves, pictures, tables."""
     from npedit.checkpoint import require_run

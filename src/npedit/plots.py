@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,33 @@ def png(picture: Image.Image) -> bytes:
     """A picture as a PNG file's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def study_plot(rows: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
+    """A study's table as bars: `both` of each row with its 95 % interval and a dot for each seed. A PNG file's
+    bytes."""
+    figure = Figure(figsize=(7.5, 1.1 + 0.42 * len(rows)), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes, names = figure.subplots(), list(rows)
+    values = [rows[n]["both"]["value"] for n in names]
+    bands = [rows[n]["both"]["ci95"] for n in names]
+    spread = [[v - b[0] for v, b in zip(values, bands)], [b[1] - v for v, b in zip(values, bands)]]
+    axes.barh(names, values, xerr=spread, height=0.62, color=COLOURS[0], alpha=0.75, ecolor="#1c2330", capsize=3)
+    for row, name in enumerate(names):
+        each = rows[name]["each"]
+        if len(each) > 1:
+            axes.plot(each, [row] * len(each), "o", color=COLOURS[3], markersize=4, zorder=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("edit applied and all else preserved", fontsize=9)
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.tick_params(labelsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 

@@ -1,0 +1,271 @@
+"""A study: many short runs beside each other, scored alike, each claim held against the intervals.
+
+A study's file names a recipe, variants of it (changes to its keys, or another recipe), seeds, and tables of variants
+with the claims that the tables should show. Each variant is trained once for each seed, in an ordinary run directory,
+and scored on the toy benchmark's held-out scenes. A run that is there is not trained again, so a study that was stopped
+goes on where it was.
+
+A claim "a > b" holds when the whole 95 % interval of the difference of `both` (Newcombe's, from Wilson's, 1998) lies
+above zero, is refuted when it lies below, and else is left open. Seeds are pooled: the interval covers the scenes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from npedit import trainer
+from npedit.benchmarks import toy
+from npedit.checkpoint import METRICS, read_rows, write_text, writing
+from npedit.config import Recipe, Settings, check, load_recipe
+from npedit.editor import Editor
+from npedit.errors import UserError, nearest
+from npedit.parts import build_parts
+from npedit.plots import study_plot
+from npedit.steps.base import Parts
+
+CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
+SCENES_SEED = 1  # held-out scenes of every study
+Event = Callable[[str], None]
+
+
+class Variant(Settings):
+    """One line of a study: what it changes."""
+
+    recipe: str = ""  # another recipe than the study's
+    set: list[str] = []  # KEY=VALUE, after the study's own
+    of: str = ""  # no training of its own: the runs of this variant, used in another way
+    steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
+    words: str = ""  # what a reader is told of it
+
+
+class Comparison(Settings):
+    """One table: variants beside each other, and what they should show."""
+
+    title: str
+    words: str = ""
+    rows: list[str]
+    claims: list[str] = []  # "a > b": a is better; "a ~ b": they differ by less than 0.1
+
+
+class Study(Settings):
+    """A whole study file."""
+
+    name: str
+    recipe: str
+    set: list[str] = []
+    seeds: list[int] = Field([0], min_length=1)
+    items: int = Field(450, ge=9)
+    variants: dict[str, Variant]
+    tables: list[Comparison]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuse names of variants that are not there, and claims that cannot be read."""
+        named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
+        named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
+        for table in self.tables:
+            for claim in table.claims:
+                found = CLAIM.match(claim)
+                if not found:
+                    raise ValueError(f"expected a claim such as 'full > dmd_only'; got {claim!r}")
+                named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
+        for name, place in named:
+            if name not in self.variants:
+                raise ValueError(f"{place} names {name!r}, which is no variant.{nearest(name, self.variants)}")
+        for name, variant in self.variants.items():
+            if variant.of and (variant.set or variant.recipe or self.variants[variant.of].of):
+                raise ValueError(f"variant {name!r} uses another's runs, so it takes neither recipe nor set")
+        return self
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        UserError: it cannot be read, or a line of it is wrong.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
+    return check(Study, raw, "")
+
+
+def recipe_of(study: Study, name: str, seed: int, find: Callable[[str], Path], quick: bool = False) -> Recipe:
+    """The recipe of a variant for one seed; `find` turns a recipe's name into its file. `quick`: a fifth of the
+    updates."""
+    variant = study.variants[name]
+    path = find(variant.recipe or study.recipe)
+    lines = [*study.set, *variant.set, f"seed={seed}", f"name={study.name}-{name}-{seed}"]
+    recipe = load_recipe(path, lines)
+    fewer = [f"stages.{i}.updates={max(1, s.updates // 5)}" for i, s in enumerate(recipe.stages)]
+    return load_recipe(path, [*lines, *fewer]) if quick else recipe
+
+
+def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Event, quick: bool = False) -> Path:
+    """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
+
+    `quick` takes the first seed alone and a fifth of the updates, into runs of their own.
+
+    Raises:
+        UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
+    """
+    seeds = study.seeds[:1] if quick else study.seeds
+    trained = [name for name, variant in study.variants.items() if not variant.of]
+    todo = {(name, seed): recipe_of(study, name, seed, find, quick) for name in trained for seed in seeds}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, ((name, seed), recipe) in enumerate(todo.items()):
+        told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
+        _train(recipe, folder / f"{name}-{seed}")
+    scores = {
+        name: _pooled([_scored(study, name, folder / f"{v.of or name}-{seed}", seed) for seed in seeds])
+        for name, v in study.variants.items()
+    }
+    return write_results(study, folder, scores, seeds)
+
+
+def _train(recipe: Recipe, run: Path) -> None:
+    """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update."""
+    if (run / "passes.json").is_file():
+        return
+    seen: dict[str, int] = {"generator": 0, "critic": 0, "updates": 0}
+
+    def counted(recipe: Recipe) -> Parts:
+        parts = build_parts(recipe)
+        velocity = parts.family.velocity
+
+        def counting(net: Any, x: Any, *rest: Any, **named: Any) -> Any:
+            seen["generator"] += len(x)
+            return velocity(net, x, *rest, **named)
+
+        parts.family.velocity = counting
+        if parts.critic is not None:
+            logits = parts.critic.logits
+
+            def asking(texts: Any, *rest: Any, **named: Any) -> Any:
+                seen["critic"] += len(texts)
+                return logits(texts, *rest, **named)
+
+            parts.critic.logits = asking
+        return parts
+
+    def on_event(event: str, facts: Mapping[str, Any]) -> None:
+        seen["updates"] += event == "update"
+
+    trainer.train(recipe, run, on_event=on_event, parts=counted)
+    updates = seen["updates"]
+    each = {k: seen[k] / updates if updates else None for k in ("generator", "critic")}
+    write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **each}) + "\n")
+
+
+def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
+    """The scores of one run, kept beside it; with the seconds and passes that its training took."""
+    kept = run / f"score-{name}.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        if found["n"] == study.items:
+            return found
+    editor, steps = Editor.open(run), study.variants[name].steps or None
+    noises = iter(range(seed * 1_000_003, seed * 1_000_003 + study.items))
+    scores = toy.score(
+        lambda x, words: editor.edit_tensor(x, words, [next(noises) for _ in words], steps),
+        toy.items(study.items, SCENES_SEED),
+    )
+    seconds = sum(r.get("time/update") or 0.0 for r in read_rows(run / METRICS))
+    passes = json.loads((run / "passes.json").read_text())
+    whole = {**scores, "run": run.name, "seconds": seconds, "passes": passes}
+    write_text(kept, json.dumps(whole) + "\n")
+    return whole
+
+
+def _pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several seeds' scores as one: their hits added up, their values kept side by side."""
+    n = sum(f["n"] for f in found)
+    kinds = found[0]["by_type"]
+    share = lambda rows, key: toy.wilson(sum(round(r[key]["value"] * r["n"]) for r in rows), sum(r["n"] for r in rows))  # noqa: E731
+    return {
+        "n": n,
+        **{key: share(found, key) for key in toy.MEASURES},
+        "by_type": {k: share([f["by_type"][k] for f in found], "both")["value"] for k in kinds},
+        "copy_rate": sum(f["copy_rate"] for f in found) / len(found),
+        "each": [f["both"]["value"] for f in found],
+        "runs": [f["run"] for f in found],
+        "minutes": sum(f["seconds"] for f in found) / len(found) / 60,
+        "passes": found[0]["passes"],
+    }
+
+
+def difference(a: toy.Rate, b: toy.Rate) -> tuple[float, float, float]:
+    """a - b of two shares with Newcombe's 95 % interval (1998, method 10): (difference, low, high)."""
+    d = a["value"] - b["value"]
+    low = math.hypot(a["value"] - a["ci95"][0], b["ci95"][1] - b["value"])
+    high = math.hypot(a["ci95"][1] - a["value"], b["value"] - b["ci95"][0])
+    return d, d - low, d + high
+
+
+def verdict(claim: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line on a claim: "holds", "refuted" or "open", with the difference that says so."""
+    first, sign, second = CLAIM.match(claim).groups()
+    d, low, high = difference(scores[first]["both"], scores[second]["both"])
+    if sign == ">":
+        word = "holds" if low > 0 else "refuted" if high < 0 else "open"
+    else:
+        word = "holds" if low > -0.1 and high < 0.1 else "refuted" if low > 0.1 or high < -0.1 else "open"
+    return f"`{claim}`: **{word}** (difference {d:+.3f} [{low:+.3f}, {high:+.3f}])"
+
+
+def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]], seeds: list[int]) -> Path:
+    """Tables, verdicts and plots of a study that has been run."""
+    lines = [
+        f"# {study.name}",
+        "",
+        f"Held-out scenes and phrasings, the oracle's judgement, {study.items} items a run, ",
+    ]
+    lines[-1] += f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} a row; 95 % intervals."
+    kinds = list(next(iter(scores.values()))["by_type"])
+    for number, table in enumerate(study.tables, 1):
+        picture = folder / f"{number}.png"
+        with writing(picture):
+            picture.write_bytes(study_plot({r: scores[r] for r in table.rows}, table.title))
+        lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
+        lines += [verdict(c, scores) + "  " for c in table.claims]
+        lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)]
+        lines += [_line(study, name, scores[name], kinds) for name in table.rows]
+    write_text(folder / "results.md", "\n".join(lines) + "\n")
+    write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
+    return folder / "results.md"
+
+
+def _head(kinds: list[str]) -> str:
+    names = ["variant", "both", "applied", "preserved", "copies", "each seed", *kinds]
+    names += ["updates", "generator / critic passes an update", "minutes", "runs"]
+    return f"| {' | '.join(names)} |\n|{' --- |' * len(names)}"
+
+
+def _line(study: Study, name: str, s: Mapping[str, Any], kinds: list[str]) -> str:
+    low, high = s["both"]["ci95"]
+    passes = s["passes"]
+    per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
+    cells = [
+        f"{name}{': ' if study.variants[name].words else ''}{study.variants[name].words}",
+        f"**{s['both']['value']:.3f}** [{low:.3f}, {high:.3f}]",
+        f"{s['applied']['value']:.3f}",
+        f"{s['preserved']['value']:.3f}",
+        f"{s['copy_rate']:.2f}",
+        ", ".join(f"{v:.3f}" for v in s["each"]),
+        *[f"{s['by_type'][k]:.2f}" for k in kinds],
+        str(passes["updates"]),
+        per,
+        f"{s['minutes']:.1f}",
+        ", ".join(f"[{r}]({r}/manifest.json)" for r in s["runs"]),
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,110 @@
+"""A study trains what is missing, scores all alike, and holds each claim against the interval of the difference."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from npedit import study
+from npedit.benchmarks.toy import wilson
+from npedit.cli_train import recipe_path
+from npedit.config import check
+from npedit.errors import UserError
+
+TINY = {
+    "name": "tiny",
+    "recipe": "demo",
+    "set": [
+        "stages.0.updates=1", "stages.0.batch_size=2", "stages.1.updates=2", "stages.1.batch_size=2",
+        "trainer.evaluate_every=0", "trainer.sample_every=0",
+    ],
+    "items": 9,
+    "variants": {
+        "full": {"words": "all of it"},
+        "dmd_only": {"set": ["stages.1.settings.critic_weight=0"]},
+        "one_step": {"of": "full", "steps": 1},
+    },
+    "tables": [{"title": "Losses", "rows": ["full", "dmd_only"], "claims": ["full > dmd_only", "full ~ one_step"]}],
+}  # fmt: skip
+
+
+def rates(a: int, b: int, n: int) -> dict:
+    return {"a": {"both": wilson(a, n)}, "b": {"both": wilson(b, n)}}
+
+
+def test_the_difference_is_newcombes():
+    """The worked example of Newcombe (1998): 56/70 against 48/80 gives 0.2 [0.0524, 0.3339] by method 10."""
+    d, low, high = study.difference(wilson(56, 70), wilson(48, 80))
+    assert (d, low, high) == (pytest.approx(0.2), pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("claim", "a", "b", "word"),
+    [
+        ("a > b", 60, 30, "holds"),
+        ("a > b", 30, 60, "refuted"),
+        ("a > b", 50, 48, "open"),
+        ("a ~ b", 50, 51, "open"),
+        ("a ~ b", 80, 20, "refuted"),
+    ],
+)
+def test_verdicts(claim, a, b, word):
+    assert f"**{word}**" in study.verdict(claim, rates(a, b, 100))
+
+
+def test_level_needs_the_interval_within_a_tenth():
+    assert "**holds**" in study.verdict("a ~ b", rates(500, 505, 1000))
+
+
+def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
+    told: list[str] = []
+    made = check(study.Study, TINY, "")
+    results = study.run_study(made, tmp_path / "s", recipe_path, told.append)
+    words = results.read_text()
+    assert len(told) == 2 and "full > dmd_only" in words and "(full-0/manifest.json)" in words
+    assert (tmp_path / "s" / "1.png").read_bytes()[:4] == b"\x89PNG"
+    scores = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert scores["full"]["passes"]["critic"] > 0 and scores["dmd_only"]["passes"]["critic"] == 0
+    assert scores["one_step"]["runs"] == ["full-0"] and scores["full"]["n"] == 9
+    # drafts of one or two calls, the fake score's and DMD's three: never fewer than five for each picture, two in each
+    assert scores["full"]["passes"]["generator"] >= 2 * 5 * 2 / 3
+
+    def no_training(*_: object, **__: object) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(study.trainer, "train", no_training)
+    assert study.run_study(made, tmp_path / "s", recipe_path, told.append).read_text() == words
+
+
+def test_the_packaged_study_is_sound():
+    made = study.load_study(recipe_path("study-toy"))
+    for name, variant in made.variants.items():
+        if not variant.of:
+            assert study.recipe_of(made, name, 3, recipe_path).seed == 3
+            quick = study.recipe_of(made, name, 3, recipe_path, quick=True)
+            assert quick.total_updates() < study.recipe_of(made, name, 3, recipe_path).total_updates() / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tables": [{"title": "x", "rows": ["ful"]}]}, "full"),
+        ({"tables": [{"title": "x", "rows": ["full"], "claims": ["full beats dmd_only"]}]}, "full > dmd_only"),
+        ({"variants": {"a": {"of": "b"}, "b": {"of": "a"}}, "tables": []}, "another's runs"),
+        ({"itemss": 3}, "items"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(tmp_path, change, said):
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(UserError, match=said):
+        study.load_study(path)
+
+
+def test_a_variant_with_an_unknown_key_stops_the_study_before_it_trains(tmp_path):
+    variants = TINY["variants"] | {"odd": {"set": ["stages.1.settings.critc_weight=0"]}}
+    with pytest.raises(UserError, match="critic_weight"):
+        study.run_study(check(study.Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
+    assert not (tmp_path / "s").exists()
