@@ -1,9 +1,9 @@
 """`npedit convert`: the checkpoint that NP-Edit's public reimplementation released, as a run that the editor opens.
 
 It is one file for `torch.load`: tensors by the names of diffusers' Z-Image transformer behind `transformer.`. Its net
-knows the reference as the first of two frames, so its config is marked, and `families/z_image.py` speaks to it that way.
-Two things are otherwise than in that project's own sampler: between steps all noise is fresh, as it was in training; and
-the time is not rounded to bfloat16, as it always is there.
+knows the reference as the first of two frames; so its config is marked, and `families/z_image.py` speaks to it that
+way. Two things are otherwise than in that project's own sampler: between steps all noise is fresh, as it was in
+training; and the time is not rounded to bfloat16, as it always is there.
 """
 
 from __future__ import annotations

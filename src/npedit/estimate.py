@@ -296,7 +296,7 @@ def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
 def _update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
     """One update of a stage, with the largest pictures and the draft's two transitions."""
     stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
-    times = torch.arange(recipe.trainer.steps)
+    times = torch.ones(recipe.trainer.steps)
     drawn = (u for u in range(100) if len(training_times(times, seeded(seed, "times", u))) == 2)
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
     batch = _batch(recipe, stage.batch_size // processes)

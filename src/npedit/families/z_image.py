@@ -200,7 +200,7 @@ class ZImage(Family):
 
 
 def framed_net(base: str | Path) -> nn.Module:
-    """A net like that of the base (a Hub id or a folder), without weights, on the meta device, whose config says that it
+    """A net like that of the base (a Hub id or a folder), without weights, on the meta device; its config says that it
     takes frames. Errors as in `Family.load`."""
     check_folder(base, "z_image", "ZImagePipeline", ("scheduler", "transformer"))
     with torch.device("meta"):
