@@ -102,6 +102,28 @@ def test_a_bad_override_names_key_and_cure(tmp_path: Path, override: str, said: 
         assert part in str(caught.value)
 
 
+def test_an_ensemble_has_no_vocabulary_to_answer_from() -> None:
+    raw = plain() | {"critic": {"name": "ensemble", "weights": "critics.yaml"}}
+    assert make_recipe(raw).critic.name == "ensemble"
+    raw["stages"][1]["settings"]["answer"] = "vocabulary"
+    with pytest.raises(UserError, match=r"stages\.1\.settings\.answer: expected two_way with an ensemble"):
+        make_recipe(raw)
+    assert make_recipe(raw | {"critic": {"name": "llava_onevision"}}).stages[1].settings.answer == "vocabulary"
+
+
+@pytest.mark.parametrize("role", ["student", "fake"])
+@pytest.mark.parametrize("shard", ["full", "hybrid"])
+def test_8_bit_moments_are_not_sharded(monkeypatch: pytest.MonkeyPatch, role: str, shard: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if bitsandbytes were there
+    raw = plain()
+    raw["stages"][1]["settings"][role] = {"optimizer": "adamw8bit"}
+    assert make_recipe(raw).trainer.shard == "none"
+    with pytest.raises(
+        UserError, match=rf"stages\.1\.settings\.{role}\.optimizer: expected adamw where nets are sharded"
+    ):
+        make_recipe(raw | {"trainer": {"shard": shard}})
+
+
 def test_all_mistakes_of_one_class_are_told_at_once() -> None:
     raw = plain() | {"seed": -1, "sped": 3}
     with pytest.raises(UserError) as caught:

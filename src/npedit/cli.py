@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -313,23 +312,46 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:
     """Copy a finished editor to a folder of its own: weights, scheduler, model card."""
-    from npedit.editor import Facts, locate
+    from npedit.cli_edit import run_export
 
-    source = locate(run)
-    facts = Facts.read(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
-    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, aside)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    out.print(f"Exported to {escape(str(folder))}. Its base model: {escape(facts.base)}.")
-    out.print(escape(f"Use it: {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"))
+    for line in run_export(run, folder):
+        out.print(escape(line))
+
+
+# ------------------------------------------------------------------------------------------------ estimate, convert
+
+
+@app.command("estimate")
+@plain_errors
+def estimate_memory(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Say whether it fits a GPU of this size, such as 24GB.")] = "",
+    processes: Annotated[
+        int, typer.Option(help="Processes that share each batch and, with shard, the nets.", min=1)
+    ] = 1,
+) -> None:
+    """Say what a recipe will hold in memory and on disk, without its weights and without a GPU."""
+    from npedit.config import load_recipe
+    from npedit.estimate import estimate, table, verdict
+
+    found = estimate(load_recipe(recipe_path(recipe), overrides or []), processes)
+    for line in [*table(found), *([verdict(found, gpu)] if gpu else [])]:
+        out.print(escape(line))
+
+
+@app.command("convert")
+@plain_errors
+def convert_released(
+    file: Annotated[Path, typer.Argument(help="The checkpoint that NP-Edit's public reimplementation released (.pt).")],
+    run: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[str, typer.Option(help="The Z-Image that it was trained from.")] = "Tongyi-MAI/Z-Image",
+) -> None:
+    """Make a run that `npedit edit --run` opens from a checkpoint of NP-Edit's public reimplementation."""
+    from npedit.convert import convert
+
+    made = convert(file, run, base)
+    out.print(escape(f"Use it: {program()} edit PICTURE INSTRUCTION --run {shlex.quote(str(made))}"))
 
 
 @app.command()

@@ -1,8 +1,11 @@
-"""What `npedit edit` does: check every input and output first, edit, then put all pictures in place at once."""
+"""What `npedit edit` does: check every input and output first, edit, then put all pictures in place at once. And
+`npedit export`: copy an editor."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.editor import Editor, open_picture, paired, to_rgb
-from npedit.errors import UserError, nearest
+from npedit.editor import Editor, Facts, locate, open_picture, paired, to_rgb
+from npedit.errors import UserError, nearest, program
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this
@@ -173,3 +176,28 @@ def _unknown_words(model: str, texts: Sequence[str]) -> list[str]:
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
     return [f"{w!r}{nearest(w, known)}" for w in dict.fromkeys(words) if w and UNKNOWN in tokenizer.tokenize(w)]
+
+
+def run_export(run: str, folder: Path) -> list[str]:
+    """Copy a finished editor, whole or not at all, to a new folder; returns lines about it.
+
+    Raises:
+        UserError: there is no finished editor, or the folder is not new or cannot be written.
+    """
+    source = locate(run)
+    facts = Facts.read(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
+    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, aside)
+        os.replace(aside, folder)
+    except OSError as error:
+        raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return [
+        f"Exported to {folder}. Its base model: {facts.base}.",
+        f"Use it: {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}",
+    ]

@@ -193,6 +193,17 @@ def _whole(recipe: Recipe) -> None:
                 f"critic: expected a value; got none; stages.{i} ({stage.step}) needs a critic: add the key with its "
                 f"name and weights, or set stages.{i}.settings.critic_weight to 0"
             )
+        if recipe.critic and recipe.critic.name == "ensemble" and getattr(stage.settings, "answer", "") == "vocabulary":
+            raise UserError(
+                f"stages.{i}.settings.answer: expected two_way with an ensemble, whose members share no vocabulary; "
+                "got vocabulary; set it to two_way, or choose a single critic"
+            )
+        for role in ("student", "fake") if recipe.trainer.shard != "none" else ():
+            if getattr(getattr(stage.settings, role, None), "optimizer", "adamw") != "adamw":
+                raise UserError(
+                    f"stages.{i}.settings.{role}.optimizer: expected adamw where nets are sharded; got adamw8bit, "
+                    "whose state cannot be sliced; change it, or set trainer.shard to none"
+                )
     steps = {"trainer.steps": recipe.trainer.steps}
     for i, stage in enumerate(recipe.stages):
         if hasattr(stage.settings, "steps"):

@@ -11,6 +11,9 @@
   the caption, and here the pieces before references are empty. So caption and picture stand to each other as without
   references, references may have any size, and no new weight is needed. The SigLIP states, which the omni
   checkpoint sees beside the latents, are left out: Z-Image and Turbo have no weights for them.
+- frames: a net that `npedit convert` made from NP-Edit's public reimplementation was taught otherwise, and its config
+  says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
+  thought at the prompt's end. `open_net` and `velocity` follow it; see `_framed`.
 - guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 in `dmd.guided`. Turbo is
   distilled and wants none: give a recipe `guidance: 1.0`.
 """
@@ -18,9 +21,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -33,9 +37,11 @@ from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own
+FRAMES = {"_references": "frames"}  # in a net's config; diffusers keeps what begins with an underscore
 TINY_TEMPLATE = (  # Qwen3's, for one turn
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
 
 
@@ -46,6 +52,7 @@ class ZImage(Family):
         self.pipe = pipe
         self.base = pipe.transformer
         self.device = device
+        self.thinking = True  # as the pipeline's prompts have it
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
         stride = pipe.vae_scale_factor
@@ -100,8 +107,11 @@ class ZImage(Family):
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
     def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return ZImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+        """A transformer saved with `save_pretrained`, in the base's dtype. After one that was taught with frames,
+        prompts are encoded as for it."""
+        net = ZImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+        self.thinking = not _takes_frames(net)
+        return net
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
@@ -111,13 +121,27 @@ class ZImage(Family):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """States (b, 512, d), zero behind each prompt's end, and the true lengths (b,)."""
-        ragged, _ = self.pipe.encode_prompt(
-            list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
-        )
+        if self.thinking:
+            ragged, _ = self.pipe.encode_prompt(
+                list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+            )
+        else:
+            ragged = self._without_thought(prompts)
         padded = ragged[0].new_zeros(len(ragged), TEXT_LENGTH, ragged[0].shape[1])
         for row, states in zip(padded, ragged):
             row[: len(states)] = states
         return Text((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
+
+    def _without_thought(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The states of each prompt as the pipeline takes them, but behind a template with an empty thought."""
+        tokenizer, turn = self.pipe.tokenizer, {"add_generation_prompt": True, "enable_thinking": False}
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, **turn) for p in prompts
+        ]
+        found = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+        ids, mask = found.input_ids.to(self.device), found.attention_mask.to(self.device).bool()
+        states = self.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        return [row[kept] for row, kept in zip(states, mask)]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -138,7 +162,8 @@ class ZImage(Family):
         """v (b, c, h, w); see the head of this file.
 
         Raises:
-            ValueError: not one prompt and one of each reference for each item; the net's lists would be cut short.
+            ValueError: not one prompt and one of each reference for each item, whose lists would be cut short; or a net
+                taught with frames is given other than one reference of the picture's size.
         """
         if any(len(part) != len(x) for part in (text, *references)):
             came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
@@ -147,7 +172,16 @@ class ZImage(Family):
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
         frames = [plane.to(dtype).unsqueeze(2).unbind() for plane in (*references, x)]  # each b times (c, 1, h, w)
-        if references:
+        if references and _takes_frames(net):
+            if len(references) > 1 or references[0].shape != x.shape:
+                sizes = [tuple(r.shape) for r in references]
+                raise ValueError(
+                    f"expected one reference of shape {tuple(x.shape)}, as this net was taught; got {sizes}"
+                )
+            films = [torch.cat(item, 1) for item in zip(*frames)]
+            with _framed(net, x.shape[2] * x.shape[3] // 4, t):
+                out = [o[:, 1:] for o in net(x=films, t=1 - t.float(), cap_feats=captions, return_dict=False)[0]]
+        elif references:
             out = net(
                 x=[list(item) for item in zip(*frames)],
                 t=1 - t.float(),
@@ -163,3 +197,50 @@ class ZImage(Family):
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def framed_net(base: str | Path) -> nn.Module:
+    """A net like that of the base (a Hub id or a folder), without weights, on the meta device; its config says that it
+    takes frames. Errors as in `Family.load`."""
+    check_folder(base, "z_image", "ZImagePipeline", ("scheduler", "transformer"))
+    with torch.device("meta"):
+        net = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(base, subfolder="transformer"))
+    net.register_to_config(**FRAMES)
+    return net
+
+
+def scheduler_of(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
+    """The base's own scheduler (a Hub id or a folder)."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
+
+
+def _takes_frames(net: nn.Module) -> bool:
+    return net.config.get("_references") == FRAMES["_references"]
+
+
+@contextmanager
+def _framed(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
+    """Inside the block, a call of the net modulates each film's first `tokens` tokens, the reference's, with the clean
+    time, and all others with the film's own: what the omni mode does for an image of its own. For use, not for training
+    with blocks that are computed again."""
+    clean = net.t_embedder(torch.ones_like(t, dtype=torch.float32) * net.t_scale)
+
+    def told(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        noisy = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+        noisy[:, :tokens] = 0
+        return noisy, own, clean.to(own)
+
+    def block(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *args[:4], *told(args[0], args[3])
+
+    def last(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask, own, free = told(args[0], kwargs["c"])
+        return args, {"noise_mask": mask, "c_noisy": own, "c_clean": free}
+
+    hooks = [layer.register_forward_pre_hook(block) for layer in (*net.noise_refiner, *net.layers)]
+    hooks += [layer.register_forward_pre_hook(last, with_kwargs=True) for layer in net.all_final_layer.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -23,6 +23,7 @@ from npedit.errors import UserError
 from npedit.families.base import Family, Text
 from npedit.learner import Learner
 from npedit.lora import Adapter, checkpoint_gradients
+from npedit.meta import under_way
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,27 @@ class Parts:
         if not self.memory.offload:
             yield
             return
-        pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
-        groups = {"text": [m for n, m in pipe.items() if n.startswith("text_encoder")], "vae": [pipe["vae"]],
-                  "critic": [self.critic.model] if self.critic else []}  # fmt: skip
         mine = [name for name in names if name not in self.woken]
-        modules = [m for name in mine for m in groups[name]]
         self.woken.update(mine)
         try:
-            for module in modules:
-                module.to(self.device)
+            self.move(mine, self.device)
             yield
         finally:
-            for module in modules:
-                module.to(rest_device())
+            self.move(mine, rest_device())
             self.woken.difference_update(mine)
+
+    def move(self, names: Sequence[str], device: torch.device) -> None:
+        """Take frozen parts elsewhere; the names are those of `awake`."""
+        for name in names:
+            for module in self.modules(name):
+                module.to(device)
+
+    def modules(self, name: str) -> list[nn.Module]:
+        """The frozen modules behind a name of `awake`."""
+        if name == "critic":
+            return [self.critic.model] if self.critic else []
+        pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
+        return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
 
 
 class Step(ABC):
@@ -151,6 +159,10 @@ class Clock:
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time inside the block to `time/<part>`."""
         start = time.perf_counter()
-        yield
+        before = under_way.set(part)
+        try:
+            yield
+        finally:
+            under_way.reset(before)
         key = f"time/{part}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start

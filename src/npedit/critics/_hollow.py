@@ -1,0 +1,43 @@
+"""A critic without weights: the real class at real size on the meta device, from `config.json` and
+`preprocessor_config.json` alone. Tokenizer and chat template are those of the critic's `tiny`: one token a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from npedit.critics.base import Critic
+
+META = torch.device("meta")
+
+
+def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
+    """The critic `kind` as the configs in `folder` describe it; weights and tokenizer need not lie there.
+
+    Raises:
+        FileNotFoundError: a config is missing.
+        ValueError: it describes a model of another kind.
+    """
+    like = kind.tiny(0)
+    raw, seen = _read(folder / "config.json"), _read(folder / "preprocessor_config.json")
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    config.image_token_id = like.model.config.image_token_id  # as the tokenizer here has it
+    with META:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    fitting = getattr(kind, "kinds", {like.model.config.model_type: type(like.model)})
+    if not isinstance(model, tuple(fitting.values())):
+        raise ValueError(f"expected a model of {' or '.join(fitting)} in {folder}; got {config.model_type}")
+    processor = type(like.processor)(**{k: v for k, v in seen.items() if not k.endswith("_type")})
+    return kind(model, like.tokenizer, processor, like.template, META, resolution)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("_source", None)
+    return found

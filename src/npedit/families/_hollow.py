@@ -1,0 +1,66 @@
+"""A family without weights: real classes at real size on the meta device, from the configs of a diffusers folder alone.
+
+Tokenizers are those of the family's `tiny`, which cut text finer than real ones do: a short prompt stands for a usual
+one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from npedit.families.base import Family
+
+META = torch.device("meta")
+
+
+def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:
+    """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
+
+    Raises:
+        FileNotFoundError: the index or a part's config is missing.
+        ValueError: it describes another family's pipeline.
+    """
+    like = kind.tiny(0).pipe
+    index = _read(folder / "model_index.json")
+    if index["_class_name"] != type(like).__name__:
+        raise ValueError(f"expected a {type(like).__name__} in {folder}; got {index['_class_name']}")
+    parts: dict[str, Any] = {}
+    for name in like.components:
+        library, made_by = index.get(name, (None, None))
+        if made_by is None:
+            parts[name] = None
+        elif name.startswith("tokenizer"):
+            parts[name] = like.components[name]
+            limits = folder / name / "tokenizer_config.json"
+            if limits.is_file():
+                parts[name].model_max_length = _read(limits).get("model_max_length", parts[name].model_max_length)
+        elif name == "scheduler":
+            parts[name] = getattr(diffusers, made_by).from_config(_read(folder / name / "scheduler_config.json"))
+        else:
+            parts[name] = _model(library, made_by, _read(folder / name / "config.json"), dtype)
+    return kind(type(like)(**parts), META)
+
+
+def _model(library: str, made_by: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    with META:
+        if library == "diffusers":
+            model = getattr(diffusers, made_by).from_config(config)
+        else:
+            kind = getattr(transformers, made_by)
+            model = kind(kind.config_class.from_dict(config))
+    return nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers that it would keep in float32
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("_source", None)
+    return found

@@ -1,0 +1,171 @@
+"""Count the memory of real code without memory: tensors on torch's meta device have shapes and types, no contents.
+
+Inside `Counted` every storage that an operation makes is counted while it lives, under what it is for and under the
+part of the step that is under way (`Clock`, by way of `under_way`). So the very code that trains can be run on models
+of any size, and what it would hold at once be read off.
+
+- Whole numbers and truth values are small and decide what is done next (lengths, masks, positions): they stay on the
+  CPU, real. Only floating-point tensors are hollow.
+- A hollow number that the code looks at, such as a loss, reads as 1.
+- Attention counts as a fused kernel's: it keeps its inputs, its output and one number a row.
+
+What is not counted: memory inside one kernel, the allocator's fragments, and the device's own libraries.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+WORKING = "activations"  # whatever has no other name
+under_way: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
+
+aten = torch.ops.aten
+FACTORIES = {torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
+            aten.embedding.default, aten.embedding_dense_backward.default}  # fmt: skip
+
+
+class Counted:
+    """Counts hollow storages; a context manager.
+
+    `live` is bytes now, by what they are for; `peaks` the same at the moment of each part's largest sum. `share` says
+    of what only a share is held here, and `working` what is new and has no other name.
+    """
+
+    def __init__(self) -> None:
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
+        self.share: dict[str, float] = {}
+        self.working = WORKING
+        self._known: dict[int, tuple[str, int]] = {}  # storage -> what it is for, bytes counted
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        library = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+        self._stack.enter_context(_Whole())
+        self._stack.enter_context(_Hollow(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def name(self, what: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these hollow tensors are for, whether they have been met or not."""
+        for tensor in tensors:
+            if tensor.is_meta:
+                self._count(tensor.untyped_storage(), what)
+
+    def add(self, what: str, size: int) -> None:
+        """Count further bytes, or with a minus fewer, such as those of parts that are moved elsewhere."""
+        self.live[what] += size
+        self._note()
+
+    def met(self, tensor: Tensor) -> None:
+        """Count an operation's result."""
+        if tensor.is_meta:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._count(storage, self.working)
+
+    def _count(self, storage: Any, what: str) -> None:
+        key, size = storage._cdata, round(storage.nbytes() * self.share.get(what, 1))
+        if key in self._known:
+            before, counted = self._known[key]
+            self.live[before] -= counted
+        else:
+            weakref.finalize(storage, self._gone, key)
+        self._known[key] = what, size
+        self.live[what] += size
+        self._note()
+
+    def _gone(self, key: int) -> None:
+        what, size = self._known.pop(key)
+        self.live[what] -= size
+
+    def _note(self) -> None:
+        part = under_way.get()
+        if self.live.total() > self.peaks.get(part, Counter()).total():
+            self.peaks[part] = self.live.copy()
+
+
+class _Whole(TorchFunctionMode):
+    """Above autograd: whole numbers are made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        made = func(*args, **kwargs)
+        if func in FACTORIES and made.is_meta and not made.is_floating_point():
+            return func(*args, **{**kwargs, "device": CPU})
+        return made
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """One fused kernel, whose needs depend on the shapes alone."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+
+class _Hollow(TorchDispatchMode):
+    """Below autograd: counts, and answers what a hollow tensor cannot."""
+
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        hollow = any(t.is_meta for t in given)
+        if func is aten._local_scalar_dense.default and hollow:
+            return bool(1) if given[0].dtype == torch.bool else 1.0 if given[0].is_floating_point() else 1
+        if func is aten._to_copy.default:
+            return self._moved(given[0], func, args, kwargs)
+        if hollow and func not in INDEXING and not all(t.is_meta or t.dim() == 0 for t in given):
+            args, kwargs = tree_map_only(Tensor, _hollowed, (args, kwargs))
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+            self.counted.met(tensor)
+        return out
+
+    def _moved(self, tensor: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """A copy elsewhere or of another type; whole numbers never become hollow, nor hollow ones real."""
+        place = kwargs.get("device") or tensor.device
+        kind = kwargs.get("dtype") or tensor.dtype
+        if torch.device(place) == META and not kind.is_floating_point and tensor.device == CPU:
+            place = CPU
+        elif tensor.is_meta and torch.device(place) == CPU:
+            return torch.ones(tensor.shape, dtype=kind)
+        out = func(*args, **{**kwargs, "device": place})
+        self.counted.met(out)
+        return out
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among these values, and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _hollowed(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta or tensor.dim() == 0 else torch.empty_like(tensor, device=META)
