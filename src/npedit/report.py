@@ -15,6 +15,7 @@ from npedit import plots
 from npedit.benchmarks.toy import percent
 from npedit.checkpoint import CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
 from npedit.errors import UserError
+from npedit.hacking import HELD_OUT, alarms
 
 SHOWN = 160  # CSS pixels of a picture's longer side
 ENLARGED = 320  # pixels up to which a small picture is enlarged by whole numbers
@@ -40,6 +41,7 @@ th { font-weight: 600; font-size: .85rem } th:first-child, td:first-child { text
 tr.all td { font-weight: 700 } td.words { white-space: normal; max-width: 15rem; text-align: left }
 .pictures td, .pictures th { text-align: center } .pictures img { display: block; margin: 0 auto; border-radius: .3rem;
   image-rendering: pixelated }
+.alarm { border: 2px solid var(--bad); border-radius: .6rem; padding: .8rem 1.1rem; margin: 1.4rem 0 }
 .yes { color: var(--good) } .no { color: var(--bad) }
 pre { padding: 1rem; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   font-size: .85rem }
@@ -63,6 +65,7 @@ def write_report(run: str | Path) -> Path:
     parts = [
         f"<h1>{_e(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
         f'<p class="soft">{_e(_summary(rows))} {_pairs(manifest)}</p>',
+        _alarms(rows, _evaluate_items(run)),
         _headline(rows, scores),
         _scores_table(scores),
         _progress_pictures(run),
@@ -87,7 +90,9 @@ def _e(words: object) -> str:
 
 def _pairs(manifest: dict[str, Any]) -> str:
     return (
-        "No edited image was used in training." if manifest["no_pairs"] else "It was shown edited images: a baseline."
+        "No edited image was used in training."
+        if manifest["no_pairs"]
+        else "It, or the run that it starts from, was shown edited images: a baseline."
     )
 
 
@@ -110,6 +115,21 @@ def _evaluate_items(run: Path) -> int:
     import yaml
 
     return int(yaml.safe_load((run / CONFIG).read_text())["trainer"]["evaluate_items"])
+
+
+def _alarms(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+    """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
+    found = alarms(rows, evaluate_items)
+    if found:
+        lines = "".join(f"<li>{_e(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
+        return (
+            f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
+            "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"
+        )
+    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT)
+    return (
+        '<p class="soft">No sign of reward hacking: see <i>The critic against what is held out</i>.</p>' if both else ""
+    )
 
 
 def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
