@@ -1,4 +1,4 @@
-"""Flow-GRPO's arithmetic against closed forms: the SDE's law, Gaussian densities and divergences, advantages, clipping."""
+"""Flow-GRPO's arithmetic against closed forms: the SDE's law, densities, divergences, advantages, clipping."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def law(steps: int, noise_level: float, shift: float = 1.0, top: float = 1.0) -> list[tuple[float, float, float]]:
-    """(t, mean, variance) after each step from the exact law at t = `top`. v is affine in x, so the steps' Gaussians are
-    found without sampling."""
+    """(t, mean, variance) after each step from the exact law at t = `top`. v is affine in x, so the steps' Gaussians
+    are found without sampling."""
     times = [*flow.few_step_times(steps, shift).double().mul(top).tolist(), 0.0]
     times[0] = top
     mean = torch.full((1, 1, 1, 1), (1 - top) * M, dtype=torch.float64)

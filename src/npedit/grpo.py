@@ -23,8 +23,8 @@ PerSample = Float[Tensor, "b"]
 def transition(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
     """Mean and standard deviation of the SDE's step from time t to `after`; `noise_level` is the paper's a.
 
-    At t = 1, where sigma is not finite, 1 - t is taken as 1 - after, as in the authors' code; that step leaves a variance
-    too large by a^4 / 4, however short it is, which later steps forget. Gradient flows to x and v.
+    At t = 1, where sigma is not finite, 1 - t is taken as 1 - after, as in the authors' code; that step leaves a
+    variance too large by a^4 / 4, however short it is, which later steps forget. Gradient flows to x and v.
 
     Raises:
         ValueError: the times do not fall.

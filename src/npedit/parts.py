@@ -30,7 +30,7 @@ def build_parts(recipe: Recipe) -> Parts:
     check_dtype("family", torch_dtype(recipe.family.dtype), device)
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
     chosen = recipe.family
-    with _loading("family", chosen.weights):
+    with _loading("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
     critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted else None
     wording = recipe.critic.wording if recipe.critic else "plain"
@@ -40,7 +40,7 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
     check_dtype(part, torch_dtype(chosen.dtype), device)
-    with _loading(part, chosen.weights):
+    with _loading(f"{part}.weights", chosen.weights):
         kind = find_class("critics", chosen.name)
         return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution)
 
@@ -89,11 +89,11 @@ def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @contextmanager
-def _loading(part: str, weights: str) -> Iterator[None]:
+def _loading(key: str, weights: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
-        raise UserError(f"{part}: expected weights that open; got {weights!r} ({error}); correct the recipe") from error
+        raise UserError(f"{key}: expected a model that opens; got {weights!r} ({error}); correct the recipe") from error
 
 
 def build_source(recipe: Recipe) -> Any:
