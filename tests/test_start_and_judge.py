@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,12 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     said = verdict(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
     assert rows[-1]["judge/p_edit"] == pytest.approx(said["judge/p_edit"], abs=1e-4)
     assert rows[-1]["judge/p_identity"] == pytest.approx(said["judge/p_identity"], abs=1e-4)
-    assert "The critic against what is held out" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "The critic against what is held out" in page and "Where it fails, and whose fault it is" in page
+    counts = json.loads((run / "blame.json").read_text())
+    assert len(counts) == 9 and all(
+        r["n"] == 1 == r["right"] + r["critic"] + r["teacher"] + r["student"] for r in counts.values()
+    )
 
 
 def test_without_a_benchmark_the_judge_is_asked_all_the_same(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ from npedit.errors import UserError, writing
 from npedit.lora import FILE as LORA_FILE
 from npedit.lora import Adapter
 
-CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
-    "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE",
+CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
+    "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
 )  # fmt: skip
 LOCK = ".lock"
 UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave

@@ -13,13 +13,19 @@ from PIL import Image
 
 from npedit import plots
 from npedit.benchmarks.toy import percent
-from npedit.checkpoint import CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
+from npedit.checkpoint import BLAME, CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
 from npedit.errors import UserError
 from npedit.hacking import HELD_OUT, alarms
 
 SHOWN = 160  # CSS pixels of a picture's longer side
 ENLARGED = 320  # pixels up to which a small picture is enlarged by whole numbers
 MOST_ITEMS = 8
+FAULTS = {
+    "right": "right",
+    "critic": "wrong, and the critic content",
+    "teacher": "the teacher cannot draw it",
+    "student": "the student cannot do it",
+}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --paper: #fbfbfa; --card: #ffffff; --line: #e3e5e8;
   --good: #0a7d55; --bad: #b3402f; }
@@ -68,6 +74,7 @@ def write_report(run: str | Path) -> Path:
         _alarms(rows, _evaluate_items(run)),
         _headline(rows, scores),
         _scores_table(scores),
+        _blame_table(run),
         _progress_pictures(run),
         _curves(rows, _evaluate_items(run)),
         _benchmark_pictures(run),
@@ -164,6 +171,28 @@ def _scores_table(scores: dict[str, Any]) -> str:
         f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
         f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
         f"the edit: {after['outside_change']:.3f} of the full range.</p>"
+    )
+
+
+def _blame_table(run: Path) -> str:
+    """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
+    if not (run / BLAME).is_file():
+        return ""
+    counts = json.loads((run / BLAME).read_text())
+    counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
+    lines = []
+    for kind, row in counts.items():
+        faults = "".join(f"<td>{row[k]} ({100 * row[k] / row['n']:.0f} %)</td>" for k in FAULTS)
+        lines.append(
+            f'<tr class="{"all" if kind == "all" else ""}"><td>{_e(kind)}</td><td>{row["n"]}</td>{faults}</tr>'
+        )
+    heads = ("edit type", "n", *FAULTS.values())
+    return (
+        "<h2>Where it fails, and whose fault it is</h2><p>The last evaluation's edits. A wrong one is the "
+        "<i>critic's</i> fault if the critic is content with it; else the <i>teacher's</i> if the base model, given "
+        "the wanted result's caption, draws something else (one try each); else the <i>student's</i>, which had both "
+        f'signals.</p><div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(lines)}'
+        "</table></div>"
     )
 
 

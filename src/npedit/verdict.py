@@ -32,6 +32,13 @@ class Verdict:
             out[item] *= p
         return out
 
+    def content(self) -> list[bool]:
+        """Whether every wanted answer is the likelier one, item by item."""
+        out = [True] * (max(self.items) + 1)
+        for item, p in zip(self.items, self.p.tolist()):
+            out[item] = out[item] and p > 0.5
+        return out
+
     def means(self, prefix: str, edit_types: Sequence[str]) -> dict[str, float]:
         """Figures to log: PREFIX/p_edit and PREFIX/p_identity, and the edit question's mean by edit type as
         PREFIX/p_yes/TYPE. `edit_types` are the items'."""
