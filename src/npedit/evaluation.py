@@ -92,9 +92,9 @@ class Evaluation:
             found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
             found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
             self.success = f"success {found['eval/both']:.0%}"
-        else:
-            edit_fn(self.asked.references, self.asked.instructions)
         if judge := self.parts.judge:
+            if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
+                made = [self._edit(net, self.asked.references, self.asked.instructions, 0)]
             with self.parts.awake("judge"):
                 said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
             found |= said.means("judge", self.asked.edit_types)
