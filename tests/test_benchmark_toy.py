@@ -87,6 +87,18 @@ def test_a_wrong_shape_is_an_error(edits):
         toy.items(0)
 
 
+def test_faults_are_laid_where_the_measurements_say(edits):
+    """Right edits, then copies with: a content critic; an objecting one and a teacher that can draw it, or cannot."""
+    items = edits[:9] * 4
+    references, wanted = (render([getattr(e, k) for e in items]) for k in ("reference", "target"))
+    edited = torch.cat([wanted[:9], references[9:]])
+    content = [True] * 18 + [False] * 18
+    drawn = torch.cat([wanted[:27], torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))])
+    counts = toy.blame(items, edited, content, drawn)
+    assert list(counts) == list(EDIT_TYPES)
+    assert all(row == {"n": 4, "right": 1, "critic": 1, "student": 1, "teacher": 1} for row in counts.values())
+
+
 def test_wilson_against_published_values():
     """Newcombe (1998), table I: 81 of 263 and 15 of 148, score method without continuity correction."""
     assert toy.wilson(81, 263)["ci95"] == pytest.approx([0.2553, 0.3662], abs=1e-4)

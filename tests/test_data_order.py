@@ -42,6 +42,17 @@ def test_each_epoch_visits_every_row_once(many, size, world):
         assert sorted(map(int, ids)) == list(range(24))
 
 
+def test_a_share_of_the_rows_is_drawn_by_lot_and_smaller_shares_are_part_of_larger(many):
+    def members(share, seed=0):
+        source = opened(many, seed, share=share)
+        return {r.id for r in source.rows}, {i for index in range(40) for i in source.batch(index, 1).ids}
+
+    quarter, half = members(0.25), members(0.5)
+    assert quarter[0] == quarter[1] and len(quarter[0]) == 6 and len(half[0]) == 12
+    assert quarter[0] < half[0] and quarter == members(0.25, seed=1)
+    assert quarter[0] != {str(i) for i in range(6)} and len(members(0.001)[0]) == 1
+
+
 def test_epochs_are_shuffled_anew(many):
     source = opened(many)
     orders = [tuple(epoch_ids(source, epoch, 2)) for epoch in range(4)]

@@ -49,6 +49,16 @@ def test_the_toys_ranks_make_up_the_whole():
     assert len(set(ids)) == 100
 
 
+def test_a_finite_toy_passes_through_its_items_in_a_new_order_each_time():
+    few = toy.Source(toy.Settings(items=7), 0)
+    ids = [i for index in range(7) for i in few.batch(index, 3).ids]
+    passes = [ids[k : k + 7] for k in (0, 7, 14)]
+    assert all(sorted(p) == [f"0/{i}" for i in range(7)] for p in passes) and len(set(map(tuple, passes))) == 3
+    assert len(few) == 7 and sum((few.batch(2, 2, rank, 2).ids for rank in (0, 1)), ()) == few.batch(2, 4).ids
+    assert set(ids) < set(toy.Source(toy.Settings(items=20), 0).batch(0, 20).ids)
+    assert few.fingerprint() != toy.Source(toy.Settings(), 0).fingerprint()
+
+
 def test_the_toy_repeats_itself_and_follows_the_seed():
     a, b, other = (toy.Source(toy.Settings(), seed) for seed in (0, 0, 1))
     assert torch.equal(a.batch(7, 4).references, b.batch(7, 4).references)

@@ -57,6 +57,15 @@ def test_it_is_marked_as_pairs_and_toy_is_not() -> None:
     assert not getattr(toy.Source(toy.Settings(), 0), "has_pairs", False)
 
 
-def test_there_is_nothing_to_set() -> None:
+def test_pairs_that_do_nothing_cannot_be_had() -> None:
     with pytest.raises(UserError, match="nothing_share"):
         check(toy_pairs.Settings, {"nothing_share": 0.5}, "data")
+
+
+def test_a_few_pairs_come_over_and_over() -> None:
+    few = toy_pairs.Source(toy_pairs.Settings(items=5), 3)
+    given = few.batch(0, 10)
+    assert sorted(given.ids[:5]) == sorted(given.ids[5:]) == [f"3/{i}" for i in range(5)]
+    for name, reference, edited in zip(given.ids, given.references, given.edited):
+        edit = sample_edit(random.Random(name))
+        assert torch.equal(render([edit.reference, edit.target]), torch.stack([reference, edited]))

@@ -114,6 +114,24 @@ def test_figures_are_drawn_for_light_and_dark(tmp_path):
         assert Image.open(io.BytesIO(light)).width > 1000
 
 
+def test_reward_hacking_is_told_at_the_top_and_faults_in_a_table(tmp_path):
+    run = tmp_path / "r"
+    make_run(run)
+    page = write_report(run).read_text()
+    assert "Alarm" not in page and "whose fault" not in page  # it logs no p_edit to compare with
+    for n in range(61, 121):
+        row = {"step": n, "stage": 1, "stage_name": "np_edit", "critic/p_edit": n / 120, "critic/p_identity": 0.9}
+        if n in (70, 120):
+            row |= {"eval/both": 0.0, "eval/applied": 0.3 - 0.002 * n, "eval/preserved": 1.3 - 0.01 * n}
+        append_row(run / METRICS, row)
+    counts = {t: {"n": 10, "right": 4, "critic": 3, "teacher": 2, "student": 1} for t in EDIT_TYPES}
+    (run / "blame.json").write_text(json.dumps(counts))
+    page = write_report(run).read_text()
+    assert "Alarm: reward hacking" in page and "At update 120: since update 60 the critic" in page
+    assert page.index("Alarm") < page.index("Curves") and "The critic against what is held out" in page
+    assert page.count("<td>3 (30 %)</td>") == 9 and "<td>27 (30 %)</td>" in page
+
+
 def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path):
     run = tmp_path / "r"
     run.mkdir()

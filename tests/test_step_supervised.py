@@ -57,13 +57,35 @@ def test_the_loss_is_the_written_out_one(frozen, update: int) -> None:
     assert loss == pytest.approx(float((x0 - wanted).square().mean()), rel=1e-4)
 
 
+def test_flow_matching_is_the_written_out_one(frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """|| v - (eps - edited) ||^2 at a time moved by the base's shift, with the reference there to be read."""
+    step, given, family, calls = make(frozen, loss="flow"), paired(0, 1, 2), frozen.family, []
+    real = family.velocity
+
+    def noted(net, x, t, text, references=()):
+        calls.append((x, t, references, real(net, x, t, text, references)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(family, "velocity", noted)
+    loss = step.step([given], 0)["loss/supervised"]
+    ((x, t, (latents,), v),) = calls
+    even = torch.rand(3, generator=seeded(7, "supervised", 0, 0))
+    torch.testing.assert_close(t, flow.shifted(even, family.shift(16, 16)))
+    assert torch.equal(latents, family.encode(given.references))
+    wanted, s = family.encode(given.edited), t.view(-1, 1, 1, 1)
+    eps = (x - (1 - s) * wanted) / s
+    assert eps.std() == pytest.approx(1, abs=0.2)
+    assert loss == pytest.approx(float((v - (eps - wanted)).square().mean().detach()), rel=1e-4)
+
+
 def test_both_unrollings_are_met_above(frozen) -> None:
     schedule = flow.few_step_times(4, frozen.family.shift(16, 16))
     assert {len(training_times(schedule, seeded(7, "times", u))) for u in range(5)} == {1, 2}
 
 
-def test_only_the_student_moves_and_the_loss_falls(frozen) -> None:
-    step = make(frozen, student={"lr": 4e-3}, steps=1)
+@pytest.mark.parametrize("loss", ["unrolled", "flow"])
+def test_only_the_student_moves_and_the_loss_falls(frozen, loss: str) -> None:
+    step = make(frozen, student={"lr": 4e-3}, steps=1, loss=loss)
     fixed = {n: weights(net) for n, net in nets(frozen).items()}
     losses = [step.step([paired(0, 1)], update)["loss/supervised"] for update in range(30)]
     assert set(step.learners) == {"student"} and sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -85,7 +107,7 @@ def test_a_batch_without_pairs_is_refused(frozen) -> None:
         make(frozen).step([batch(0, 1)], 0)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"stepps": 4}, {"student": {"lr": -1}}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"stepps": 4}, {"student": {"lr": -1}}, {"loss": "l1"}])
 def test_settings_out_of_range(wrong: dict) -> None:
     with pytest.raises(UserError):
         check(SupervisedSettings, wrong, "stages.0.settings")

@@ -34,8 +34,8 @@ from npedit.errors import UserError, writing
 from npedit.lora import FILE as LORA_FILE
 from npedit.lora import Adapter
 
-CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE = (
-    "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE",
+CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
+    "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
 )  # fmt: skip
 LOCK = ".lock"
 UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave
@@ -132,7 +132,7 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
     return {
         "format": 1,
         "recipe": recipe.name,
-        "no_pairs": not recipe.uses_pairs(),
+        "no_pairs": without_pairs(recipe),
         "data_fingerprint": data_fingerprint,
         "seeds": {"recipe": recipe.seed},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
@@ -143,6 +143,15 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
         "platform": platform.platform(),
         "command": sys.argv,
     }
+
+
+def without_pairs(recipe: Recipe) -> bool:
+    """Whether neither this training nor the run that it starts from is shown edited images.
+
+    Raises:
+        UserError: what it starts from is not a run.
+    """
+    return not recipe.uses_pairs() and (not recipe.start or read_manifest(require_run(recipe.start))["no_pairs"])
 
 
 def git_revision() -> str:
@@ -363,14 +372,17 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
             "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
             "that of NP-Edit (arXiv 2510.14978)."
         )
+    unpaired = without_pairs(recipe)
+    if not unpaired and not recipe.uses_pairs():
+        how = f"It starts from the run `{recipe.start}`, which was shown edited images; it was shown none itself."
     if recipe.uses_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
     weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
     return f"""---
 library_name: npedit
-tags: [image-editing{"" if recipe.uses_pairs() else ", no-pairs"}]
+tags: [image-editing{", no-pairs" if unpaired else ""}]
 ---
-# {recipe.name}: an image editor trained {"on" if recipe.uses_pairs() else "without"} pairs
+# {recipe.name}: an image editor trained {"without" if unpaired else "on"} pairs
 
 A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{facts["base"]}`.
 {how}

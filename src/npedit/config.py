@@ -114,8 +114,10 @@ class Recipe(Settings):
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
     family: FamilyChoice
+    start: str = ""  # a finished run (its folder) whose editor the student starts from; "" is the base model
     lora: LoraChoice | None = None  # without, student and fake score are whole nets
     critic: CriticChoice | None = None  # may be left out where no stage needs one
+    judge: CriticChoice | None = None  # another critic, asked at each evaluation and never trained against
     data: DataChoice
     stages: tuple[Stage, ...] = Field(min_length=1)
     trainer: TrainerSettings = TrainerSettings()
@@ -168,7 +170,7 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
         UserError: names the key, what was expected, and what came.
     """
     filled = dict(raw)
-    for kind, key in (("families", "family"), ("critics", "critic")):
+    for kind, key in (("families", "family"), ("critics", "critic"), ("critics", "judge")):
         if isinstance(filled.get(key), Mapping) and "name" in filled[key]:
             _known(kind, filled[key]["name"], f"{key}.name")
     data = filled.get("data")
@@ -204,6 +206,11 @@ def _whole(recipe: Recipe) -> None:
                     f"stages.{i}.settings.{role}.optimizer: expected adamw where nets are sharded; got adamw8bit, "
                     "whose state cannot be sliced; change it, or set trainer.shard to none"
                 )
+    if recipe.judge is not None and recipe.judge == recipe.critic:
+        raise UserError(
+            f"judge: expected another critic than the one that is trained against; got {recipe.judge.weights!r} twice; "
+            "choose other weights, or leave the key out"
+        )
     steps = {"trainer.steps": recipe.trainer.steps}
     for i, stage in enumerate(recipe.stages):
         if hasattr(stage.settings, "steps"):

@@ -60,6 +60,27 @@ def fresh_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Gen
 
 
 @torch.no_grad()
+def draw(
+    family: Family,
+    captions: Sequence[str],
+    noise: Float[Tensor, "b c h w"],
+    times: Sequence[float],
+    guidance: float,
+) -> Float[Tensor, "b 3 H W"]:
+    """Text-to-image with the base model: Euler steps of the guided velocity from `noise` at times[0] = 1 down to 0.
+    Images in [0, 1]."""
+    text, blank, x = family.encode_text(captions), family.encode_text([""] * len(captions)), noise
+    for now, then in zip(times, [*times[1:], 0.0]):
+        t = torch.full((len(captions),), now, device=x.device)
+        v = family.velocity(family.base, x, t, text)
+        if guidance != 1:
+            v0 = family.velocity(family.base, x, t, blank)
+            v = v0 + guidance * (v - v0)
+        x = x + (then - now) * v
+    return family.decode(x).clamp(0, 1).float()
+
+
+@torch.no_grad()
 def edit(
     family: Family,
     net: nn.Module,

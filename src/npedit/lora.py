@@ -71,9 +71,7 @@ class Adapter(nn.Module):
         if role not in getattr(base, "peft_config", {}):
             raise ValueError(f"expected keys that begin with {PREFIX} in {folder / FILE}; got none")
         found = cls(base, role).requires_grad_(False)
-        whole = safetensors.torch.load_file(folder / FILE)  # again: the first time, peft rounded to the base's type
-        for name, p in found.own.named_parameters():
-            p.copy_(whole[_key(name)])
+        found.take(folder)  # again: the first time, peft rounded to the base's type
         return found
 
     def save(self, folder: Path) -> None:
@@ -82,6 +80,17 @@ class Adapter(nn.Module):
         chosen = {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()}
         metadata = {"format": "pt", METADATA: json.dumps(chosen, indent=2, sort_keys=True)}
         safetensors.torch.save_file(whole, folder / FILE, metadata)
+
+    @torch.no_grad()
+    def take(self, folder: Path) -> None:
+        """Take over the weights that an adapter like this one has saved to this folder.
+
+        Raises:
+            KeyError, RuntimeError: it has other layers or another rank.
+        """
+        whole = safetensors.torch.load_file(folder / FILE)
+        for name, p in self.own.named_parameters():
+            p.copy_(whole[_key(name)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with this adapter.

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from npedit import distributed
-from npedit.config import Recipe, find, find_class, pick_device, torch_dtype
+from npedit.checkpoint import read_config, require_run
+from npedit.config import CriticChoice, Recipe, find, find_class, pick_device, torch_dtype
+from npedit.critics.base import Critic
+from npedit.editor import locate
 from npedit.errors import UserError
-from npedit.steps.base import Parts
+from npedit.lora import Adapter
+from npedit.steps.base import Judge, Parts
 
 
 def build_parts(recipe: Recipe) -> Parts:
@@ -25,17 +30,42 @@ def build_parts(recipe: Recipe) -> Parts:
     check_dtype("family", torch_dtype(recipe.family.dtype), device)
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
     chosen = recipe.family
-    with _loading("family", chosen.weights):
+    with _loading("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
-    critic = None
-    if "critic" in wanted:
-        judge = recipe.critic
-        check_dtype("critic", torch_dtype(judge.dtype), device)
-        with _loading("critic", judge.weights):
-            kind = find_class("critics", judge.name)
-            critic = kind.load(judge.folder(), torch_dtype(judge.dtype), device, judge.resolution)
+    critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted else None
     wording = recipe.critic.wording if recipe.critic else "plain"
-    return Parts(family, critic, wording, device, recipe.lora, recipe.memory)
+    judge = Judge(_open_critic("judge", recipe.judge, device), recipe.judge.wording) if recipe.judge else None
+    return Parts(family, critic, wording, device, recipe.lora, recipe.memory, judge=judge)
+
+
+def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
+    check_dtype(part, torch_dtype(chosen.dtype), device)
+    with _loading(f"{part}.weights", chosen.weights):
+        kind = find_class("critics", chosen.name)
+        return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution)
+
+
+def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
+    """Give a fresh student the weights of the editor that the recipe starts from, if it names one.
+
+    Raises:
+        UserError: it is not a finished run, or its editor is one of another family or has other adapters.
+    """
+    if not recipe.start:
+        return
+    begun, folder = read_config(require_run(recipe.start)), locate(recipe.start)
+    mine = recipe.as_dict()
+    there, here = ({"family": c["family"]["name"], "lora": c.get("lora")} for c in (begun, mine))
+    if there != here:
+        raise UserError(
+            f"start: expected an editor of the same kind as this recipe's, {here}; got {there} in {recipe.start}; "
+            "change the recipe to fit, or start from another run"
+        )
+    with _loading("start", recipe.start):
+        if isinstance(student, Adapter):
+            student.take(folder)
+        else:
+            student.load_state_dict(parts.family.open_net(folder / "transformer").state_dict())
 
 
 def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,13 +89,11 @@ def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @contextmanager
-def _loading(part: str, weights: str) -> Iterator[None]:
+def _loading(key: str, weights: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
-        raise UserError(
-            f"{part}.weights: expected a model that opens; got {weights!r} ({error}); correct the recipe"
-        ) from error
+        raise UserError(f"{key}: expected a model that opens; got {weights!r} ({error}); correct the recipe") from error
 
 
 def build_source(recipe: Recipe) -> Any:

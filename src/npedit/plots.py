@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from npedit.benchmarks.toy import wilson
+from npedit.hacking import HELD_OUT, JUDGES, alarms, critic_score
 
 Rows = Sequence[dict[str, Any]]
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
@@ -25,6 +26,8 @@ LOSSES = {
     "loss/dmd": "distribution matching (size of the score gap)",
     "loss/copy": "do nothing: distance to the reference",
     "loss/fake": "fake score: flow matching",
+    "loss/supervised": "supervised: distance to the true edit",
+    "loss/kl": "Flow-GRPO: KL to the start",
 }
 NORMS = {
     "grad_norm/student": "student",
@@ -58,6 +61,7 @@ def figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
                 lambda figure: _answers(figure, rows, answers),
             )
         )
+    out += _held_out_figure(rows, evaluate_items)
     losses = [k for k in LOSSES if series(rows, k)]
     if losses:
         out.append(
@@ -80,6 +84,24 @@ def figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
             )
         )
     return out
+
+
+def _held_out_figure(rows: Rows, evaluate_items: int) -> list[Drawn]:
+    steps = sorted({r["step"] for r in rows if any(k in r for k in HELD_OUT)})
+    critic = [(n, s) for n in steps if (s := critic_score(rows, n)) is not None]
+    if not critic:
+        return []
+    caption = (
+        "The mean of 'was it done?' and 'is the rest kept?', as the critic that is trained against sees it and as what "
+        "is held out from training does. The alarm (crosses) fires where the former has risen since the best "
+        "evaluation and the latter has fallen by more than two standard errors."
+    )
+    return [
+        _twice(
+            "The critic against what is held out", caption, (11, 3.4),
+            lambda figure: _held_out(figure, rows, critic, evaluate_items),
+        )
+    ]  # fmt: skip
 
 
 def series(rows: Rows, key: str) -> list[tuple[int, float]]:
@@ -224,6 +246,22 @@ def _answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
     for i, key in enumerate(keys):
         _line(axes, series(rows, key), COLOURS[i % len(COLOURS)], key.removeprefix("critic/p_yes/"))
     _finish(axes, rows, "was the edit done?", "P(wanted answer)")
+    _percent(axes)
+    _legend(axes)
+
+
+def _held_out(figure: Figure, rows: Rows, critic: list[tuple[int, float]], evaluate_items: int) -> None:
+    axes = figure.subplots()
+    axes.plot(*zip(*critic, strict=True), color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
+    for i, (name, keys) in enumerate(JUDGES.items()):
+        both = [dict(series(rows, k)) for k in keys]
+        points = [(n, (both[0][n] + both[1][n]) / 2) for n in both[0] if n in both[1]]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=2, marker="o", markersize=3, label=name)
+    found = [(a.step, a.held_out[1]) for a in alarms(rows, evaluate_items)]
+    if found:
+        axes.plot(*zip(*found, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
+    _finish(axes, rows, "", "score")
     _percent(axes)
     _legend(axes)
 

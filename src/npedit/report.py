@@ -13,12 +13,19 @@ from PIL import Image
 
 from npedit import plots
 from npedit.benchmarks.toy import percent
-from npedit.checkpoint import CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
+from npedit.checkpoint import BLAME, CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
 from npedit.errors import UserError
+from npedit.hacking import HELD_OUT, alarms
 
 SHOWN = 160  # CSS pixels of a picture's longer side
 ENLARGED = 320  # pixels up to which a small picture is enlarged by whole numbers
 MOST_ITEMS = 8
+FAULTS = {
+    "right": "right",
+    "critic": "wrong, and the critic content",
+    "teacher": "the teacher cannot draw it",
+    "student": "the student cannot do it",
+}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --paper: #fbfbfa; --card: #ffffff; --line: #e3e5e8;
   --good: #0a7d55; --bad: #b3402f; }
@@ -40,6 +47,7 @@ th { font-weight: 600; font-size: .85rem } th:first-child, td:first-child { text
 tr.all td { font-weight: 700 } td.words { white-space: normal; max-width: 15rem; text-align: left }
 .pictures td, .pictures th { text-align: center } .pictures img { display: block; margin: 0 auto; border-radius: .3rem;
   image-rendering: pixelated }
+.alarm { border: 2px solid var(--bad); border-radius: .6rem; padding: .8rem 1.1rem; margin: 1.4rem 0 }
 .yes { color: var(--good) } .no { color: var(--bad) }
 pre { padding: 1rem; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   font-size: .85rem }
@@ -63,8 +71,10 @@ def write_report(run: str | Path) -> Path:
     parts = [
         f"<h1>{_e(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
         f'<p class="soft">{_e(_summary(rows))} {_pairs(manifest)}</p>',
+        _alarms(rows, _evaluate_items(run)),
         _headline(rows, scores),
         _scores_table(scores),
+        _blame_table(run),
         _progress_pictures(run),
         _curves(rows, _evaluate_items(run)),
         _benchmark_pictures(run),
@@ -87,7 +97,9 @@ def _e(words: object) -> str:
 
 def _pairs(manifest: dict[str, Any]) -> str:
     return (
-        "No edited image was used in training." if manifest["no_pairs"] else "It was shown edited images: a baseline."
+        "No edited image was used in training."
+        if manifest["no_pairs"]
+        else "It, or the run that it starts from, was shown edited images: a baseline."
     )
 
 
@@ -110,6 +122,21 @@ def _evaluate_items(run: Path) -> int:
     import yaml
 
     return int(yaml.safe_load((run / CONFIG).read_text())["trainer"]["evaluate_items"])
+
+
+def _alarms(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+    """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
+    found = alarms(rows, evaluate_items)
+    if found:
+        lines = "".join(f"<li>{_e(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
+        return (
+            f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
+            "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"
+        )
+    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT)
+    return (
+        '<p class="soft">No sign of reward hacking: see <i>The critic against what is held out</i>.</p>' if both else ""
+    )
 
 
 def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
@@ -144,6 +171,28 @@ def _scores_table(scores: dict[str, Any]) -> str:
         f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
         f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
         f"the edit: {after['outside_change']:.3f} of the full range.</p>"
+    )
+
+
+def _blame_table(run: Path) -> str:
+    """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
+    if not (run / BLAME).is_file():
+        return ""
+    counts = json.loads((run / BLAME).read_text())
+    counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
+    lines = []
+    for kind, row in counts.items():
+        faults = "".join(f"<td>{row[k]} ({100 * row[k] / row['n']:.0f} %)</td>" for k in FAULTS)
+        lines.append(
+            f'<tr class="{"all" if kind == "all" else ""}"><td>{_e(kind)}</td><td>{row["n"]}</td>{faults}</tr>'
+        )
+    heads = ("edit type", "n", *FAULTS.values())
+    return (
+        "<h2>Where it fails, and whose fault it is</h2><p>The last evaluation's edits. A wrong one is the "
+        "<i>critic's</i> fault if the critic is content with it; else the <i>teacher's</i> if the base model, given "
+        "the wanted result's caption, draws something else (one try each); else the <i>student's</i>, which had both "
+        f'signals.</p><div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(lines)}'
+        "</table></div>"
     )
 
 

@@ -13,21 +13,22 @@ from torch import Tensor
 
 from npedit.checkpoint import writing
 from npedit.config import Recipe, find
+from npedit.data import Batch, Example, collate
 
 SIDE = 128  # of a picture in grid.png
 
 
-def held_out(recipe: Recipe, data: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """References (n, 3, H, W) and instructions to draw samples of: held-out ones for the toy; photos have no held-out
-    part, so there the first batch."""
-    n = recipe.trainer.sample_items
-    if recipe.trainer.benchmark == "toy":
-        from npedit.toy.world import render
+def held_out(recipe: Recipe, data: Any, n: int) -> Batch:
+    """References to edit while training goes on: held-out ones for the toy, the first n of its benchmark; photos have
+    no held-out part, so there the first batch."""
+    if recipe.trainer.benchmark != "toy":
+        return data.batch(0, n)
+    from npedit.toy.world import render
 
-        items = find("benchmarks", "toy").items(n, recipe.seed)
-        return render([e.reference for e in items]), tuple(e.instruction for e in items)
-    batch = data.batch(0, n)
-    return batch.references, batch.instructions
+    edits = find("benchmarks", "toy").items(n, recipe.seed)
+    words = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
+    pictures = render([e.reference for e in edits])
+    return collate([Example(str(i), x, *w) for i, (x, w) in enumerate(zip(pictures, words))])
 
 
 def write_samples(folder: Path, references: Tensor, instructions: Sequence[str], edited: Tensor) -> None:

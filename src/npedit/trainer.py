@@ -14,7 +14,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from npedit import checkpoint, distributed
-from npedit.config import Recipe, find, find_class, torch_dtype
+from npedit.config import Recipe, find_class, torch_dtype
 from npedit.errors import UserError, own_command
+from npedit.evaluation import Evaluation
 from npedit.flow import few_step_times
-from npedit.generator import edit
-from npedit.parts import build_parts, build_source, check_fits
+from npedit.hacking import HELD_OUT, alarms
+from npedit.parts import build_parts, build_source, check_fits, take_start
 from npedit.report import write_report
-from npedit.samples import held_out, write_samples
 from npedit.steps.base import Parts, Step
 
-CHUNK = 16  # pictures edited at a time for samples
 STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
 PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
@@ -55,8 +54,8 @@ def train(
 ) -> Path:
     """Train, or go on with training, in the folder `run`; the same call goes on after any kind of stop. Returns `run`.
 
-    `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end", in every process; facts
-    hold at least "step".
+    `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end", in every process, and
+    with "alarm" in the first; facts hold at least "step".
 
     Raises:
         UserError: see `checkpoint.claimed`; also a full disk, data that do not fit, gradients that stay not finite.
@@ -131,10 +130,9 @@ class _Loop:
         self.first = distributed.first()
         self.console = Console(quiet=not self.first)
         self.saved_at = self.printed_at = time.monotonic()
-        self.success = ""
         self.bad_rows = checkpoint.trim_rows(run / checkpoint.BAD_ROWS) if self.first else []
         self.rows_seen = 0
-        self.shown = held_out(recipe, data)
+        self.evaluation = Evaluation(recipe, run, parts, data, on_event)
 
     def go(self) -> None:
         """All stages, from the last checkpoint if there is one."""
@@ -145,6 +143,8 @@ class _Loop:
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
         student = self.parts.net("student", self.recipe.seed)
+        if not folder:
+            take_start(self.recipe, self.parts, student)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -165,7 +165,7 @@ class _Loop:
                     restore(step, folder)
                     start = numbers["update"]
                 if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
-                    self._log({"step": 0, **self._look(step, 0), "time": time.time()})
+                    self._log({"step": 0, **self.evaluation.look(step, 0), "time": time.time()})
                 self._stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
                     step.learners["student"].settle()
@@ -199,10 +199,11 @@ class _Loop:
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
             n = first_step + update + 1
             metrics = distributed.merged(distributed.gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
-            metrics |= self._counts(step) | self._look(step, n)
+            metrics |= self._counts(step) | self.evaluation.look(step, n)
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
             self._log(row)
             self._show(n, stage.step, metrics)
+            self._warn(row)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
             late = distributed.from_first(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
             if due or late or n == self.total:
@@ -235,65 +236,22 @@ class _Loop:
         skipped = sum(learner.skipped for learner in step.learners.values())
         return {"skipped_steps": float(skipped), "data/bad_rows": float(len(self.bad_rows))}
 
-    def _look(self, step: Step, n: int) -> dict[str, float]:
-        """Samples and evaluation where they are due, with the averaged weights."""
-        trainer = self.recipe.trainer
-        ends = n in (0, self.total)
-        sample = ends or (trainer.sample_every and n % trainer.sample_every == 0)
-        evaluate = trainer.benchmark and (ends or (trainer.evaluate_every and n % trainer.evaluate_every == 0))
-        if not (sample or evaluate):
-            return {}
-        began = time.monotonic()
-        found: dict[str, float] = {}
-        with step.learners["student"].average() as net, self.parts.awake("text", "vae"):
-            mode = net.training
-            net.eval()
-            if sample:
-                references, instructions = self.shown
-                edited = self._edit(net, references, instructions, 0)
-                if self.first:
-                    write_samples(self.run / "samples" / f"step-{n:06d}", references, instructions, edited)
-                self.on_event("sample", {"step": n})
-            if evaluate:
-                found = self._evaluate(net)
-                self.success = f"success {found['eval/both']:.0%}"
-                self.on_event("evaluate", {"step": n, **found})
-            net.train(mode)
-        return {**found, "time/look": time.monotonic() - began}
-
-    def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first: int) -> Tensor:
-        """Edits on the CPU, made by all processes; item i has the seed `first` + i."""
-        done: list[Tensor] = []
-        for start in range(0, len(references), CHUNK * distributed.world()):
-            mine = start + CHUNK * distributed.rank()
-            k = mine if mine < len(references) else start  # a sharded net has to be called by all, as often by each
-            part = references[k : k + CHUNK].to(self.parts.device)
-            seeds = list(range(first + k, first + k + len(part)))
-            words = list(instructions[k : k + CHUNK])
-            edited = edit(self.parts.family, net, part, words, steps=self.recipe.trainer.steps, seeds=seeds)
-            done += [e for e in distributed.gather(edited.float().cpu() if k == mine else None) if e is not None]
-        return torch.cat(done)
-
-    def _evaluate(self, net: nn.Module) -> dict[str, float]:
-        module, seen = find("benchmarks", self.recipe.trainer.benchmark), 0
-
-        def edit_fn(references: Tensor, instructions: list[str]) -> Tensor:
-            nonlocal seen
-            seen += len(references)
-            return self._edit(net, references, instructions, seen - len(references))
-
-        scores = module.score(edit_fn, module.items(self.recipe.trainer.evaluate_items, self.recipe.seed))
-        found = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
-        found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
-        return found | {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
-
     def _show(self, n: int, name: str, metrics: dict[str, float]) -> None:
         losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/")]
-        figures = "  ".join([*losses, self.success])
+        figures = "  ".join([*losses, self.evaluation.success])
         self.bar.update(self.task, completed=n, description=name, figures=figures)
         if not self.console.is_terminal and (time.monotonic() - self.printed_at > PRINT_SECONDS or n == self.total):
             self.printed_at = time.monotonic()
             self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
+
+    def _warn(self, row: dict[str, Any]) -> None:
+        """Say so at once if this row's evaluation shows that the critic is being deceived."""
+        if not self.first or not any(k in row for k in HELD_OUT):
+            return
+        found = alarms(checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items)
+        for alarm in (a for a in found if a.step == row["step"]):
+            self.console.print(f"ALARM {alarm.words()}", style="bold red", highlight=False, soft_wrap=True)
+            self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
 
     def _save(self, i: int, step: Step, update: int, n: int) -> None:
         tensors, learners = {}, {}
@@ -354,7 +312,7 @@ def restore(step: Step, folder: Path) -> None:
 
     def like(key: str) -> Tensor | None:
         name, _, own = key.partition("/")
-        return step.learners[name].like(own) if name in step.learners else None
+        return step.learners[name].like(own) if name in step.learners else step.extra_state().get(own)
 
     tensors, numbers = checkpoint.load(folder, like)
     try:

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from npedit.checkpoint import write_text, writing
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
-from npedit.toy.oracle import judge, outside_change, read_scene, reading_of
+from npedit.toy.oracle import described, judge, outside_change, read_scene, reading_of
 from npedit.toy.world import SIDE, render
 
 EditFn = Callable[[Tensor, list[str]], Tensor]
 MEASURES = ("applied", "preserved", "both")
+BLAME = ("n", "right", "critic", "teacher", "student")
 Z95 = 1.959964
 
 
@@ -150,6 +151,28 @@ def score(
         "outside_change": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
     }
+
+
+def blame(items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn: Tensor) -> dict[str, dict[str, int]]:
+    """Whose fault are wrong edits? Counts by edit type: `n`, `right` (applied and preserved), and of the others
+
+    critic    it is content: every wanted answer is the likelier one, so nothing was left to learn from it
+    teacher   the critic objects, but the base model, given the wanted result's caption, draws something else
+    student   the critic objects and the teacher can draw it: the signal was there
+
+    `edited` and `drawn` are images (n, 3, 32, 32), the editor's and the base model's; `content` is the critic's
+    verdict on each edit. One drawing an item, so `teacher` is a share of chance too.
+    """
+    counts: dict[str, dict[str, int]] = {
+        t: dict.fromkeys(BLAME, 0) for t in EDIT_TYPES if any(t == e.edit_type for e in items)
+    }
+    readings = read_scene(edited), read_scene(drawn)
+    for e, seen, other, happy in zip(items, *readings, content, strict=True):
+        able = described(e.target_caption, other)
+        fault = "right" if all(judge(e, seen)) else "critic" if happy else "student" if able else "teacher"
+        counts[e.edit_type][fault] += 1
+        counts[e.edit_type]["n"] += 1
+    return counts
 
 
 def _rates(rows: Sequence[tuple[bool, bool]]) -> dict[str, Rate]:

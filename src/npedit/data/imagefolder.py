@@ -57,6 +57,7 @@ class Settings(Base):
         ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512)), min_length=1
     )
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad rows above which training stops")
+    share: float = Field(1.0, gt=0, le=1, description="share of the rows, drawn by lot, that is used at all")
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
     columns: dict[Literal[FIELDS], str] = Field({}, description="our field -> the data set's column")
     max_pixels: int = Field(80_000_000, ge=1, le=89_478_485, description="larger images are bad rows")
@@ -184,6 +185,13 @@ def read_rows(metadata: Path, settings: Settings) -> list[Row]:
     return [_row(value, line, metadata, settings.columns) for line, value in values]
 
 
+def some(rows: list[Row], share: float) -> list[Row]:
+    """This share of the rows, at least one, in their order. Whatever the seed, a smaller share is part of a larger."""
+    lots = list(range(len(rows)))
+    random.Random("share").shuffle(lots)
+    return [rows[i] for i in sorted(lots[: max(1, round(share * len(rows)))])]
+
+
 # ----------------------------------------------------------------------------------------------------------- source
 
 
@@ -200,7 +208,7 @@ class Source:
         self.settings = settings
         self.seed = seed
         self.metadata = find_metadata(settings.path)
-        self.rows = read_rows(self.metadata, settings)
+        self.rows = some(read_rows(self.metadata, settings), settings.share)
         self.has_target_captions = all(row.target_caption for row in self.rows)
         self.has_source_captions = all(row.source_caption for row in self.rows)
         self._bad: dict[int, dict] = {}

@@ -1,6 +1,7 @@
 """The toy world as an endless data set: scenes drawn on the way, instructions and captions, and never an edited image.
 
-Item i is a pure function of (seed, i), and only the reference of its edit is drawn.
+Item i is a pure function of (seed, i), and only the reference of its edit is drawn. With `items` the set is finite: its
+first so many, passed through over and over, in a new order each time. A smaller set is part of a larger one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from functools import lru_cache
 
 from pydantic import Field
 from torch import Tensor
@@ -22,10 +24,11 @@ class Settings(Base):
     """How the toy world is sampled."""
 
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
+    items: int = Field(0, ge=0, description="how many different items there are; 0 is no end of them")
 
 
 class Source:
-    """An endless stream of toy items in the training phrasings. There are no rows, hence no bad ones."""
+    """A stream of toy items in the training phrasings. There are no rows, hence no bad ones."""
 
     has_target_captions = True
     has_source_captions = True
@@ -33,9 +36,10 @@ class Source:
     def __init__(self, settings: Settings, seed: int):
         self.settings = settings
         self.seed = seed
+        self._order = lru_cache(4)(self._new_order)
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return self.settings.items or sys.maxsize
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -64,12 +68,21 @@ class Source:
         """
         if size < 1 or index < 0 or not 0 <= rank < world:
             raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
-        first = (index * world + rank) * size
-        rngs = [random.Random(f"{self.seed}/{i}") for i in range(first, first + size)]
+        numbers = self._numbers((index * world + rank) * size, size)
+        rngs = [random.Random(f"{self.seed}/{i}") for i in numbers]
         edits = [sample_edit(rng) for rng in rngs]
         pictures = render([e.reference for e in edits])
-        items = (self._example(*parts) for parts in zip(range(first, first + size), edits, pictures, rngs, strict=True))
-        return collate(list(items))
+        return collate([self._example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
+
+    def _numbers(self, first: int, size: int) -> list[int]:
+        """Which items stand at these positions of the stream."""
+        count, places = self.settings.items, range(first, first + size)
+        return [self._order(i // count)[i % count] for i in places] if count else list(places)
+
+    def _new_order(self, epoch: int) -> list[int]:
+        order = list(range(self.settings.items))
+        random.Random(f"{self.seed}/pass/{epoch}").shuffle(order)
+        return order
 
     def _example(self, number: int, edit: Edit, picture: Tensor, rng: random.Random) -> Example:
         item = Example(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 
+from pydantic import Field
+
 from npedit.config import Settings as Base
 from npedit.data import PairedBatch
 from npedit.data.toy import Settings as ToySettings
@@ -14,20 +16,22 @@ from npedit.toy.world import render
 
 
 class Settings(Base):
-    """None: there is nothing to set."""
+    """How many pairs there are."""
+
+    items: int = Field(0, ge=0, description="how many different pairs there are; 0 is no end of them")
 
 
 class Source(ToySource):
-    """An endless stream of paired toy items; item i is the edit of `toy`'s item i, never "do nothing"."""
+    """A stream of paired toy items; item i is the edit of `toy`'s item i, never "do nothing"."""
 
     has_pairs = True
 
     def __init__(self, settings: Settings, seed: int):
-        super().__init__(ToySettings(nothing_share=0.0), seed)
+        super().__init__(ToySettings(nothing_share=0.0, items=settings.items), seed)
 
     def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> PairedBatch:
         """The index-th batch of this rank, with edited images (size, 3, 32, 32) in [0, 1]."""
         batch = super().batch(index, size, rank, world)
-        first = (index * world + rank) * size
-        edits = [sample_edit(random.Random(f"{self.seed}/{i}")) for i in range(first, first + size)]
+        numbers = self._numbers((index * world + rank) * size, size)
+        edits = [sample_edit(random.Random(f"{self.seed}/{i}")) for i in numbers]
         return PairedBatch(**vars(batch), edited=render([e.target for e in edits]))

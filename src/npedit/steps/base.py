@@ -27,8 +27,17 @@ from npedit.meta import under_way
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A critic that is asked at evaluations and never trained against, and how questions are put to it."""
+
+    critic: Critic
+    wording: str
+
+
+@dataclass(frozen=True)
 class Parts:
-    """The frozen parts that a step works with. `critic` is None only where no step needs one."""
+    """The frozen parts that a step works with. `critic` is None only where no step needs one; `judge`, which no step
+    may ask, only where the recipe names none."""
 
     family: Family
     critic: Critic | None
@@ -37,10 +46,11 @@ class Parts:
     lora: LoraChoice | None = None
     memory: MemorySettings = MemorySettings()
     prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded, the last used at the end
+    judge: Judge | None = None
     woken: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
 
     def __post_init__(self) -> None:
-        with self.awake("text", "vae", "critic"):
+        with self.awake("text", "vae", "critic", "judge"):
             pass  # with `memory.offload` they rest from here on
 
     def net(self, role: str, seed: int) -> nn.Module:
@@ -87,9 +97,9 @@ class Parts:
 
     @contextmanager
     def awake(self, *names: str) -> Iterator[None]:
-        """Use the frozen parts of these names ("text", "vae", "critic") inside the block, where they are on the device.
-        With `memory.offload` they rest in the CPU's memory outside of all such blocks; a backward pass through them
-        must end inside."""
+        """Use the frozen parts of these names ("text", "vae", "critic", "judge") inside the block, where they are on
+        the device. With `memory.offload` they rest in the CPU's memory outside of all such blocks; a backward pass
+        through them must end inside."""
         if not self.memory.offload:
             yield
             return
@@ -112,6 +122,8 @@ class Parts:
         """The frozen modules behind a name of `awake`."""
         if name == "critic":
             return [self.critic.model] if self.critic else []
+        if name == "judge":
+            return [self.judge.critic.model] if self.judge else []
         pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
         return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
 

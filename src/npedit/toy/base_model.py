@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from npedit import flow
 from npedit.families.base import Text
 from npedit.families.flux import Flux
+from npedit.generator import draw
 from npedit.toy.edits import EDIT_TYPES, Edit, caption_for, full_caption, sample_edit
 from npedit.toy.fit import fit
 from npedit.toy.oracle import described, read_scene
@@ -203,17 +204,8 @@ def _encode(pipe: FluxPipeline, captions: list[str]) -> Text:
 def sample(family: Flux, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
     """Text-to-image: Euler steps of the guided velocity. Images (b, 3, 32, 32), clamped to [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(captions), family.facts.channels, 8, 8, generator=generator)
-    text, blank = family.encode_text(captions), family.encode_text([""] * len(captions))
-    times = [*flow.few_step_times(steps, SHIFT).tolist(), 0.0]
-    for now, then in zip(times, times[1:]):
-        t = torch.full((len(captions),), now)
-        v = family.velocity(family.pipe.transformer, x, t, text)
-        if guidance != 1:
-            v0 = family.velocity(family.pipe.transformer, x, t, blank)
-            v = v0 + guidance * (v - v0)
-        x = x + (then - now) * v
-    return family.decode(x).clamp(0, 1)
+    noise = torch.randn(len(captions), family.facts.channels, 8, 8, generator=generator)
+    return draw(family, captions, noise, flow.few_step_times(steps, SHIFT).tolist(), guidance)
 
 
 def caption_score(

@@ -1,0 +1,63 @@
+"""Flow-GRPO's arithmetic (arXiv 2505.05470): the flow as an SDE, its log-probabilities, advantages, clipped ratios, KL.
+
+With v = eps - x0 and t falling from 1 to 0 the ODE dx = v dt and, for every sigma_t, the SDE
+
+    dx = [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t dw,      sigma_t = a sqrt(t / (1 - t))
+
+give the same law of x at each t (equations 8 and 9). One Euler-Maruyama step of it from t to s < t is a Gaussian, the
+policy's action.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Latents = Float[Tensor, "b c h w"]
+PerSample = Float[Tensor, "b"]
+
+
+def transition(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
+    """Mean and standard deviation of the SDE's step from time t to `after`; `noise_level` is the paper's a.
+
+    At t = 1, where sigma is not finite, 1 - t is taken as 1 - after, as in the authors' code; that step leaves a
+    variance too large by a^4 / 4, however short it is, which later steps forget. Gradient flows to x and v.
+
+    Raises:
+        ValueError: the times do not fall.
+    """
+    if not 0 <= after < t <= 1:
+        raise ValueError(f"expected 0 <= after < t <= 1; got t = {t}, after = {after}")
+    step = t - after
+    variance = noise_level**2 * t / (1 - t if t < 1 else step)
+    mean = x - step * (v + variance / (2 * t) * (x + (1 - t) * v))
+    return mean, math.sqrt(variance * step)
+
+
+def log_prob(x: Latents, mean: Latents, std: float) -> PerSample:
+    """The log-density of x under N(mean, std^2), as the mean over channels and places. Gradient flows to `mean`."""
+    density = -0.5 * ((x.detach() - mean) / std).square() - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return density.mean((1, 2, 3))
+
+
+def advantages(rewards: Float[Tensor, "group b"]) -> Float[Tensor, "group b"]:
+    """(reward - mean) / std over each item's group (equation 4); zero where all rewards of a group are equal."""
+    centred = rewards - rewards.mean(0)
+    return centred / (rewards.std(0, unbiased=False) + 1e-4)
+
+
+def policy_loss(now: PerSample, before: PerSample, advantage: PerSample, clip: float) -> Float[Tensor, ""]:
+    """The clipped objective (equation 5, its sign turned): -mean min(r A, clamp(r, 1 - clip, 1 + clip) A), where
+    r = exp(now - before). Gradient flows to `now`, save where clipping holds it."""
+    ratio = (now - before.detach()).exp()
+    held = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, held * advantage).mean()
+
+
+def divergence(mean: Latents, reference: Latents, std: float) -> Float[Tensor, ""]:
+    """KL(N(mean, std^2) || N(reference, std^2)), as the mean over samples, channels and places. Gradient flows to
+    `mean`."""
+    return ((mean - reference.detach()) / std).square().mean() / 2

@@ -1,0 +1,199 @@
+"""Flow-GRPO, the baseline in which the same critic is a reward only (arXiv 2505.05470). No pairs.
+
+    sample    each item `group` times by the flow's SDE, with the weights of now: states x, log-probabilities, rewards
+    reward    the critic's P(all wanted answers) of the decoded picture; advantage: against the item's other samples
+    update    `policy_updates` times: clipped ratios and beta KL(policy || start), over all samples and SDE steps
+
+It needs a start that can edit already, since a sample that no chance can make right has no reward to tell it from the
+others: let a stage `supervised` come before, or give the recipe a `start`. That start is the KL's reference policy.
+
+The reward is the product of the answers' probabilities, edit and identity, and not their mean: a mean would pay half
+for a mere copy. Its logarithm is NP-Edit's critic loss with the sign turned, so both are after the same thing.
+
+Deviations from the paper:
+- the last step, to t = 0, is the ODE's and is not trained; its noise would stay in the picture that the critic sees.
+- log-probabilities and KL are means over a latent's numbers, as in the authors' code; `clip` is meant for those. The
+  KL is that of the steps themselves, as in the paper (the code leaves out the step's length).
+- no classifier-free guidance, here as in use; at use the editor's own few-step sampler makes the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from npedit import flow, grpo
+from npedit.config import Settings
+from npedit.data import Batch
+from npedit.families.base import Text
+from npedit.generator import fresh_noise, seeded
+from npedit.learner import Learner, LearnerSettings
+from npedit.steps.base import Clock, Parts
+from npedit.steps.base import Step as Base
+from npedit.verdict import verdict
+
+
+class FlowGrpoSettings(Settings):
+    """Settings of the baseline; those with a counterpart in the paper have its values, but for the group's size."""
+
+    sampling_steps: int = Field(10, ge=2, le=64)  # of the SDE in training, whatever the few-step editor's number
+    group: int = Field(8, ge=2)  # samples of one item (paper: 24)
+    noise_level: float = Field(0.7, gt=0)  # a
+    clip: float = Field(1e-4, gt=0, lt=1)  # of ratios of mean log-probabilities; smaller latents need a larger one
+    kl_weight: float = Field(0.04, ge=0)  # beta
+    policy_updates: int = Field(2, ge=1)  # on each set of samples; with one, every ratio is 1 and nothing is clipped
+    student: LearnerSettings = LearnerSettings()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the policy did on one batch: n = group * b trajectories, sample g of item i in row g * b + i.
+
+    `states` holds x (n, c, h, w) at each of `times`; `before` the log-probability (n,) of each step but the last, and
+    `reference` the mean (n, c, h, w) that the reference policy gives it (none of these, if the KL's weight is 0).
+    """
+
+    text: Text
+    references: Tensor
+    times: tuple[float, ...]
+    states: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
+    reference: tuple[Tensor, ...]
+    advantages: Tensor
+
+
+class Step(Base):
+    """See the module's head."""
+
+    Settings = FlowGrpoSettings
+
+    def __init__(self, settings: FlowGrpoSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
+        self.settings, self.parts, self.seed = settings, parts, seed
+        self.learners = {"student": Learner(student, settings.student, updates * settings.policy_updates)}
+        self.start = {n: p.detach().clone() for n, p in self._trained() if settings.kl_weight}
+
+    @classmethod
+    def needs(cls, settings: FlowGrpoSettings) -> frozenset[str]:
+        """The critic; neither captions nor pairs."""
+        return frozenset({"critic"})
+
+    def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
+        """Sample, reward, and improve the policy on the samples."""
+        clock, metrics = Clock(), []
+        with clock("sample"):
+            taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
+        losses = [partial(self._loss, s, k, metrics) for s in taken for k in range(len(s.before))]
+        with clock("student"):
+            for _ in range(self.settings.policy_updates):
+                logged = self.learners["student"].update(losses)
+        keys = sorted({k for m in metrics for k in m})
+        means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in keys}
+        return means | {f"{k}/student": v for k, v in logged.items()} | clock.seconds
+
+    # -------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def _sample(self, batch: Batch, update: int, micro: int, metrics: list[dict[str, float]]) -> Samples:
+        """Trajectories of a batch with the weights of now, their rewards and what the reference policy would do."""
+        s, generator = self.settings, seeded(self.seed, "flow_grpo", update, micro)
+        latents = self.parts.encode(batch.references)
+        rows = torch.arange(len(batch)).repeat(s.group)
+        text, references = self.parts.text(batch.instructions).take(rows), latents.repeat(s.group, 1, 1, 1)
+        shift = self.parts.family.shift(*batch.references.shape[-2:])
+        times = (1.0, *flow.few_step_times(s.sampling_steps, shift)[1:].tolist())
+        x = torch.cat(fresh_noise(latents, s.group, generator))
+        states, before = [x], []
+        for t, after in zip(times, times[1:]):
+            mean, std = grpo.transition(x, self._velocity(x, t, text, references), t, after, s.noise_level)
+            x = mean + std * torch.cat(fresh_noise(latents, s.group, generator))
+            before.append(grpo.log_prob(x, mean, std))
+            states.append(x)
+        x0 = x - times[-1] * self._velocity(x, times[-1], text, references)
+        rewards = self._rewards(batch, x0, metrics)
+        found = Samples(text, references, times, tuple(states), tuple(before), (), grpo.advantages(rewards).flatten())
+        return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
+
+    def _velocity(self, x: Tensor, t: float, text: Text, references: Tensor) -> Tensor:
+        net, times = self.learners["student"].net, torch.full((len(x),), t, device=x.device)
+        return self.parts.family.velocity(net, x, times, text, (references,)).float()
+
+    def _rewards(self, batch: Batch, x0: Tensor, metrics: list[dict[str, float]]) -> Tensor:
+        """P(all wanted answers) of each sample, (group, b)."""
+        group = self.settings.group
+        with self.parts.awake("vae", "critic"):
+            edited = self.parts.family.decode(x0)
+            again = replace(
+                batch,
+                references=batch.references.repeat(group, 1, 1, 1),
+                **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
+            )
+            said = verdict(self.parts.critic, self.parts.wording, again, edited)
+        rewards = said.joint().view(group, -1).to(x0.device)
+        spread = float(rewards.std(0, unbiased=False).mean())
+        metrics.append({"reward/mean": float(rewards.mean()), "reward/group_std": spread})
+        metrics.append(said.means("critic", again.edit_types))
+        return rewards
+
+    def _reference_means(self, samples: Samples) -> tuple[Tensor, ...]:
+        with self._at_start():
+            steps = [self._action(samples, k) for k in range(len(samples.before))]
+        return tuple(mean for mean, _ in steps)
+
+    # ---------------------------------------------------------------------------------------------------- update
+
+    def _action(self, samples: Samples, k: int) -> tuple[Tensor, float]:
+        """Mean and standard deviation that the net's present weights give the k-th SDE step."""
+        x, (t, after) = samples.states[k], samples.times[k : k + 2]
+        v = self._velocity(x, t, samples.text, samples.references)
+        return grpo.transition(x, v, t, after, self.settings.noise_level)
+
+    def _loss(self, samples: Samples, k: int, metrics: list[dict[str, float]]) -> Tensor:
+        s = self.settings
+        mean, std = self._action(samples, k)
+        now = grpo.log_prob(samples.states[k + 1], mean, std)
+        loss = grpo.policy_loss(now, samples.before[k], samples.advantages, s.clip)
+        far = (now.detach() - samples.before[k]).exp().sub(1).abs() > s.clip
+        seen = {"loss/policy": float(loss.detach()), "policy/outside_clip": float(far.float().mean())}
+        if s.kl_weight:
+            kl = grpo.divergence(mean, samples.reference[k], std)
+            seen["loss/kl"] = float(kl.detach())
+            loss = loss + s.kl_weight * kl
+        metrics.append(seen)
+        return loss
+
+    # ------------------------------------------------------------------------------------------- reference policy
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.learners["student"].net.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """Put the weights of the start into the student's net for the length of a `with` block."""
+        kept = {n: p.detach().clone() for n, p in self._trained()}
+        self._put(self.start)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, param in self._trained():
+            param.copy_(weights[name])
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The weights of the reference policy."""
+        return self.start
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        if state.keys() != self.start.keys():
+            raise ValueError(f"expected {len(self.start)} tensors of the start; got {len(state)}")
+        for name, place in self.start.items():
+            place.copy_(state[name])
