@@ -26,13 +26,14 @@ from npedit.critics._hollow import hollow_critic
 from npedit.critics.base import Critic
 from npedit.data import PairedBatch
 from npedit.errors import UserError
+from npedit.evaluation import CHUNK
 from npedit.families._hollow import hollow_family
 from npedit.families.base import Family
 from npedit.generator import edit, seeded, training_times
 from npedit.meta import META, WORKING, Counted, under_way
 from npedit.parts import check_processes
 from npedit.steps.base import Parts, Step
-from npedit.trainer import CHUNK, STAGE_SEEDS
+from npedit.trainer import STAGE_SEEDS
 
 PUBLISHED = Path(__file__).parent / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
