@@ -16,6 +16,7 @@ from PIL import Image
 from npedit.benchmarks.toy import wilson
 
 Rows = Sequence[dict[str, Any]]
+Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
 COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
@@ -100,6 +101,31 @@ def png(picture: Image.Image) -> bytes:
     """A picture as a PNG file's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]]) -> bytes:
+    """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none)."""
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, (0.9 + 0.32 * len(editors)) * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axes, (title, means) in zip(grid, panels):
+        for k, (value, ci) in enumerate(means):
+            ends = ci or (value, value)
+            colour = COLOURS[k % len(COLOURS)]
+            axes.plot(ends, (k, k), color=colour, linewidth=2.2)
+            axes.plot(value, k, "o", color=colour)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_yticks(range(len(editors)), editors, fontsize=8.5)
+        axes.set_ylim(len(editors) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.grid(axis="x", alpha=0.25)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
