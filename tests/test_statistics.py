@@ -29,7 +29,7 @@ def test_the_bootstraps_spread_is_the_analytic_standard_error():
 
 
 def test_the_interval_covers_what_it_says():
-    """Known truth: 11 tasks of unlike means, scores with ceilings as judges give them; 95 % within 3 sigma of 400 runs."""
+    """Known truth: 11 tasks of unlike means, scores with ceilings as judges give them; 95 % within 3 sigma."""
     rng, sizes = np.random.default_rng(1), [20, 20, 35, 30, 30, 28, 30, 50, 20, 20, 20]
     tasks = [str(t) for t, n in enumerate(sizes) for _ in range(n)]
     chances = [0.2 + 0.05 * t for t in range(len(sizes))]

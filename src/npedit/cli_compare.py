@@ -182,8 +182,8 @@ def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path,
         cells = ["-" if value is None else _with(*value) for value in found.figures]
         shown.add_row(name, str(found.n), *cells)
     shown.caption = (
-        "correlations: the mean of those of the tasks through Fisher's z; pairs: two editors of one item; the margin of "
-        "calibrated ties is chosen on the same pairs, so that its accuracy is a little too high"
+        "correlations: the mean of those of the tasks through Fisher's z; pairs: two editors of one item; the margin "
+        "of calibrated ties is chosen on the same pairs, so that its accuracy is a little too high"
     )
     return shown
 
