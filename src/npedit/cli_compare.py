@@ -40,8 +40,6 @@ def compare(
     Intervals are 95 % bootstrap ones with items drawn within tasks; p-values are those of sign flips, adjusted by Holm
     for all that are printed.
     """
-    from npedit.cli_edit import writable
-
     results = opened(folders, force)
     measures, left_out = comparable(results, wanted or [])
     for words in left_out:
@@ -50,7 +48,6 @@ def compare(
         raise UserError("expected a measure that all results have on enough items; got none; see the notes above")
     if plot.suffix.lower() != ".png":
         raise UserError(f"expected a plot's name to end in .png; got {plot}; change --plot")
-    writable(plot)
     out.print(differences(results, measures, margin, seed))
     if len(results) > 2:
         out.print(ranking(results, measures, margin, seed))
@@ -132,7 +129,9 @@ def differences(results: Sequence[Results], measures: Sequence[str], margin: flo
     adjusted = iter(statistics.holm([d.p for *_, d, _ in tests if d]))
     shown = Table(title=f"Against {results[0].name}, on the items that all have")
     for column in ("measure", "better", "editor", "n", "mean", "difference", "p (Holm)", "win/tie/loss", "win rate"):
-        shown.add_column(column, justify="left" if column in ("measure", "better", "editor") else "right")
+        shown.add_column(
+            column, justify="left" if column in ("measure", "better", "editor") else "right", overflow="fold"
+        )
     for name, k, mean, d, ci in tests:
         if not k:
             shown.add_section()
@@ -156,7 +155,7 @@ def ranking(results: Sequence[Results], measures: Sequence[str], margin: float, 
 
     shown = Table(title="Ranking: Davidson's model of wins and ties")
     for column in ("measure", "editor", "Elo"):
-        shown.add_column(column, justify="right" if column == "Elo" else "left")
+        shown.add_column(column, justify="right" if column == "Elo" else "left", overflow="fold")
     for name in measures:
         values, tasks, _ = shared(results, name)
         found, ci = statistics.rank(values, tasks, lower_is_better(name), margin, seed)
@@ -176,7 +175,7 @@ def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path,
     given = agree.read_labels(labels, [r.name for r in results])
     shown = Table(title=f"Against people: {len(given)} labels")
     for column in ("measure", "n", "Spearman", "Kendall tau-b", "pairwise accuracy", "with calibrated ties"):
-        shown.add_column(column, justify="left" if column == "measure" else "right")
+        shown.add_column(column, justify="left" if column == "measure" else "right", overflow="fold")
     for name in measures:
         found = agree.against_people(results, name, given, lower_is_better(name), seed)
         cells = ["-" if value is None else _with(*value) for value in found.figures]

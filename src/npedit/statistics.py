@@ -34,7 +34,10 @@ def mean(values: Numbers, tasks: Sequence[str], over_tasks: bool = True) -> floa
     values = np.asarray(values, dtype=float)
     if len(values) != len(tasks) or not len(values):
         raise ValueError(f"expected as many values as tasks and at least one; got {len(values)}, {len(tasks)}")
-    return float(values @ _weights(tasks, over_tasks))
+    if not over_tasks:
+        return float(values.mean())
+    _, place, counts = np.unique(np.asarray(tasks), return_inverse=True, return_counts=True)
+    return float((np.bincount(place, values) / counts).mean())
 
 
 def strata(tasks: Sequence[str]) -> list[np.ndarray]:

@@ -87,10 +87,10 @@ def opener(path: Path, what: str) -> Opener:
 def table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """The headlines: value with 95 % interval, n, coverage, direction."""
     shown = Table(title=title)
-    shown.add_column("measure")
+    shown.add_column("measure", overflow="fold")
     for name in ("value", "95 % interval", "n", "coverage"):
-        shown.add_column(name, justify="right")
-    shown.add_column("better")
+        shown.add_column(name, justify="right", overflow="fold")
+    shown.add_column("better", overflow="fold")
     for name, entry in summary.items():
         if name.endswith("/micro"):
             continue

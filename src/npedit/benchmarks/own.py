@@ -145,7 +145,7 @@ def by_task(rows: Sequence[Row]) -> Table:
     names = [n for n in names if not n.endswith(("_outside", TARGET))]
     shown = Table(title="By task")
     for name in ("task", "n", *names):
-        shown.add_column(name, justify="left" if name == "task" else "right")
+        shown.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
     for task, n in sorted(Counter(row.task for row in rows).items()):
         cells = []
         for name in names:
