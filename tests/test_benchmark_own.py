@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from encoder_sets import clip, dino
-from npedit import cli
+from npedit import cli, parts
 from npedit.benchmarks import own
 from npedit.errors import UserError
 from npedit.results import Results
@@ -197,3 +197,9 @@ def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):
     assert not any(
         n.endswith(("_target", "_outside")) or n.startswith(("clip_t", "clip_dir")) for n in rows["a"].scores
     )
+
+
+@pytest.mark.parametrize("name", ["own", "dreambench"])
+def test_training_cannot_watch_a_benchmark_that_needs_data(name):
+    with pytest.raises(UserError, match=f"npedit evaluate {name}"):
+        parts._check_benchmark(name, [(32, 32)], 8)

@@ -64,7 +64,7 @@ def test_no_headline_without_coverage_and_undefined_does_not_lower_it():
     "line",
     [
         *("{", "[]", '{"id": "a"}', '{"id": 1, "task": "t", "scores": {}}'),
-        *('{"id": "a", "task": "t", "scores": {"x": %s}}' % value for value in ('"1"', "NaN", "true")),
+        *(f'{{"id": "a", "task": "t", "scores": {{"x": {value}}}}}' for value in ('"1"', "NaN", "true")),
     ],
 )
 def test_broken_rows_are_refused(tmp_path, line):
