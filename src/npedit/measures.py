@@ -22,7 +22,7 @@ from npedit.encoders import Absent, Clip, Dino
 from npedit.results import Measures, NoScore, Undefined
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
-CHANGED = 0.1  # a pixel has changed if a channel differs by more, after a 5 x 5 mean
+CHANGED = 0.1  # a pixel has changed if a channel differs by more, after a mean over its neighbours
 COPIED = 0.001  # share of changed pixels below which a picture is a mere copy
 SHAPE = 0.02  # relative difference of aspect from which pixels cannot be compared
 OUTSIDE, TARGET = "_outside", "_target"
@@ -76,9 +76,12 @@ def ssim_map(a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> Float[Tens
 
 
 def changed_area(a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"], kept: Bool[Tensor, "h w"]) -> float:
-    """The share of pixels that differ by more than .1 in a channel after a 5 x 5 mean, in [0, 1]: how much of the
-    picture was changed at all."""
-    differs = F.avg_pool2d((a - b)[None], 5, stride=1, padding=2, count_include_pad=False)[0].abs().amax(0) > CHANGED
+    """The share of pixels that differ by more than .1 in a channel, in [0, 1]: how much of the picture was changed at
+    all. The difference is first averaged over windows of 5 x 5 for a short side of 512 pixels, larger and smaller in
+    proportion (1 x 1 below 256, where five pixels can be a whole object)."""
+    around = min(a.shape[1:]) // 256
+    near = F.avg_pool2d((a - b)[None], 2 * around + 1, stride=1, padding=around, count_include_pad=False)[0]
+    differs = near.abs().amax(0) > CHANGED
     return _mean(differs.float(), kept)
 
 
