@@ -34,11 +34,11 @@ LONG = {
 # Outside packages stay in their place: here, and nowhere else in the package.
 PLACES = {
     "diffusers": ("families", "toy", "checkpoint"),
-    "transformers": ("families", "critics", "benchmarks", "toy"),
+    "transformers": ("families", "critics", "encoders", "benchmarks", "toy"),
     "peft": ("lora",),
     "datasets": ("data",),
     "matplotlib": ("plots", "report"),
-    "typer": ("cli", "cli_edit"),
+    "typer": ("cli", "cli_compare", "cli_edit", "cli_options", "cli_own"),
     "torchvision": (),  # beside a CPU-only torch it does not import
     "accelerate": (),  # sharding is the learner's own
 }

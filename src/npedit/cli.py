@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli_compare import compare
+from npedit.cli_options import ModelOption, SeedOption, StepsOption
+from npedit.cli_own import BENCHMARKS
 from npedit.cli_train import move_aside, recipe_path
 from npedit.errors import UserError, own_command, program, writing
 
@@ -30,20 +33,17 @@ app = typer.Typer(
 )
 toy_app = typer.Typer(no_args_is_help=True, help="The toy world: its pictures, its data, its models.")
 app.add_typer(toy_app, name="toy")
+evaluate_app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark, with 95 % intervals.")
+app.add_typer(evaluate_app, name="evaluate")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
 HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
-ModelOption = Annotated[
-    str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
 ScenesOption = Annotated[
     int, typer.Option("--seed", "-s", help="Which held-out scenes. Training watches those of its recipe's seed.", min=0)
 ]
-StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
 ]
@@ -223,10 +223,14 @@ def edit(
 # ------------------------------------------------------------------------------------------ evaluate, report, export
 
 
-@app.command()
+for _name, _command in BENCHMARKS.items():
+    evaluate_app.command(_name)(plain_errors(_command))
+app.command()(plain_errors(compare))
+
+
+@evaluate_app.command("toy")
 @plain_errors
-def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="The benchmark: toy.")],
+def evaluate_toy(
     model: ModelOption = "embedded",
     items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
     seed: ScenesOption = HELD_OUT_SEED,
@@ -234,16 +238,15 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
     picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
 ) -> None:
-    """Score an editor on held-out items, with 95 % intervals."""
+    """Held-out scenes of the toy world, judged by its exact oracle."""
     import tempfile
 
-    from npedit import config
+    from npedit.benchmarks import toy
     from npedit.checkpoint import write_text
     from npedit.cli_edit import save_pictures, writable
     from npedit.editor import Editor
     from npedit.report import results_sheet
 
-    bench = config.find("benchmarks", benchmark)
     for path in (json_file, picture):
         if path:
             writable(path)
@@ -252,9 +255,9 @@ def evaluate(
         scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
         if picture:
             save_pictures([(results_sheet(Path(kept)), picture)])
-    out.print(bench.table(scores))
+    out.print(toy.table(scores))
     if json_file:
-        facts = {"benchmark": benchmark, "model": str(model), "seed": seed, "steps": steps or editor.steps}
+        facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
         write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
         out.print(f"Scores: {escape(str(json_file))}")
 

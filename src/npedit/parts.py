@@ -154,7 +154,12 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 
 def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
-    side = find("benchmarks", name).SIDE
+    side = getattr(find("benchmarks", name), "SIDE", 0)
+    if not side:
+        raise UserError(
+            f"trainer.benchmark: expected one that needs no data of its own: toy; got {name}; "
+            f"score the finished editor with it: npedit evaluate {name}"
+        )
     other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
     if other:
         raise UserError(

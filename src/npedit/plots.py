@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from npedit.benchmarks.toy import wilson
 from npedit.hacking import HELD_OUT, JUDGES, alarms, critic_score
 
 Rows = Sequence[dict[str, Any]]
+Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
 COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
@@ -125,28 +126,26 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def study_plot(rows: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
-    """A study's table as bars: `both` of each row with its 95 % interval and a dot for each seed. A PNG file's
-    bytes."""
-    figure = Figure(figsize=(7.5, 1.1 + 0.42 * len(rows)), layout="constrained", facecolor="white")
+def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]]) -> bytes:
+    """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none)."""
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, (0.9 + 0.32 * len(editors)) * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes, names = figure.subplots(), list(rows)
-    values = [rows[n]["both"]["value"] for n in names]
-    bands = [rows[n]["both"]["ci95"] for n in names]
-    spread = [[v - b[0] for v, b in zip(values, bands)], [b[1] - v for v, b in zip(values, bands)]]
-    axes.barh(names, values, xerr=spread, height=0.62, color=COLOURS[0], alpha=0.75, ecolor="#1c2330", capsize=3)
-    for row, name in enumerate(names):
-        each = rows[name]["each"]
-        if len(each) > 1:
-            axes.plot(each, [row] * len(each), "o", color=COLOURS[3], markersize=4, zorder=3)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("edit applied and all else preserved", fontsize=9)
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.tick_params(labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axes, (title, means) in zip(grid, panels):
+        for k, (value, ci) in enumerate(means):
+            ends = ci or (value, value)
+            colour = COLOURS[k % len(COLOURS)]
+            axes.plot(ends, (k, k), color=colour, linewidth=2.2)
+            axes.plot(value, k, "o", color=colour)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_yticks(range(len(editors)), editors, fontsize=8.5)
+        axes.set_ylim(len(editors) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.grid(axis="x", alpha=0.25)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.remove()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -28,7 +28,7 @@ from npedit.config import Recipe, Settings, check, load_recipe
 from npedit.editor import Editor
 from npedit.errors import UserError, nearest
 from npedit.parts import build_parts
-from npedit.plots import study_plot
+from npedit.plots import comparison
 from npedit.steps.base import Parts
 
 CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
@@ -235,7 +235,7 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     for number, table in enumerate(study.tables, 1):
         picture = folder / f"{number}.png"
         with writing(picture):
-            picture.write_bytes(study_plot({r: scores[r] for r in table.rows}, table.title))
+            picture.write_bytes(comparison(table.rows, [(table.title, [_mean(scores[r]) for r in table.rows])]))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
         lines += [verdict(c, scores) + "  " for c in table.claims]
         lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)]
@@ -243,6 +243,10 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     return folder / "results.md"
+
+
+def _mean(score: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
+    return score["both"]["value"], tuple(score["both"]["ci95"])
 
 
 def _head(kinds: list[str]) -> str:

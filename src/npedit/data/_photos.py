@@ -93,3 +93,17 @@ def open_photo(path: Path, size: tuple[int, int]) -> Tensor:
     except _PIL_ERRORS as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def open_whole(path: Path, max_pixels: int = 80_000_000) -> Image.Image:
+    """A picture at its own size, turned upright, in RGB.
+
+    Raises:
+        BadImage: missing, too large, or it cannot be decoded.
+    """
+    photo_size(path, max_pixels)
+    try:
+        with Image.open(path) as image:
+            return flatten(ImageOps.exif_transpose(image))
+    except _PIL_ERRORS as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from error

@@ -97,7 +97,7 @@ def find_metadata(path: str) -> Path:
     raise UserError(f"{wanted}, where there is no metadata.jsonl; write one, a line of JSON an image")
 
 
-def _objects(metadata: Path) -> Iterator[tuple[int, dict]]:
+def json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
     """(line number, JSON object) of each line that is not blank."""
     try:
         with metadata.open("rb") as file:
@@ -139,7 +139,13 @@ def _check_columns(settings: Settings, seen: set[str], metadata: Path) -> set[st
     return edited
 
 
-def _row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> Row:
+def to_row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> Row:
+    """A line's JSON object as a row; `columns` are our fields that have another name there.
+
+    Raises:
+        UserError: with file and line, for a line that lacks a field, has an edit type that nothing is asked about or a
+            removal of nothing.
+    """
     words = {}
     for field in FIELDS:
         column = columns.get(field, field)
@@ -176,13 +182,25 @@ def read_rows(metadata: Path, settings: Settings) -> list[Row]:
         UserError: with file and line, for a line that is not JSON, lacks a field, has an edit type that nothing is
             asked about or a removal of nothing; for columns that need a mapping; for a file without rows.
     """
-    values = list(_objects(metadata))
+    values = list(json_rows(metadata))
     if not values:
         raise UserError(f"expected at least one row; got an empty {metadata}; write one line of JSON an image")
     edited = _check_columns(settings, {column for _, value in values for column in value}, metadata)
     if edited:
         log.warning("%s: ignored, never opened: the edited images in %s", metadata, ", ".join(sorted(edited)))
-    return [_row(value, line, metadata, settings.columns) for line, value in values]
+    return [to_row(value, line, metadata, settings.columns) for line, value in values]
+
+
+def photo_path(folder: Path, file_name: str) -> Path:
+    """Where a file of a data folder lies. Only the name is checked: a link inside the folder is followed.
+
+    Raises:
+        BadImage: the name leads out of the folder.
+    """
+    name = PurePosixPath(file_name.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or re.match(r"[a-zA-Z]:", file_name):
+        raise BadImage("the name leads out of the data folder")
+    return folder / file_name
 
 
 def some(rows: list[Row], share: float) -> list[Row]:
@@ -263,17 +281,6 @@ class Source:
 
     # ---- rows
 
-    def _path(self, row: Row) -> Path:
-        """Where a row's photo lies. Only the name is checked: a link inside the folder is followed.
-
-        Raises:
-            BadImage: the name leads out of the folder.
-        """
-        name = PurePosixPath(row.file_name.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or re.match(r"[a-zA-Z]:", row.file_name):
-            raise BadImage("the name leads out of the data folder")
-        return self.metadata.parent / row.file_name
-
     def _record(self, row: Row, reason: str) -> None:
         with self._lock:
             if row.line in self._bad:
@@ -299,7 +306,7 @@ class Source:
             for number, row in enumerate(self.rows):
                 sizes_in_bytes.append(-1)
                 try:
-                    path = self._path(row)
+                    path = photo_path(self.metadata.parent, row.file_name)
                     height, width = photo_size(path, self.settings.max_pixels)
                 except BadImage as error:
                     self._record(row, str(error))
@@ -354,7 +361,7 @@ class Source:
             if row.line in self._bad:
                 continue
             try:
-                picture = open_photo(self._path(row), size)
+                picture = open_photo(photo_path(self.metadata.parent, row.file_name), size)
             except BadImage as error:
                 self._record(row, str(error))
                 self._check_share()

@@ -1,0 +1,231 @@
+"""DreamBench, the subjects of DreamBooth (arXiv 2208.12242): is the subject of a reference kept in a new scene?
+
+The data are the official repository's folder `dataset`: one folder of photos a subject, and prompts_and_classes.txt,
+which is read from there (it is CC BY 4.0 and not part of this package). 30 subjects, 25 prompts each, 4 pictures each.
+DINO and CLIP-I are the mean cosine between a picture and *all* real photos of the subject, no mask; CLIP-T is that
+between a picture and its prompt. In the literature the nets are ViT-S/16 and ViT-B/32.
+
+Deviations from the paper, since an editor is given one photo and no training:
+
+- The prompt is the instruction, with the unique token left out of it.
+- The input is the photo that UNO chose for each subject; the first one for subjects that it does not know.
+- The input is among the real photos, so pasting it raises DINO. Hence `_input` and `_held_out` beside each similarity,
+  which is to the input alone and to all others, and `copy/NAME`, the score of the input itself.
+
+`real/NAME` is the mean over pairs of unlike real photos, the paper's "real images": .774 for DINO and .885 for CLIP-I.
+It is the acceptance test of weights and transforms. A row is a subject and a prompt, with the mean of its pictures; one
+that lacks a picture has no score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npedit.benchmarks._outputs import Job, Told, opener
+from npedit.encoders import Absent, Clip, Dino
+from npedit.errors import UserError
+from npedit.results import Measures, NoScore, Row
+
+PROMPTS = "prompts_and_classes.txt"
+LIVE = ("cat", "dog")  # classes with the second list of prompts
+PER_PROMPT = 4
+SUBJECTS, PROMPTS_EACH, PHOTOS = 30, 25, 158  # of the official data
+REAL = {"real/dino_vits16": 0.774, "real/clip_i_vitb32": 0.885}
+TOLERANCE = 0.005
+Features = Callable[[], Tensor]  # (n, d), of unit length
+INPUTS = {  # the number of the photo that UNO (arXiv 2504.02160) gives to the model
+    "backpack": 2, "backpack_dog": 2, "bear_plushie": 3, "berry_bowl": 2, "can": 1, "candle": 2, "cat": 4, "cat2": 2,
+    "clock": 3, "colorful_sneaker": 1, "dog": 2, "dog2": 2, "dog3": 5, "dog5": 0, "dog6": 2, "dog7": 1, "dog8": 4,
+    "duck_toy": 1, "fancy_boot": 2, "grey_sloth_plushie": 4, "monster_toy": 4, "pink_sunglasses": 4, "poop_emoji": 0,
+    "rc_car": 3, "red_cartoon": 0, "robot_toy": 0, "shiny_sneaker": 1, "teapot": 4, "vase": 2, "wolf_plushie": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject: its photos in order, which of them is the input, and the prompts without the token."""
+
+    name: str
+    photos: tuple[Path, ...]
+    given: int
+    prompts: tuple[str, ...]
+
+
+def read(folder: str | Path) -> tuple[list[Subject], str]:
+    """The subjects of the official folder, and a hash of its prompts.
+
+    Raises:
+        UserError: no prompts file there, one of another form, or a subject without two photos.
+    """
+    folder = Path(folder)
+    path = folder / PROMPTS
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"expected the folder 'dataset' of github.com/google/dreambooth, with {PROMPTS}; got {folder}: {error}"
+        ) from None
+    classes, plain, live = parse(text)
+    if not classes or not plain or not live:
+        raise UserError(f"expected classes and two lists of prompts in {path}; got a file of another form")
+    subjects = []
+    for name, kind in classes.items():
+        photos = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if len(photos) < 2:
+            raise UserError(f"expected at least two photos in {folder / name}; got {len(photos)}; complete the data")
+        stems = [p.stem for p in photos]
+        wanted = f"{INPUTS.get(name, -1):02d}"
+        prompts = tuple(" ".join(t.format("", kind).split()) for t in (live if kind in LIVE else plain))
+        subjects.append(Subject(name, tuple(photos), stems.index(wanted) if wanted in stems else 0, prompts))
+    return subjects, hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse(text: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """{subject: class}, the templates of objects and those of live subjects; {0} is the token and {1} the class."""
+    head, _, lists = text.partition("\nPrompts")
+    pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
+    classes = {name.strip(): kind.strip() for name, kind in pairs if name.strip() != "subject_name"}
+    plain, _, live = lists.partition("Live Subject Prompts")
+    found = (
+        [a or b for a, b in re.findall(r"'([^'\n]*\{1\}[^'\n]*)'|\"([^\"\n]*\{1\}[^\"\n]*)\"", p)]
+        for p in (plain, live)
+    )
+    return classes, *found
+
+
+def official(subjects: Sequence[Subject]) -> bool:
+    """Are these as many subjects, prompts and photos as the benchmark has?"""
+    return (
+        len(subjects) == SUBJECTS
+        and all(len(s.prompts) == PROMPTS_EACH for s in subjects)
+        and sum(len(s.photos) for s in subjects) == PHOTOS
+    )
+
+
+def file(subject: Subject, prompt: int, k: int) -> str:
+    """The name of an edited picture: cat/07-0.png is the first picture of the eighth prompt."""
+    return f"{subject.name}/{prompt:02d}-{k}.png"
+
+
+def jobs(subjects: Sequence[Subject], seed: int, per_prompt: int = PER_PROMPT) -> list[Job]:
+    """The pictures to make; the k-th of every prompt is from the noise of seed + k."""
+    return [
+        Job(file(s, i, k), s.photos[s.given], prompt, seed + k)
+        for k in range(per_prompt)
+        for s in subjects
+        for i, prompt in enumerate(s.prompts)
+    ]
+
+
+def score(
+    subjects: Sequence[Subject],
+    edited: Path,
+    dino: Dino | Absent,
+    clip: Clip | Absent,
+    told: Told,
+    per_prompt: int = PER_PROMPT,
+) -> list[Row]:
+    """Measure the pictures in the folder `edited`."""
+    rows, total = [], sum(len(s.prompts) for s in subjects)
+    for subject in subjects:
+        features = {e: _real(subject, e) for e in (dino, clip)}
+        for i in range(len(subject.prompts)):
+            measures = _measures(subject, i, per_prompt, edited, dino, clip, features)
+            rows.append(Row.of(f"{subject.name}/{i:02d}", subject.name, measures))
+            told(len(rows), total)
+    return rows
+
+
+def _real(subject: Subject, encoder: Dino | Clip | Absent) -> Features:
+    """A function that gives the features of the real photos, made once."""
+
+    @cache
+    def features() -> Tensor:
+        return encoder.images([opener(p, "photo")() for p in subject.photos])
+
+    return features
+
+
+def _measures(
+    subject: Subject,
+    prompt: int,
+    per_prompt: int,
+    folder: Path,
+    dino: Dino | Absent,
+    clip: Clip | Absent,
+    features: Mapping[Any, Features],
+) -> Measures:
+    paths = [folder / file(subject, prompt, k) for k in range(per_prompt)]
+    others = [j for j in range(len(subject.photos)) if j != subject.given]
+    everything = {"": [*others, subject.given], "_input": [subject.given], "_held_out": others}
+    made: dict[str, Any] = {}
+    copy: dict[str, Any] = {}
+
+    def pictures(encoder: Any) -> Features:
+        return cache(lambda: encoder.images([opener(p, "edited picture")() for p in paths]))
+
+    def text() -> Tensor:
+        return clip.texts([subject.prompts[prompt]])
+
+    def given(encoder: Any) -> Features:
+        return lambda: features[encoder]()[[subject.given]]
+
+    for name, encoder in (("dino", dino), ("clip_i", clip)):
+        seen, real = pictures(encoder), features[encoder]
+        for suffix, which in everything.items():
+            measure = partial(_mean_cosine, theirs=lambda real=real, which=which: real()[which])
+            made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, seen)
+            if suffix != "_input":  # of the input to itself: one
+                copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, given(encoder))
+    made[f"clip_t_{clip.tag}"] = partial(_mean_cosine, pictures(clip), theirs=text)
+    copy[f"copy/clip_t_{clip.tag}"] = partial(_mean_cosine, given(clip), theirs=text)
+    return made | copy
+
+
+def _mean_cosine(ours: Features, theirs: Features) -> float:
+    """The mean over all pairs of unit features."""
+    return float((ours() @ theirs().T).double().mean())
+
+
+def real_images(subjects: Sequence[Subject], dino: Dino | Absent, clip: Clip | Absent) -> dict[str, dict[str, Any]]:
+    """The "real images" headlines: the mean over pairs of unlike photos of a subject, then over subjects."""
+    out = {}
+    for name, encoder in (("dino", dino), ("clip_i", clip)):
+        values = []
+        for subject in subjects:
+            try:
+                seen = _real(subject, encoder)()
+            except NoScore:
+                continue
+            off = ~torch.eye(len(seen), dtype=torch.bool)
+            values.append(float((seen @ seen.T)[off].double().mean()))
+        whole = len(values) == len(subjects)
+        out[f"real/{name}_{encoder.tag}"] = {
+            "value": sum(values) / len(values) if whole else None,
+            "n": len(values),
+            "coverage": len(values) / len(subjects),
+            "undefined": 0,
+            "ci95": None,
+        }
+    return out
+
+
+def acceptance(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the "real images" rows of the official data; [] if they are the paper's."""
+    found = []
+    for name, expected in REAL.items():
+        value = summary.get(name, {}).get("value")
+        if value is None:
+            found.append(f"{name}: expected {expected}; there is none, so weights and transform are not proven")
+        elif abs(value - expected) > TOLERANCE:
+            found.append(f"{name}: expected {expected} +- {TOLERANCE}; got {value:.4f}: other weights or transforms")
+    return found

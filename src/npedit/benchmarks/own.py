@@ -1,0 +1,156 @@
+"""A user's own photos and instructions, in the form of the training data (`data/imagefolder.py`), as a benchmark.
+
+Two columns may be added, named as `datasets` wants them: `mask_file_name`, white where the edit belongs, and
+`edited_file_name`, the wanted result. Captions are used where they are there. No judge is asked: the scores say what
+was kept, and with a target or captions how near the wanted result is. The task is the edit type.
+
+Beside each measure of the wanted result stands `copy/NAME`, the score of the reference itself: an editor that does
+nothing, which many such measures like well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+from rich.table import Table
+
+from npedit.benchmarks._outputs import Job, Told, opener
+from npedit.data._photos import BadImage
+from npedit.data.imagefolder import find_metadata, json_rows, photo_path, to_row
+from npedit.encoders import Absent, Clip, Dino
+from npedit.errors import UserError
+from npedit.measures import TARGET, feature_measures, outside_measures, pixel_measures, text_measures
+from npedit.results import Measures, Row, Undefined
+from npedit.statistics import mean
+
+MASK, WANTED = "mask_file_name", "edited_file_name"
+LONGEST_NAME = 200  # bytes of a file's name
+NO_TASK = "all"  # of rows without an edit type
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the metadata. `mask` and `target` are None where it names none; captions "" likewise."""
+
+    id: str
+    task: str
+    instruction: str
+    reference: Path
+    mask: Path | None
+    target: Path | None
+    source_caption: str
+    target_caption: str
+
+    @property
+    def file(self) -> str:
+        """The name of its edited picture."""
+        return f"{quote(self.id, safe=' ')}.png"
+
+
+def read(folder: str) -> tuple[list[Item], str]:
+    """The items of a data folder, and a hash of its metadata.
+
+    Raises:
+        UserError: with file and line, for what training refuses too, and for an id that comes twice or is too long.
+    """
+    metadata, items, seen = find_metadata(folder), [], set()
+    for line, value in json_rows(metadata):
+        row, where = to_row(value, line, metadata, {}), f"{metadata}:{line}"
+        try:
+            reference = photo_path(metadata.parent, row.file_name)
+            mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
+        except (BadImage, TypeError) as error:
+            raise UserError(f"{where}: {error}; correct the name") from None
+        task = row.edit_type if value.get("edit_type") else NO_TASK
+        item = Item(row.id, task, row.instruction, reference, mask, target, row.source_caption, row.target_caption)
+        if item.id in seen or len(item.file) > LONGEST_NAME:
+            raise UserError(f"{where}: expected short ids, each once; got {item.id!r}; change it")
+        seen.add(item.id)
+        items.append(item)
+    if not items:
+        raise UserError(f"expected at least one row; got an empty {metadata}; write one line of JSON an image")
+    return items, hashlib.sha256(metadata.read_bytes()).hexdigest()
+
+
+def _named(folder: Path, name: object, column: str) -> Path | None:
+    if name is None or name == "":
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"expected a file's name in {column!r}; got {name!r}")
+    return photo_path(folder, name)
+
+
+def jobs(items: Sequence[Item], seed: int) -> list[Job]:
+    """The pictures to make, all from the noise of one seed."""
+    return [Job(item.file, item.reference, item.instruction, seed) for item in items]
+
+
+def score(items: Sequence[Item], edited: Path, dino: Dino | Absent, clip: Clip | Absent, told: Told) -> list[Row]:
+    """Measure the pictures in the folder `edited`. What no item has (masks, targets, captions) is left out."""
+    parts = _Parts(
+        any(item.mask for item in items),
+        any(item.target for item in items),
+        any(item.target_caption for item in items),
+    )
+    rows = []
+    for item in items:
+        rows.append(Row.of(item.id, item.task, _measures(item, edited, dino, clip, parts)))
+        told(len(rows), len(items))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Parts:
+    masks: bool
+    targets: bool
+    captions: bool
+
+
+def _measures(item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent, parts: _Parts) -> Measures:
+    reference, edited = opener(item.reference, "reference"), opener(folder / item.file, "edited picture")
+    found = dict(pixel_measures(reference, edited)) | dict(feature_measures(reference, edited, dino, clip))
+    if parts.masks:
+        found |= outside_measures(reference, edited, _given(item.mask, "mask"), dino, clip)
+    wanted: dict[str, Callable[[], float]] = {}
+    copy: dict[str, Callable[[], float]] = {}
+    if parts.targets:
+        target = _given(item.target, "target")
+        for out, picture in ((wanted, edited), (copy, reference)):
+            out |= pixel_measures(target, picture, TARGET)
+            out |= feature_measures(target, picture, dino, clip, TARGET)
+    if parts.captions:
+        words = (item.source_caption, item.target_caption, clip)
+        wanted |= text_measures(reference, edited, *words)
+        copy |= {k: v for k, v in text_measures(reference, reference, *words).items() if k.startswith("clip_t")}
+    return found | wanted | {f"copy/{name}": measure for name, measure in copy.items()}
+
+
+def _given(path: Path | None, what: str) -> Callable[[], Image.Image]:
+    def nothing() -> Image.Image:
+        raise Undefined(f"no {what} is given")
+
+    return opener(path, what) if path else nothing
+
+
+def by_task(rows: Sequence[Row]) -> Table:
+    """A task a line, with the means of the chief measures and, in brackets, of how many items where not of all."""
+    chief = ("l1", "psnr", "ssim", "dino", "clip_i", "changed_area", "copied")
+    names = [n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(chief) and "/" not in n]
+    names = [n for n in names if not n.endswith(("_outside", TARGET))]
+    shown = Table(title="By task")
+    for name in ("task", "n", *names):
+        shown.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    for task, n in sorted(Counter(row.task for row in rows).items()):
+        cells = []
+        for name in names:
+            values = [v for row in rows if row.task == task and (v := row.scores.get(name)) is not None]
+            words = f"{mean(values, [task] * len(values)):.3f}" if values else "-"
+            cells.append(words if len(values) in (0, n) else f"{words} ({len(values)})")
+        shown.add_row(task, str(n), *cells)
+    return shown
