@@ -38,7 +38,7 @@ PLACES = {
     "peft": ("lora",),
     "datasets": ("data",),
     "matplotlib": ("plots", "report"),
-    "typer": ("cli", "cli_edit"),
+    "typer": ("cli", "cli_edit", "cli_evaluate"),
     "torchvision": (),  # beside a CPU-only torch it does not import
     "accelerate": (),  # sharding is the learner's own
 }

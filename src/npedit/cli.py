@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli_evaluate import HELD_OUT_SEED, ModelOption, SeedOption, StepsOption, score_toy
+from npedit.cli_evaluate import app as evaluate_app
 from npedit.cli_train import move_aside, recipe_path
 from npedit.errors import UserError, own_command, program, writing
 
@@ -36,15 +38,6 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
-HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
-ModelOption = Annotated[
-    str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
-ScenesOption = Annotated[
-    int, typer.Option("--seed", "-s", help="Which held-out scenes. Training watches those of its recipe's seed.", min=0)
-]
-StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
 ]
@@ -66,6 +59,11 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+for command in evaluate_app.registered_commands:
+    command.callback = plain_errors(command.callback)
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def main() -> None:
@@ -221,63 +219,7 @@ def edit(
         out.print(escape(line))
 
 
-# ------------------------------------------------------------------------------------------ evaluate, report, export
-
-
-@app.command()
-@plain_errors
-def evaluate(
-    benchmark: Annotated[str, typer.Argument(help="The benchmark: toy.")],
-    model: ModelOption = "embedded",
-    items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
-    seed: ScenesOption = HELD_OUT_SEED,
-    steps: StepsOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
-) -> None:
-    """Score an editor on held-out items, with 95 % intervals."""
-    import tempfile
-
-    from npedit import config
-    from npedit.checkpoint import write_text
-    from npedit.cli_edit import save_pictures, writable
-    from npedit.editor import Editor
-    from npedit.report import results_sheet
-
-    bench = config.find("benchmarks", benchmark)
-    for path in (json_file, picture):
-        if path:
-            writable(path)
-    editor = Editor.open(model)
-    with tempfile.TemporaryDirectory() as kept:
-        scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
-        if picture:
-            save_pictures([(results_sheet(Path(kept)), picture)])
-    out.print(bench.table(scores))
-    if json_file:
-        facts = {"benchmark": benchmark, "model": str(model), "seed": seed, "steps": steps or editor.steps}
-        write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
-        out.print(f"Scores: {escape(str(json_file))}")
-
-
-def score_toy(
-    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None, save: int = 36
-) -> Any:
-    """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
-    from rich.progress import Progress
-
-    from npedit.benchmarks import toy
-
-    given = iter(range(seed * 1_000_003, seed * 1_000_003 + items))
-    edits = toy.items(items, seed)
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task(f"scoring {name}", total=items)
-
-        def edit_fn(references: Any, instructions: list[str]) -> Any:
-            return editor.edit_tensor(references, instructions, [next(given) for _ in instructions], steps)
-
-        told = lambda done, _: bar.update(task, completed=done)  # noqa: E731
-        return toy.score(edit_fn, edits, on_progress=told, save_to=save_to, save=save)
+# ------------------------------------------------------------------------------------------ report, export
 
 
 @app.command()

@@ -126,7 +126,12 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 
 def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
-    side = find("benchmarks", name).SIDE
+    side = getattr(find("benchmarks", name), "SIDE", None)
+    if side is None:
+        raise UserError(
+            f"trainer.benchmark: expected one that needs no judge and no data of its own (toy); got {name}; leave it "
+            f'out and run "npedit evaluate {name}" on the finished run'
+        )
     other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
     if other:
         raise UserError(
