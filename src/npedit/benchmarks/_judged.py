@@ -35,7 +35,7 @@ from npedit.benchmarks._protocol import Protocol, Question
 from npedit.checkpoint import write_text
 from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
 from npedit.errors import UserError, writing
-from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, TRANSPORT_ERROR, Judge, JudgeStopped
+from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "facts.json", "answers.jsonl"
@@ -138,7 +138,7 @@ class Scorer:
             outcome = record["outcome"]
             if outcome == OK:
                 outcome, numbers = read(p.answer, record["text"], count, p.low, p.high)
-            if outcome in (OK, REFUSED, TRANSPORT_ERROR):
+            if outcome in (OK, REFUSED, REJECTED, TRANSPORT_ERROR):
                 break
         return outcome, numbers
 
