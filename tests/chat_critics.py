@@ -304,6 +304,21 @@ class ChatCriticChecks:
         texts = critic.write([LONG, SHORT], [pictures, pictures[:1]], max_tokens=5)
         assert texts == [critic.write([p], [q], max_tokens=5)[0] for p, q in ((LONG, pictures), (SHORT, pictures[:1]))]
 
+    @torch.no_grad()
+    def test_kept_keys_and_values_change_no_word(self, critic):
+        """Against reading everything again for each word."""
+        for count, size in ((2, self.own), (1, (24, 40))):
+            pictures = [tensor(photo(*size, seed))[0] for seed in range(count)]
+            seen = [critic.see(p[None])[0] for p in pictures]
+            row = critic._ids(LONG, seen)
+            start = len(row)
+            while len(row) - start < 8 and (len(row) == start or row[-1] not in critic.ends):
+                scores = critic.model.lm_head(critic._read([row], [seen]))[0]
+                scores[critic.model.config.image_token_id] = -torch.inf
+                row.append(int(scores.argmax()))
+            written = critic.tokenizer.decode(row[start:], skip_special_tokens=True).strip()
+            assert critic.write([LONG], [pictures], 8) == [written]
+
     def test_equal_seeds_make_equal_critics(self):
         a, b, c = (self.make(s).model for s in (0, 0, 1))
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))

@@ -38,7 +38,7 @@ PLACES = {
     "peft": ("lora",),
     "datasets": ("data",),
     "matplotlib": ("plots", "report"),
-    "typer": ("cli", "cli_compare", "cli_edit", "cli_options", "cli_own"),
+    "typer": ("cli", "cli_compare", "cli_edit", "cli_evaluate", "cli_options", "cli_own"),
     "torchvision": (),  # beside a CPU-only torch it does not import
     "accelerate": (),  # sharding is the learner's own
 }

@@ -340,6 +340,25 @@ def test_written_words_are_the_likeliest(critic):
     assert text == critic.tokenizer.decode([int(logits.argmax())], skip_special_tokens=True)
 
 
+@torch.no_grad()
+def test_kept_keys_and_values_change_no_word(critic):
+    """Against reading everything again for each word."""
+    pictures = images(2)
+    seen, ids = critic.see(pictures), []
+    row = critic._ids(LONG, tuple(len(s) for s in seen))
+    for _ in range(8):
+        embedded = critic.model.get_input_embeddings()(torch.tensor([row + ids]))
+        holes = torch.tensor([row + ids]) == critic.model.config.image_token_id
+        embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen))
+        out = critic.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        scores = critic.model.lm_head(out[0, -1])
+        scores[critic.model.config.image_token_id] = -torch.inf
+        ids.append(int(scores.argmax()))
+        if ids[-1] == critic.tokenizer.eos_token_id:
+            break
+    assert critic.write([LONG], [[*pictures]], 8) == [critic.tokenizer.decode(ids, skip_special_tokens=True)]
+
+
 def test_equal_seeds_make_equal_critics():
     a, b, c = (LlavaOnevision.tiny(s) for s in (0, 0, 1))
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))

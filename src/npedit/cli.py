@@ -19,6 +19,8 @@ from rich.markup import escape
 
 from npedit import __version__
 from npedit.cli_compare import compare
+from npedit.cli_evaluate import HELD_OUT_SEED, score_toy
+from npedit.cli_evaluate import app as evaluate_app
 from npedit.cli_options import ModelOption, SeedOption, StepsOption
 from npedit.cli_own import BENCHMARKS
 from npedit.cli_train import move_aside, recipe_path
@@ -33,17 +35,11 @@ app = typer.Typer(
 )
 toy_app = typer.Typer(no_args_is_help=True, help="The toy world: its pictures, its data, its models.")
 app.add_typer(toy_app, name="toy")
-evaluate_app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark, with 95 % intervals.")
-app.add_typer(evaluate_app, name="evaluate")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
-HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
-ScenesOption = Annotated[
-    int, typer.Option("--seed", "-s", help="Which held-out scenes. Training watches those of its recipe's seed.", min=0)
-]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
 ]
@@ -65,6 +61,14 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+for name, command in BENCHMARKS.items():
+    evaluate_app.command(name)(command)
+for registered in evaluate_app.registered_commands:
+    registered.callback = plain_errors(registered.callback)
+app.add_typer(evaluate_app, name="evaluate")
+app.command()(plain_errors(compare))
 
 
 def main() -> None:
@@ -220,66 +224,7 @@ def edit(
         out.print(escape(line))
 
 
-# ------------------------------------------------------------------------------------------ evaluate, report, export
-
-
-for _name, _command in BENCHMARKS.items():
-    evaluate_app.command(_name)(plain_errors(_command))
-app.command()(plain_errors(compare))
-
-
-@evaluate_app.command("toy")
-@plain_errors
-def evaluate_toy(
-    model: ModelOption = "embedded",
-    items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
-    seed: ScenesOption = HELD_OUT_SEED,
-    steps: StepsOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
-) -> None:
-    """Held-out scenes of the toy world, judged by its exact oracle."""
-    import tempfile
-
-    from npedit.benchmarks import toy
-    from npedit.checkpoint import write_text
-    from npedit.cli_edit import save_pictures, writable
-    from npedit.editor import Editor
-    from npedit.report import results_sheet
-
-    for path in (json_file, picture):
-        if path:
-            writable(path)
-    editor = Editor.open(model)
-    with tempfile.TemporaryDirectory() as kept:
-        scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
-        if picture:
-            save_pictures([(results_sheet(Path(kept)), picture)])
-    out.print(toy.table(scores))
-    if json_file:
-        facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
-        write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
-        out.print(f"Scores: {escape(str(json_file))}")
-
-
-def score_toy(
-    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None, save: int = 36
-) -> Any:
-    """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
-    from rich.progress import Progress
-
-    from npedit.benchmarks import toy
-
-    given = iter(range(seed * 1_000_003, seed * 1_000_003 + items))
-    edits = toy.items(items, seed)
-    with Progress(console=err, transient=True) as bar:
-        task = bar.add_task(f"scoring {name}", total=items)
-
-        def edit_fn(references: Any, instructions: list[str]) -> Any:
-            return editor.edit_tensor(references, instructions, [next(given) for _ in instructions], steps)
-
-        told = lambda done, _: bar.update(task, completed=done)  # noqa: E731
-        return toy.score(edit_fn, edits, on_progress=told, save_to=save_to, save=save)
+# ------------------------------------------------------------------------------------------ report, export
 
 
 @app.command()

@@ -157,8 +157,8 @@ def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int)
     side = getattr(find("benchmarks", name), "SIDE", 0)
     if not side:
         raise UserError(
-            f"trainer.benchmark: expected one that needs no data of its own: toy; got {name}; "
-            f"score the finished editor with it: npedit evaluate {name}"
+            f"trainer.benchmark: expected one that needs no judge and no data of its own (toy); got {name}; leave it "
+            f'out and run "npedit evaluate {name}" on the finished run'
         )
     other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
     if other:

@@ -108,9 +108,22 @@ class ChatCritic(Critic):
         """The language model's last hidden state at each question's answer position, (b, dim)."""
         return self._read([self._ids(q, looks) for q, looks in zip(questions, seen)], seen)
 
+    def answer_id(self, word: str) -> int:
+        """See `Critic.answer_id`."""
+        prompt = self._prompt("is it?", 1)
+        return answer_token(self.tokenizer, prompt, self._spoken(prompt, word))
+
     def _read(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """The last hidden state at the last token of each row of token ids, (b, dim)."""
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
+        embedded, extras = self._embedded(rows, seen)
+        hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
+        return hidden[torch.arange(len(rows), device=self.device), last]
+
+    def _embedded(
+        self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (b, length, dim) of rows of token ids, visual tokens in place, and what goes with them."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
         holes = ids == self.model.config.image_token_id
@@ -118,10 +131,7 @@ class ChatCritic(Critic):
         marks = sum(row.count(self.model.config.image_token_id) for row in rows)
         if marks != len(visual):
             raise ValueError(f"expected one mark in the prompts for each of {len(visual)} visual tokens; got {marks}")
-        embedded = embedded.masked_scatter(holes[:, :, None], visual)
-        extras = self._extras(rows, holes, seen)
-        hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
-        return hidden[torch.arange(len(rows), device=self.device), last]
+        return embedded.masked_scatter(holes[:, :, None], visual), self._extras(rows, holes, seen)
 
     @torch.no_grad()
     def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
@@ -129,14 +139,29 @@ class ChatCritic(Critic):
         texts = []
         for prompt, pictures in zip(prompts, images):
             seen = [self.see(p[None].to(self.device))[0] for p in pictures]
-            row = self._ids(prompt, seen)
-            start = len(row)
-            while len(row) - start < max_tokens and (len(row) == start or row[-1] not in self.ends):
-                scores = self.model.lm_head(self._read([row], [seen]))[0]
-                scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
-                row.append(int(scores.argmax()))
-            texts.append(self.tokenizer.decode(row[start:], skip_special_tokens=True).strip())
+            words = self._continued(self._ids(prompt, seen), seen, max_tokens)
+            texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
         return texts
+
+    def _continued(self, row: Sequence[int], seen: Sequence[Tensor], max_tokens: int) -> list[int]:
+        """The likeliest tokens after a row, one by one up to an end; keys and values of what was read are kept."""
+        words: list[int] = []
+        kept = None
+        embedded, extras = self._embedded([row], [seen])
+        while len(words) < max_tokens and not (words and words[-1] in self.ends):
+            decoder = self.model.get_decoder()
+            out = decoder(inputs_embeds=embedded, past_key_values=kept, use_cache=True, **extras)
+            kept = out.past_key_values
+            scores = self.model.lm_head(out.last_hidden_state[0, -1])
+            scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
+            words.append(int(scores.argmax()))
+            embedded = self.model.get_input_embeddings()(torch.tensor([words[-1:]], device=self.device))
+            extras = self._next(extras)
+        return words
+
+    def _next(self, extras: dict[str, Any]) -> dict[str, Any]:
+        """What the language model is told with one more word, after it was told `extras`."""
+        return {}
 
     def save(self, folder: Path) -> None:
         """Write an ordinary transformers folder."""

@@ -54,6 +54,14 @@ class Critic(ABC):
     def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """Free text for prompts about images (each (3, H, W) in [0, 1]). No gradient."""
 
+    @abstractmethod
+    def answer_id(self, word: str) -> int:
+        """The token that `word` is as an answer, in the model's own chat template.
+
+        Raises:
+            ValueError: it is not a single token there.
+        """
+
     def margin(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """logit(Yes) - logit(No), (b,)."""
         logits = self.logits(questions, seen)

@@ -87,6 +87,12 @@ class Ensemble(Critic):
         half = self.margins(questions, seen).mean(0) / 2
         return torch.stack([half, -half], 1)
 
+    def answer_id(self, word: str) -> int:
+        """Yes or No; the members share no other word."""
+        if word not in ("Yes", "No"):
+            raise ValueError(f"expected Yes or No, the words that all members share; got {word!r}")
+        return self.yes if word == "Yes" else self.no
+
     def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """The first member writes."""
         return self.members[0].write(prompts, images, max_tokens)

@@ -173,24 +173,29 @@ class LlavaOnevision(Critic):
         out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
         return out.hidden_states, last
 
+    def answer_id(self, word: str) -> int:
+        """See `Critic.answer_id`."""
+        return answer_token(self.tokenizer, self._prompt("is it?", 1), word)
+
     @torch.no_grad()
     def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
-        """Greedy text, one prompt after the other."""
-        texts = []
+        """Greedy text, one prompt after the other; keys and values of what was read are kept."""
+        texts, embed = [], self.model.get_input_embeddings()
         for prompt, pictures in zip(prompts, images):
             seen = [self.see(p[None].to(self.device))[0] for p in pictures]
+            row = torch.tensor([self._ids(prompt, tuple(len(s) for s in seen))], device=self.device)
+            holes = row == self.model.config.image_token_id
+            embedded = embed(row)
+            embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
             ids: list[int] = []
-            for _ in range(max_tokens):
-                row = torch.tensor([self._ids(prompt, tuple(len(s) for s in seen)) + ids], device=self.device)
-                embedded = self.model.get_input_embeddings()(row)
-                holes = row == self.model.config.image_token_id
-                embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
-                out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                scores = self.model.lm_head(out[0, -1])
+            kept = None
+            while len(ids) < max_tokens and not (ids and ids[-1] == self.tokenizer.eos_token_id):
+                out = self.model.model.language_model(inputs_embeds=embedded, past_key_values=kept, use_cache=True)
+                kept = out.past_key_values
+                scores = self.model.lm_head(out.last_hidden_state[0, -1])
                 scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
                 ids.append(int(scores.argmax()))
-                if ids[-1] == self.tokenizer.eos_token_id:
-                    break
+                embedded = embed(torch.tensor([ids[-1:]], device=self.device))
             texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
         return texts
 

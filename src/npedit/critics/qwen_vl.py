@@ -132,6 +132,9 @@ class QwenVL(ChatCritic):
             extras |= {"visual_pos_masks": holes, "deepstack_visual_embeds": [torch.cat(layer) for layer in deep]}
         return extras
 
+    def _next(self, extras: dict[str, Any]) -> dict[str, Any]:
+        return {"position_ids": (extras["position_ids"].amax() + 1).expand(3, 1, 1)}
+
     def _positions(self, row: Sequence[int], looks: Iterator[Tensor]) -> Tensor:
         """Positions (3, length) in time, rows and columns. Words count on from the largest number so far; an image is
         one moment of rows and columns that begin there."""

@@ -1,0 +1,101 @@
+"""A judge's words -> numbers, or the reason why there are none. Never a guess: what cannot be read is missing.
+
+Unlike the official GEdit-Bench code, which draws a random number for an answer it cannot read and takes any count and
+range, an answer counts only if it has exactly as many scores as were asked for, all on the scale.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from npedit.judges.base import OK, PARSE_ERROR, RANGE_ERROR
+
+DIGITS = ("0", "1", "2", "3", "4", "5")
+LEAST_MASS = 0.5  # of the probability, on digits: below it, the judge meant to say something else
+Read = tuple[str, tuple[float, ...]]  # outcome; the scores if it is ok, else ()
+
+
+def read(kind: str, text: str, count: int, low: float, high: float) -> Read:
+    """The `count` scores of an answer in the form `kind` (json, lines, digits), each in [low, high]."""
+    found = {"json": _json, "lines": _lines, "digits": _digits}[kind](_plain(text), count)
+    if found is None or len(found) != count or not all(_is_number(n) for n in found):
+        return PARSE_ERROR, ()
+    if not all(low <= n <= high for n in found):
+        return RANGE_ERROR, ()
+    return OK, tuple(float(n) for n in found)
+
+
+def _plain(text: str) -> str:
+    """Without thoughts, finished or not, and without code fences."""
+    text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL).rpartition("</think>")[2]
+    return re.sub(r"```\w*", " ", text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json(text: str, count: int) -> Sequence[Any] | None:
+    """The one list under "score" in the text's objects; without any object, the text may be the bare list. Several
+    different ones: None."""
+    found = [o["score"] for o in _objects(text) if isinstance(o, dict) and "score" in o]
+    scores = [s if isinstance(s, list) else [s] for s in found]
+    if scores:
+        return scores[0] if all(s == scores[0] for s in scores) else None
+    if "{" in text:
+        return None
+    bare = _value(text.strip())
+    return bare if isinstance(bare, list) else [bare] if count == 1 else None
+
+
+def _objects(text: str) -> Iterator[Any]:
+    """The values of all outermost {...}; braces within strings do not count. What cannot be read gives None."""
+    depth, start, quoted, i = 0, 0, False, 0
+    while i < len(text):
+        mark = text[i]
+        if quoted:
+            quoted = mark != '"'
+            i += mark == "\\"  # what stands behind it ends no string
+        elif mark == '"' and depth:
+            quoted = True
+        elif mark == "{":
+            start = start if depth else i
+            depth += 1
+        elif mark == "}" and depth:
+            depth -= 1
+            if not depth:
+                yield _value(text[start : i + 1])
+        i += 1
+
+
+def _value(text: str) -> Any:
+    """A JSON value, or a Python literal (single quotes, a last comma); None if it is neither."""
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _lines(text: str, count: int) -> Sequence[Any]:
+    """The whole numbers of lines "criterion: number", marks of emphasis aside."""
+    plain = text.replace("*", "").replace("#", "")
+    return [
+        int(n) for n in re.findall(r"^[^:\n]+:[ \t]*(-?\d+)(?:[ \t]*/[ \t]*5)?[ \t]*\.?[ \t]*$", plain, re.MULTILINE)
+    ]
+
+
+def _digits(text: str, count: int) -> Sequence[Any] | None:
+    """Twice the expected digit, from {"probabilities": {digit: number}}, on the scale 0 to 10."""
+    found = json.loads(text)["probabilities"]
+    mass = sum(found.values())
+    expected = sum(int(w) * p for w, p in found.items()) / max(mass, LEAST_MASS)
+    return [min(2 * expected, 10.0)] if mass >= LEAST_MASS else None

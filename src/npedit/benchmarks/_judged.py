@@ -1,0 +1,386 @@
+"""What the judged benchmarks share: pictures of the edits, questions to the judge, rows, headlines, files.
+
+A result is a folder:
+
+    rows.jsonl      {"id", "task", "scores": {name: number or null}, "why": {name: outcome where null}, ...} an item
+    summary.json    {headline: {"value": number or null, "n", "coverage", "bounds"}}
+    facts.json      protocol, judge, editor, counts of outcomes: what the numbers depend on
+    answers.jsonl   every answer in full (judges/cache.py); a run that goes on asks nothing twice
+    official/       pictures and scores in the layout of the benchmark's own scripts
+
+`coverage` is the share of the benchmark's items that have the score; below the least one wanted `value` is null. The
+`bounds` are what it would be if every missing score were the lowest, and the highest, of the scale.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from rich.table import Table
+
+from npedit.benchmarks._answers import read
+from npedit.benchmarks._protocol import Protocol, Question
+from npedit.checkpoint import write_text
+from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
+from npedit.errors import UserError, writing
+from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
+from npedit.judges.cache import Cache, key_of
+
+ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "facts.json", "answers.jsonl"
+MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
+CHUNK = 16  # pictures edited at a time
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]  # done, of all
+EditFn = Callable[[list[Image.Image], list[str]], list[Image.Image]]  # RGB pictures and instructions -> results
+
+
+@dataclass(frozen=True)
+class Item:
+    """One edit asked for. `task` is the group that headlines average over; `kind` the edit type in the protocol's
+    texts; `source` opens the picture (RGB); `edited` is where the result lies; `more` goes into the row."""
+
+    id: str
+    task: str
+    kind: str
+    instruction: str
+    source: Callable[[], Image.Image]
+    edited: Path
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often each question is asked: `repeats` times, and in `swap` also with the two pictures exchanged."""
+
+    repeats: int = 1
+    swap: bool = False
+
+    def of(self, question: Question) -> list[tuple[bool, int]]:
+        """(exchanged, number) of each pass."""
+        orders = [False, True] if self.swap and len(question.pictures) > 1 else [False]
+        return [(order, k) for order in orders for k in range(self.repeats)]
+
+
+class Scorer:
+    """Asks a judge about items under a protocol. `combine` makes one score of a question's numbers (min, mean)."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        protocol: Protocol,
+        cache: Cache,
+        passes: Passes,
+        combine: Callable[[Sequence[float]], float],
+    ):
+        judge.accepts(protocol.manner)
+        if passes.swap and not any(q.swapped for q in protocol.questions):
+            raise UserError(
+                f"--swap: expected a protocol with texts for both orders; {protocol.name} has one; leave it"
+            )
+        if passes.repeats > 1 and judge.identity["kind"] == "local":
+            raise UserError("--repeats: expected 1 for a local judge, which is greedy: it would answer the same again")
+        self.judge, self.protocol, self.cache, self.passes, self.combine = judge, protocol, cache, passes, combine
+        self._failures, self._lock = 0, threading.Lock()
+
+    def ask(self, item: Item) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
+        """Question -> for each pass its outcome, and its numbers if that is ok.
+
+        Raises:
+            JudgeStopped: no further question makes sense. What has been answered is kept.
+        """
+        source = item.source()
+        try:
+            edited = open_rgb(item.edited)
+        except BadImage:  # none there, or broken
+            return {q.name: [(MISSING_IMAGE, ())] for q in self.protocol.questions}
+        if self.protocol.resize == "source" and edited.size != source.size:
+            edited = edited.resize(source.size)  # bicubic, Pillow's own choice, as in the official code
+        shown = {"source": source, "edited": edited}
+        return {
+            q.name: [self._pass(item, q, shown, *which) for which in self.passes.of(q)] for q in self.protocol.questions
+        }
+
+    def _pass(
+        self, item: Item, question: Question, shown: Mapping[str, Image.Image], exchanged: bool, number: int
+    ) -> tuple[str, tuple[float, ...]]:
+        images = [shown[name] for name in question.pictures]
+        numbers: tuple[float, ...] = ()
+        for part, prompt in enumerate(question.prompts(item.kind, item.instruction, exchanged)):
+            place = {"item": item.id, "question": question.name, "exchanged": exchanged, "pass": number, "part": part}
+            outcome, found = self._tried(prompt, images[::-1] if exchanged else images, question.criteria, place)
+            if outcome != OK:
+                return outcome, ()
+            numbers += found
+        return OK, numbers
+
+    def _tried(
+        self, prompt: str, images: Sequence[Image.Image], count: int, place: Mapping[str, Any]
+    ) -> tuple[str, tuple[float, ...]]:
+        """Ask until an answer can be read, at most the protocol's number of tries."""
+        p, outcome, numbers = self.protocol, "", ()
+        for attempt in range(p.tries):
+            text = f"{prompt}\n\n{p.reminder}" if attempt and p.reminder else prompt
+            if attempt and text == prompt and self.judge.identity["kind"] == "local":
+                break  # greedy: it would say the same
+            record = self._answer(text, images, {**place, "attempt": attempt})
+            outcome = record["outcome"]
+            if outcome == OK:
+                outcome, numbers = read(p.answer, record["text"], count, p.low, p.high)
+            if outcome in (OK, REFUSED, REJECTED, TRANSPORT_ERROR):
+                break
+        return outcome, numbers
+
+    def _answer(self, prompt: str, images: Sequence[Image.Image], place: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record of one call, from the cache if it is there."""
+        nth = {"pass": place["pass"], "attempt": place["attempt"]}
+        key = key_of(images, protocol=self.protocol.hash, judge=self.judge.identity, prompt=prompt, **nth)
+        kept = self.cache.get(key)
+        if kept is not None:
+            return kept
+        start = time.monotonic()
+        reply = self.judge.ask(prompt, images, self.protocol.manner)
+        record = {
+            "key": key, **place, "outcome": reply.outcome, "text": reply.text, "detail": reply.detail,
+            "usage": dict(reply.usage), "seconds": round(time.monotonic() - start, 2), "judge": self.judge.name,
+            "served_by": reply.served_by, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }  # fmt: skip
+        self.cache.put(record)
+        with self._lock:
+            self._failures = self._failures + 1 if reply.outcome == TRANSPORT_ERROR else 0
+            if self._failures >= MOST_FAILURES:
+                raise JudgeStopped(
+                    f"expected answers from {self.judge.name}; {self._failures} calls in a row got none, the last for: "
+                    f"{reply.detail}; see to the server and run the same command: {len(self.cache)} answers are kept"
+                )
+        return record
+
+    def row(self, item: Item) -> Row:
+        """An item's row without its overall score, which is the benchmark's to add (`add`)."""
+        row: Row = {"id": item.id, "task": item.task, **item.more, "scores": {}, "why": {}, "numbers": {}}
+        for name, passes in self.ask(item).items():
+            failed = [outcome for outcome, _ in passes if outcome != OK]
+            each = [self.combine(numbers) for outcome, numbers in passes if outcome == OK]
+            whole = len(each) and not (self.passes.swap and failed)  # half of a pair of orders would be one-sided
+            row["numbers"][name] = [list(numbers) for outcome, numbers in passes if outcome == OK]
+            add(row, name, sum(each) / len(each) if whole else None, failed[0] if failed else OK)
+        return row
+
+
+def open_rgb(file: Path | bytes) -> Image.Image:
+    """A picture from a file or its bytes: upright, RGB, transparency on white.
+
+    Raises:
+        BadImage: it is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return flatten(ImageOps.exif_transpose(image))
+    except _PIL_ERRORS as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source picture, opened when it is needed.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+
+    file: Path | bytes
+    name: str
+
+    def __call__(self) -> Image.Image:
+        try:
+            return open_rgb(self.file)
+        except BadImage as error:
+            raise UserError(f"expected the source picture of {self.name}; got: {error}; fetch the data again") from None
+
+
+def add(row: Row, name: str, value: float | None, why: str) -> None:
+    """Put a score into a row; without a value, the outcome that explains it."""
+    row["scores"][name] = value
+    if value is None:
+        row["why"][name] = why
+
+
+def score_all(scorer: Scorer, items: Sequence[Item], finish: Callable[[Row], Row], told: Progress) -> list[Row]:
+    """The rows of all items, in their order; `finish` adds what follows from a row's scores.
+
+    Raises:
+        JudgeStopped: see `Scorer.ask`. Other errors, and Ctrl-C, pass too; the answers so far are kept.
+    """
+    rows: dict[int, Row] = {}
+    pool = ThreadPoolExecutor(scorer.judge.workers, "judge")
+    try:
+        waiting = {pool.submit(scorer.row, item): i for i, item in enumerate(items)}
+        for done in as_completed(waiting):
+            rows[waiting[done]] = finish(done.result())
+            told(len(rows), len(items))
+    except BaseException:
+        scorer.judge.stop()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [rows[i] for i in range(len(items))]
+
+
+def spread_over(items: Sequence[Item], n: int | None) -> list[Item]:
+    """The first `n` items when tasks take turns; all without `n`."""
+    by_task: dict[str, list[Item]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item)
+    turns = (
+        sorted((k, i, item) for i, group in enumerate(by_task.values()) for k, item in enumerate(group)) if n else ()
+    )
+    return [item for _, _, item in turns][:n] if n else list(items)
+
+
+# --------------------------------------------------------------------------------------------------------- headlines
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The ends of a score's scale, and the least coverage, a share, that a headline needs."""
+
+    low: float
+    high: float
+    least: float
+
+
+def headline(
+    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: Scale, micro: bool = False
+) -> dict[str, Any]:
+    """One figure over rows: the mean of the tasks' means, or with `micro` the mean over items. `groups` is the number
+    of items that each task has in the benchmark, judged or not."""
+    by_task: dict[str, list[float]] = {task: [] for task in groups}
+    for row in rows:
+        if row["scores"][name] is not None:
+            by_task[row["task"]].append(row["scores"][name])
+    n, total = sum(map(len, by_task.values())), sum(groups.values())
+    coverage = n / total if total else 0.0
+    result = {"value": None, "n": n, "coverage": coverage}
+    bounds = []
+    for end in (scale.low, scale.high):
+        filled = {t: v + [end] * (groups[t] - len(v)) for t, v in by_task.items()}
+        bounds.append(_mean_of(filled, micro))
+    if n and all(by_task.values()) and coverage >= scale.least:
+        result["value"] = _mean_of(by_task, micro)
+    return {**result, "bounds": bounds}
+
+
+def _mean_of(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | None:
+    if micro:
+        by_task = {"all": [v for values in by_task.values() for v in values]}
+    means = [statistics.fmean(v) for v in by_task.values() if v]
+    return statistics.fmean(means) if means else None
+
+
+def noise(
+    rows: Sequence[Row], passes: Passes, combine: Callable[[Sequence[float]], float]
+) -> dict[str, dict[str, float]]:
+    """By score: `repeat_sd`, the deviation of single answers about their item's mean, and `order_gap`, the mean
+    absolute difference between the two orders of the pictures. What was not asked more than once is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name in rows[0]["numbers"] if rows else ():
+        whole = [[combine(numbers) for numbers in r["numbers"][name]] for r in rows]
+        k = passes.repeats
+        groups = [p[i : i + k] for p in whole if len(p) in (k, 2 * k) for i in range(0, len(p), k)]
+        pairs = [p for p in whole if passes.swap and len(p) == 2 * k]
+        if k > 1 and groups:
+            found.setdefault(name, {})["repeat_sd"] = statistics.fmean(map(statistics.variance, groups)) ** 0.5
+        if pairs:
+            gaps = [abs(statistics.fmean(p[:k]) - statistics.fmean(p[k:])) for p in pairs]
+            found.setdefault(name, {})["order_gap"] = statistics.fmean(gaps)
+    return found
+
+
+def table(title: str, rows: Sequence[Row], found: Sequence[Item], summary: Mapping[str, Mapping[str, Any]]) -> Table:
+    """For people: each task's means over its scored items, then the headlines, macro and micro."""
+    shown, names = Table(title=title), list(rows[0]["scores"])
+    for column in ("", "items", "scored", *names):
+        shown.add_column(column, justify="right" if column else "left")
+    for task, size in Counter(i.task for i in found).items():
+        part = [r["scores"] for r in rows if r["task"] == task]
+        values = [[s[n] for s in part if s[n] is not None] for n in names]
+        cells = [f"{statistics.fmean(v):.3f}" if v else "-" for v in values]
+        shown.add_row(task, str(size), str(len(values[-1])), *cells)
+    for place in dict.fromkeys(p.rpartition("/")[0] for p in summary):
+        shown.add_section()
+        for ending, style in (("", "bold"), ("_micro", "")):
+            figures = [summary[f"{place}/{n}{ending}"] for n in names]
+            n, coverage = figures[-1]["n"], figures[-1]["coverage"]
+            cells = ["none" if f["value"] is None else f"{f['value']:.3f}" for f in figures]
+            label = f"{place} {ending.strip('_') or 'macro'}"
+            shown.add_row(label, str(round(n / coverage)) if n else "-", f"{n} = {coverage:.1%}", *cells, style=style)
+    return shown
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def begin(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note in a result's folder what it will depend on.
+
+    Raises:
+        UserError: it holds a result, finished or not, that depends on other things.
+    """
+    path = folder / FACTS
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{k} {old.get(k)!r}" for k, v in json.loads(json.dumps(facts)).items() if old.get(k) != v]
+        if other:
+            raise UserError(
+                f"expected a new folder, or one of the same evaluation; {folder} is of another: {'; '.join(other)}; "
+                "choose another --out, or give --fresh"
+            )
+        return
+    write_text(path, json.dumps({"state": "under way", **facts}, indent=1, ensure_ascii=False) + "\n")
+
+
+def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress) -> None:
+    """Edit every item whose picture is not there yet."""
+    todo = [item for item in items if not item.edited.is_file()]
+    told(len(items) - len(todo), len(items))
+    for start in range(0, len(todo), CHUNK):
+        part = todo[start : start + CHUNK]
+        edited = edit([item.source() for item in part], [item.instruction for item in part])
+        for item, picture in zip(part, edited):
+            save_png(picture, item.edited)
+        told(len(items) - len(todo) + start + len(part), len(items))
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(aside, "PNG")
+        os.replace(aside, path)
+
+
+def write_result(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Rows, summary and facts of a result (see the module's head)."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ROWS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Score -> outcome -> number of items."""
+    names = rows[0]["scores"] if rows else ()
+    return {name: dict(Counter(r["why"].get(name, OK) for r in rows)) for name in names}

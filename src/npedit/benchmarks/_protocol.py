@@ -1,0 +1,192 @@
+"""What a judge is asked and how: protocols, one YAML file each in protocols/, and official texts from elsewhere.
+
+The texts of npedit's own protocols stand in their files. The published ones of VIEScore and ImgEdit are not in this
+package: they are read, never run, from an installed package that carries them or from a folder of the official files.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from npedit.benchmarks._answers import DIGITS
+from npedit.errors import UserError, nearest
+from npedit.judges.base import Manner
+from npedit.judges.cache import digest_of
+
+FOLDER = Path(__file__).parent / "protocols"
+SLOTS = ("<instruction>", "<edit_prompt>")  # in our own and VIEScore's texts; in ImgEdit's
+VIESCORE = ("vie_prompts.py",)  # its file in VIEScore, GEdit-Bench, and packages
+IMGEDIT = ("prompts.json", "prompt.py")
+PACKAGES = {
+    VIESCORE: (
+        ("evalscope", "benchmarks/image_edit/gedit/vie_prompts.py"),
+        ("lmms_eval", "tasks/gedit_bench/viescore/vie_prompts.py"),
+    ),
+    IMGEDIT: (("lmms_eval", "tasks/imgedit/prompt.py"),),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One score: the smallest, or the mean (the benchmark says), of `criteria` numbers from each of its texts.
+    `pictures` are "source" and "edited", in order. `texts` and `swapped` (for the other order; may be empty) are by
+    edit type, with "" for all; each has one slot for the instruction if the source is shown."""
+
+    name: str
+    pictures: tuple[str, ...]
+    criteria: int
+    texts: Mapping[str, tuple[str, ...]]
+    swapped: Mapping[str, tuple[str, ...]]
+
+    def prompts(self, task: str, instruction: str, swapped: bool = False) -> list[str]:
+        """The texts as they are sent. The instruction is put in once: slots in its own words stay words.
+
+        Raises:
+            UserError: there is no text for this edit type.
+        """
+        found = self.swapped if swapped else self.texts
+        texts = found.get(task, found.get(""))
+        if texts is None:
+            raise UserError(f"expected an edit type among {', '.join(found)}; got {task!r}; correct the data")
+        return [_filled(text, instruction) for text in texts]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that is fixed about how scores come about. See the files in protocols/."""
+
+    name: str
+    answer: str  # json, lines or digits: `_answers.read`
+    low: float
+    high: float
+    overall: str  # the name of the overall score
+    resize: str  # source: the edited picture is scaled to the source's size first; none: it is shown as it is
+    manner: Manner
+    tries: int  # attempts at an answer that can be read
+    reminder: str  # added to the text from the second try on
+    questions: tuple[Question, ...]
+
+    @classmethod
+    def load(cls, name: str, prompts: Path | None = None) -> Self:
+        """The protocol of this name; `prompts` is a folder or file with official texts, for those that need them.
+
+        Raises:
+            UserError: there is none of this name, or its texts are not found or have no slot.
+        """
+        if name not in names():
+            raise UserError(f"--protocol: expected one of {', '.join(names())}; got {name!r}.{nearest(name, names())}")
+        raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        foreign = any("blocks" in q for q in raw["questions"].values())
+        if prompts and not foreign:
+            raise UserError(
+                f"--prompts: expected none, for {name} has its own texts; got {prompts}; choose an official"
+            )
+        texts = _official(name, raw["answer"], prompts) if foreign else {}
+        shapes = raw.pop("criteria", {})
+        questions = tuple(_question(key, q, texts, shapes) for key, q in raw.pop("questions").items())
+        options = DIGITS if raw["answer"] == "digits" else ()
+        how = {key: raw.pop(key) for key in ("temperature", "max_tokens", "text_first", "jpeg_quality")}
+        return cls(**raw, manner=Manner(**how, options=options), questions=questions)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the whole record, texts included: results under different hashes are not comparable."""
+        return digest_of(asdict(self))
+
+    @cached_property
+    def prompts_hash(self) -> str:
+        """Of the texts alone, so that two copies of the official ones can be told to be the same."""
+        return digest_of([[q.name, q.texts, q.swapped] for q in self.questions])
+
+    def record(self) -> dict[str, Any]:
+        """For a result: all but the texts, and both hashes."""
+        found = asdict(self)
+        for question in found["questions"]:
+            del question["texts"], question["swapped"]
+        return {**found, "hash": self.hash, "prompts_hash": self.prompts_hash}
+
+
+def names() -> list[str]:
+    """The protocols there are."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def _filled(text: str, instruction: str) -> str:
+    slot = next((s for s in SLOTS if s in text), None)
+    return text.replace(slot, instruction) if slot else text
+
+
+def _question(name: str, raw: Mapping[str, Any], official: Mapping[str, str], shapes: Mapping[str, str]) -> Question:
+    """A question with its texts: its own, one for each edit type if it has criteria by type, or the official ones."""
+    if "blocks" not in raw:
+        kinds = shapes or {"": ""}
+        own, other = (
+            {k: tuple(t.replace("<criteria>", v) for t in raw.get(key, ())) for k, v in kinds.items()}
+            for key in ("texts", "swapped")
+        )
+        texts, swapped = own, {k: v for k, v in other.items() if v}
+    elif raw["blocks"] == ["by edit type"]:
+        texts, swapped = {k: (v,) for k, v in official.items()}, {}
+    else:
+        missing = [b for b in raw["blocks"] if b not in official]
+        if missing:
+            raise UserError(f"expected {', '.join(raw['blocks'])} in the official texts; got none of {missing}")
+        texts, swapped = {"": ("\n".join(official[b] for b in raw["blocks"]),)}, {}
+    bare = [k for k, group in texts.items() for t in group if sum(s in t for s in SLOTS) != 1]
+    if bare and "source" in raw["pictures"]:
+        raise UserError(f"expected one slot for the instruction, {' or '.join(SLOTS)}, in the text {name} {bare}")
+    return Question(name, tuple(raw["pictures"]), raw["criteria"], texts, swapped)
+
+
+def _official(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
+    """The official texts by name: constants of a Python file, which is read and not run, or entries of a JSON file."""
+    wanted = IMGEDIT if answer == "lines" else VIESCORE
+    found = list(_candidates(wanted, prompts))
+    if not found:
+        where = f"in {prompts}" if prompts else f"in an installed {' or '.join(p for p, _ in PACKAGES[wanted])}"
+        raise UserError(
+            f"--protocol {name} needs the official texts: expected {' or '.join(wanted)} {where}; found none. Give the "
+            "folder of the official files as --prompts, or: pip install --no-deps lmms-eval"
+        )
+    path = found[0]
+    try:
+        text = path.read_text(encoding="utf-8")
+        texts = json.loads(text) if path.suffix == ".json" else _constants(text)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"expected official texts in {path}; got a file that cannot be read: {error}") from None
+    return {k: v for k, v in texts.items() if isinstance(v, str)}
+
+
+def _candidates(wanted: tuple[str, ...], prompts: Path | None) -> Iterator[Path]:
+    if prompts is not None:
+        inside = sorted(p for n in wanted for p in prompts.rglob(n)) if prompts.is_dir() else [prompts]
+        yield from (p for p in inside if p.is_file())
+        return
+    for package, file in PACKAGES[wanted]:
+        spec = importlib.util.find_spec(package)  # finds, and does not import
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(folder) / file).is_file():
+                yield Path(folder) / file
+
+
+def _constants(text: str) -> dict[str, Any]:
+    """The top-level constants of Python source. A lone dictionary of strings, as lmms-eval has it, counts as its
+    entries."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    tables = [v for v in found.values() if isinstance(v, dict)]
+    return tables[0] if len(tables) == 1 else found

@@ -1,0 +1,158 @@
+"""ImgEdit-Bench, its Basic part (arXiv 2505.20275): 737 edits of nine types, three criteria from 1 to 5 each.
+
+Scores: `S1` instruction, `S2` and `S3` look and detail, as the edit type's text words them (for a style: content and
+rendering; for an action: identity and body); `O`, the mean of the three. A headline is the mean of the nine types'
+means (macro), as the benchmark's tables compute it; `_micro` is the mean over items. Official files round each mean to
+two decimals; here nothing is rounded.
+
+The data are the official JSON file ({key: {"id": picture, "prompt", "edit_type"}}) and its pictures beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from npedit.benchmarks._answers import read
+from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
+from npedit.checkpoint import write_text
+from npedit.errors import UserError, writing
+from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
+
+TASKS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action")
+ALIASES = {"alter": "adjust", "hybrid": "compose"}  # other names in official files
+FILES = ("basic_edit.json", "singleturn.json")
+SIZE = 737
+SCORES = ("S1", "S2", "S3")
+SCALE, QUESTIONS = (1, 5), 1  # what a protocol for it must have
+
+
+def items(data: Path, pictures: Path) -> list[Item]:
+    """The benchmark's items. `data` is the JSON file, or the folder that holds it and the pictures; `pictures` the
+    folder with the edited ones, {key}.png.
+
+    Raises:
+        UserError: the file or a picture is missing, or an entry is not as described.
+    """
+    file = next((data / n for n in FILES if (data / n).is_file()), data)
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        raw = [(key, e["id"], e["prompt"], ALIASES.get(e["edit_type"], e["edit_type"])) for key, e in entries.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"expected {' or '.join(FILES)} of ImgEdit-Bench, {{key: {{id, prompt, edit_type}}}}; got {data}, where "
+            f"{error!r}; unpack Benchmark.tar of the Hub's sysuyy/ImgEdit and give its folder singleturn"
+        ) from None
+    found, absent = [], []
+    for key, name, prompt, task in raw:
+        if task not in TASKS:
+            raise UserError(f"expected an edit type among {', '.join(TASKS)} in {file}; got {task!r} for {key}")
+        path = file.parent / name
+        absent += [] if path.is_file() else [name]
+        found.append(
+            Item(f"imgedit/{task}/{key}", task, task, prompt, Source(path, f"{task}/{key}"), pictures / f"{key}.png")
+        )
+    if absent or not found:
+        raise UserError(f"expected the source pictures beside {file}; {len(absent)} are missing, such as {absent[:3]}")
+    return sorted(found, key=lambda i: TASKS.index(i.task))
+
+
+def incomplete(found: Sequence[Item]) -> str:
+    """What the data lack of the real benchmark; "" if nothing."""
+    if len(found) == SIZE and len({i.task for i in found}) == len(TASKS):
+        return ""
+    return f"expected {SIZE} items of {len(TASKS)} types; the data hold {len(found)} of {len({i.task for i in found})}"
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def combine(numbers: Sequence[float]) -> float:
+    """A pass's three numbers -> its overall score."""
+    return sum(numbers) / len(numbers)
+
+
+def finish(row: Row, overall: str) -> Row:
+    """From the one question's score make the three criteria's, each the mean over passes, and the overall one."""
+    (name,) = row["scores"]
+    total, passes = row["scores"].pop(name), row["numbers"][name]
+    why = row["why"].pop(name, OK)
+    for score, values in zip(SCORES, zip(*passes) if total is not None else [()] * 3):
+        add(row, score, sum(values) / len(values) if values else None, why)
+    add(row, overall, total, why)
+    return row
+
+
+def summarise(rows: Sequence[Row], found: Sequence[Item], least: float, protocol: str) -> dict[str, dict[str, Any]]:
+    """Headlines "PROTOCOL/SCORE" and "..._micro" -> figures. `found` are all items of the benchmark, judged or not;
+    `least` is the coverage, a share, that a headline needs."""
+    scale = Scale(*SCALE, least)
+    groups = dict.fromkeys(TASKS, 0) | Counter(i.task for i in found)
+    out = {}
+    for name in rows[0]["scores"] if rows else ():
+        out[f"{protocol}/{name}"] = headline(rows, name, groups, scale)
+        out[f"{protocol}/{name}_micro"] = headline(rows, name, groups, scale, micro=True)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- official layout
+
+
+def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
+    """Write what the official scripts write: result.json (answers as lines "S1: 4", for items with whole numbers, which
+    alone those scripts read), average_score.json and typescore.json, whose means are rounded to two decimals. This
+    layout has no place for the judge's name."""
+    keys = {i.id: i.edited.stem for i in found}
+    answers, means = {}, {}
+    for row in rows:
+        values = row["scores"]
+        if None not in values.values():
+            means[keys[row["id"]]] = round(values["O"], 2)
+            if all(values[s] == int(values[s]) for s in SCORES):
+                answers[keys[row["id"]]] = "\n".join(f"{s}: {int(values[s])}" for s in SCORES)
+    by_task: dict[str, list[float]] = {}
+    for item in found:
+        if item.edited.stem in means:
+            by_task.setdefault(item.task, []).append(means[item.edited.stem])
+    kinds = {task: round(sum(v) / len(v), 2) for task, v in by_task.items()}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in (("result", answers), ("average_score", means), ("typescore", kinds)):
+        written.append(folder / f"{name}.json")
+        write_text(written[-1], json.dumps(content, indent=2) + "\n")
+    return written
+
+
+def imported(result: Path, found: Sequence[Item]) -> list[Row]:
+    """Rows from a result.json of the official scripts: {key: answer}. An answer that is no text with three lines
+    "criterion: number" is missing.
+
+    Raises:
+        UserError: no such file, or a key that is no item's.
+    """
+    try:
+        answers = json.loads(result.read_text(encoding="utf-8"))
+        unknown = sorted(set(answers) - {i.edited.stem for i in found})
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"expected the official result.json; got {result}, where {error!r}; check it") from None
+    if unknown:
+        raise UserError(f"expected keys of the data in {result}; got {unknown[:3]}; give the file of these data")
+    rows = []
+    for item in found:
+        answer = answers.get(item.edited.stem, "")
+        outcome, numbers = read("lines", answer, 3, *SCALE) if isinstance(answer, str) else (PARSE_ERROR, ())
+        why = outcome if item.edited.stem in answers else NOT_IN_FILE
+        row: Row = {
+            "id": item.id,
+            "task": item.task,
+            "scores": {},
+            "why": {},
+            "numbers": {"S": [list(numbers)] if numbers else []},
+        }
+        add(row, "S", combine(numbers) if outcome == OK else None, why)
+        rows.append(finish(row, "O"))
+    return rows

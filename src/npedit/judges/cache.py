@@ -1,0 +1,103 @@
+"""Answers on disk: JSON lines, one a call, only ever added to. A run that was stopped asks nothing twice.
+
+The key of an answer covers all it depends on: protocol, judge and revision, prompt as filled in, decoding, pass and
+attempt, and the pixels of each picture in order. It covers no file name and no item id: a picture that moves keeps its
+answer, one that changes loses it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from PIL import Image
+
+from npedit.errors import UserError, writing
+from npedit.judges.base import FINAL
+
+
+class Cache:
+    """The answers kept in one file, for several threads of one process. Use it as a context: it holds the file.
+
+    Raises:
+        UserError: another process holds the file, it cannot be written, or it has a bad line.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._final: dict[str, dict[str, Any]] = {}
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"expected {path} to be free; another evaluation writes it; wait, or use --out") from None
+        except UserError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._final)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        *lines, torn = self._file.read().split(b"\n")
+        if torn:  # a kill cut it off; that answer is asked for again
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if record["outcome"] in FINAL:
+                    self._final[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"expected one record of JSON a line in {self.path}; got a bad line {number} ({error!r}); delete it"
+                ) from None
+
+    def usage(self) -> dict[str, int]:
+        """The servers' token counts, added up over what is kept."""
+        with self._lock:
+            return dict(sum((Counter(r.get("usage", {})) for r in self._final.values()), Counter()))
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The answer or refusal under this key. What ended otherwise is not served: it is asked again."""
+        with self._lock:
+            return self._final.get(key)
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Add one record with at least `key` and `outcome`; it is on the disk when this returns."""
+        with self._lock, writing(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if record["outcome"] in FINAL:
+                self._final[record["key"]] = dict(record)
+
+
+def key_of(images: Sequence[Image.Image], **facts: Any) -> str:
+    """The hash of the pictures' pixels and sizes, in order, and of plain `facts`."""
+    digests = [hashlib.sha256(f"{im.mode} {im.size}".encode() + im.tobytes()).hexdigest() for im in images]
+    return digest_of({**facts, "images": digests})
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a plain value in canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""A judge in this process: a vision-language model that transformers opens, through the adapters in critics/.
+
+It reads greedily, one question at a time, so the same question gets the same answer. Pictures are scaled as the
+model's own image processor does it. With `Manner.options` it writes nothing: the probabilities of those words as the
+answer are read from its logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import Tensor
+
+from npedit import config
+from npedit.critics._chat import model_kind
+from npedit.critics.base import Critic
+from npedit.errors import UserError
+from npedit.judges.base import OK, Judge, Manner, Reply
+
+PARTS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
+
+
+class LocalJudge(Judge):
+    """One open model. `family` is the file in critics/ that opens it; `revision` tells its weights from all others."""
+
+    def __init__(self, critic: Critic, name: str, family: str, revision: str):
+        self.critic, self.name, self.family, self.revision = critic, name, family, revision
+        self._dtype = str(next(critic.model.parameters()).dtype).removeprefix("torch.")
+
+    @classmethod
+    def open(cls, weights: str) -> Self:
+        """A folder, "embedded", or a Hub id, with @ and a revision behind it if need be. bfloat16 on CUDA, float32 on a
+        CPU.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        device = config.pick_device()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        try:
+            folder, revision = _located(weights)
+            family = _families()[model_kind(folder, _families())]
+            critic = config.find_class("critics", family).load(folder, dtype, device)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_families()))}, or a server's "
+                f"address; got {weights}, where {error}"
+            ) from None
+        return cls(critic, weights, family, revision)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Judge.identity`. Not the name: a folder that moves is the same judge."""
+        return {"kind": "local", "family": self.family, "revision": self.revision, "dtype": self._dtype}
+
+    def accepts(self, manner: Manner) -> None:
+        """See `Judge.accepts`."""
+        if manner.text_first or manner.max_tokens is None:
+            raise UserError(
+                "expected a protocol that shows pictures before the text and limits the answer, as a local judge needs "
+                "it; got one for servers; choose another --protocol"
+            )
+        if manner.options:
+            self._option_ids(manner)
+
+    def ask(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> Reply:
+        """See `Judge.ask`. With options, the text is {"probabilities": {word: number}} over the whole vocabulary."""
+        start, pictures = time.monotonic(), [_tensor(im) for im in images]
+        if manner.options:
+            with torch.no_grad():
+                seen = [self.critic.see(p[None].to(self.critic.device))[0] for p in pictures]
+                chances = self.critic.logits([prompt], [seen])[0].double().softmax(0)
+            found = {w: float(chances[i]) for w, i in zip(manner.options, self._option_ids(manner))}
+            text = json.dumps({"probabilities": found})
+        else:
+            (text,) = self.critic.write([prompt], [pictures], manner.max_tokens)
+        return Reply(OK, text, detail=f"{time.monotonic() - start:.1f} s", served_by=self.name)
+
+    def _option_ids(self, manner: Manner) -> list[int]:
+        try:
+            return [self.critic.answer_id(word) for word in manner.options]
+        except ValueError as error:
+            raise UserError(f"expected a judge that answers {manner.options} in one token each; got: {error}") from None
+
+
+def _families() -> dict[str, str]:
+    """config.json's model_type -> the file in critics/ that opens it."""
+    kinds = {"llava_onevision": "llava_onevision"}
+    for name in config.names("critics"):
+        kinds |= dict.fromkeys(getattr(config.find_class("critics", name), "kinds", ()), name)
+    return kinds
+
+
+def _located(weights: str) -> tuple[Path, str]:
+    """The folder, and what tells its weights from others: the Hub's commit, or a hash over the files."""
+    if weights == config.EMBEDDED:
+        folder = config.embedded("critic")
+    elif Path(weights).is_dir():
+        folder = Path(weights)
+    else:
+        hub_id, _, revision = weights.partition("@")
+        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=PARTS))
+        return folder, folder.name
+    return folder, fingerprint(folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash over names and contents of all files in a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

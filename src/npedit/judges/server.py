@@ -1,0 +1,216 @@
+"""A judge behind HTTP that speaks OpenAI's chat completions: vLLM, SGLang, `transformers serve`, a paid service.
+
+Plain standard library. One user message: pictures as data URLs and the text, in the protocol's order; no system
+message. The key comes from the environment variable NPEDIT_JUDGE_KEY, goes to the given server alone (redirects are not
+followed) and is written nowhere.
+
+What the server does decides the outcome, never a number:
+
+- 429, 408, 5xx, a time-out, a cut connection, a body that is no JSON or holds no choice: asked again after a growing
+  wait (Retry-After is honoured), then transport_error;
+- a content filter, in the status or as the finish reason, or a filled `refusal`: refused;
+- 400, 413, 422 for another reason: rejected;
+- 401, 403, 404, a redirect, no credit left: the run stops; what has been answered is kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import http.client
+import io
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from npedit.errors import UserError
+from npedit.judges.base import OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped, Manner, Reply
+
+KEY_VARIABLE = "NPEDIT_JUDGE_KEY"
+FILTER_MARKS = ("content_filter", "content_policy", "content policy", "content management policy", "safety system")
+NO_CREDIT_MARKS = ("insufficient_quota", "billing_hard_limit", "insufficient_balance")
+MOST_BYTES = 8_000_000  # of one answer
+LONGEST_WAIT = 300.0  # seconds between two attempts, whatever the server asks for
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Follow none: the key must not go elsewhere."""
+
+
+class _Failed(Exception):
+    """An attempt that may be made again, after `wait` seconds if the server said so."""
+
+    def __init__(self, detail: str, wait: float = 0.0):
+        super().__init__(detail)
+        self.wait = wait
+
+
+class ServerJudge(Judge):
+    """`url` is the API's root, such as http://localhost:8000/v1; `timeout` is for one attempt, in seconds.
+
+    Raises:
+        UserError: a URL that is none, or no model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        revision: str = "",
+        workers: int = 4,
+        timeout: float = 180.0,
+        attempts: int = 6,
+        first_wait: float = 2.0,
+    ):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"expected a judge's address such as http://localhost:8000/v1; got {url!r}; correct it")
+        if parts.username or parts.password or parts.query:
+            raise UserError(f"expected an address without a key in it; put the key in {KEY_VARIABLE}")
+        if not model:
+            raise UserError("expected the model's name as the server knows it; got none; give --judge-model")
+        self.url, self.name, self.revision = url.rstrip("/"), model, revision
+        self.workers, self.timeout, self.attempts, self.first_wait = workers, timeout, attempts, first_wait
+        self._stopping = threading.Event()
+        self._open = urllib.request.build_opener(_NoRedirect).open
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Judge.identity`. The address counts: two servers may hold one name in different precision."""
+        return {"kind": "server", "url": self.url, "model": self.name, "revision": self.revision}
+
+    def accepts(self, manner: Manner) -> None:
+        """See `Judge.accepts`."""
+        if manner.options:
+            raise UserError(
+                "expected a local judge: a score from logits needs the probabilities of all answers, which servers do "
+                "not give; give a folder or Hub id as --judge, or choose another --protocol"
+            )
+
+    def ask(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> Reply:
+        """See `Judge.ask`, and the module's head for outcomes."""
+        body = json.dumps(self._request(prompt, images, manner)).encode()
+        detail = ""
+        for attempt in range(self.attempts):
+            try:
+                return self._once(body)
+            except _Failed as failed:
+                detail = str(failed)
+                grown = self.first_wait * 2**attempt * random.uniform(0.5, 1.5)
+                if attempt + 1 < self.attempts and self._stopping.wait(min(max(grown, failed.wait), LONGEST_WAIT)):
+                    break
+        return Reply(TRANSPORT_ERROR, detail=f"{detail} ({attempt + 1} attempts)")
+
+    def stop(self) -> None:
+        """See `Judge.stop`."""
+        self._stopping.set()
+
+    def _request(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> dict[str, Any]:
+        pictures = [{"type": "image_url", "image_url": {"url": data_url(im, manner.jpeg_quality)}} for im in images]
+        text = [{"type": "text", "text": prompt}]
+        content = text + pictures if manner.text_first else pictures + text
+        stated = {"max_tokens": manner.max_tokens, "temperature": manner.temperature}
+        decoding = {k: v for k, v in stated.items() if v is not None}
+        return {"model": self.name, "messages": [{"role": "user", "content": content}], **decoding}
+
+    def _once(self, body: bytes) -> Reply:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", body, headers, method="POST")
+        end = time.monotonic() + self.timeout
+        try:
+            with self._open(request, timeout=self.timeout) as response:
+                return _reply(_read(response, end))
+        except urllib.error.HTTPError as error:
+            with error:
+                try:
+                    text = _read(error, end).decode(errors="replace")
+                except (OSError, http.client.HTTPException):
+                    text = ""
+            return self._status(error.code, text, error.headers)
+        except (OSError, http.client.HTTPException) as error:  # URLError, time-outs, resets, cut bodies
+            raise _Failed(f"{type(error).__name__}: {error}") from None
+
+    def _status(self, code: int, text: str, headers: Mapping[str, str]) -> Reply:
+        said, detail = text.lower(), f"HTTP {code}: {' '.join(text.split())[:300]}"
+        if any(mark in said for mark in NO_CREDIT_MARKS) or code == 402:
+            raise JudgeStopped(f"expected credit left at {self.url}; got {detail}; add some and run the same command")
+        if code in (400, 403, 422) and any(mark in said for mark in FILTER_MARKS):
+            return Reply(REFUSED, detail=detail)
+        if code in (408, 409, 425, 429) or code >= 500:
+            raise _Failed(detail, _retry_after(headers.get("Retry-After", "")))
+        if code in (400, 413, 422):
+            return Reply(REJECTED, detail=detail)
+        raise JudgeStopped(
+            f"expected {self.url}/chat/completions to answer; got {detail}; check --judge, --judge-model and "
+            f"{KEY_VARIABLE}, and run the same command"
+        )
+
+
+def _read(response: Any, end: float) -> bytes:
+    """The body, whole, before `end` of the monotonic clock: each single wait has a limit already, but many add up."""
+    parts, size = [], 0
+    while part := response.read1(65536):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > end:
+            raise TimeoutError("the answer takes too long")
+        if size > MOST_BYTES:
+            raise OSError(f"the answer is longer than {MOST_BYTES} bytes")
+    if getattr(response, "length", None):  # read1 does not complain of a body that was cut
+        raise http.client.IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
+
+
+def _reply(body: bytes) -> Reply:
+    """What the JSON of a 200 says.
+
+    Raises:
+        _Failed: it is no JSON, an error, or holds no choice.
+    """
+    try:
+        found = json.loads(body)
+        choice = found["choices"][0]
+        message = choice["message"]
+        content, refusal = message.get("content"), message.get("refusal")
+        reason = choice.get("finish_reason")
+        usage = {k: v for k, v in (found.get("usage") or {}).items() if isinstance(v, int)}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _Failed(f"no chat completion: {body[:300].decode(errors='replace')}") from None
+    model = str(found.get("model", ""))
+    if refusal or reason == "content_filter":
+        return Reply(REFUSED, str(refusal or content or ""), usage, f"finish_reason {reason}", model)
+    if isinstance(content, list):  # some servers give parts
+        content = "".join(p.get("text", "") for p in content if isinstance(p, dict))
+    return Reply(OK, content if isinstance(content, str) else "", usage, f"finish_reason {reason}", model)
+
+
+def _retry_after(value: str) -> float:
+    """Seconds that the header asks to wait, given as a number or a date; 0 if it says nothing."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def data_url(image: Image.Image, jpeg_quality: int) -> str:
+    """An RGB picture as a data URL: PNG for quality 0, else JPEG."""
+    kind, options = ("jpeg", {"quality": jpeg_quality}) if jpeg_quality else ("png", {})
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
