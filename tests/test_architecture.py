@@ -46,7 +46,7 @@ PLACES = {
 # Without the tildes, which are here so that this file does not contain the words.
 BANNED = {
     "a path of one machine": r"/wo~rk/\w|/opt/(?:whe~els|py~pi)|/ro~ot/|/ho~me/\w+/",
-    "a helper's folder": r"\.libr~ary\b|(?<![\w.])shared/do~cs",
+    "a helper's folder": r"(?<!torch)\.libr~ary\b|(?<![\w.])shared/do~cs",
     "an import of torchvision": r"(?m)^\s*(?:import|from)\s+torch~vision\b",
     "a registry's host": r"py~pi\.org|python~hosted\.org|download\.py~torch\.org|npm~js\.org|deb\.deb~ian\.org",
 }
@@ -232,7 +232,8 @@ def test_shipped_recipes_load() -> None:
     recipes = sorted((PACKAGE / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        assert load_recipe(path).name
+        if not path.stem.startswith("study-"):  # tests/test_study.py loads those
+            assert load_recipe(path).name
 
 
 # Each rule, broken on purpose: a rule that accepts these would accept anything.

@@ -208,8 +208,7 @@ def _whole(recipe: Recipe) -> None:
                 )
     if recipe.judge is not None and recipe.judge == recipe.critic:
         raise UserError(
-            f"judge: expected another critic than the one that is trained against; got {recipe.judge.weights!r} twice; "
-            "choose other weights, or leave the key out"
+            f"judge: expected another than the critic; got {recipe.judge.weights!r} twice; choose another, or none"
         )
     steps = {"trainer.steps": recipe.trainer.steps}
     for i, stage in enumerate(recipe.stages):

@@ -37,7 +37,7 @@ from npedit.trainer import STAGE_SEEDS
 
 PUBLISHED = Path(__file__).parent / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
-FROZEN = {"text": "text", "vae": "VAE", "critic": "critic"}  # a name of `Parts.awake` -> a column
+FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.awake` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", WORKING)
 STEPPING, EIGHT_BIT = "stepping", "moments of 8 bits"  # counted apart, shown in the columns below
 SHOWN = {STEPPING: WORKING, EIGHT_BIT: "optimizer"}
@@ -161,6 +161,8 @@ def open_hollow(recipe: Recipe) -> tuple[Family, Critic | None]:
     try:
         kind, folder = find_class("families", chosen.name), configs("family", chosen.weights, chosen.folder)
         family = hollow_family(kind, folder, torch_dtype(chosen.dtype))
+        if recipe.judge is not None:
+            raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
         if judge is None:
             return family, None
         if judge.name == "ensemble":
