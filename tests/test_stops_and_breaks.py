@@ -122,7 +122,7 @@ def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), SafetensorError("header")])
 def test_what_loading_may_raise(error: Exception) -> None:
-    with pytest.raises(UserError, match=r"critic\.weights"), _loading("critic", "there"):
+    with pytest.raises(UserError, match=r"critic\.weights"), _loading("critic.weights", "there"):
         raise error
 
 

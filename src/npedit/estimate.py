@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from npedit.config import EMBEDDED, Recipe, find, find_class, torch_dtype
+from npedit.config import EMBEDDED, Recipe, find, find_class, rest_device, torch_dtype
 from npedit.critics._hollow import hollow_critic
 from npedit.critics.base import Critic
 from npedit.data import PairedBatch
@@ -141,6 +141,10 @@ class _Parts(Parts):
 
     counted: Counted = field(default_factory=Counted)
     sliced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory.offload:
+            self.move(list(FROZEN), rest_device())  # they were counted where they were opened
 
     def net(self, role: str, seed: int) -> nn.Module:
         with META:
