@@ -148,7 +148,7 @@ def test_gedit_with_a_local_judge_from_command_to_files(here, folder):
     summary = json.loads((here / "r" / "summary.json").read_text())
     figure = summary["npedit-edit-v1/en/full/O"]
     assert (figure["value"], figure["n"], figure["coverage"]) == (pytest.approx(7.0), 12, 1.0)
-    facts = json.loads((here / "r" / "facts.json").read_text())
+    facts = json.loads((here / "r" / "settings.json").read_text())
     assert facts["judge"]["revision"] == fingerprint(folder) and facts["protocol"]["hash"]
     assert facts["editor"] == {"editor": "copy"} and sum(facts["outcomes"]["O"].values()) == 12
     assert "npedit-edit-v1/en/full macro" in said and "the data hold 12 en" in said
@@ -169,7 +169,7 @@ def test_the_embedded_editor_edits_and_a_judge_of_the_critics_family_is_warned_o
     rows = records(here / "r" / "rows.jsonl")
     assert len(rows) == 3 and all(r["scores"]["O"] == pytest.approx(7.0) for r in rows)
     assert len(list((here / "r/official").rglob("*_SRCIMG.png"))) == 3
-    editor = json.loads((here / "r" / "facts.json").read_text())["editor"]
+    editor = json.loads((here / "r" / "settings.json").read_text())["editor"]
     assert editor["steps"] == 1 and len(editor["weights"]) == 64
     assert cli_evaluate.critics_of("embedded") == {"llava_onevision"}
     monkeypatch.setattr(cli_evaluate, "critics_of", lambda model: {"smolvlm"})

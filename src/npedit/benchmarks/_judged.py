@@ -4,7 +4,7 @@ A result is a folder:
 
     rows.jsonl      {"id", "task", "scores": {name: number or null}, "why": {name: outcome where null}, ...} an item
     summary.json    {headline: {"value": number or null, "n", "coverage", "bounds"}}
-    facts.json      protocol, judge, editor, counts of outcomes: what the numbers depend on
+    settings.json   protocol, judge, editor, counts of outcomes: what the numbers depend on
     answers.jsonl   every answer in full (judges/cache.py); a run that goes on asks nothing twice
     official/       pictures and scores in the layout of the benchmark's own scripts
 
@@ -38,7 +38,7 @@ from npedit.errors import UserError, writing
 from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
 
-ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "facts.json", "answers.jsonl"
+ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
 CHUNK = 16  # pictures edited at a time
 Row = dict[str, Any]
