@@ -154,7 +154,7 @@ def test_the_alarm_is_told_as_it_fires(
 
 
 def test_the_judge_must_be_another_critic() -> None:
-    with pytest.raises(UserError, match="judge: expected another critic"):
+    with pytest.raises(UserError, match="judge: expected another than the critic"):
         recipe("np_edit", judge={"name": "llava_onevision"})
     with pytest.raises(UserError, match="judge.name"):
         recipe("np_edit", judge={"name": "llava"})

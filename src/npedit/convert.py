@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -96,7 +96,7 @@ def _read(source: Path) -> dict[str, Tensor]:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{wanted}; there is no {source}; check the path") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         said = str(error).split("\n")[0]
         raise UserError(f"{wanted}; got {source} ({said}); download it again") from None
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()) or not found:

@@ -155,7 +155,8 @@ class _Parts(Parts):
 
     def move(self, names: Sequence[str], device: torch.device) -> None:
         for name in names:
-            size = _bytes(t for module in self.modules(name) for t in _tensors(module))
+            tensors = (t for module in self.modules(name) for t in _tensors(module))
+            size = _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
             self.counted.add(FROZEN[name], size if device == META else -size)
 
 
