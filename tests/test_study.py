@@ -108,3 +108,13 @@ def test_a_variant_with_an_unknown_key_stops_the_study_before_it_trains(tmp_path
     with pytest.raises(UserError, match="critic_weight"):
         study.run_study(check(study.Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
     assert not (tmp_path / "s").exists()
+
+
+def test_an_edited_study_does_not_pass_old_runs_off_as_its_own(tmp_path):
+    study.run_study(check(study.Study, TINY, ""), tmp_path / "s", recipe_path, print)
+    edited = TINY | {"set": [*TINY["set"], "stages.1.settings.guidance=2.5"]}
+    with pytest.raises(UserError, match=r"guidance: 4\.0 -> 2\.5"):
+        study.run_study(check(study.Study, edited, ""), tmp_path / "s", recipe_path, print)
+    fewer = TINY | {"variants": TINY["variants"] | {"one_step": {"of": "full", "steps": 2}}}
+    study.run_study(check(study.Study, fewer, ""), tmp_path / "s", recipe_path, print)
+    assert json.loads((tmp_path / "s" / "full-0" / "score-one_step.json").read_text())["steps"] == 2

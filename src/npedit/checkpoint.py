@@ -69,7 +69,7 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
         UserError: the folder holds something else, cannot be written, is in use, or is a run with another recipe.
     """
     if is_run(run):
-        _same_recipe(run, recipe, resume)
+        same_recipe(run, recipe, resume)
     with writing(run):
         if run.exists() and not is_run(run) and {p.name for p in run.iterdir()} - UNBORN:
             raise UserError(
@@ -87,7 +87,8 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
         yield
 
 
-def _same_recipe(run: Path, recipe: Recipe, resume: bool) -> None:
+def same_recipe(run: Path, recipe: Recipe, resume: bool = True) -> None:
+    """Raise a UserError unless the run was begun with this recipe and may go on (`resume`)."""
     if not resume:
         raise UserError(f"expected a new folder; got {run}, which is a run already; choose another, or go on with it")
     begun = make_recipe(read_config(run)).as_dict()  # with the defaults of keys that are newer than the run
@@ -109,9 +110,7 @@ def begin(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
     if is_run(run):
         was, now = read_manifest(run)["data_fingerprint"], manifest["data_fingerprint"]
         if was != now:
-            raise UserError(
-                f"expected the data that {run} was begun with ({was}); got others ({now}); choose another folder"
-            )
+            raise UserError(f"expected the data {run} was begun with, {was}; got others, {now}; choose another folder")
     else:
         write_text(run / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))

@@ -14,11 +14,13 @@ What is not counted: memory inside one kernel, the allocator's fragments, and th
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -169,3 +171,16 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _hollowed(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta or tensor.dim() == 0 else torch.empty_like(tensor, device=META)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A published JSON file that describes a model, without the note of where it came from.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("_source", None)
+    return found

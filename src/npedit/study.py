@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from npedit import trainer
 from npedit.benchmarks import toy
-from npedit.checkpoint import METRICS, read_rows, write_text, writing
+from npedit.checkpoint import METRICS, read_rows, same_recipe, write_text, writing
 from npedit.config import Recipe, Settings, check, load_recipe
 from npedit.editor import Editor
 from npedit.errors import UserError, nearest
@@ -136,6 +136,7 @@ def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Eve
 def _train(recipe: Recipe, run: Path) -> None:
     """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update."""
     if (run / "passes.json").is_file():
+        same_recipe(run, recipe)
         return
     seen: dict[str, int] = {"generator": 0, "critic": 0, "updates": 0}
 
@@ -169,12 +170,12 @@ def _train(recipe: Recipe, run: Path) -> None:
 
 def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
     """The scores of one run, kept beside it; with the seconds and passes that its training took."""
-    kept = run / f"score-{name}.json"
+    kept, steps = run / f"score-{name}.json", study.variants[name].steps or None
     if kept.is_file():
         found = json.loads(kept.read_text())
-        if found["n"] == study.items:
+        if (found["n"], found["steps"]) == (study.items, steps):
             return found
-    editor, steps = Editor.open(run), study.variants[name].steps or None
+    editor = Editor.open(run)
     noises = iter(range(seed * 1_000_003, seed * 1_000_003 + study.items))
     scores = toy.score(
         lambda x, words: editor.edit_tensor(x, words, [next(noises) for _ in words], steps),
@@ -182,7 +183,7 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
     )
     seconds = sum(r.get("time/update") or 0.0 for r in read_rows(run / METRICS))
     passes = json.loads((run / "passes.json").read_text())
-    whole = {**scores, "run": run.name, "seconds": seconds, "passes": passes}
+    whole = {**scores, "steps": steps, "run": run.name, "seconds": seconds, "passes": passes}
     write_text(kept, json.dumps(whole) + "\n")
     return whole
 
@@ -225,12 +226,8 @@ def verdict(claim: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]], seeds: list[int]) -> Path:
     """Tables, verdicts and plots of a study that has been run."""
-    lines = [
-        f"# {study.name}",
-        "",
-        f"Held-out scenes and phrasings, the oracle's judgement, {study.items} items a run, ",
-    ]
-    lines[-1] += f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} a row; 95 % intervals."
+    how = f"{study.items} items a run, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} a row; 95 % intervals."
+    lines = [f"# {study.name}", "", f"Held-out scenes and phrasings, the oracle's judgement, {how}"]
     kinds = list(next(iter(scores.values()))["by_type"])
     for number, table in enumerate(study.tables, 1):
         picture = folder / f"{number}.png"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import statistics
 import threading
 import time
@@ -31,6 +30,7 @@ from PIL import Image, ImageOps
 from rich.table import Table
 
 from npedit.benchmarks._answers import read
+from npedit.benchmarks._outputs import save
 from npedit.benchmarks._protocol import Protocol, Question
 from npedit.checkpoint import write_text
 from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
@@ -358,17 +358,8 @@ def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress) -> None:
         part = todo[start : start + CHUNK]
         edited = edit([item.source() for item in part], [item.instruction for item in part])
         for item, picture in zip(part, edited):
-            save_png(picture, item.edited)
+            save(picture, item.edited)
         told(len(items) - len(todo) + start + len(part), len(items))
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, "PNG")
-        os.replace(aside, path)
 
 
 def write_result(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline, save_png
+from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
+from npedit.benchmarks._outputs import save
 from npedit.errors import UserError, writing
 from npedit.judges.base import NOT_IN_FILE, OK
 
@@ -148,7 +149,7 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
     for item in found:
         path = source_picture(item.edited)
         if item.edited.is_relative_to(folder) and item.edited.is_file() and not path.is_file():
-            save_png(item.source(), path)
+            save(item.source(), path)
     by_id = {i.id: i for i in found}
     place = folder / judge / "eval_results_new"
     lines: dict[str, list[list[Any]]] = {}

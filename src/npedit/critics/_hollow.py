@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from npedit.critics.base import Critic
-
-META = torch.device("meta")
+from npedit.meta import META, read_config
 
 
 def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
@@ -23,7 +20,7 @@ def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resoluti
         ValueError: it describes a model of another kind.
     """
     like = kind.tiny(0)
-    raw, seen = _read(folder / "config.json"), _read(folder / "preprocessor_config.json")
+    raw, seen = read_config(folder / "config.json"), read_config(folder / "preprocessor_config.json")
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     config.image_token_id = like.model.config.image_token_id  # as the tokenizer here has it
     with META:
@@ -33,11 +30,3 @@ def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resoluti
         raise ValueError(f"expected a model of {' or '.join(fitting)} in {folder}; got {config.model_type}")
     processor = type(like.processor)(**{k: v for k, v in seen.items() if not k.endswith("_type")})
     return kind(model, like.tokenizer, processor, like.template, META, resolution)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    found.pop("_source", None)
-    return found

@@ -6,7 +6,6 @@ one.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import transformers
 from torch import nn
 
 from npedit.families.base import Family
-
-META = torch.device("meta")
+from npedit.meta import META, read_config
 
 
 def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:
@@ -28,7 +26,7 @@ def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Famil
         ValueError: it describes another family's pipeline.
     """
     like = kind.tiny(0).pipe
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     if index["_class_name"] != type(like).__name__:
         raise ValueError(f"expected a {type(like).__name__} in {folder}; got {index['_class_name']}")
     parts: dict[str, Any] = {}
@@ -40,11 +38,11 @@ def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Famil
             parts[name] = like.components[name]
             limits = folder / name / "tokenizer_config.json"
             if limits.is_file():
-                parts[name].model_max_length = _read(limits).get("model_max_length", parts[name].model_max_length)
+                parts[name].model_max_length = read_config(limits).get("model_max_length", parts[name].model_max_length)
         elif name == "scheduler":
-            parts[name] = getattr(diffusers, made_by).from_config(_read(folder / name / "scheduler_config.json"))
+            parts[name] = getattr(diffusers, made_by).from_config(read_config(folder / name / "scheduler_config.json"))
         else:
-            parts[name] = _model(library, made_by, _read(folder / name / "config.json"), dtype)
+            parts[name] = _model(library, made_by, read_config(folder / name / "config.json"), dtype)
     return kind(type(like)(**parts), META)
 
 
@@ -56,11 +54,3 @@ def _model(library: str, made_by: str, config: dict[str, Any], dtype: torch.dtyp
             kind = getattr(transformers, made_by)
             model = kind(kind.config_class.from_dict(config))
     return nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers that it would keep in float32
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    found.pop("_source", None)
-    return found
