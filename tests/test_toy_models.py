@@ -58,7 +58,7 @@ def test_the_oracle_reads_scenes_through_the_vae(family, stated):
 
 
 def test_captions_are_followed_as_stated(family, stated):
-    measured, said = caption_score(family, 64, seed=2), stated["captions_right_20_steps_guidance_3"]
+    measured, said = caption_score(family, 64, seed=2), stated["captions_right_20_steps_guidance_5"]
     assert abs(measured - said) < 4 * (said * (1 - said) / 64) ** 0.5 + 0.02
 
 

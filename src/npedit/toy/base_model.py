@@ -209,7 +209,7 @@ def sample(family: Flux, captions: list[str], steps: int, guidance: float, seed:
 
 
 def caption_score(
-    family: Flux, count: int, seed: int, steps: int = 20, guidance: float = 3.0, held_out: bool = False
+    family: Flux, count: int, seed: int, steps: int = 20, guidance: float = 5.0, held_out: bool = False
 ) -> float:
     """Share of held-out scenes' captions whose picture holds all that the caption says, by the oracle. `held_out`
     takes the phrasings kept out of training."""

@@ -72,6 +72,8 @@ INSTRUCTIONS = {
     "add_at": ("add a {x} at the {p}", "put a {x} at the {p}", "draw a {x} in the {p}", "insert a {x} at the {p}",
                "put a {x} in the {p}", "draw a {x} at the {p}"),
     "remove": ("remove the {x}", "delete the {x}", "erase the {x}", "take the {x} away", "get rid of the {x}",
+               "away with the {x}", "rid the scene of the {x}", "delete the {x} in the scene",
+               "erase the {x} in the picture",
                "take away the {x}", "remove the {x} in the picture"),
     "replace": ("replace the {x} with a {v}", "turn the {x} into a {v}", "swap the {x} for a {v}",
                 "change the shape of the {x} to a {v}", "make the {x} a {v}",

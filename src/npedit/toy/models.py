@@ -92,7 +92,7 @@ def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]
     return {
         "vae_psnr_db": round(psnr(vae, 512, seed), 2),
         "edits_right_through_the_vae": through_vae(family, 720, seed),
-        "captions_right_20_steps_guidance_3": caption_score(family, 512, seed),
+        "captions_right_20_steps_guidance_5": caption_score(family, 512, seed),
         "captions_right_held_out_phrasings": caption_score(family, 512, seed, held_out=True),
         "critic_right_clean": examine(critic, vae, items, seed, damage=False),
         "critic_right_damaged": examine(critic, vae, items, seed, damage=True),
