@@ -21,6 +21,7 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.parts import build_parts, build_source
 from npedit.steps.base import Parts
+from npedit.toy.dataset import write_dataset
 
 STUDENT = {"lr": 0.001, "warmup_updates": 2}
 
@@ -273,6 +274,24 @@ def test_bad_rows_are_written_once(tmp_path: Path) -> None:
     trainer.train(recipe(), run, parts=parts, source=source)
     assert checkpoint.read_rows(run / checkpoint.BAD_ROWS) == [{"row": 3, "why": "truncated"}]
     assert logged(run)[-1]["data/bad_rows"] == 1
+
+
+@pytest.mark.parametrize("good", [2, 38])
+def test_too_many_bad_rows_are_all_listed_and_mending_them_is_enough(tmp_path: Path, good: int) -> None:
+    folder, run = write_dataset(tmp_path / "photos", 40, 0), tmp_path / "run"
+    photos = sorted((folder / "images").iterdir())
+    whole = [p.read_bytes() for p in photos]
+    for photo in photos[good:]:
+        photo.write_bytes(b"")
+    made = recipe(data={"name": "imagefolder", "path": str(folder), "sizes": [[32, 32]], "max_bad_share": 0.02})
+    with pytest.raises(UserError, match=r"bad rows; got .*bad_rows\.jsonl"):
+        trainer.train(made, run, parts=parts)
+    listed = checkpoint.read_rows(run / checkpoint.BAD_ROWS)
+    assert [row["file"] for row in listed] == [f"images/{p.name}" for p in photos[good:]]
+    for photo, content in zip(photos, whole, strict=True):
+        photo.write_bytes(content)
+    trainer.train(made, run, parts=parts)
+    assert checkpoint.read_rows(run / checkpoint.BAD_ROWS) == []
 
 
 def test_data_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:

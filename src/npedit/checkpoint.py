@@ -38,7 +38,7 @@ CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
     "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
 )  # fmt: skip
 LOCK = ".lock"
-UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp"}  # all that a run killed at its birth can leave
+UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS}  # all that a run ended at its birth leaves
 FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds", "trainer.shard")  # may differ when a run goes on
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
@@ -112,6 +112,7 @@ def begin(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
         if was != now:
             raise UserError(f"expected the data {run} was begun with, {was}; got others, {now}; choose another folder")
     else:
+        (run / BAD_ROWS).unlink(missing_ok=True)  # of an attempt that too many of them ended
         write_text(run / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
 

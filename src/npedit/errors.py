@@ -1,4 +1,4 @@
-"""The one error meant for users, and what its messages are made of: hints, full disks, commands to type."""
+"""The errors meant for users, and what its messages are made of: hints, full disks, commands to type."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ class UserError(Exception):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+class BadRows(UserError):
+    """More rows of a data set are unusable than is allowed. `rows` are those met: {"id", "file", "line", "reason"}."""
+
+    def __init__(self, message: str, rows: list[dict]):
+        super().__init__(message)
+        self.rows = rows
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ def known_edit_type(name: str) -> str:
     near = difflib.get_close_matches(word, [*EDIT_TYPES, *ALIASES], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"no question is known for edit type {name!r}{hint} Expected one of: {', '.join(EDIT_TYPES)}. "
+        f"no question is known for edit type {name!r}{hint or '.'} Expected one of: {', '.join(EDIT_TYPES)}. "
         f"Use {OTHER!r} for edits of another kind."
     )
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from npedit import checkpoint, distributed
 from npedit.config import Recipe, find_class, torch_dtype
-from npedit.errors import UserError, own_command
+from npedit.errors import BadRows, UserError, own_command
 from npedit.evaluation import Evaluation
 from npedit.flow import few_step_times
 from npedit.hacking import HELD_OUT, alarms
@@ -62,7 +62,7 @@ def train(
         SystemExit: SIGINT or SIGTERM came; everything is saved.
     """
     run = Path(run)
-    with distributed.session(), _claimed(run, recipe, resume), stopping() as caught:
+    with distributed.session(), _claimed(run, recipe, resume), _bad_rows_kept(run), stopping() as caught:
         data = source(recipe)
         made = parts(recipe)
         check_fits(recipe, data, made)
@@ -77,6 +77,20 @@ def train(
 
 def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[None]:
     return checkpoint.claimed(run, recipe, resume) if distributed.first() else nullcontext()
+
+
+@contextmanager
+def _bad_rows_kept(run: Path) -> Iterator[None]:
+    """List all bad rows in the run directory when they are too many to go on."""
+    try:
+        yield
+    except BadRows as error:
+        if distributed.first():
+            kept = checkpoint.trim_rows(run / checkpoint.BAD_ROWS)
+            for row in error.rows:
+                if row not in kept:
+                    checkpoint.append_row(run / checkpoint.BAD_ROWS, row)
+        raise UserError(f"{error}. All of them: {run / checkpoint.BAD_ROWS}") from None
 
 
 def _check_seen(run: Path, fingerprint: str) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from npedit.config import Settings as Base
 from npedit.data import Batch, Example, collate
 from npedit.data._photos import BadImage, open_photo, photo_size
-from npedit.errors import UserError, nearest
+from npedit.errors import BadRows, UserError, nearest
 from npedit.questions import NOTHING, known_edit_type
 
 log = logging.getLogger(__name__)
@@ -292,9 +292,10 @@ class Source:
         bad, share = self.bad_rows, self.settings.max_bad_share
         if len(bad) > share * len(self.rows) or len(bad) == len(self.rows):
             first = "; ".join(f"{self.metadata}:{b['line']}: {b['file']}: {b['reason']}" for b in bad[:3])
-            raise UserError(
+            raise BadRows(
                 f"expected at most {share:.1%} bad rows; got {len(bad)} of {len(self.rows)}: {first}"
-                f"{'; ...' if len(bad) > 3 else ''}. Mend or delete these rows, or raise data.max_bad_share"
+                f"{'; ...' if len(bad) > 3 else ''}. Mend or delete these rows, or raise data.max_bad_share",
+                bad,
             )
 
     def _scan(self) -> tuple[list[tuple[tuple[int, int], list[int]]], list[int]]:
