@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from npedit.critics.ensemble import Ensemble
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.critics.smolvlm import SmolVLM
 from npedit.errors import UserError
+from npedit.questions import questions_for
+from npedit.steps.np_edit import NpEditSettings, Step
+from parts import batch, parts
 
 LONG, SHORT = "was this edit done : paint the red circle blue ?", "is there a fence ?"
 CPU = torch.device("cpu")
@@ -125,3 +130,17 @@ def test_no_list_and_a_common_resolution_are_refused(tmp_path, listed):
         Ensemble.load(tmp_path, torch.float32, CPU)
     with pytest.raises(ValueError, match="each member has its own; got 32"):
         Ensemble.load(listed, torch.float32, CPU, 32)
+
+
+def test_a_training_step_logs_what_each_member_says(critic):
+    frozen = replace(parts(), critic=critic)
+    step = Step(NpEditSettings(ramp_updates=0, dmd_weight=0), frozen, frozen.net("student", 0), updates=2, seed=0)
+    given = [batch(0, 1, 2) for _ in range(step.batches_per_update(step.settings))]
+    logged = step.step(given, 0)
+    assert critic.names == ["0-LlavaOnevision", "1-SmolVLM"]
+    for name in critic.names:
+        wanted = [q.answer for kind, words, thing in zip(given[0].edit_types, given[0].instructions, given[0].objects)
+                  for q in questions_for(kind, words, thing, frozen.wording)]  # fmt: skip
+        said = (critic.said[name] * torch.tensor(wanted)).sigmoid().mean()
+        assert logged[f"critic/p_of/{name}"] == pytest.approx(float(said))
+    assert logged["critic/p_of/0-LlavaOnevision"] != logged["critic/p_of/1-SmolVLM"]

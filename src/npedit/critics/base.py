@@ -7,8 +7,9 @@ answer position are compared, in one forward pass, as in NP-Edit, section 3.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -23,6 +24,7 @@ class Critic(ABC):
     no: int
     device: torch.device
     model: nn.Module  # all its weights, frozen
+    said: Mapping[str, Tensor] = MappingProxyType({})  # of several as one: each member's last margins (b,), for the log
 
     @classmethod
     @abstractmethod

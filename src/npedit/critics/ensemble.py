@@ -47,6 +47,7 @@ class Ensemble(Critic):
             raise ValueError(f"expected two critics or more; got {len(members)}. Choose a single one by its own name.")
         self.members, self.device = list(members), members[0].device
         self.model = nn.ModuleList(m.model for m in members)
+        self.names = [f"{i}-{type(m).__name__}" for i, m in enumerate(members)]
 
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
@@ -84,7 +85,9 @@ class Ensemble(Critic):
 
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]]) -> Tensor:
         """(b, 2): plus and minus half the mean margin."""
-        half = self.margins(questions, seen).mean(0) / 2
+        margins = self.margins(questions, seen)
+        self.said = dict(zip(self.names, margins.detach(), strict=True))
+        half = margins.mean(0) / 2
         return torch.stack([half, -half], 1)
 
     def answer_id(self, word: str) -> int:

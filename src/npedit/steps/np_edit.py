@@ -237,7 +237,9 @@ class Step(Base):
         rows = torch.tensor([i for i, _ in asked], device=right.device)
         wrong = torch.zeros(len(batch), device=right.device).index_add(0, rows, 1 - right.sigmoid())
         wrong = wrong / torch.bincount(rows, minlength=len(batch)).clamp_min(1)
-        return s.critic_weight * gradient.float(), wrong, self._answers(batch, asked, right, losses.detach(), ramp)
+        answered = self._answers(batch, asked, right, losses.detach(), ramp)
+        answered |= {f"critic/p_of/{k}": float((said * answer).sigmoid().mean()) for k, said in critic.said.items()}
+        return s.critic_weight * gradient.float(), wrong, answered
 
     @staticmethod
     def _by_item(from_critic: Tensor, wrong: Tensor) -> Tensor:
