@@ -175,7 +175,8 @@ def _unknown_words(model: str, texts: Sequence[str]) -> list[str]:
     tokenizer = new_tokenizer(64, ends=False)
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
-    return [f"{w!r}{nearest(w, known)}" for w in dict.fromkeys(words) if w and UNKNOWN in tokenizer.tokenize(w)]
+    strange = [w for w in dict.fromkeys(words) if w and UNKNOWN in tokenizer.tokenize(w)]
+    return [repr(w) + nearest(w, known).replace(" Did", " (did").replace("?", "?)") for w in strange]
 
 
 def run_export(run: str, folder: Path) -> list[str]:
