@@ -288,6 +288,12 @@ def test_too_many_bad_rows_are_all_listed_and_mending_them_is_enough(tmp_path: P
         trainer.train(made, run, parts=parts)
     listed = checkpoint.read_rows(run / checkpoint.BAD_ROWS)
     assert [row["file"] for row in listed] == [f"images/{p.name}" for p in photos[good:]]
+    photos[-1].write_bytes(whole[-1])
+    (folder / "images" / "000000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="bad rows; got"):
+        trainer.train(made, run, parts=parts)
+    again = [row["file"] for row in checkpoint.read_rows(run / checkpoint.BAD_ROWS)]
+    assert again == ["images/000000.png", *(row["file"] for row in listed[:-1])]  # what was mended is not listed
     for photo, content in zip(photos, whole, strict=True):
         photo.write_bytes(content)
     trainer.train(made, run, parts=parts)

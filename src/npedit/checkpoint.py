@@ -112,7 +112,6 @@ def begin(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
         if was != now:
             raise UserError(f"expected the data {run} was begun with, {was}; got others, {now}; choose another folder")
     else:
-        (run / BAD_ROWS).unlink(missing_ok=True)  # of an attempt that too many of them ended
         write_text(run / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
 

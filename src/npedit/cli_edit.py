@@ -51,7 +51,8 @@ def run_edit(
             note = f"{path} is {picture.width}x{picture.height}, but this editor works at {sizes}: detail will be lost."
             err.print(f"[yellow]note[/] {escape(note)}")
     if unknown := _unknown_words(model, texts):
-        note = f"the embedded editor never learnt: {', '.join(unknown)}. See what it knows: npedit toy sheet sheet.png"
+        named, hints = ", ".join(map(repr, unknown)), "".join(unknown.values())
+        note = f"the embedded editor never learnt {named}.{hints} See what it knows: npedit toy sheet sheet.png"
         err.print(f"[yellow]note[/] {escape(note)}")
     edited = editor.edit([pictures[p] for p, _ in pairs], [t for _, t in pairs], seed, steps)
     save_pictures(list(zip(edited, targets)))
@@ -166,17 +167,16 @@ def _blocks(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> bool:
     return False
 
 
-def _unknown_words(model: str, texts: Sequence[str]) -> list[str]:
-    """Words that the embedded toy editor has no token for, each with the nearest that it knows."""
+def _unknown_words(model: str, texts: Sequence[str]) -> dict[str, str]:
+    """Words that the embedded toy editor has no token for -> a hint at the nearest that it knows, or ""."""
     if model != "embedded":
-        return []
+        return {}
     from npedit.toy.words import UNKNOWN, new_tokenizer, vocabulary
 
     tokenizer = new_tokenizer(64, ends=False)
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
-    strange = [w for w in dict.fromkeys(words) if w and UNKNOWN in tokenizer.tokenize(w)]
-    return [repr(w) + nearest(w, known).replace(" Did", " (did").replace("?", "?)") for w in strange]
+    return {w: nearest(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}
 
 
 def run_export(run: str, folder: Path) -> list[str]:

@@ -82,6 +82,8 @@ def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[
 @contextmanager
 def _bad_rows_kept(run: Path) -> Iterator[None]:
     """List all bad rows in the run directory when they are too many to go on."""
+    if distributed.first() and not checkpoint.is_run(run):
+        (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # of an attempt that ended so; rows may be mended by now
     try:
         yield
     except BadRows as error:
