@@ -66,6 +66,23 @@ def test_the_toy_repeats_itself_and_follows_the_seed():
     assert a.batch(7, 4).instructions != other.batch(7, 4).instructions
 
 
+def test_the_toys_fingerprint_does_not_hang_on_the_last_bit_of_a_pixel_but_on_all_that_is_drawn(monkeypatch):
+    source = toy.Source(toy.Settings(), 0)
+    before = source.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "render", lambda scenes: world.render(scenes) + 1e-7 * torch.randn(len(scenes), 3, 32, 32))
+        assert source.fingerprint() == before
+    found = {before, toy.Source(toy.Settings(nothing_share=0.5), 0).fingerprint()}
+    changes = [(world.COLOURS, "red", (0.9, 0.12, 0.13)), (world.BACKGROUNDS, "teal", (0.0, 0.4, 0.5))]
+    changes += [(world.STYLES, "fog", (0.5, (0.5, 0.5, 0.5))), (world.SIZES, "large", (6.0, 6.6))]
+    changes += [(language.INSTRUCTIONS, "remove", ("remove the {x}",) * 11)]
+    for table, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setitem(table, name, value)
+            found.add(source.fingerprint())
+    assert len(found) == 2 + len(changes)
+
+
 def test_the_toy_has_items_with_nothing_to_do():
     batch = toy.Source(toy.Settings(nothing_share=0.2), 0).batch(0, 500)
     turned = [i for i, t in enumerate(batch.edit_types) if t == NOTHING]
