@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from npedit.errors import UserError, nearest
+from npedit.overrides import apply_override
 
 KINDS = ("families", "critics", "steps", "data", "benchmarks")
 BASES = {"families": "Family", "critics": "Critic", "steps": "Step"}
@@ -159,7 +160,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"expected a recipe with keys such as name and stages; got {path}, a {type(raw).__name__}; see recipes/"
         )
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     return make_recipe(raw)
 
 
@@ -267,40 +268,6 @@ def _fields(model: Any, loc: Sequence[str]) -> list[str]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 model = inner
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"expected KEY=VALUE such as stages.0.updates=100; got {override!r}; write it that way")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"expected a YAML value after '='; got {override!r}; put quotes around it") from None
-    place: Any = raw
-    for depth, key in enumerate(keys):
-        here, last = ".".join(keys[: depth + 1]), depth + 1 == len(keys)
-        if isinstance(place, list):
-            if not key.isdecimal() or int(key) >= len(place):
-                raise UserError(
-                    f"{here}: expected a number from 0 to {len(place) - 1}; got {key!r}; change the override"
-                )
-            if last:
-                place[int(key)] = value
-            else:
-                place = place[int(key)]
-        elif isinstance(place, dict):
-            if last:
-                place[key] = value
-            else:
-                if place.get(key) is None:
-                    place[key] = {}
-                place = place[key]
-        else:
-            raise UserError(
-                f"{here}: expected a key that has keys of its own; got {place!r} above it; change the override"
-            )
 
 
 def names(kind: str) -> list[str]:
