@@ -62,6 +62,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("trainer.save_every=3", lambda r: r.trainer.save_every == 3),
         ("data.nothing_share=0", lambda r: r.data.settings.nothing_share == 0),
         ("name='a=b'", lambda r: r.name == "a=b"),
+        ("stages.0=null", lambda r: [s.step for s in r.stages] == ["np_edit"]),
     ],
 )
 def test_overrides(tmp_path: Path, override: str, read) -> None:

@@ -101,6 +101,7 @@ def test_the_normaliser_is_one_number_a_sample():
     torch.testing.assert_close(widths[:, 0], (x0 - real).abs().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
     per_pixel = (fake - real) / (x0 - real).abs().mean(1, keepdim=True)
     assert (got - per_pixel).abs().max() > 0.1
+    torch.testing.assert_close(dmd.gap(x0, real, fake, "pixel"), per_pixel)  # to be compared: npedit study
 
 
 def test_a_samples_gradient_does_not_depend_on_the_others():

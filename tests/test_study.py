@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from npedit import study
 from npedit.benchmarks.toy import wilson
+from npedit.checkpoint import METRICS, read_config, read_rows
 from npedit.cli_train import recipe_path
 from npedit.config import check
 from npedit.errors import UserError
+from npedit.toy.models import graded_critic
 
 TINY = {
     "name": "tiny",
@@ -78,13 +81,36 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     assert study.run_study(made, tmp_path / "s", recipe_path, told.append).read_text() == words
 
 
+def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path):
+    variants = {
+        "full": {},
+        "weak": {"critic": "weak"},
+        "two": {"critic": "two", "set": ["stages.0=null"]},
+        "further": {"start": "full", "set": ["stages.0=null"]},
+    }
+    tables = [{"title": "Critics", "rows": ["weak", "full"], "by_critic": True}]
+    critics = {"weak": {"batches": 1}, "two": {"members": ["embedded", "weak"]}}
+    made = check(study.Study, TINY | {"variants": variants, "tables": tables, "critics": critics}, "")
+    results = study.run_study(made, tmp_path / "s", recipe_path, print)
+    scores = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert scores["weak"]["critic_right"] < 0.8 < scores["full"]["critic_right"]
+    assert scores["two"]["critic_right"] is None and "answers" in results.read_text()
+    assert scores["two"]["passes"]["updates"] == 2  # stage 0 was left out
+    went_on = read_config(tmp_path / "s" / "further-0")
+    assert went_on["start"] == str(tmp_path / "s" / "full-0") and len(went_on["stages"]) == 1
+    said = [r for r in read_rows(tmp_path / "s" / "two-0" / METRICS) if "critic/p_of/1-LlavaOnevision" in r]
+    assert said and (tmp_path / "s" / "1.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="expected a critic of 2 batches"):
+        graded_critic(tmp_path / "s" / "critics" / "weak", 2, 9)
+
+
 def test_the_packaged_study_is_sound():
     made = study.load_study(recipe_path("study-toy"))
     for name, variant in made.variants.items():
         if not variant.of:
-            assert study.recipe_of(made, name, 3, recipe_path).seed == 3
-            quick = study.recipe_of(made, name, 3, recipe_path, quick=True)
-            assert quick.total_updates() < study.recipe_of(made, name, 3, recipe_path).total_updates() / 4
+            assert study.recipe_of(made, name, 3, recipe_path, Path("s")).seed == 3
+            quick = study.recipe_of(made, name, 3, recipe_path, Path("s"), quick=True)
+            assert quick.total_updates() < study.recipe_of(made, name, 3, recipe_path, Path("s")).total_updates() / 4
 
 
 @pytest.mark.parametrize(
@@ -93,6 +119,10 @@ def test_the_packaged_study_is_sound():
         ({"tables": [{"title": "x", "rows": ["ful"]}]}, "full"),
         ({"tables": [{"title": "x", "rows": ["full"], "claims": ["full beats dmd_only"]}]}, "full > dmd_only"),
         ({"variants": {"a": {"of": "b"}, "b": {"of": "a"}}, "tables": []}, "another's runs"),
+        ({"variants": {"a": {"start": "b"}, "b": {}}, "tables": []}, "start of variant 'a'"),
+        ({"variants": {"a": {"critic": "week"}}, "critics": {"weak": {"batches": 3}}, "tables": []}, "weak"),
+        ({"critics": {"both": {"members": ["embeded", "embedded"]}}}, "embedded"),
+        ({"critics": {"odd": {}}}, "give one of them"),
         ({"itemss": 3}, "items"),
     ],
 )

@@ -141,6 +141,7 @@ class Recipe(Settings):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and change it by `overrides` such as "stages.1.settings.lr=1e-4" (a list is indexed by number).
+    A stage that is null is left out.
 
     Raises:
         UserError: the file is missing or not YAML, a key or name is unknown, a value is out of range.
@@ -161,6 +162,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         apply_override(raw, override)
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [stage for stage in raw["stages"] if stage is not None]
     return make_recipe(raw)
 
 

@@ -9,6 +9,8 @@ v = eps - x0 the signs are as above: where the teacher would move x0 up, the gap
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,13 +23,14 @@ def guided(conditional: Latents, unconditional: Latents, scale: Float[Tensor, "b
     return unconditional + scale.to(conditional).view(-1, 1, 1, 1) * (conditional - unconditional)
 
 
-def gap(x0: Latents, real: Latents, fake: Latents) -> Latents:
+def gap(x0: Latents, real: Latents, fake: Latents, per: Literal["sample", "pixel"] = "sample") -> Latents:
     """The gradient of the KL with respect to each sample's x0, in float32, without gradient of its own.
 
-    The normaliser is one number per sample, the mean of |x0 - real| over channels and places (DMD, equation 8).
+    The normaliser is one number per sample, the mean of |x0 - real| over channels and places (DMD, equation 8). One per
+    pixel, the mean over channels alone, is what NP-Edit's public code has; it is here to be compared.
     """
     x0, real, fake = x0.detach().float(), real.detach().float(), fake.detach().float()
-    width = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    width = (x0 - real).abs().mean((1, 2, 3) if per == "sample" else 1, keepdim=True).clamp_min(1e-6)
     return (fake - real) / width
 
 

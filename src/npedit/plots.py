@@ -151,6 +151,25 @@ def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean
     return buffer.getvalue()
 
 
+def against(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
+    """A PNG of named points (name, x, mean and 95 % interval) with the axes' names."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for k, (name, x, (value, ci)) in enumerate(points):
+        colour = COLOURS[k % len(COLOURS)]
+        axes.plot((x, x), ci or (value, value), color=colour, linewidth=2.2)
+        axes.plot(x, value, "o", color=colour)
+        axes.annotate(name, (x, value), xytext=(6, 4), textcoords="offset points", fontsize=8.5)
+    axes.margins(x=0.15)
+    axes.set_xlabel(across, fontsize=9)
+    axes.set_ylabel(up, fontsize=9)
+    axes.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 

@@ -3,7 +3,7 @@
 A study's file names a recipe, variants of it (changes to its keys, or another recipe), seeds, and tables of variants
 with the claims that the tables should show. Each variant is trained once for each seed, in an ordinary run directory,
 and scored on the toy benchmark's held-out scenes. A run that is there is not trained again, so a study that was stopped
-goes on where it was.
+goes on where it was. Critics of other qualities than the embedded one are taught first, into `critics/`.
 
 A claim "a > b" holds when the whole 95 % interval of the difference of `both` (Newcombe's, from Wilson's, 1998) lies
 above zero, is refuted when it lies below, and else is left open. Seeds are pooled: the interval covers the scenes.
@@ -24,12 +24,13 @@ from pydantic import Field, model_validator
 from npedit import trainer
 from npedit.benchmarks import toy
 from npedit.checkpoint import METRICS, read_rows, same_recipe, write_text, writing
-from npedit.config import Recipe, Settings, check, load_recipe
+from npedit.config import EMBEDDED, Recipe, Settings, check, load_recipe
 from npedit.editor import Editor
 from npedit.errors import UserError, nearest
 from npedit.parts import build_parts
-from npedit.plots import comparison
+from npedit.plots import against, comparison
 from npedit.steps.base import Parts
+from npedit.toy.models import graded_critic
 
 CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
 SCENES_SEED = 1  # held-out scenes of every study
@@ -42,8 +43,23 @@ class Variant(Settings):
     recipe: str = ""  # another recipe than the study's
     set: list[str] = []  # KEY=VALUE, after the study's own
     of: str = ""  # no training of its own: the runs of this variant, used in another way
+    start: str = ""  # an earlier variant, from whose finished run of the same seed it starts
+    critic: str = ""  # one of the study's own; "" is the recipe's
     steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
     words: str = ""  # what a reader is told of it
+
+
+class OtherCritic(Settings):
+    """A critic of its own: one that is taught for so many batches, or an ensemble of others ("embedded" too)."""
+
+    batches: int = Field(0, ge=0)
+    members: list[str] = []
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if bool(self.batches) == bool(self.members):
+            raise ValueError("expected a critic with batches (taught) or members (an ensemble); give one of them")
+        return self
 
 
 class Comparison(Settings):
@@ -53,6 +69,7 @@ class Comparison(Settings):
     words: str = ""
     rows: list[str]
     claims: list[str] = []  # "a > b": a is better; "a ~ b": they differ by less than 0.1
+    by_critic: bool = False  # draw `both` over the share of questions that each row's critic answers right
 
 
 class Study(Settings):
@@ -63,6 +80,7 @@ class Study(Settings):
     set: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
     items: int = Field(450, ge=9)
+    critics: dict[str, OtherCritic] = {}
     variants: dict[str, Variant]
     tables: list[Comparison]
 
@@ -80,9 +98,20 @@ class Study(Settings):
         for name, place in named:
             if name not in self.variants:
                 raise ValueError(f"{place} names {name!r}, which is no variant.{nearest(name, self.variants)}")
+        taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
+        asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
+        asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
+        earlier: list[str] = []
         for name, variant in self.variants.items():
-            if variant.of and (variant.set or variant.recipe or self.variants[variant.of].of):
-                raise ValueError(f"variant {name!r} uses another's runs, so it takes neither recipe nor set")
+            asked += [(variant.start, list(earlier), f"start of variant {name!r}")] if variant.start else []
+            earlier += [] if variant.of else [name]
+        for name, known, place in asked:
+            if name not in known:
+                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{nearest(name, known)}")
+        for name, variant in self.variants.items():
+            own = variant.set or variant.recipe or variant.start or variant.critic
+            if variant.of and (own or self.variants[variant.of].of):
+                raise ValueError(f"variant {name!r} uses another's runs, so it has no recipe, set, start or critic")
         return self
 
 
@@ -99,12 +128,20 @@ def load_study(path: Path) -> Study:
     return check(Study, raw, "")
 
 
-def recipe_of(study: Study, name: str, seed: int, find: Callable[[str], Path], quick: bool = False) -> Recipe:
-    """The recipe of a variant for one seed; `find` turns a recipe's name into its file. `quick`: a fifth of the
-    updates."""
+def recipe_of(
+    study: Study, name: str, seed: int, find: Callable[[str], Path], folder: Path, quick: bool = False
+) -> Recipe:
+    """The recipe of a variant for one seed; `find` turns a recipe's name into its file, and `folder` is the study's.
+    `quick`: a fifth of the updates."""
     variant = study.variants[name]
     path = find(variant.recipe or study.recipe)
     lines = [*study.set, *variant.set, f"seed={seed}", f"name={study.name}-{name}-{seed}"]
+    if variant.start:
+        lines += [f"start={json.dumps(str(folder / f'{variant.start}-{seed}'))}"]
+    if variant.critic:
+        weights = _weights(study, variant.critic, folder)
+        lines += ["critic.name=ensemble"] if study.critics[variant.critic].members else []
+        lines += [f"critic.weights={json.dumps(weights)}"]
     recipe = load_recipe(path, lines)
     fewer = [f"stages.{i}.updates={max(1, s.updates // 5)}" for i, s in enumerate(recipe.stages)]
     return load_recipe(path, [*lines, *fewer]) if quick else recipe
@@ -120,9 +157,10 @@ def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Eve
     """
     seeds = study.seeds[:1] if quick else study.seeds
     trained = [name for name, variant in study.variants.items() if not variant.of]
-    todo = {(name, seed): recipe_of(study, name, seed, find, quick) for name in trained for seed in seeds}
+    todo = {(name, seed): recipe_of(study, name, seed, find, folder, quick) for name in trained for seed in seeds}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    right = _critics(study, folder, told, quick)
     for i, ((name, seed), recipe) in enumerate(todo.items()):
         told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
         _train(recipe, folder / f"{name}-{seed}")
@@ -130,7 +168,35 @@ def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Eve
         name: _pooled([_scored(study, name, folder / f"{v.of or name}-{seed}", seed) for seed in seeds])
         for name, v in study.variants.items()
     }
+    for name, variant in study.variants.items():
+        scores[name]["critic_right"] = right.get(study.variants[variant.of or name].critic)
     return write_results(study, folder, scores, seeds)
+
+
+def _weights(study: Study, critic: str, folder: Path) -> str:
+    """Where a recipe finds one of the study's critics."""
+    if critic == EMBEDDED:
+        return EMBEDDED
+    return str(folder / "critics" / (f"{critic}.yaml" if study.critics[critic].members else f"{critic}/critic"))
+
+
+def _critics(study: Study, folder: Path, told: Event, quick: bool) -> dict[str, float]:
+    """Teach the critics that are missing and write down the ensembles. Returns the share of questions that each single
+    one answers right ("": the embedded one's), where a table asks for it or it was taught."""
+    right = {}
+    for name, critic in study.critics.items():
+        if critic.members:
+            members = [{"name": "llava_onevision", "weights": _weights(study, m, folder)} for m in critic.members]
+            with writing(folder):
+                (folder / "critics").mkdir(exist_ok=True)
+            write_text(folder / "critics" / f"{name}.yaml", yaml.safe_dump(members))
+        else:
+            batches = max(1, critic.batches // (5 if quick else 1))
+            told(f"critic {name}, {batches} batches")
+            right[name] = graded_critic(folder / "critics" / name, batches, study.items)
+    if any(table.by_critic for table in study.tables):
+        right[""] = graded_critic(folder / "critics" / EMBEDDED, 0, study.items)
+    return right
 
 
 def _train(recipe: Recipe, run: Path) -> None:
@@ -232,7 +298,7 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     for number, table in enumerate(study.tables, 1):
         picture = folder / f"{number}.png"
         with writing(picture):
-            picture.write_bytes(comparison(table.rows, [(table.title, [_mean(scores[r]) for r in table.rows])]))
+            picture.write_bytes(_picture(table, scores))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
         lines += [verdict(c, scores) + "  " for c in table.claims]
         lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)]
@@ -240,6 +306,15 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     return folder / "results.md"
+
+
+def _picture(table: Comparison, scores: Mapping[str, Mapping[str, Any]]) -> bytes:
+    means = [_mean(scores[row]) for row in table.rows]
+    if not table.by_critic:
+        return comparison(table.rows, [(table.title, means)])
+    right = [scores[row]["critic_right"] for row in table.rows]
+    points = [(name, x, mean) for name, x, mean in zip(table.rows, right, means) if x is not None]
+    return against("the critic's share of right answers, clean held-out images", "both", points)
 
 
 def _mean(score: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
@@ -256,8 +331,10 @@ def _line(study: Study, name: str, s: Mapping[str, Any], kinds: list[str]) -> st
     low, high = s["both"]["ci95"]
     passes = s["passes"]
     per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
+    words, right = study.variants[name].words, s["critic_right"]
+    judged = "" if right is None else f" (the critic answers {right:.3f} right)"
     cells = [
-        f"{name}{': ' if study.variants[name].words else ''}{study.variants[name].words}",
+        f"{name}{': ' if words else ''}{words}{judged}",
         f"**{s['both']['value']:.3f}** [{low:.3f}, {high:.3f}]",
         f"{s['applied']['value']:.3f}",
         f"{s['preserved']['value']:.3f}",

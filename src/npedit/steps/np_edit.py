@@ -52,6 +52,7 @@ class NpEditSettings(Settings):
     guidance: float = Field(3.5, ge=0)  # of the teacher
     guidance_by_type: dict[str, Annotated[float, Field(ge=0)]] = {}
     negative_prompt: str = ""
+    normaliser: Literal["sample", "pixel"] = "sample"  # of DMD's gap
     t_min: float = Field(0.02, gt=0, lt=1)  # DMD's range of times
     t_max: float = Field(0.98, gt=0, lt=1)
     student: LearnerSettings = LearnerSettings()
@@ -202,7 +203,7 @@ class Step(Base):
         fake = flow.clean(x, family.velocity(self.learners["fake"].net, x, t, text), t)
         conditional = flow.clean(x, family.velocity(family.base, x, t, text), t)
         unconditional = flow.clean(x, family.velocity(family.base, x, t, blank), t)
-        return dmd.gap(x0, dmd.guided(conditional, unconditional, scale), fake)
+        return dmd.gap(x0, dmd.guided(conditional, unconditional, scale), fake, s.normaliser)
 
     def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions.

@@ -20,7 +20,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from npedit.checkpoint import write_text, writing
+from npedit.config import embedded
 from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.toy.base_model import caption_score, teach_base
 from npedit.toy.critic import examine, teach_critic
@@ -71,6 +73,30 @@ def _lay_down(part: object, folder: Path) -> None:
         if found.pop("_name_or_path", None) is not None:
             write_text(path, json.dumps(found, indent=2) + "\n")
     os.replace(aside, folder)
+
+
+def graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> float:
+    """Teach a critic for so many batches, on the embedded VAE, into FOLDER/critic; none is taught for 0 batches, where
+    the embedded critic is meant. Returns its share of right answers on clean, held-out images, the mean over kinds of
+    question, kept in FOLDER/right.json. Resumable like `build`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "right.json"
+    if not kept.is_file():
+        vae = AutoencoderKL.from_pretrained(embedded("base") / "vae").requires_grad_(False)
+        if batches and not (folder / "critic").is_dir():
+            critic = teach_critic(folder, vae, batches, seed)
+            critic.model.half()
+            _lay_down(critic, folder / "critic")
+        critic = LlavaOnevision.load(folder / "critic" if batches else embedded("critic"), torch.float32, CPU)
+        right = examine(critic, vae, items, seed=1, damage=False)
+        write_text(kept, json.dumps({"batches": batches, "items": items, "right": right}, indent=1) + "\n")
+    found = json.loads(kept.read_text())
+    if found["batches"] != batches:
+        raise UserError(
+            f"expected a critic of {batches} batches in {folder}; got one of {found['batches']}; choose another folder"
+        )
+    return sum(found["right"].values()) / len(found["right"])
 
 
 @torch.no_grad()
