@@ -95,7 +95,8 @@ class Stage(Settings):
 
 
 class TrainerSettings(Settings):
-    """How often the trainer draws samples, evaluates and saves, in updates; 0 leaves only the start and the end."""
+    """How often the trainer draws samples, evaluates and saves, in updates; 0 leaves only the start and the end, and
+    for evaluation each stage's end."""
 
     sample_every: int = Field(500, ge=0)
     sample_items: int = Field(8, ge=1, le=64)

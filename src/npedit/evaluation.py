@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Evaluation:
         self, recipe: Recipe, run: Path, parts: Parts, data: Any, on_event: Callable[[str, dict[str, Any]], None]
     ) -> None:
         self.recipe, self.run, self.parts, self.on_event = recipe, run, parts, on_event
-        self.total = recipe.total_updates()
+        self.stage_ends = {0, *accumulate(stage.updates for stage in recipe.stages)}
         self.success = ""
         self.shown = held_out(recipe, data, recipe.trainer.sample_items)
         questioned = parts.judge or recipe.trainer.benchmark == "toy"
@@ -40,10 +41,9 @@ class Evaluation:
     def look(self, step: Step, n: int) -> dict[str, float]:
         """Samples and evaluation where they are due after update n, and what to log of them."""
         trainer = self.recipe.trainer
-        ends = n in (0, self.total)
-        sample = ends or (trainer.sample_every and n % trainer.sample_every == 0)
+        sample = n in (0, max(self.stage_ends)) or (trainer.sample_every and n % trainer.sample_every == 0)
         evaluate = (trainer.benchmark or self.parts.judge) and (
-            ends or (trainer.evaluate_every and n % trainer.evaluate_every == 0)
+            n in self.stage_ends or (trainer.evaluate_every and n % trainer.evaluate_every == 0)
         )
         if not (sample or evaluate):
             return {}
@@ -98,7 +98,7 @@ class Evaluation:
             with self.parts.awake("judge"):
                 said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
             found |= said.means("judge", self.asked.edit_types)
-        if n == self.total and self.recipe.trainer.benchmark == "toy" and self.parts.critic:
+        if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic:
             self._blame(torch.cat(made))
         return found
 

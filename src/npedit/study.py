@@ -23,10 +23,11 @@ from pydantic import Field, model_validator
 
 from npedit import trainer
 from npedit.benchmarks import toy
-from npedit.checkpoint import METRICS, read_rows, same_recipe, write_text, writing
-from npedit.config import EMBEDDED, Recipe, Settings, check, load_recipe
+from npedit.checkpoint import METRICS, read_config, read_rows, same_recipe, write_text, writing
+from npedit.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
 from npedit.editor import Editor
 from npedit.errors import UserError, nearest
+from npedit.hacking import alarms
 from npedit.parts import build_parts
 from npedit.plots import against, comparison
 from npedit.steps.base import Parts
@@ -143,8 +144,10 @@ def recipe_of(
         lines += ["critic.name=ensemble"] if study.critics[variant.critic].members else []
         lines += [f"critic.weights={json.dumps(weights)}"]
     recipe = load_recipe(path, lines)
-    fewer = [f"stages.{i}.updates={max(1, s.updates // 5)}" for i, s in enumerate(recipe.stages)]
-    return load_recipe(path, [*lines, *fewer]) if quick else recipe
+    if not quick:
+        return recipe
+    whole = recipe.as_dict()
+    return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // 5)} for s in whole["stages"]]})
 
 
 def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Event, quick: bool = False) -> Path:
@@ -204,7 +207,9 @@ def _train(recipe: Recipe, run: Path) -> None:
     if (run / "passes.json").is_file():
         same_recipe(run, recipe)
         return
-    seen: dict[str, int] = {"generator": 0, "critic": 0, "updates": 0}
+    seen = {"generator": 0, "critic": 0}
+    at_last = dict(seen)
+    each: list[dict[str, int]] = []
 
     def counted(recipe: Recipe) -> Parts:
         parts = build_parts(recipe)
@@ -226,12 +231,14 @@ def _train(recipe: Recipe, run: Path) -> None:
         return parts
 
     def on_event(event: str, facts: Mapping[str, Any]) -> None:
-        seen["updates"] += event == "update"
+        if event == "update":
+            if facts["step"] > 1 and "time/look" not in facts:  # else pictures for samples and evaluation are in it
+                each.append({k: seen[k] - at_last[k] for k in seen})
+            at_last.update(seen)
 
     trainer.train(recipe, run, on_event=on_event, parts=counted)
-    updates = seen["updates"]
-    each = {k: seen[k] / updates if updates else None for k in ("generator", "critic")}
-    write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **each}) + "\n")
+    means = {k: sum(e[k] for e in each) / len(each) if each else None for k in seen}
+    write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
 
 
 def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
@@ -247,9 +254,11 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         lambda x, words: editor.edit_tensor(x, words, [next(noises) for _ in words], steps),
         toy.items(study.items, SCENES_SEED),
     )
-    seconds = sum(r.get("time/update") or 0.0 for r in read_rows(run / METRICS))
     passes = json.loads((run / "passes.json").read_text())
-    whole = {**scores, "steps": steps, "run": run.name, "seconds": seconds, "passes": passes}
+    rows = read_rows(run / METRICS)
+    seconds = sum(r.get("time/update") or 0.0 for r in rows)
+    told = [alarm.words() for alarm in alarms(rows, read_config(run)["trainer"]["evaluate_items"])]
+    whole = {**scores, "steps": steps, "run": run.name, "seconds": seconds, "passes": passes, "alarms": told}
     write_text(kept, json.dumps(whole) + "\n")
     return whole
 
@@ -266,6 +275,7 @@ def _pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
         "copy_rate": sum(f["copy_rate"] for f in found) / len(found),
         "each": [f["both"]["value"] for f in found],
         "runs": [f["run"] for f in found],
+        "alarms": [f"`{f['run']}` {words}" for f in found for words in f["alarms"]],
         "minutes": sum(f["seconds"] for f in found) / len(found) / 60,
         "passes": found[0]["passes"],
     }
@@ -303,6 +313,8 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
         lines += [verdict(c, scores) + "  " for c in table.claims]
         lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)]
         lines += [_line(study, name, scores[name], kinds) for name in table.rows]
+    said = [f"- {words}" for name, v in study.variants.items() if not v.of for words in scores[name]["alarms"]]
+    lines += ["", "## Alarms", "", *(said or ["None: in no run did the critic's score rise while the oracle's fell."])]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     return folder / "results.md"
