@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from npedit import plots
 from npedit.benchmarks import toy
 from npedit.checkpoint import CONFIG, MANIFEST, METRICS, append_row
+from npedit.cli import app
 from npedit.errors import UserError
 from npedit.report import sheet, write_report
 from npedit.samples import write_samples
@@ -165,9 +166,29 @@ def test_the_sheet_shows_every_edit_type(tmp_path):
 
 
 def test_report_command(tmp_path):
-    from npedit.cli import app
 
     make_run(tmp_path / "r", updates=12)
     done = CliRunner().invoke(app, ["report", str(tmp_path / "r")])
     assert done.exit_code == 0 and "report.html" in done.output and (tmp_path / "r" / "report.html").is_file()
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 2
+
+
+# ---- several runs over each other
+
+
+def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    other = tmp_path / "b" / METRICS  # a run without distribution matching, and half as long
+    rows = [json.loads(line) for line in other.read_text().splitlines()][:31]
+    other.write_text("".join(json.dumps({k: v for k, v in r.items() if "dmd" not in k}) + "\n" for r in rows))
+    out = tmp_path / "c.png"
+    done = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    picture = np.array(Image.open(out).convert("RGB")).astype(int)
+    for colour in ((0x24, 0x84, 0xC6), (0xE6, 0x9F, 0x00)):  # a line for each run
+        assert (np.abs(picture - colour).max(-1) < 8).sum() > 500
+    make_run(tmp_path / "new")
+    (tmp_path / "new" / METRICS).unlink()
+    refused = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), str(tmp_path / "new")])
+    assert refused.exit_code == 2 and "got new" in refused.output

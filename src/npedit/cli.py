@@ -255,6 +255,25 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 @app.command()
 @plain_errors
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
+    picture: Annotated[Path, typer.Option("--out", "-o", help="A PNG.")] = Path("curves.png"),
+) -> None:
+    """Draw the curves of several runs over each other: what went another way, and when."""
+    from npedit.checkpoint import METRICS, read_rows, require_run
+    from npedit.plots import overlaid
+
+    same = len({run.resolve().name for run in runs}) < len(runs)  # names; then only the whole paths tell them apart
+    rows = {str(run) if same else run.resolve().name: read_rows(require_run(run) / METRICS) for run in runs}
+    if empty := [name for name, logged in rows.items() if len(logged) < 2]:
+        raise UserError(f"expected runs that have logged updates; got {', '.join(empty)}; leave out, or train first")
+    with writing(picture):
+        picture.write_bytes(overlaid(rows))
+    out.print(f"Curves: {escape(str(picture.resolve()))}")
+
+
+@app.command()
+@plain_errors
 def export(
     run: Annotated[str, typer.Argument(help="A run, or 'embedded'.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],

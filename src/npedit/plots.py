@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,46 @@ def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean
         axes.grid(axis="x", alpha=0.25)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+OVERLAID = {
+    "eval/both": "oracle: applied and preserved",
+    "critic/p_edit": "critic: p(wanted answer), was it done?",
+    "critic/p_identity": "critic: p(wanted answer), is the rest the same?",
+    **{k: LOSSES[k] for k in ("loss/dmd", "loss/fake")},
+    **{k: f"gradient norm: {words}" for k, words in NORMS.items() if k != "grad_norm/fake"},
+}
+
+
+def overlaid(runs: Mapping[str, Rows]) -> bytes:
+    """A PNG with a panel for each figure in `OVERLAID` that a run has numbers for, and a line for each run."""
+    keys = [k for k in OVERLAID if any(series(rows, k) for rows in runs.values())]
+    columns = min(2, len(keys))
+    lines = -(-len(keys) // columns)
+    figure = Figure(figsize=(5.4 * columns, 2.7 * lines + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, keys, strict=False):
+        for i, (name, rows) in enumerate(runs.items()):
+            if points := series(rows, key):
+                colour = COLOURS[i % len(COLOURS)]
+                if key.startswith("eval/"):
+                    axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=name)
+                else:
+                    _line(axes, points, colour, name)
+        _finish(axes, (), OVERLAID[key], "")
+        if key.startswith("grad_norm/"):
+            axes.set_yscale("log")
+        elif not key.startswith("loss/"):
+            _percent(axes)
+        axes.title.set_fontsize(9.5)
+        axes.grid(axis="y", alpha=0.25)
+    for axes in list(figure.axes)[len(keys) :]:
+        axes.remove()
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label() in runs}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(5, len(runs)), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
