@@ -166,7 +166,6 @@ def test_the_sheet_shows_every_edit_type(tmp_path):
 
 
 def test_report_command(tmp_path):
-
     make_run(tmp_path / "r", updates=12)
     done = CliRunner().invoke(app, ["report", str(tmp_path / "r")])
     assert done.exit_code == 0 and "report.html" in done.output and (tmp_path / "r" / "report.html").is_file()
