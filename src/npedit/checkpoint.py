@@ -340,6 +340,7 @@ def write_final(
         "base": str(base.resolve()) if base.is_dir() else recipe.family.weights,
         "dtype": recipe.family.dtype,
         "steps": len(times),
+        "tile": recipe.memory.decode_tile,
         "times": [round(float(t), 6) for t in times],
         "sizes": [list(s) for s in sizes],
         "recipe": recipe.name,

@@ -131,7 +131,7 @@ def compare_with_start(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
     from npedit.editor import Editor
 
     trained = Editor.open(run)
-    start = Editor(trained.family, trained.family.net(), trained.steps, trained.sizes)
+    start = Editor(trained.family, trained.family.net(), trained.steps, trained.sizes, trained.tile)
     before = score_toy(start, items, HELD_OUT_SEED, "the start")
     after = score_toy(trained, items, HELD_OUT_SEED, "the result", save_to=run / "evaluation")
     write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")
@@ -211,6 +211,12 @@ def edit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     model: ModelOption = "embedded",
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Decode in tiles of so many pixels, to save memory; 0: whole; if not given: as trained."
+        ),
+    ] = None,
 ) -> None:
     """Edit pictures of any size.
 
@@ -220,7 +226,7 @@ def edit(
     """
     from npedit.cli_edit import run_edit
 
-    for line in run_edit(words, instructions or [], target, seed, steps, model, err):
+    for line in run_edit(words, instructions or [], target, seed, steps, model, err, tile):
         out.print(escape(line))
 
 

@@ -29,11 +29,13 @@ def run_edit(
     steps: int | None,
     model: str,
     err: Console,
+    tile: int | None = None,
 ) -> list[str]:
     """Edit the named pictures and write the results; returns a line for each.
 
     `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a
-    folder, or "" for a file beside each picture. Nothing is written unless everything could be read and edited.
+    folder, or "" for a file beside each picture; `tile` is that of `Editor.open`. Nothing is written unless everything
+    could be read and edited.
 
     Raises:
         UserError: bad pictures, instructions, output or model.
@@ -44,7 +46,7 @@ def run_edit(
     pictures = {path: to_rgb(open_picture(path)) for path in paths}
     for path in targets:
         writable(path)
-    editor = Editor.open(model)
+    editor = Editor.open(model, tile=tile)
     for path, picture in pictures.items():
         if all(max(picture.size) > 2 * max(size) for size in editor.sizes) and not _blocks(picture, editor.sizes):
             sizes = ", ".join(f"{w}x{h}" for h, w in editor.sizes)

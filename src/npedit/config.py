@@ -68,12 +68,17 @@ class LoraChoice(Settings):
 
 
 class MemorySettings(Settings):
-    """What is traded for memory or time. `cached_prompts` is how many encoded prompts are kept, in the CPU's memory;
-    with any, each prompt is encoded by itself, so that a resumed run, whose cache is empty, repeats itself."""
+    """What is traded for memory or time. `cached_prompts` and `cached_latents` are how many encoded prompts and encoded
+    pictures are kept, in the CPU's memory; with any, each is encoded by itself, so that a resumed run, whose cache is
+    empty, repeats itself. Latents help where the same pictures come again: photos in their later passes, and nothing
+    that is drawn anew. `families/_decode.py` says what tiles change; the finished editor decodes in them too."""
 
     gradient_checkpointing: bool = False  # student and fake score compute their blocks again in the backward pass
     offload: bool = False  # text encoders, VAE and critic are in the CPU's memory while nobody uses them
     cached_prompts: int = Field(0, ge=0)
+    cached_latents: int = Field(0, ge=0)
+    decoder_checkpointing: bool = False  # the VAE's decoder computes its blocks again in the critic's backward pass
+    decode_tile: int = Field(0, ge=0)  # side in pixels of overlapping tiles that pictures are decoded in; 0: whole
 
 
 class DataChoice(Settings):

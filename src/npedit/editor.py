@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from npedit import config, generator
 from npedit.data._photos import _PIL_ERRORS
 from npedit.errors import UserError
+from npedit.families._decode import check_tile
 from npedit.families.base import Family
 from npedit.lora import FILE as LORA_FILE
 from npedit.lora import Adapter
@@ -38,13 +39,15 @@ FACTS_FILE = "npedit.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What `npedit.json` says. `sizes` are (height, width) in pixels; `base` is a Hub id, a folder or "embedded"."""
+    """What `npedit.json` says. `sizes` are (height, width) in pixels; `base` is a Hub id, a folder or "embedded";
+    `tile` is the side in pixels of the tiles that it was trained to be decoded in, 0 for the whole."""
 
     family: str
     base: str
     steps: int
     sizes: tuple[tuple[int, int], ...]
     dtype: str = "float32"
+    tile: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -71,33 +74,41 @@ class Facts:
                 )
             sizes = tuple((int(h), int(w)) for h, w in found["sizes"])
             words = [str(found[key]) for key in ("family", "base")]
-            facts = cls(*words, int(found["steps"]), sizes, found.get("dtype", "float32"))
+            facts = cls(*words, int(found["steps"]), sizes, found.get("dtype", "float32"), int(found.get("tile", 0)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}."
             ) from None
-        if facts.steps < 1 or not sizes or min(min(s) for s in sizes) < 1:
-            raise UserError(f"expected steps >= 1 and sizes >= 1 in {path}; got {facts.steps} steps, sizes {sizes}.")
+        if facts.steps < 1 or facts.tile < 0 or not sizes or min(min(s) for s in sizes) < 1:
+            got = f"{facts.steps} steps, tile {facts.tile}, sizes {sizes}"
+            raise UserError(f"expected steps >= 1, tile >= 0 and sizes >= 1 in {path}; got {got}.")
         return facts
 
 
 class Editor:
-    """A few-step editor. Build it with `Editor.open`, or from a family and a net that are already in memory."""
+    """A few-step editor. Build it with `Editor.open`, or from a family and a net that are already in memory. `tile` is
+    the side in pixels of tiles that pictures are decoded in, for a small GPU; 0 is the whole.
 
-    def __init__(self, family: Family, net: nn.Module, steps: int, sizes: Sequence[tuple[int, int]]):
+    Raises:
+        UserError: the tile is smaller than the family's decoder can take.
+    """
+
+    def __init__(self, family: Family, net: nn.Module, steps: int, sizes: Sequence[tuple[int, int]], tile: int = 0):
+        check_tile(family.facts, tile)
         self.family = family
+        self.tile = tile
         self.net = net.eval().requires_grad_(False)
         self.steps = steps
         self.sizes = tuple((int(h), int(w)) for h, w in sizes)
 
     @classmethod
-    def open(cls, path: str | Path = "embedded", device: str | torch.device = "") -> Self:
+    def open(cls, path: str | Path = "embedded", device: str | torch.device = "", tile: int | None = None) -> Self:
         """Open a run, an editor's folder, or "embedded", the trained toy editor that ships in the package.
 
-        `device` "" is CUDA where there is one, else the CPU.
+        `device` "" is CUDA where there is one, else the CPU. `tile` None is the one that it was trained with.
 
         Raises:
-            UserError: there is no editor at this path, or one of its parts is missing or broken.
+            UserError: there is no editor at this path, one of its parts is missing or broken, or the tile is too small.
         """
         folder = locate(path)
         facts = Facts.read(folder)
@@ -114,7 +125,7 @@ class Editor:
                 f"expected the editor in {folder} and its base model {facts.base!r} to open; got: {error}. "
                 "Check that both are complete; 'npedit doctor' looks at the embedded parts."
             ) from None
-        return cls(family, net, facts.steps, facts.sizes)
+        return cls(family, net, facts.steps, facts.sizes, facts.tile if tile is None else tile)
 
     def edit_tensor(
         self, references: Tensor, instructions: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None
@@ -141,7 +152,7 @@ class Editor:
             part = slice(i, i + CHUNK)
             given = references[part].to(self.family.device)
             edited = generator.edit(
-                self.family, self.net, given, list(instructions[part]), seeds=seeds[part], steps=steps
+                self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile
             )
             done.append(edited.float().clamp(0, 1).to(references.device))
         return torch.cat(done)

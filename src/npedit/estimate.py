@@ -330,7 +330,8 @@ def _samples(recipe: Recipe, parts: _Parts, step: Step) -> None:
     count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
     batch = _batch(recipe, count)
     with step.learners["student"].average() as net, parts.awake("text", "vae"):
-        edit(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps)
+        edit(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
+             recipe.memory.decode_tile)  # fmt: skip
 
 
 def _phases(prefix: str, counted: Counted, beside: int) -> list[Phase]:

@@ -73,7 +73,8 @@ class Evaluation:
             part = references[k : k + CHUNK].to(self.parts.device)
             seeds = list(range(first + k, first + k + len(part)))
             words = list(instructions[k : k + CHUNK])
-            edited = edit(self.parts.family, net, part, words, steps=self.recipe.trainer.steps, seeds=seeds)
+            steps, tile = self.recipe.trainer.steps, self.parts.memory.decode_tile
+            edited = edit(self.parts.family, net, part, words, steps=steps, seeds=seeds, tile=tile)
             done += [e for e in distributed.gather(edited.float().cpu() if k == mine else None) if e is not None]
         return torch.cat(done)
 

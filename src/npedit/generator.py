@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from npedit import flow
 from npedit.distributed import own, whole
+from npedit.families import _decode
 from npedit.families.base import Family, Text
 
 
@@ -88,8 +89,12 @@ def edit(
     instructions: Sequence[str],
     seeds: Sequence[int] | int = 0,
     steps: int = 4,
+    tile: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
-    """Edit images in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one."""
+    """Edit images in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one.
+
+    `tile` is the side in pixels of tiles that the result is decoded in, see `families/_decode.py`; 0 is the whole.
+    """
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()
     latents = family.encode(references.to(family.device))
@@ -97,4 +102,4 @@ def edit(
     shape = latents[:1].shape
     noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
     x0 = draft(family, net, family.encode_text(instructions), latents, times, noise)
-    return family.decode(x0).clamp(0, 1).float()
+    return _decode.decode(family, x0, tile).clamp(0, 1).float()

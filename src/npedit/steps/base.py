@@ -6,12 +6,15 @@ repeats itself bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from npedit.config import LoraChoice, MemorySettings, Settings, rest_device
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.errors import UserError
+from npedit.families import _decode
 from npedit.families.base import Family, Text
 from npedit.learner import Learner
 from npedit.lora import Adapter, checkpoint_gradients
@@ -46,10 +50,12 @@ class Parts:
     lora: LoraChoice | None = None
     memory: MemorySettings = MemorySettings()
     prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded, the last used at the end
+    latents: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)  # likewise, by what was encoded
     judge: Judge | None = None
     woken: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
 
     def __post_init__(self) -> None:
+        _decode.check_tile(self.family.facts, self.memory.decode_tile)
         with self.awake("text", "vae", "critic", "judge"):
             pass  # with `memory.offload` they rest from here on
 
@@ -80,20 +86,35 @@ class Parts:
                 return self.family.encode_text(prompts)
         here: dict[str, Text] = {}
         for prompt in dict.fromkeys(prompts):
-            found = self.prompts.pop(prompt, None)
-            if found is None:
-                with self.awake("text"):
-                    found = Text(tuple(p.to(rest_device()) for p in self.family.encode_text([prompt]).parts))
-            self.prompts[prompt] = found
+            found = _recall(self.prompts, room, prompt, partial(self._read, prompt))
             here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
-            while len(self.prompts) > room:
-                self.prompts.popitem(last=False)
         return Text.cat([here[prompt] for prompt in prompts])
 
+    def _read(self, prompt: str) -> Text:
+        with self.awake("text"):
+            return Text(tuple(p.to(rest_device()) for p in self.family.encode_text([prompt]).parts))
+
     def encode(self, images: Tensor) -> Tensor:
-        """The family's `encode`."""
+        """The family's `encode`, of each distinct picture once while the cache (`memory.cached_latents`) has room for
+        it. The VAE is frozen and draws nothing, so the pixels that it is given are the key: their values, type and
+        size, after cropping and scaling, and not the item's id."""
+        room = self.memory.cached_latents
+        if not room:
+            with self.awake("vae"):
+                return self.family.encode(images)
+        keys, here = [pixels_key(image) for image in images], {}
+        for key, image in dict(zip(keys, images)).items():
+            here[key] = _recall(self.latents, room, key, partial(self._look, image)).to(self.device)
+        return torch.cat([here[key] for key in keys])
+
+    def _look(self, image: Tensor) -> Tensor:
         with self.awake("vae"):
-            return self.family.encode(images)
+            return self.family.encode(image[None]).to(rest_device())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The family's `decode`, as `memory.decoder_checkpointing` and `memory.decode_tile` say. Call it, and end its
+        backward pass, inside `awake("vae")`."""
+        return _decode.decode(self.family, latents, self.memory.decode_tile, self.memory.decoder_checkpointing)
 
     @contextmanager
     def awake(self, *names: str) -> Iterator[None]:
@@ -126,6 +147,26 @@ class Parts:
             return [self.judge.critic.model] if self.judge else []
         pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
         return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
+
+
+Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
+
+
+def _recall(cache: OrderedDict[Key, Value], room: int, key: Key, make: Callable[[], Value]) -> Value:
+    """What is kept under a key, made if it is not there; of more than `room`, the one not used for longest goes."""
+    found = cache.pop(key) if key in cache else make()
+    cache[key] = found
+    while len(cache) > room:
+        cache.popitem(last=False)
+    return found
+
+
+def pixels_key(image: Tensor) -> bytes:
+    """A digest of a tensor's values, type and shape."""
+    plain = image.detach().to(rest_device()).contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
+    digest.update(plain.view(torch.uint8).numpy())
+    return digest.digest()
 
 
 class Step(ABC):

@@ -127,7 +127,7 @@ class Step(Base):
         """P(all wanted answers) of each sample, (group, b)."""
         group = self.settings.group
         with self.parts.awake("vae", "critic"):
-            edited = self.parts.family.decode(x0)
+            edited = self.parts.decode(x0)
             again = replace(
                 batch,
                 references=batch.references.repeat(group, 1, 1, 1),

@@ -214,7 +214,7 @@ class Step(Base):
         latents = x0.detach().requires_grad_(True)
         with torch.no_grad():
             references = critic.see(batch.references)
-        edited = critic.see(self.parts.family.decode(latents))
+        edited = critic.see(self.parts.decode(latents))
         asked = [
             (i, q)
             for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
