@@ -38,6 +38,11 @@ ClipOption = Annotated[
     ),
 ]
 
+LpipsOption = Annotated[
+    Path | None,
+    typer.Option(help="LPIPS: a folder with its two files of weights (docs/measures.md); else left out."),
+]
+
 
 def own(
     data: Annotated[str, typer.Argument(help="A folder of photos with metadata.jsonl, as for training.")],
@@ -50,6 +55,7 @@ def own(
     steps: StepsOption = None,
     dino: DinoOption = "",
     clip: ClipOption = "",
+    lpips: LpipsOption = None,
 ) -> None:
     """Your own photos and instructions: how much of the reference is kept, and with targets how near they are.
 
@@ -57,12 +63,15 @@ def own(
     editor (--edited) are named ID.png.
     """
     from npedit.benchmarks import own as bench
+    from npedit.config import pick_device
+    from npedit.lpips import Lpips
 
     rows, digest = bench.read(data)
     rows = rows[:items]
-    run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip))
+    near = Lpips.load(lpips, pick_device()) if lpips else None
+    run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
     run.make(bench.jobs(rows, seed))
-    scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told))
+    scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
     run.finish(scored, {})
     out.print(bench.by_task(scored))
 
@@ -122,6 +131,7 @@ class _Run:
         seed: int,
         steps: int | None,
         weights: tuple[str, str],
+        lpips: Any = None,
     ) -> _Run:
         """Check everything before work is spent, and write settings.json."""
         from npedit import results
@@ -140,6 +150,7 @@ class _Run:
         if not edited and not copy:
             source = {"model": model, "files": fingerprint(model), "seed": seed, "steps": steps}
         used = {"dino": weights[0] or Dino.usual, "clip": weights[1] or Clip.usual, "dtype": "float32"}
+        used |= {"lpips": lpips.tag} if lpips else {}
         settings = {"npedit": __version__, "source": source, "encoders": used}
         results.begin(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
         return cls(name, folder, edited or folder / EDITED, source, encoders)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npedit.encoders import Absent, Clip, Dino
+from npedit.lpips import SMALLEST, Lpips
 from npedit.results import Measures, NoScore, Undefined
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
@@ -26,6 +28,7 @@ CHANGED = 0.1  # a pixel has changed if a channel differs by more, after a mean 
 COPIED = 0.001  # share of changed pixels below which a picture is a mere copy
 SHAPE = 0.02  # relative difference of aspect from which pixels cannot be compared
 OUTSIDE, TARGET = "_outside", "_target"
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------- of two tensors
 
@@ -160,11 +163,32 @@ def feature_measures(
     }
 
 
+def perceptual_measures(reference: Opener, edited: Opener, lpips: Lpips, suffix: str = "") -> Measures:
+    """LPIPS of whole pictures."""
+
+    def measure() -> float:
+        a = reference()
+        return _seen(lpips.distance, a, fitted(edited(), a.size))
+
+    return {f"lpips_{lpips.tag}{suffix}": measure}
+
+
+def _seen(what: Callable[[Tensor, Tensor], T], a: Image.Image, b: Image.Image) -> T:
+    if min(a.size) < SMALLEST:
+        raise Undefined(f"LPIPS needs pictures of {SMALLEST} x {SMALLEST} pixels; got {a.width} x {a.height}")
+    return what(as_tensor(a), as_tensor(b))
+
+
 def outside_measures(
-    reference: Opener, edited: Opener, mask: Opener, dino: Dino | Absent, clip: Clip | Absent
+    reference: Opener,
+    edited: Opener,
+    mask: Opener,
+    dino: Dino | Absent,
+    clip: Clip | Absent,
+    lpips: Lpips | None = None,
 ) -> Measures:
-    """L1, L2, PSNR and SSIM over the pixels outside the mask (white is the edit), and DINO and CLIP similarity with the
-    reference put back inside it, so that only what changed outside is left to see."""
+    """L1, L2, PSNR, SSIM and LPIPS over the pixels outside the mask (white is the edit), and DINO and CLIP similarity
+    with the reference put back inside it, so that only what changed outside is left to see."""
 
     def inside() -> Image.Image:
         scaled = mask().resize(reference().size, Image.Resampling.NEAREST).convert("L")
@@ -179,7 +203,14 @@ def outside_measures(
         a = reference()
         return Image.composite(a, fitted(edited(), a.size), inside())
 
+    def perceived() -> float:
+        a = reference()
+        kept = torch.from_numpy(np.array(inside()) == 0)
+        return _mean(_seen(lpips.map, a, fitted(edited(), a.size)), kept)
+
     pixels = {f"{name}{OUTSIDE}": partial(measure, what) for name, what in PIXELS.items()}
+    if lpips:
+        pixels[f"lpips_{lpips.tag}{OUTSIDE}"] = perceived
     return pixels | dict(feature_measures(reference, put_back, dino, clip, OUTSIDE))
 
 

@@ -25,7 +25,15 @@ from npedit.data._photos import BadImage
 from npedit.data.imagefolder import find_metadata, json_rows, photo_path, to_row
 from npedit.encoders import Absent, Clip, Dino
 from npedit.errors import UserError
-from npedit.measures import TARGET, feature_measures, outside_measures, pixel_measures, text_measures
+from npedit.lpips import Lpips
+from npedit.measures import (
+    TARGET,
+    feature_measures,
+    outside_measures,
+    perceptual_measures,
+    pixel_measures,
+    text_measures,
+)  # fmt: skip
 from npedit.results import Measures, Row, Undefined
 from npedit.statistics import mean
 
@@ -91,8 +99,16 @@ def jobs(items: Sequence[Item], seed: int) -> list[Job]:
     return [Job(item.file, item.reference, item.instruction, seed) for item in items]
 
 
-def score(items: Sequence[Item], edited: Path, dino: Dino | Absent, clip: Clip | Absent, told: Told) -> list[Row]:
-    """Measure the pictures in the folder `edited`. What no item has (masks, targets, captions) is left out."""
+def score(
+    items: Sequence[Item],
+    edited: Path,
+    dino: Dino | Absent,
+    clip: Clip | Absent,
+    told: Told,
+    lpips: Lpips | None = None,
+) -> list[Row]:
+    """Measure the pictures in the folder `edited`. What no item has (masks, targets, captions) is left out, and LPIPS
+    where it is not given."""
     parts = _Parts(
         any(item.mask for item in items),
         any(item.target for item in items),
@@ -100,7 +116,7 @@ def score(items: Sequence[Item], edited: Path, dino: Dino | Absent, clip: Clip |
     )
     rows = []
     for item in items:
-        rows.append(Row.of(item.id, item.task, _measures(item, edited, dino, clip, parts)))
+        rows.append(Row.of(item.id, item.task, _measures(item, edited, dino, clip, lpips, parts)))
         told(len(rows), len(items))
     return rows
 
@@ -112,11 +128,15 @@ class _Parts:
     captions: bool
 
 
-def _measures(item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent, parts: _Parts) -> Measures:
+def _measures(
+    item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent, lpips: Lpips | None, parts: _Parts
+) -> Measures:
     reference, edited = opener(item.reference, "reference"), opener(folder / item.file, "edited picture")
     found = dict(pixel_measures(reference, edited)) | dict(feature_measures(reference, edited, dino, clip))
+    if lpips:
+        found |= perceptual_measures(reference, edited, lpips)
     if parts.masks:
-        found |= outside_measures(reference, edited, _given(item.mask, "mask"), dino, clip)
+        found |= outside_measures(reference, edited, _given(item.mask, "mask"), dino, clip, lpips)
     wanted: dict[str, Callable[[], float]] = {}
     copy: dict[str, Callable[[], float]] = {}
     if parts.targets:
@@ -124,6 +144,7 @@ def _measures(item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent
         for out, picture in ((wanted, edited), (copy, reference)):
             out |= pixel_measures(target, picture, TARGET)
             out |= feature_measures(target, picture, dino, clip, TARGET)
+            out |= perceptual_measures(target, picture, lpips, TARGET) if lpips else {}
     if parts.captions:
         words = (item.source_caption, item.target_caption, clip)
         wanted |= text_measures(reference, edited, *words)
@@ -140,7 +161,7 @@ def _given(path: Path | None, what: str) -> Callable[[], Image.Image]:
 
 def by_task(rows: Sequence[Row]) -> Table:
     """A task a line, with the means of the chief measures and, in brackets, of how many items where not of all."""
-    chief = ("l1", "psnr", "ssim", "dino", "clip_i", "changed_area", "copied")
+    chief = ("l1", "psnr", "ssim", "lpips", "dino", "clip_i", "changed_area", "copied")
     names = [n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(chief) and "/" not in n]
     names = [n for n in names if not n.endswith(("_outside", TARGET))]
     shown = Table(title="By task")
