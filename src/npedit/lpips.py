@@ -9,8 +9,8 @@ package; a folder must hold the two files under their usual names:
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Self
 
 import torch
@@ -50,7 +50,7 @@ class Lpips:
             trunk.load_state_dict({k.removeprefix("features."): v for k, v in found.items() if "features." in k})
             found = torch.load(Path(folder) / HEADS, map_location="cpu", weights_only=True)
             heads = [found[f"lin{i}.model.1.weight"].float().view(1, c, 1, 1) for i, c in enumerate(CHANNELS)]
-        except (OSError, RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, KeyError, AttributeError, EOFError, UnpicklingError) as error:
             said = " ".join(str(error).split())[:300]
             raise UserError(
                 f"expected LPIPS' weights in a folder, {TRUNK} and {HEADS}; got {folder}: {said}; "
