@@ -13,7 +13,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow bench lint clean
 
 VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -37,6 +37,9 @@ test: $(READY) ## the tests, except the slow ones and those that need a GPU
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: $(READY) ## measure speed and memory on this machine and write the tables into docs/benchmarks.md
+	$(BIN)/python -m benchmarks --write docs/benchmarks.md $(ARGS)
 
 lint: $(READY) ## style, and who imports whom
 	$(BIN)/ruff check .

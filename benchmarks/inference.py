@@ -1,0 +1,43 @@
+"""An edit in few steps against the base model's own picture in many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.measure import interleaved, middle, table
+from npedit import flow
+from npedit.editor import Editor
+from npedit.generator import draw, fresh_noise, seeded
+
+BASE_STEPS, GUIDANCE = 20, 5.0  # as the toy's base model is measured
+WORDS = "paint the circle red"
+
+
+def inference(repeats: int, sizes: Sequence[int] = (1, 16)) -> str:
+    """The table of seconds a picture, for batches of so many."""
+    editor = Editor.open("embedded")
+    rows = [row for size in sizes for row in _rows(editor, size, repeats)]
+    return table(("what", "pictures at a time", "ms a picture", "times as fast as the base model"), rows)
+
+
+@torch.no_grad()
+def _rows(editor: Editor, size: int, repeats: int) -> list[tuple[str, int, str, str]]:
+    family, (height, width) = editor.family, editor.sizes[0]
+    times = flow.few_step_times(BASE_STEPS, family.shift(height, width)).tolist()
+    references = torch.rand(size, 3, height, width, generator=seeded("bench", size)).to(family.device)
+    noise = fresh_noise(family.encode(references), 1, seeded("noise", size))[0]
+    base = f"base model, {BASE_STEPS} steps, guidance {GUIDANCE:g}"
+
+    def edit(steps: int, turn: int) -> None:
+        editor.edit_tensor(references, [WORDS] * size, turn, steps)
+
+    calls = {f"edit, {n} step{'s' * (n > 1)}": partial(edit, n) for n in sorted({1, 2, editor.steps})}
+    calls[base] = lambda turn: draw(family, [WORDS] * size, noise, times, GUIDANCE)
+    seconds = interleaved(calls, repeats)
+    return [
+        (name, size, f"{1000 * middle(taken) / size:.1f}", f"{middle(b / a for a, b in zip(taken, seconds[base])):.1f}")
+        for name, taken in seconds.items()
+    ]

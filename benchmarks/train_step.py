@@ -1,0 +1,205 @@
+"""One update of NP-Edit: how long each part takes and what it holds, what each saving is worth, and how much of the
+machine's arithmetic is used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import MIB, interleaved, marked, middle, peaks, storages, table, wait
+from npedit.config import LoraChoice, MemorySettings, Recipe, pick_device, torch_dtype
+from npedit.critics.base import Critic
+from npedit.data import Batch
+from npedit.generator import seeded, training_times
+from npedit.lora import Adapter
+from npedit.parts import build_parts, build_source
+from npedit.steps import np_edit
+from npedit.steps.base import Parts
+
+PARTS = ("draft", "dmd", "critic", "fake")  # of a step, as its clock names them
+LORA = LoraChoice(rank=16, alpha=16)
+
+
+class Unshared(Critic):
+    """A critic that looks at each picture anew for each question about it, as a plain version would."""
+
+    def __init__(self, critic: Critic):
+        self.critic, self.model, self.device = critic, critic.model, critic.device
+        self.yes, self.no = critic.yes, critic.no
+
+    def see(self, images: Tensor) -> list[Tensor]:
+        """Nothing yet: the pictures themselves."""
+        return list(images)
+
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """All pictures of all questions, each as often as it is asked about."""
+        tokens = iter(self.critic.see(torch.stack([image for look in seen for image in look])))
+        return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen])
+
+    load = tiny = write = answer_id = None  # not asked for here
+
+
+@dataclass(frozen=True)
+class Apart(Parts):
+    """Adapters that have a frozen base of their own each."""
+
+    def net(self, role: str, seed: int) -> nn.Module:
+        """As in `Parts`, over a copy."""
+        base, chosen = copy.deepcopy(self.family.lora_base()), self.lora
+        return Adapter.new(base, role, self.family.facts.lora, chosen.rank, chosen.alpha, seed)
+
+
+def variants(recipe: Recipe) -> dict[str, Parts]:
+    """LoRA training with nothing shared, each saving by itself, and all of them. Each has parts of its own, since a
+    base serves one set of adapters."""
+    return {
+        "plain": _parts(recipe),
+        "the reference seen once": _parts(recipe, seen_once=True),
+        "prompts kept": _parts(recipe, kept=True),
+        "one base for all": _parts(recipe, one_base=True),
+        "all three (npedit)": _parts(recipe, seen_once=True, kept=True, one_base=True),
+    }
+
+
+def _parts(recipe: Recipe, seen_once: bool = False, kept: bool = False, one_base: bool = False) -> Parts:
+    made = build_parts(recipe)
+    critic = made.critic if seen_once else Unshared(made.critic)
+    memory = MemorySettings(cached_prompts=10_000 if kept else 0)
+    return (Parts if one_base else Apart)(made.family, critic, made.wording, made.device, LORA, memory)
+
+
+class Bench:
+    """Steps on the same few batches, which come again and again as photos do in later passes."""
+
+    def __init__(self, recipe: Recipe, groups: int = 2):
+        self.stage = next(s for s in recipe.stages if s.step == "np_edit")
+        self.recipe, self.parts, self.source = recipe, build_parts(recipe), build_source(recipe)
+        count = np_edit.Step.batches_per_update(self.stage.settings) * self.stage.accumulate
+        self.groups = [[self._batch(g * count + i) for i in range(count)] for g in range(groups)]
+
+    def _batch(self, index: int) -> Batch:
+        batch = self.source.batch(index, self.stage.batch_size)
+        return replace(batch, references=batch.references.to(self.parts.device))
+
+    def step(self, parts: Parts) -> np_edit.Step:
+        """A fresh one."""
+        return np_edit.Step(self.stage.settings, parts, parts.net("student", 0), self.stage.updates, 0)
+
+    def two_transitions(self, update: int) -> int:
+        """The next update whose draft makes two transitions, as three in four do."""
+        times = torch.ones(self.stage.settings.steps)
+        while len(training_times(times, seeded(0, "times", update))) < 2:
+            update += 1
+        return update
+
+    @property
+    def pictures(self) -> int:
+        """Edits an update."""
+        return self.stage.batch_size * self.stage.accumulate
+
+
+def held(step: np_edit.Step) -> int:
+    """Bytes that stay between updates: all nets, frozen ones too, averages, the optimizer's state."""
+    modules = [m for name in ("text", "vae", "critic") for m in step.parts.modules(name)]
+    modules += [step.parts.family.base, *(learner.net for learner in step.learners.values())]
+    state = [t for learner in step.learners.values() for t in learner.state()[0].values()]
+    return storages([*state, *(t for m in modules for t in (*m.parameters(), *m.buffers()))])
+
+
+def by_part(bench: Bench, repeats: int) -> str:
+    """The table of one update's parts, whole nets in training."""
+    step, seconds = bench.step(bench.parts), []
+    with marked():
+        for turn in range(2 + repeats):
+            logged = step.step(bench.groups[turn % len(bench.groups)], bench.two_transitions(turn))
+            seconds.append({k.removeprefix("time/"): v for k, v in logged.items() if k.startswith("time/")})
+    times = {part: middle(s[part] for s in seconds[2:]) for part in (*PARTS, "student")}
+    times["student"] -= sum(times[part] for part in PARTS if part != "fake")  # they are inside it
+    most = peaks(lambda: step.step(bench.groups[0], bench.two_transitions(0)))
+    whole, stays = sum(times.values()), held(step) / MIB
+    names = {"draft": "draft: encode, unroll", "dmd": "DMD: fake score and guided teacher",
+             "critic": "critic: decode, see, ask, and back to the draft",
+             "student": "student: back through the unroll, and its update",
+             "fake": "fake score: its updates"}  # fmt: skip
+    rows = [(names[p], f"{1000 * times[p]:.0f}", f"{times[p] / whole:.0%}", f"{most[p] / MIB:.0f}") for p in names]
+    rows.append(("**update**", f"{1000 * whole:.0f}", f"{bench.pictures / whole:.1f} pictures/s",
+                 f"{max(most.values()) / MIB:.0f}, beside {stays:.0f} that stay"))  # fmt: skip
+    return table(("part", "ms", "share", "peak, MiB"), rows)
+
+
+def savings(bench: Bench, repeats: int) -> tuple[str, float]:
+    """The table of LoRA training against a plain version of it, and the largest relative difference of any loss."""
+    steps = {name: bench.step(parts) for name, parts in variants(bench.recipe).items()}
+    logged: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+
+    def call(name: str, turn: int) -> None:
+        batches, update = bench.groups[turn % len(bench.groups)], bench.two_transitions(turn)
+        logged[name].append(steps[name].step(batches, update))
+
+    calls = {name: lambda turn, name=name: call(name, turn) for name in steps}
+    seconds = interleaved(calls, repeats, warm=len(bench.groups))
+    apart = max(difference(logged["plain"], seen) for seen in logged.values())
+    most = {n: max(peaks(lambda n=n: call(n, repeats)).values()) for n in steps}
+    sizes = {name: (held(step), held(step) + most[name]) for name, step in steps.items()}
+    rows = []
+    for name, taken in seconds.items():
+        ratio = middle(a / b for a, b in zip(seconds["plain"], taken))
+        rows.append((name, f"{1000 * middle(taken):.0f}", f"{ratio:.2f}", f"{sizes[name][0] / MIB:.0f}",
+                     f"{sizes[name][1] / MIB:.0f}", f"{sizes[name][1] / sizes['plain'][1]:.2f}"))  # fmt: skip
+    return table(("version", "ms an update", "times as fast", "stays, MiB", "peak, MiB", "of plain's"), rows), apart
+
+
+def difference(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> float:
+    """The largest relative difference of two runs' losses."""
+    pairs = [(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x if k.startswith("loss/")]
+    return max(abs(x - y) / max(abs(x), 1e-6) for x, y in pairs)
+
+
+def exchanges(bench: Bench, repeats: int) -> str:
+    """The table of settings that give time for memory, or the reverse."""
+    changes = {
+        "whole nets": {},
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "decoder_checkpointing": {"decoder_checkpointing": True},
+        "both": {"gradient_checkpointing": True, "decoder_checkpointing": True},
+    }
+    steps = {n: bench.step(replace(bench.parts, memory=MemorySettings(**m))) for n, m in changes.items()}
+    steps["lora, rank 16"] = bench.step(_parts(bench.recipe, seen_once=True, one_base=True))
+
+    def call(name: str, turn: int) -> None:
+        steps[name].step(bench.groups[turn % len(bench.groups)], bench.two_transitions(turn))
+
+    seconds = interleaved({n: lambda turn, n=n: call(n, turn) for n in steps}, repeats)
+    rows = []
+    for name, step in steps.items():
+        most = peaks(lambda name=name: call(name, repeats))
+        first = middle(a / b for a, b in zip(seconds[name], seconds["whole nets"]))
+        rows.append((name, f"{first:.2f}", f"{held(step) / MIB:.0f}", f"{max(most.values()) / MIB:.0f}"))
+    return table(("setting", "time of whole nets'", "stays, MiB", "comes and goes, MiB"), rows)
+
+
+def arithmetic(bench: Bench, repeats: int) -> str:
+    """The table of what an update computes against what the machine can: its own matrix product."""
+    step, update = bench.step(bench.parts), bench.two_transitions(0)
+    with FlopCounterMode(display=False) as counter:
+        step.step(bench.groups[0], update)
+    side, dtype = 2048, torch_dtype(bench.recipe.family.dtype)
+    a = torch.randn(side, side, device=pick_device(), dtype=dtype)
+    seconds = interleaved(
+        {"matmul": lambda turn: a @ a, "update": lambda turn: step.step(bench.groups[0], update)}, repeats, warm=2
+    )
+    wait()
+    peak = 2 * side**3 / min(seconds["matmul"])
+    speed = counter.get_total_flops() / middle(seconds["update"])
+    rows = [
+        ("an update computes, GFLOP", f"{counter.get_total_flops() / 1e9:.1f}"),
+        ("GFLOP/s meanwhile", f"{speed / 1e9:.1f}"),
+        (f"a product of two {side} x {side} matrices of {str(dtype)[6:]}, GFLOP/s", f"{peak / 1e9:.1f}"),
+        ("**share of that**", f"{speed / peak:.0%}"),
+    ]
+    return table(("", ""), rows)
