@@ -238,7 +238,7 @@ def edit(
 def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
     folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The first seed alone and a fifth of the updates.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the updates, the first seed alone.")] = False,
 ) -> None:
     """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
     from npedit.study import load_study, run_study
