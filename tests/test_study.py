@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     assert scores["one_step"]["runs"] == ["full-0"] and scores["full"]["n"] == 9
     # drafts of one or two calls, the fake score's and DMD's three: never fewer than five for each picture, two in each
     assert scores["full"]["passes"]["generator"] >= 2 * 5 * 2 / 3
+
+    page = study.publish(results, tmp_path / "docs" / "r.md")
+    links = re.findall(r"\]\(([^)]*)\)", page.read_text())
+    assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
 
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("a finished run was trained again")

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from npedit import distributed, shards
 from npedit.config import Recipe, differences, make_recipe
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, own_command, writing
 from npedit.lora import FILE as LORA_FILE
 from npedit.lora import Adapter
 
@@ -140,7 +139,7 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
         "processes": distributed.world(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "command": sys.argv,
+        "command": own_command(),
     }
 
 

@@ -239,13 +239,16 @@ def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
     folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the updates, the first seed alone.")] = False,
+    page: Annotated[Path | None, typer.Option("--publish", help="A copy of the page; its plots go beside it.")] = None,
 ) -> None:
     """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
-    from npedit.study import load_study, run_study
+    from npedit.study import load_study, publish, run_study
 
     loaded = load_study(recipe_path(path))
     folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))
     results = run_study(loaded, folder, recipe_path, lambda line: out.print(f"[bold]{escape(line)}[/]"), quick)
+    if page is not None:
+        results = publish(results, page)
     out.print(f"Results: [bold]{escape(str(results.resolve()))}[/]")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -325,6 +326,19 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     return folder / "results.md"
+
+
+def publish(results: Path, page: Path) -> Path:
+    """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and each
+    run's manifest, where the page's links find them. Returns the page."""
+    study, target = results.parent, page.with_suffix("")
+    with writing(target):
+        for path in [*study.glob("*.png"), study / "results.json", *study.glob("*/manifest.json")]:
+            copy = target / path.relative_to(study)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    write_text(page, results.read_text(encoding="utf-8").replace("](", f"]({target.name}/"))
+    return page
 
 
 def _picture(table: Comparison, scores: Mapping[str, Mapping[str, Any]]) -> bytes:
