@@ -154,6 +154,9 @@ def test_gedit_with_a_local_judge_from_command_to_files(here, folder):
     assert "npedit-edit-v1/en/full macro" in said and "the data hold 12 en" in said
     pictures = here / "r/official/copy/fullset/color_alter/en"
     assert sorted(p.name for p in pictures.iterdir()) == [f"{0:032x}.png", f"{0:032x}_SRCIMG.png"]
+    kept = json.loads((here / "r/preservation/summary.json").read_text())
+    assert (kept["l1"]["value"], kept["ssim"]["value"], kept["copied"]["n"]) == (0.0, pytest.approx(1.0), 12)
+    assert kept["psnr"]["value"] is None and "what was kept of the references" in said
     again = run("evaluate", "gedit", "--data", "data", "--judge", folder, "--model", "copy", "--out", "r")
     assert "0 answers came" in again and records(here / "r" / "rows.jsonl") == rows
     other = run(
@@ -210,6 +213,8 @@ def test_imgedit_from_command_to_files(here, folder):
     rows = records(here / "r" / "rows.jsonl")
     assert len(rows) == 11 and {w for r in rows for w in r["why"].values()} == {"parse_error"}  # two scores, not three
     assert "No headline npedit-imgedit-v1/O" in said
+    kept = records(here / "r/preservation/rows.jsonl")
+    assert [r["id"] for r in kept] == [r["id"] for r in rows] and {r["scores"]["copied"] for r in kept} == {1.0}
     assert sorted(p.name for p in (here / "r/official/copy").glob("*.json")) == [
         "average_score.json", "result.json", "typescore.json",
     ]  # fmt: skip

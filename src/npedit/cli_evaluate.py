@@ -15,7 +15,30 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.cli_options import ModelOption, SeedOption, StepsOption
+from npedit.cli_options import (
+    ClipOption,
+    Coverage,
+    DinoOption,
+    Edited,
+    First,
+    Fresh,
+    JudgedOption,
+    JudgeModel,
+    JudgeOption,
+    JudgeRevision,
+    LpipsOption,
+    ModelOption,
+    Out,
+    Prompts,
+    Repeats,
+    Scores,
+    SeedOption,
+    StepsOption,
+    Swap,
+    Workers,
+    bar,
+)  # fmt: skip
+from npedit.cli_own import MEASURES, open_encoders, open_lpips
 from npedit.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark.")
@@ -24,45 +47,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
 COPY = "copy"  # the editor that returns its input: what a judge must not like
-JudgedOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "--run",
-        "-m",
-        help="A run, its final/ folder, 'embedded', or 'copy': the input unchanged, a baseline.",
-    ),
-]
 ScenesOption = Annotated[
     int, typer.Option("--seed", "-s", help="Which held-out scenes. Training watches those of its recipe's seed.", min=0)
 ]
-JudgeOption = Annotated[
-    str,
-    typer.Option(
-        help="A vision-language model's folder or Hub id (@REVISION), or the address of an OpenAI-compatible server "
-        "(http://localhost:8000/v1; its key in NPEDIT_JUDGE_KEY)."
-    ),
-]
-JudgeModel = Annotated[str, typer.Option("--judge-model", help="The model's name at the server.")]
-JudgeRevision = Annotated[str, typer.Option("--judge-revision", help="Which version of it the server runs; recorded.")]
-Workers = Annotated[int, typer.Option(help="Questions to the server at once.", min=1, max=256)]
-Edited = Annotated[
-    Path | None, typer.Option(help="Score these pictures, in the official layout, and not an editor's.", exists=True)
-]
-Scores = Annotated[
-    Path | None, typer.Option("--scores", help="Take scores that the official scripts wrote; no judge.", exists=True)
-]
-Prompts = Annotated[
-    Path | None, typer.Option(help="Folder with the official texts, for official protocols.", exists=True)
-]
-Out = Annotated[Path | None, typer.Option("--out", help="The result's folder. The same command goes on in it.")]
-First = Annotated[int | None, typer.Option("--items", help="Only so many, tasks in turn: a trial, no headline.", min=1)]
-Repeats = Annotated[int, typer.Option(help="How often each question is asked; the mean counts.", min=1)]
-Swap = Annotated[bool, typer.Option("--swap", help="Ask also with the two pictures exchanged; the mean counts.")]
-Coverage = Annotated[
-    float, typer.Option("--min-coverage", help="Least share of items with a score for a headline.", min=0, max=1)
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
 # -------------------------------------------------------------------------------------------------------------- toy
@@ -117,23 +104,6 @@ def score_toy(
         return toy.score(edit_fn, edits, on_progress=told, save_to=save_to, save=save)
 
 
-class bar:
-    """A progress bar that is gone when it is done; gives the function (done, of all) that moves it."""
-
-    def __init__(self, words: str, total: int):
-        from rich.progress import Progress
-
-        self.progress = Progress(console=err, transient=True)
-        self.task = self.progress.add_task(escape(words), total=total)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self.progress.start()
-        return lambda done, total: self.progress.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-
 # ------------------------------------------------------------------------------------------------- judged benchmarks
 
 
@@ -158,6 +128,8 @@ class Wish:
     swap: bool
     coverage: float
     fresh: bool
+    encoders: tuple[str, str]
+    lpips: Path | None
 
 
 @app.command()
@@ -181,6 +153,9 @@ def gedit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     fresh: Fresh = False,
+    dino: DinoOption = "",
+    clip: ClipOption = "",
+    lpips: LpipsOption = None,
 ) -> None:
     """GEdit-Bench: SC, PQ and O from 0 to 10, by task; macro as the official code, micro beside it."""
     from npedit.benchmarks import gedit as bench
@@ -190,7 +165,7 @@ def gedit(
     spoken = ("en", "cn") if language == "both" else (bench.LANGUAGES[language],)
     wish = Wish(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
-        first, repeats, swap, coverage, fresh,
+        first, repeats, swap, coverage, fresh, (dino, clip), lpips,
     )  # fmt: skip
     judged(bench, wish, lambda pictures: bench.items(data, spoken, pictures))
 
@@ -215,13 +190,16 @@ def imgedit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     fresh: Fresh = False,
+    dino: DinoOption = "",
+    clip: ClipOption = "",
+    lpips: LpipsOption = None,
 ) -> None:
     """ImgEdit-Bench (Basic): three criteria from 1 to 5 and their mean, by edit type."""
     from npedit.benchmarks import imgedit as bench
 
     wish = Wish(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
-        first, repeats, swap, coverage, fresh,
+        first, repeats, swap, coverage, fresh, (dino, clip), lpips,
     )  # fmt: skip
     judged(bench, wish, lambda pictures: bench.items(data, pictures))
 
@@ -247,7 +225,9 @@ def judged(bench: ModuleType, wish: Wish, items: Callable[[Path], list[Any]]) ->
     if wish.scores:
         facts, protocol, rows = {"scores": str(wish.scores)}, "imported", bench.imported(wish.scores, found)
     else:
-        facts, protocol, rows = asked(bench, wish, _judged.spread_over(found, wish.first), folder, pictures)
+        todo, near = _judged.spread_over(found, wish.first), open_lpips(wish.lpips)
+        encoders, used = open_encoders(wish.encoders, near)
+        facts, protocol, rows = asked(bench, wish, todo, folder, pictures)
     summary = bench.summarise(rows, found, wish.coverage, protocol)
     facts |= {"items": len(found), "asked": len(rows), "min_coverage": wish.coverage, "outcomes": _judged.counts(rows)}
     facts |= {"benchmark": name, "npedit": __version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -255,7 +235,22 @@ def judged(bench: ModuleType, wish: Wish, items: Callable[[Path], list[Any]]) ->
     bench.export(rows, found, pictures, judge)
     out.print(_judged.table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
     tell_missing(summary, facts)
+    if not wish.scores:
+        settings = {"npedit": __version__, "source": facts["editor"], "encoders": used}
+        preserved(name, folder / "preservation", todo, (*encoders, near), settings)
     out.print(f"Result: {escape(str(folder))}")
+
+
+def preserved(name: str, folder: Path, items: list[Any], measuring: tuple[Any, Any, Any], settings: Any) -> None:
+    """How much of the references was kept, without a judge, as a folder of results of its own."""
+    from npedit import results
+    from npedit.benchmarks import _judged
+    from npedit.benchmarks._outputs import table
+
+    results.begin(folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}})
+    with bar("measuring what was kept", len(items)) as told:
+        rows = _judged.preserved(items, *measuring, told)
+    out.print(table(results.write_results(folder, rows), f"{name}: what was kept of the references, without a judge"))
 
 
 def asked(

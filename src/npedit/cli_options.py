@@ -1,13 +1,88 @@
-"""Options that several commands share."""
+"""What several commands share: options, and a progress bar."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 ModelOption = Annotated[
     str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
 StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
+
+# What measures without a judge.
+DinoOption = Annotated[
+    str,
+    typer.Option(help="DINO: a folder or Hub id, or 'none'. If not given, facebook/dino-vits16 if it is to be had."),
+]
+ClipOption = Annotated[
+    str,
+    typer.Option(
+        help="CLIP: a folder or Hub id, or 'none'. If not given, openai/clip-vit-base-patch32 in the same way."
+    ),
+]
+LpipsOption = Annotated[
+    Path | None,
+    typer.Option(help="LPIPS: a folder with its two files of weights (docs/measures.md); else left out."),
+]
+
+# Of judged benchmarks.
+JudgedOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "--run",
+        "-m",
+        help="A run, its final/ folder, 'embedded', or 'copy': the input unchanged, a baseline.",
+    ),
+]
+JudgeOption = Annotated[
+    str,
+    typer.Option(
+        help="A vision-language model's folder or Hub id (@REVISION), or the address of an OpenAI-compatible server "
+        "(http://localhost:8000/v1; its key in NPEDIT_JUDGE_KEY)."
+    ),
+]
+JudgeModel = Annotated[str, typer.Option("--judge-model", help="The model's name at the server.")]
+JudgeRevision = Annotated[str, typer.Option("--judge-revision", help="Which version of it the server runs; recorded.")]
+Workers = Annotated[int, typer.Option(help="Questions to the server at once.", min=1, max=256)]
+Edited = Annotated[
+    Path | None, typer.Option(help="Score these pictures, in the official layout, and not an editor's.", exists=True)
+]
+Scores = Annotated[
+    Path | None, typer.Option("--scores", help="Take scores that the official scripts wrote; no judge.", exists=True)
+]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Folder with the official texts, for official protocols.", exists=True)
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The result's folder. The same command goes on in it.")]
+First = Annotated[int | None, typer.Option("--items", help="Only so many, tasks in turn: a trial, no headline.", min=1)]
+Repeats = Annotated[int, typer.Option(help="How often each question is asked; the mean counts.", min=1)]
+Swap = Annotated[bool, typer.Option("--swap", help="Ask also with the two pictures exchanged; the mean counts.")]
+Coverage = Annotated[
+    float, typer.Option("--min-coverage", help="Least share of items with a score for a headline.", min=0, max=1)
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
+
+
+class bar:
+    """A progress bar that is gone when it is done; gives the function (done, of all) that moves it."""
+
+    def __init__(self, words: str, total: int | None = None):
+        from rich.progress import Progress
+
+        self.progress = Progress(console=Console(stderr=True, highlight=False, soft_wrap=True), transient=True)
+        self.task = self.progress.add_task(escape(words), total=total)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.progress.start()
+        return lambda done, total: self.progress.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.cli_options import ModelOption, SeedOption, StepsOption
+from npedit.cli_options import ClipOption, DinoOption, LpipsOption, ModelOption, SeedOption, StepsOption, bar
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -27,21 +27,6 @@ EditedOption = Annotated[
     Path | None, typer.Option("--edited", help="Measure the pictures in this folder, which another editor made.")
 ]
 CopyOption = Annotated[bool, typer.Option("--copy", help="Measure the editor that does nothing.")]
-DinoOption = Annotated[
-    str,
-    typer.Option(help="DINO: a folder or Hub id, or 'none'. If not given, facebook/dino-vits16 if it is to be had."),
-]
-ClipOption = Annotated[
-    str,
-    typer.Option(
-        help="CLIP: a folder or Hub id, or 'none'. If not given, openai/clip-vit-base-patch32 in the same way."
-    ),
-]
-
-LpipsOption = Annotated[
-    Path | None,
-    typer.Option(help="LPIPS: a folder with its two files of weights (docs/measures.md); else left out."),
-]
 
 
 def own(
@@ -63,12 +48,10 @@ def own(
     editor (--edited) are named ID.png.
     """
     from npedit.benchmarks import own as bench
-    from npedit.config import pick_device
-    from npedit.lpips import Lpips
 
     rows, digest = bench.read(data)
     rows = rows[:items]
-    near = Lpips.load(lpips, pick_device()) if lpips else None
+    near = open_lpips(lpips)
     run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
     run.make(bench.jobs(rows, seed))
     scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
@@ -136,21 +119,15 @@ class _Run:
         """Check everything before work is spent, and write settings.json."""
         from npedit import results
         from npedit.benchmarks._outputs import EDITED
-        from npedit.encoders import Absent, Clip, Dino, open_encoder
 
         if bool(edited) + copy + (model != "embedded") > 1:
             raise UserError("expected one of --model, --edited and --copy; got several; leave all but one out")
         if edited and not edited.is_dir():
             raise UserError(f"expected a folder of edited pictures; {edited} is none; correct --edited")
-        encoders = tuple(open_encoder(k, w) for k, w in zip((Dino, Clip), weights))
-        for encoder in encoders:
-            if isinstance(encoder, Absent):
-                err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
+        encoders, used = open_encoders(weights, lpips)
         source: dict[str, Any] = {"edited": str(edited.resolve())} if edited else {"copy": True}
         if not edited and not copy:
             source = {"model": model, "files": fingerprint(model), "seed": seed, "steps": steps}
-        used = {"dino": weights[0] or Dino.usual, "clip": weights[1] or Clip.usual, "dtype": "float32"}
-        used |= {"lpips": lpips.tag} if lpips else {}
         settings = {"npedit": __version__, "source": source, "encoders": used}
         results.begin(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
         return cls(name, folder, edited or folder / EDITED, source, encoders)
@@ -171,11 +148,8 @@ class _Run:
 
     def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         """Do `work(told)` behind a bar."""
-        from rich.progress import Progress
-
-        with Progress(console=err, transient=True) as bar:
-            task = bar.add_task(words, total=None)
-            return work(lambda done, total: bar.update(task, completed=done, total=total))
+        with bar(words) as told:
+            return work(told)
 
     def finish(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
         """Write the results and print the headlines."""
@@ -184,6 +158,26 @@ class _Run:
 
         out.print(table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
         out.print(f"Results: {escape(str(self.folder))}")
+
+
+def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """DINO and CLIP, or why they are missing, which is said; and what to note of them all."""
+    from npedit.encoders import Absent, Clip, Dino, open_encoder
+
+    encoders = tuple(open_encoder(k, w) for k, w in zip((Dino, Clip), weights))
+    for encoder in encoders:
+        if isinstance(encoder, Absent):
+            err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
+    used = {"dino": weights[0] or Dino.usual, "clip": weights[1] or Clip.usual, "dtype": "float32"}
+    return encoders, used | ({"lpips": lpips.tag} if lpips else {})
+
+
+def open_lpips(folder: Path | None) -> Any:
+    """LPIPS, if its folder is given."""
+    from npedit.config import pick_device
+    from npedit.lpips import Lpips
+
+    return Lpips.load(folder, pick_device()) if folder else None
 
 
 def fingerprint(model: str) -> str:

@@ -23,20 +23,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 from rich.table import Table
 
+from npedit import results
 from npedit.benchmarks._answers import read
-from npedit.benchmarks._outputs import save
+from npedit.benchmarks._outputs import opener, save
 from npedit.benchmarks._protocol import Protocol, Question
 from npedit.checkpoint import write_text
 from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
+from npedit.encoders import Absent, Clip, Dino
 from npedit.errors import UserError, writing
 from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
+from npedit.lpips import Lpips
+from npedit.measures import feature_measures, perceptual_measures, pixel_measures
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
@@ -360,6 +365,20 @@ def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress) -> None:
         for item, picture in zip(part, edited):
             save(picture, item.edited)
         told(len(items) - len(todo) + start + len(part), len(items))
+
+
+def preserved(
+    items: Sequence[Item], dino: Dino | Absent, clip: Clip | Absent, lpips: Lpips | None, told: Progress
+) -> list[results.Row]:
+    """How much of each source its edited picture has kept, without a judge. Without a picture: no score."""
+    rows = []
+    for item in items:
+        source, edited = cache(item.source), opener(item.edited, "edited picture")
+        measures = {**pixel_measures(source, edited), **feature_measures(source, edited, dino, clip)}
+        measures |= perceptual_measures(source, edited, lpips) if lpips else {}
+        rows.append(results.Row.of(item.id, item.task, measures))
+        told(len(rows), len(items))
+    return rows
 
 
 def write_result(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
