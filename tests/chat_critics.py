@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from npedit.critics._chat import ChatCritic, quantised
+from npedit.critics._bits import quantised
+from npedit.critics._chat import ChatCritic
 from npedit.critics.base import answer_token
 from npedit.questions import questions_for
 

@@ -47,12 +47,14 @@ class FamilyChoice(Settings):
 
 class CriticChoice(Settings):
     """Which vision-language model judges. `resolution` is the side in pixels that it sees pictures at (0: its own); one
-    that takes a single side refuses any other when the weights are opened."""
+    that takes a single side refuses any other when the weights are opened. `bits` 8 or 4 holds most weights in so few,
+    on CUDA with bitsandbytes; 0 holds all in `dtype`."""
 
     name: str
     weights: str = EMBEDDED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: int = Field(0, ge=0)
+    bits: Literal[0, 4, 8] = 0
     wording: Literal["plain", "short"] = "plain"
 
     def folder(self) -> str | Path:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from npedit.config import EMBEDDED, Recipe, find, find_class, rest_device, torch_dtype
+from npedit.critics._bits import bytes_a_weight, quantised_weights
 from npedit.critics._hollow import hollow_critic
 from npedit.critics.base import Critic
 from npedit.data import PairedBatch
@@ -39,8 +40,8 @@ PUBLISHED = Path(__file__).parent / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.awake` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", WORKING)
-STEPPING, EIGHT_BIT = "stepping", "moments of 8 bits"  # counted apart, shown in the columns below
-SHOWN = {STEPPING: WORKING, EIGHT_BIT: "optimizer"}
+STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
+SHOWN = {STEPPING: WORKING, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
 SHARE_OF_8_BIT = 0.2539  # of float32: a byte a number, and a float32 for each 256 of them
 GIB = 2**30
 
@@ -197,7 +198,7 @@ def configs(part: str, weights: str, folder: Any) -> Path:
 
 
 def _open(recipe: Recipe, counted: Counted, sliced: bool) -> _Parts:
-    family, critic = open_hollow(recipe)
+    (family, critic), chosen = open_hollow(recipe), recipe.critic
     used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
     counted.name("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
@@ -205,7 +206,11 @@ def _open(recipe: Recipe, counted: Counted, sliced: bool) -> _Parts:
     counted.name("VAE", _tensors(pipe["vae"]))
     if used:
         counted.name("critic", _tensors(critic.model))
-    wording = recipe.critic.wording if recipe.critic else "plain"
+        if chosen.bits:
+            counted.share[FEW_BITS] = bytes_a_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
+            counted.name(FEW_BITS, quantised_weights(critic.model))
+            critic.model.is_quantized = True  # so it is not moved
+    wording = chosen.wording if chosen else "plain"
     return _Parts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
                   sliced=sliced)  # fmt: skip
 
@@ -227,7 +232,7 @@ def _slice(recipe: Recipe, i: int, parts: _Parts, processes: int) -> None:
     frozen base too."""
     if not recipe.lora:
         share = 4 / torch_dtype(recipe.family.dtype).itemsize / processes
-        parts.counted.share = dict.fromkeys(("student", "fake", "averages", "optimizer", "gradients", STEPPING), share)
+        parts.counted.share |= dict.fromkeys(("student", "fake", "averages", "optimizer", "gradients", STEPPING), share)
         parts.counted.share[EIGHT_BIT] = share * SHARE_OF_8_BIT
     if i + 1 == len(recipe.stages):
         parts.counted.share["base"] = 1 / processes

@@ -37,9 +37,7 @@ class LearnerSettings(Settings):
     @classmethod
     def _installed(cls, name: str) -> str:
         if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "adamw8bit needs the package bitsandbytes, which is not installed; install it or use adamw"
-            )
+            raise ValueError("adamw8bit needs the package bitsandbytes: pip install 'npedit[8bit]', or use adamw")
         return name
 
 

@@ -42,7 +42,7 @@ def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Criti
     check_dtype(part, torch_dtype(chosen.dtype), device)
     with _loading(f"{part}.weights", chosen.weights):
         kind = find_class("critics", chosen.name)
-        return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution)
+        return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution, chosen.bits)
 
 
 def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:

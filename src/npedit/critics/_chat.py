@@ -17,10 +17,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_processing_backends import PilBackend
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import cached_file
 
+from npedit.critics._bits import placed, quantised
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -47,9 +48,7 @@ class ChatCritic(Critic):
         device: torch.device,
         resolution: int = 0,
     ):
-        self.model = model.requires_grad_(False).eval()
-        if not getattr(model, "is_quantized", False):  # quantised weights were put there as they were opened
-            self.model.to(device)
+        self.model = placed(model, device)
         self.tokenizer, self.processor, self.template, self.device = tokenizer, processor, template, device
         if processor.resample != self.resample:
             raise ValueError(
@@ -70,8 +69,7 @@ class ChatCritic(Critic):
     def load(
         cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
     ) -> Self:
-        """Open a Hub id or a local folder. `bits` 8 or 4 holds the linear layers' weights in so few (bitsandbytes, CUDA
-        alone); 0 holds them in `dtype`. Errors as in `Critic.load`."""
+        """Open a Hub id or a local folder. Errors as in `Critic.load`."""
         how = quantised(bits, dtype, device)
         kind = model_kind(weights, cls.kinds)
         tokenizer = AutoTokenizer.from_pretrained(weights)
@@ -229,22 +227,6 @@ def chat_template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> st
     if tokenizer.chat_template is None:
         raise FileNotFoundError(f"expected a chat template (chat_template.jinja) in {weights}; found none")
     return tokenizer.chat_template
-
-
-def quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told to hold weights in 8 or 4 bits; nothing for 0."""
-    if bits == 0:
-        return {}
-    if bits not in (4, 8):
-        raise ValueError(f"expected bits 0, 4 or 8; got {bits}")
-    if device.type != "cuda" or not is_bitsandbytes_available():
-        has = "with" if is_bitsandbytes_available() else "without"
-        raise ValueError(
-            f"expected a CUDA device and the package bitsandbytes for weights of {bits} bits; got {device.type} {has} "
-            "bitsandbytes. Install it, or set bits to 0."
-        )
-    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def at_least_float32(images: Tensor) -> Tensor:

@@ -28,13 +28,16 @@ class Critic(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+    def load(
+        cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
+    ) -> Self:
         """Open a Hub id or a local folder. `resolution` is the side in pixels that images are scaled to; 0 is the
-        model's own. A model that takes one side only refuses any other.
+        model's own. A model that takes one side only refuses any other. `bits` 8 or 4 holds most weights in so few
+        (`_bits.py`); 0 holds all in `dtype`.
 
         Raises:
-            FileNotFoundError, ValueError: a part is missing, another model lies there, or Yes and No are not single
-            tokens.
+            FileNotFoundError, ValueError: a part is missing, another model lies there, Yes and No are not single
+            tokens, or this machine has not what few bits need.
         """
 
     @classmethod

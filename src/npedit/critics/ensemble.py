@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import yaml
@@ -30,11 +30,12 @@ class Member(Settings):
     name: str
     weights: str
     resolution: int = Field(0, ge=0)
+    bits: Literal[0, 4, 8] = 0
 
     def open(self, dtype: torch.dtype, device: torch.device) -> Critic:
         """Load it."""
         folder = embedded("critic") if self.weights == EMBEDDED else self.weights
-        return find_class("critics", self.name).load(folder, dtype, device, self.resolution)
+        return find_class("critics", self.name).load(folder, dtype, device, self.resolution, self.bits)
 
 
 class Ensemble(Critic):
@@ -50,13 +51,14 @@ class Ensemble(Critic):
         self.names = [f"{i}-{type(m).__name__}" for i, m in enumerate(members)]
 
     @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+    def load(
+        cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
+    ) -> Self:
         """Open all members that the file `weights` lists. Errors as in `Critic.load`, and UserError for unknown keys
         and names."""
-        if resolution:
-            raise ValueError(
-                f"expected resolution 0, for each member has its own; got {resolution}; set it in {weights}"
-            )
+        for key, value in (("resolution", resolution), ("bits", bits)):
+            if value:
+                raise ValueError(f"expected {key} 0, for each member has its own; got {value}; set it in {weights}")
         if not Path(weights).is_file():
             raise FileNotFoundError(f"expected a YAML file that lists critics; got {weights}, which is none")
         try:

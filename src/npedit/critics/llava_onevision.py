@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.utils import cached_file
 
+from npedit.critics._bits import placed, quantised
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -54,7 +55,7 @@ class LlavaOnevision(Critic):
         device: torch.device,
         resolution: int = 0,
     ):
-        self.model = model.requires_grad_(False).eval().to(device)
+        self.model = placed(model, device)
         self.tokenizer = tokenizer
         self.processor = processor
         self.template = template
@@ -69,8 +70,11 @@ class LlavaOnevision(Critic):
             raise ValueError("expected the chat template to place two images for a question about two; it does not")
 
     @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Self:
+    def load(
+        cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
+    ) -> Self:
         """Open a Hub id or a local folder. Errors as in `Critic.load`."""
+        how = quantised(bits, dtype, device)
         if Path(weights).is_dir():
             config = Path(weights) / "config.json"
             if not config.is_file():
@@ -80,7 +84,7 @@ class LlavaOnevision(Critic):
                 raise ValueError(
                     f"expected a llava_onevision model in {weights}; got {kind}. Choose that critic instead."
                 )
-        model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype)
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype, **how)
         tokenizer = AutoTokenizer.from_pretrained(weights)
         processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights)
         return cls(model, tokenizer, processor, _template(weights, tokenizer), device, resolution)

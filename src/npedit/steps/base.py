@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit.config import LoraChoice, MemorySettings, Settings, rest_device
+from npedit.critics._bits import is_quantised
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.errors import UserError
@@ -141,10 +142,10 @@ class Parts:
 
     def modules(self, name: str) -> list[nn.Module]:
         """The frozen modules behind a name of `awake`."""
-        if name == "critic":
-            return [self.critic.model] if self.critic else []
-        if name == "judge":
-            return [self.judge.critic.model] if self.judge else []
+        if name in ("critic", "judge"):
+            critic = self.critic if name == "critic" else self.judge and self.judge.critic
+            members = getattr(critic, "members", [critic]) if critic else []
+            return [m.model for m in members if not is_quantised(m.model)]  # which cannot be moved
         pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
         return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
 
