@@ -90,6 +90,8 @@ def test_on_a_gpu_the_answer_stays_near_and_the_gradient_flows(name, bits, tmp_p
     pytest.importorskip("bitsandbytes")
     kind, device = find_class("critics", name), pick_device()
     kind.tiny(0).save(tmp_path)
+    tiny = kind.tiny(0).model
+    wanted = {n for n, m in tiny.named_modules() if any(getattr(m, "weight", 0) is w for w in quantised_weights(tiny))}
     margins = []
     for held in (0, bits):
         critic = kind.load(tmp_path, torch.float32, device, bits=held)
@@ -98,5 +100,7 @@ def test_on_a_gpu_the_answer_stays_near_and_the_gradient_flows(name, bits, tmp_p
         (gradient,) = torch.autograd.grad(margin.sum(), pictures)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
         assert is_quantised(critic.model) == bool(held) and not any(p.requires_grad for p in critic.model.parameters())
+        few = {n for n, m in critic.model.named_modules() if type(m).__name__ in ("Linear8bitLt", "Linear4bit")}
+        assert few == (wanted if held else set())
         margins.append(float(margin))
     assert margins[1] == pytest.approx(margins[0], abs=0.5 * abs(margins[0]) + 0.1)

@@ -19,6 +19,7 @@ from npedit.toy import models
 from npedit.toy.base_model import THING, caption_score, things_said
 from npedit.toy.critic import asked_about, examine
 from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.fit import share_of_rate
 from npedit.toy.mistakes import _leftover, _otherwise, _overdone, candidate, damaged
 from npedit.toy.oracle import judge, read_scene, reading_of
 from npedit.toy.vae import psnr
@@ -166,3 +167,11 @@ def test_parts_are_taught_from_nothing_and_again_where_they_stopped(tmp_path):
     taught = (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns
     models.build(tmp_path, steps)
     assert (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns == taught
+
+
+def test_the_rate_falls_to_zero_and_where_wanted_once_more_from_half():
+    once = [share_of_rate(k, 2000) for k in range(2000)]
+    assert once[0] == 0.01 and max(once) == once[99] > 0.99 and once[-1] < 1e-5 and once[1000] == pytest.approx(0.5)
+    twice = [share_of_rate(k, 3000, again=True) for k in range(3000)]
+    assert twice[:2000] == once and max(twice[2000:]) == twice[2099] == pytest.approx(0.5, abs=0.02)
+    assert twice[2500] == pytest.approx(0.25) and twice[-1] < 1e-5

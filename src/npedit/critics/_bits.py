@@ -37,7 +37,7 @@ def quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
-        llm_int8_skip_modules=list(WHOLE),
+        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in WHOLE],  # wherever in the model it stands
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
     )

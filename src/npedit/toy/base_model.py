@@ -153,7 +153,7 @@ def teach_text(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> N
 
 
 def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
-    """Text encoders on text alone, a quarter as many steps; then flow matching on captioned scenes for the transformer.
+    """Text encoders on text alone, a sixth as many steps; then flow matching on captioned scenes for the transformer.
 
     Half of the captions tell all, 10 % of the texts nothing. Beside half of the pictures a request for an edit may
     stand in place of the caption, as it does beside people's photos: a model that has never read one answers it with
@@ -161,7 +161,7 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
     """
     torch.manual_seed(seed)
     pipe = new_pipeline(vae)
-    teach_text(folder, pipe, max(1, steps // 4), seed)
+    teach_text(folder, pipe, max(1, steps // 6), seed)
     family = Flux(pipe, torch.device("cpu"))
     rng = random.Random(f"base/{seed}")
     edits = [sample_edit(rng) for _ in range(scenes)]
@@ -178,7 +178,7 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
         v = family.velocity(net, flow.noised(x0, eps, t), t, family.encode_text(captions))
         return F.mse_loss(v, flow.velocity(x0, eps)), {}
 
-    fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999)
+    fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999, again=True)
     return pipe
 
 

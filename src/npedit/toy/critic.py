@@ -224,7 +224,8 @@ def teach_critic(
         return 2 * answers + 0.3 * dense + 0.2 * cross + 2 * match + 0.3 * final, figures
 
     learned = nn.ModuleDict({"model": model, "heads": heads})
-    fit("critic", learned, loss, folder, steps, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01, seed=seed, ema=0.998)
+    rates = {"lr": 1.5e-3, "betas": (0.9, 0.98), "weight_decay": 0.01}
+    fit("critic", learned, loss, folder, steps, **rates, seed=seed, ema=0.998, again=True)
     model.requires_grad_(False)
     return critic
 

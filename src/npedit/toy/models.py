@@ -31,7 +31,7 @@ from npedit.toy.oracle import judge, read_scene
 from npedit.toy.vae import psnr, teach_vae
 from npedit.toy.world import render
 
-STEPS = {"vae": 1500, "base": 16000, "critic": 9000}  # batches; some two and a half hours on two CPU cores
+STEPS = {"vae": 1500, "base": 24000, "critic": 13500}  # batches; some three and a half hours on two CPU cores
 CPU = torch.device("cpu")
 
 
