@@ -218,7 +218,7 @@ def test_a_plain_number_in_the_optimizers_state_comes_back_as_one() -> None:
 
 def test_the_8_bit_optimizer_wants_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="student.optimizer: .*bitsandbytes.*install it or use adamw"):
+    with pytest.raises(UserError, match="student.optimizer: .*pip install .npedit.8bit.., or use adamw"):
         check(LearnerSettings, {"optimizer": "adamw8bit"}, "student")
 
 
