@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
 import yaml
 
-from judge_server import picture, serving, write_edited, write_gedit
+from judge_server import images_of, picture, serving, text_of, write_edited, write_gedit
 from npedit import cli_evaluate, config
 from npedit.benchmarks import gedit
 from npedit.critics import _chat
@@ -19,6 +20,7 @@ from npedit.critics.smolvlm import SmolVLM
 from npedit.errors import UserError
 from npedit.judges.base import Manner
 from npedit.judges.local import LocalJudge, fingerprint
+from npedit.judges.server import ServerJudge
 from test_benchmark_imgedit import write_data
 from test_cli import run
 
@@ -163,6 +165,41 @@ def test_gedit_with_a_local_judge_from_command_to_files(here, folder):
         "evaluate", "gedit", "--data", "data", "--judge", folder, "--out", "r", "--model", "copy", "--swap", code=2
     )
     assert "is of another" in other and "swap False" in other
+
+
+def behind(judge):
+    """What a server does with a request: it shows the pictures to a real model and gives its words back."""
+    one_at_a_time = threading.Lock()
+
+    def answer(number, body):
+        with one_at_a_time:
+            manner = Manner(temperature=0, max_tokens=body["max_tokens"])
+            return judge.ask(text_of(body), images_of(body), manner).text
+
+    return answer
+
+
+def test_a_model_behind_a_server_says_what_it_says_here():
+    """Words that no head was taught, so that they depend on the pixels and on the question."""
+    judge = LocalJudge(with_digits(3), "tiny", "smolvlm", "x")
+    asked = [(text, picture(k, (40, 32))) for k in range(3) for text in ("is it red ?", "is there a fence ?")]
+    here = [judge.ask(text, [image, picture(9)], MANNER).text for text, image in asked]
+    with serving(behind(judge)) as server:
+        there = [ServerJudge(server.url, "tiny").ask(text, [image, picture(9)], MANNER) for text, image in asked]
+    assert [reply.text for reply in there] == here and len(set(here)) > 1
+
+
+def test_gedit_judged_through_a_server_with_the_model_behind_it(here, folder):
+    words = ("evaluate", "gedit", "--data", "data", "--model", "copy")
+    run(*words, "--judge", folder, "--out", "r")
+    with serving(behind(LocalJudge.open(str(folder)))) as server:
+        said = run(*words, "--judge", server.url, "--judge-model", "tiny", "--out", "s")
+    assert (
+        records(here / "r" / "rows.jsonl") == records(here / "s" / "rows.jsonl") and "24 answers came from tiny" in said
+    )
+    assert len(server.bodies) == 24  # two questions an item
+    a, b = (json.loads((here / n / "summary.json").read_text()) for n in "rs")
+    assert a == b
 
 
 def test_the_embedded_editor_edits_and_a_judge_of_the_critics_family_is_warned_of(here, folder, monkeypatch):
