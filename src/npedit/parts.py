@@ -13,6 +13,7 @@ from torch import nn
 from npedit import distributed
 from npedit.checkpoint import read_config, require_run
 from npedit.config import CriticChoice, Recipe, find, find_class, pick_device, torch_dtype
+from npedit.critics._bits import quantised
 from npedit.critics.base import Critic
 from npedit.editor import locate
 from npedit.errors import UserError
@@ -29,6 +30,11 @@ def build_parts(recipe: Recipe) -> Parts:
     device = pick_device()
     check_dtype("family", torch_dtype(recipe.family.dtype), device)
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
+    for part, one in (("critic", recipe.critic if "critic" in wanted else None), ("judge", recipe.judge)):
+        try:
+            quantised(one.bits if one else 0, torch.float32, device)
+        except ValueError as error:
+            raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
     with _loading("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
