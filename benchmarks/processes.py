@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.measure import middle, table
 
-QUIET = ("trainer.benchmark=", "trainer.sample_every=0", "trainer.evaluate_every=0", "trainer.save_seconds=3600")
+QUIET = ('trainer.benchmark=""', "trainer.sample_every=0", "trainer.evaluate_every=0", "trainer.save_seconds=3600")
 
 
 def seconds(recipe: str, updates: int, count: int, threads: int) -> float:
