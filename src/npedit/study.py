@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,11 +153,19 @@ def recipe_of(
     return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK)} for s in whole["stages"]]})
 
 
-def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Event, quick: bool = False) -> Path:
+def run_study(
+    study: Study,
+    folder: Path,
+    find: Callable[[str], Path],
+    told: Event,
+    quick: bool = False,
+    only: Collection[str] = (),
+) -> Path | None:
     """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
 
     `quick` takes the first seed alone, a tenth of the updates and a fifth of the items, into runs of their own. It
-    shows that all runs through and what comes out, and is too short to tell who is right.
+    shows that all runs through and what comes out, and is too short to tell who is right. With `only` these variants
+    are trained and None is returned: several processes can fill one folder, and the page is for the last.
 
     Raises:
         UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
@@ -168,13 +176,19 @@ def run_study(study: Study, folder: Path, find: Callable[[str], Path], told: Eve
         )
     seeds = study.seeds
     trained = [name for name, variant in study.variants.items() if not variant.of]
+    for name in only:
+        if name not in trained:
+            raise UserError(f"expected variants that are trained; got {name!r}.{nearest(name, trained)}")
+    trained = [name for name in trained if name in only or not only]
     todo = {(name, seed): recipe_of(study, name, seed, find, folder, quick) for name in trained for seed in seeds}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    right = _critics(study, folder, told, quick)
+    right = _critics(study, folder, told, quick, _needed(study, trained) if only else set(study.critics))
     for i, ((name, seed), recipe) in enumerate(todo.items()):
         told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
         _train(recipe, folder / f"{name}-{seed}")
+    if only:
+        return None
     scores = {
         name: _pooled([_scored(study, name, folder / f"{v.of or name}-{seed}", seed) for seed in seeds])
         for name, v in study.variants.items()
@@ -191,11 +205,19 @@ def _weights(study: Study, critic: str, folder: Path) -> str:
     return str(folder / "critics" / (f"{critic}.yaml" if study.critics[critic].members else f"{critic}/critic"))
 
 
-def _critics(study: Study, folder: Path, told: Event, quick: bool) -> dict[str, float]:
-    """Teach the critics that are missing and write down the ensembles. Returns the share of questions that each single
+def _needed(study: Study, trained: Collection[str]) -> set[str]:
+    """The study's own critics that these variants ask, members of ensembles too."""
+    asked = {study.variants[name].critic for name in trained} & set(study.critics)
+    return asked.union(*(set(study.critics[name].members) & set(study.critics) for name in asked))
+
+
+def _critics(study: Study, folder: Path, told: Event, quick: bool, needed: Collection[str]) -> dict[str, float]:
+    """Teach the `needed` critics that are missing and write down the ensembles. Returns the share of questions that each single
     one answers right ("": the embedded one's), where a table asks for it or it was taught."""
     right = {}
     for name, critic in study.critics.items():
+        if name not in needed:
+            continue
         if critic.members:
             members = [{"name": "llava_onevision", "weights": _weights(study, m, folder)} for m in critic.members]
             with writing(folder):
