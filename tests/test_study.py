@@ -15,6 +15,7 @@ from npedit.checkpoint import METRICS, read_config, read_rows
 from npedit.cli_train import recipe_path
 from npedit.config import check
 from npedit.errors import UserError
+from npedit.study_file import Study, load_study, recipe_of
 from npedit.toy.models import graded_critic
 
 TINY = {
@@ -64,7 +65,7 @@ def test_level_needs_the_interval_within_a_tenth():
 
 def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     told: list[str] = []
-    made = check(study.Study, TINY, "")
+    made = check(Study, TINY, "")
     results = study.run_study(made, tmp_path / "s", recipe_path, told.append)
     words = results.read_text()
     assert len(told) == 2 and "full > dmd_only" in words and "(full-0/manifest.json)" in words
@@ -95,7 +96,7 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
     }
     tables = [{"title": "Critics", "rows": ["weak", "full"], "by_critic": True}]
     critics = {"weak": {"batches": 1}, "two": {"members": ["embedded", "weak"]}}
-    made = check(study.Study, TINY | {"variants": variants, "tables": tables, "critics": critics}, "")
+    made = check(Study, TINY | {"variants": variants, "tables": tables, "critics": critics}, "")
     results = study.run_study(made, tmp_path / "s", recipe_path, print)
     scores = json.loads((tmp_path / "s" / "results.json").read_text())
     assert scores["weak"]["critic_right"] < 0.8 < scores["full"]["critic_right"]
@@ -110,12 +111,12 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
 
 
 def test_the_packaged_study_is_sound():
-    made = study.load_study(recipe_path("study-toy"))
+    made = load_study(recipe_path("study-toy"))
     for name, variant in made.variants.items():
         if not variant.of:
-            assert study.recipe_of(made, name, 3, recipe_path, Path("s")).seed == 3
-            quick = study.recipe_of(made, name, 3, recipe_path, Path("s"), quick=True)
-            assert quick.total_updates() < study.recipe_of(made, name, 3, recipe_path, Path("s")).total_updates() / 4
+            assert recipe_of(made, name, 3, recipe_path, Path("s")).seed == 3
+            quick = recipe_of(made, name, 3, recipe_path, Path("s"), quick=True)
+            assert quick.total_updates() < recipe_of(made, name, 3, recipe_path, Path("s")).total_updates() / 4
 
 
 @pytest.mark.parametrize(
@@ -135,21 +136,33 @@ def test_mistakes_in_a_study_are_named(tmp_path, change, said):
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(UserError, match=said):
-        study.load_study(path)
+        load_study(path)
 
 
 def test_a_variant_with_an_unknown_key_stops_the_study_before_it_trains(tmp_path):
     variants = TINY["variants"] | {"odd": {"set": ["stages.1.settings.critc_weight=0"]}}
     with pytest.raises(UserError, match="critic_weight"):
-        study.run_study(check(study.Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
+        study.run_study(check(Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
     assert not (tmp_path / "s").exists()
 
 
 def test_an_edited_study_does_not_pass_old_runs_off_as_its_own(tmp_path):
-    study.run_study(check(study.Study, TINY, ""), tmp_path / "s", recipe_path, print)
+    study.run_study(check(Study, TINY, ""), tmp_path / "s", recipe_path, print)
     edited = TINY | {"set": [*TINY["set"], "stages.1.settings.guidance=2.5"]}
     with pytest.raises(UserError, match=r"guidance: 4\.0 -> 2\.5"):
-        study.run_study(check(study.Study, edited, ""), tmp_path / "s", recipe_path, print)
+        study.run_study(check(Study, edited, ""), tmp_path / "s", recipe_path, print)
     fewer = TINY | {"variants": TINY["variants"] | {"one_step": {"of": "full", "steps": 2}}}
-    study.run_study(check(study.Study, fewer, ""), tmp_path / "s", recipe_path, print)
+    study.run_study(check(Study, fewer, ""), tmp_path / "s", recipe_path, print)
     assert json.loads((tmp_path / "s" / "full-0" / "score-one_step.json").read_text())["steps"] == 2
+
+
+def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_path):
+    """Two processes fill one folder; each leaves a page of what is finished."""
+    made = check(Study, TINY, "")
+    words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["dmd_only"]).read_text()
+    assert "Not run: full, one_step." in words and "`full > dmd_only`: **not run** (full)" in words
+    assert not (tmp_path / "s" / "full-0").exists() and "(dmd_only-0/manifest.json)" in words
+    words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["full"]).read_text()
+    assert "ot run" not in words and "(dmd_only-0/manifest.json)" in words and "(full-0/manifest.json)" in words
+    with pytest.raises(UserError, match=r"trained; got 'one_stp'"):
+        study.run_study(made, tmp_path / "s", recipe_path, print, only=["one_stp"])

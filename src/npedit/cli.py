@@ -243,16 +243,13 @@ def study(
     only: Annotated[str, typer.Option(help="Train these alone, 'A,B': several processes can fill one folder.")] = "",
 ) -> None:
     """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
-    from npedit.study import load_study, publish, run_study
+    from npedit.study import publish, run_study
+    from npedit.study_file import load_study
 
     loaded = load_study(recipe_path(path))
     folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))
     names = [name.strip() for name in only.split(",") if name.strip()]
-    if names and page is not None:
-        raise UserError("expected --only or --publish; got both; the page needs all variants, so leave out --only")
     results = run_study(loaded, folder, recipe_path, lambda line: out.print(f"[bold]{escape(line)}[/]"), quick, names)
-    if results is None:
-        return out.print(f"Trained. The page follows without --only: [bold]npedit study {escape(path)}[/]")
     if page is not None:
         results = publish(results, page)
     out.print(f"Results: [bold]{escape(str(results.resolve()))}[/]")

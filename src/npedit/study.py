@@ -13,144 +13,28 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
 
 from npedit import trainer
 from npedit.benchmarks import toy
 from npedit.checkpoint import METRICS, read_config, read_rows, same_recipe, write_text, writing
-from npedit.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
+from npedit.config import EMBEDDED, Recipe
 from npedit.editor import Editor
 from npedit.errors import UserError, nearest
 from npedit.hacking import alarms
 from npedit.parts import build_parts
 from npedit.plots import against, comparison
 from npedit.steps.base import Parts
+from npedit.study_file import CLAIM, QUICK, Comparison, Study, recipe_of, weights_of
 from npedit.toy.models import graded_critic
 
-CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
 SCENES_SEED = 1  # held-out scenes of every study
-QUICK = 10  # how many times shorter a quick study is
 Event = Callable[[str], None]
-
-
-class Variant(Settings):
-    """One line of a study: what it changes."""
-
-    recipe: str = ""  # another recipe than the study's
-    set: list[str] = []  # KEY=VALUE, after the study's own
-    of: str = ""  # no training of its own: the runs of this variant, used in another way
-    start: str = ""  # an earlier variant, from whose finished run of the same seed it starts
-    critic: str = ""  # one of the study's own; "" is the recipe's
-    steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
-    words: str = ""  # what a reader is told of it
-
-
-class OtherCritic(Settings):
-    """A critic of its own: one that is taught for so many batches, or an ensemble of others ("embedded" too)."""
-
-    batches: int = Field(0, ge=0)
-    members: list[str] = []
-
-    @model_validator(mode="after")
-    def _either(self) -> Self:
-        if bool(self.batches) == bool(self.members):
-            raise ValueError("expected a critic with batches (taught) or members (an ensemble); give one of them")
-        return self
-
-
-class Comparison(Settings):
-    """One table: variants beside each other, and what they should show."""
-
-    title: str
-    words: str = ""
-    rows: list[str]
-    claims: list[str] = []  # "a > b": a is better; "a ~ b": they differ by less than 0.1
-    by_critic: bool = False  # draw `both` over the share of questions that each row's critic answers right
-
-
-class Study(Settings):
-    """A whole study file."""
-
-    name: str
-    recipe: str
-    set: list[str] = []
-    seeds: list[int] = Field([0], min_length=1)
-    items: int = Field(450, ge=9)
-    critics: dict[str, OtherCritic] = {}
-    variants: dict[str, Variant]
-    tables: list[Comparison]
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        """Refuse names of variants that are not there, and claims that cannot be read."""
-        named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
-        named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
-        for table in self.tables:
-            for claim in table.claims:
-                found = CLAIM.match(claim)
-                if not found:
-                    raise ValueError(f"expected a claim such as 'full > dmd_only'; got {claim!r}")
-                named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
-        for name, place in named:
-            if name not in self.variants:
-                raise ValueError(f"{place} names {name!r}, which is no variant.{nearest(name, self.variants)}")
-        taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
-        asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
-        asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
-        earlier: list[str] = []
-        for name, variant in self.variants.items():
-            asked += [(variant.start, list(earlier), f"start of variant {name!r}")] if variant.start else []
-            earlier += [] if variant.of else [name]
-        for name, known, place in asked:
-            if name not in known:
-                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{nearest(name, known)}")
-        for name, variant in self.variants.items():
-            own = variant.set or variant.recipe or variant.start or variant.critic
-            if variant.of and (own or self.variants[variant.of].of):
-                raise ValueError(f"variant {name!r} uses another's runs, so it has no recipe, set, start or critic")
-        return self
-
-
-def load_study(path: Path) -> Study:
-    """Read a study's file.
-
-    Raises:
-        UserError: it cannot be read, or a line of it is wrong.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
-    return check(Study, raw, "")
-
-
-def recipe_of(
-    study: Study, name: str, seed: int, find: Callable[[str], Path], folder: Path, quick: bool = False
-) -> Recipe:
-    """The recipe of a variant for one seed; `find` turns a recipe's name into its file, and `folder` is the study's.
-    `quick`: a tenth of the updates, evaluated on a tenth of the items."""
-    variant = study.variants[name]
-    path = find(variant.recipe or study.recipe)
-    lines = [*study.set, *variant.set, f"seed={seed}", f"name={study.name}-{name}-{seed}"]
-    if variant.start:
-        lines += [f"start={json.dumps(str(folder / f'{variant.start}-{seed}'))}"]
-    if variant.critic:
-        weights = _weights(study, variant.critic, folder)
-        lines += ["critic.name=ensemble"] if study.critics[variant.critic].members else []
-        lines += [f"critic.weights={json.dumps(weights)}"]
-    recipe = load_recipe(path, lines)
-    if not quick:
-        return recipe
-    whole = recipe.as_dict()
-    whole["trainer"]["evaluate_items"] = max(1, whole["trainer"]["evaluate_items"] // QUICK)
-    return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK)} for s in whole["stages"]]})
 
 
 def run_study(
@@ -160,12 +44,12 @@ def run_study(
     told: Event,
     quick: bool = False,
     only: Collection[str] = (),
-) -> Path | None:
+) -> Path:
     """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
 
     `quick` takes the first seed alone, a tenth of the updates and a fifth of the items, into runs of their own. It
-    shows that all runs through and what comes out, and is too short to tell who is right. With `only` these variants
-    are trained and None is returned: several processes can fill one folder, and the page is for the last.
+    shows that all runs through and what comes out, and is too short to tell who is right. With `only` just these
+    variants are trained, so that several processes can fill one folder; the page shows all that are finished by then.
 
     Raises:
         UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
@@ -179,30 +63,27 @@ def run_study(
     for name in only:
         if name not in trained:
             raise UserError(f"expected variants that are trained; got {name!r}.{nearest(name, trained)}")
-    trained = [name for name in trained if name in only or not only]
-    todo = {(name, seed): recipe_of(study, name, seed, find, folder, quick) for name in trained for seed in seeds}
+    recipes = {(name, seed): recipe_of(study, name, seed, find, folder, quick) for name in trained for seed in seeds}
+    wanted = {name for name in trained if not only or name in only or _finished(folder, name, seeds)}
+    todo = {key: recipe for key, recipe in recipes.items() if key[0] in wanted}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    right = _critics(study, folder, told, quick, _needed(study, trained) if only else set(study.critics))
+    right = _critics(study, folder, told, quick, _needed(study, wanted))
     for i, ((name, seed), recipe) in enumerate(todo.items()):
         told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
         _train(recipe, folder / f"{name}-{seed}")
-    if only:
-        return None
     scores = {
         name: _pooled([_scored(study, name, folder / f"{v.of or name}-{seed}", seed) for seed in seeds])
         for name, v in study.variants.items()
+        if _finished(folder, v.of or name, seeds)
     }
-    for name, variant in study.variants.items():
-        scores[name]["critic_right"] = right.get(study.variants[variant.of or name].critic)
+    for name, score in scores.items():
+        score["critic_right"] = right.get(study.variants[study.variants[name].of or name].critic)
     return write_results(study, folder, scores, seeds)
 
 
-def _weights(study: Study, critic: str, folder: Path) -> str:
-    """Where a recipe finds one of the study's critics."""
-    if critic == EMBEDDED:
-        return EMBEDDED
-    return str(folder / "critics" / (f"{critic}.yaml" if study.critics[critic].members else f"{critic}/critic"))
+def _finished(folder: Path, name: str, seeds: list[int]) -> bool:
+    return all((folder / f"{name}-{seed}" / "passes.json").is_file() for seed in seeds)
 
 
 def _needed(study: Study, trained: Collection[str]) -> set[str]:
@@ -212,14 +93,14 @@ def _needed(study: Study, trained: Collection[str]) -> set[str]:
 
 
 def _critics(study: Study, folder: Path, told: Event, quick: bool, needed: Collection[str]) -> dict[str, float]:
-    """Teach the `needed` critics that are missing and write down the ensembles. Returns the share of questions that each single
-    one answers right ("": the embedded one's), where a table asks for it or it was taught."""
+    """Teach the `needed` critics that are missing and write down the ensembles. Returns the share of questions that
+    each single one answers right ("": the embedded one's), where a table asks for it or it was taught."""
     right = {}
     for name, critic in study.critics.items():
         if name not in needed:
             continue
         if critic.members:
-            members = [{"name": "llava_onevision", "weights": _weights(study, m, folder)} for m in critic.members]
+            members = [{"name": "llava_onevision", "weights": weights_of(study, m, folder)} for m in critic.members]
             with writing(folder):
                 (folder / "critics").mkdir(exist_ok=True)
             write_text(folder / "critics" / f"{name}.yaml", yaml.safe_dump(members))
@@ -320,8 +201,10 @@ def difference(a: toy.Rate, b: toy.Rate) -> tuple[float, float, float]:
 
 
 def verdict(claim: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line on a claim: "holds", "refuted" or "open", with the difference that says so."""
+    """One line on a claim: "holds", "refuted" or "open", with the difference that says so; or "not run"."""
     first, sign, second = CLAIM.match(claim).groups()
+    if missing := [name for name in (first, second) if name not in scores]:
+        return f"`{claim}`: **not run** ({', '.join(missing)})"
     d, low, high = difference(scores[first]["both"], scores[second]["both"])
     if sign == ">":
         word = "holds" if low > 0 else "refuted" if high < 0 else "open"
@@ -334,16 +217,20 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     """Tables, verdicts and plots of a study that has been run."""
     how = f"{study.items} items a run, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} a row; 95 % intervals."
     lines = [f"# {study.name}", "", f"Held-out scenes and phrasings, the oracle's judgement, {how}"]
+    if missing := [name for name in study.variants if name not in scores]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     kinds = list(next(iter(scores.values()))["by_type"])
     for number, table in enumerate(study.tables, 1):
+        rows = [row for row in table.rows if row in scores]
         picture = folder / f"{number}.png"
-        with writing(picture):
-            picture.write_bytes(_picture(table, scores))
+        if rows:
+            with writing(picture):
+                picture.write_bytes(_picture(table, rows, scores))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
         lines += [verdict(c, scores) + "  " for c in table.claims]
-        lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)]
-        lines += [_line(study, name, scores[name], kinds) for name in table.rows]
-    said = [f"- {words}" for name, v in study.variants.items() if not v.of for words in scores[name]["alarms"]]
+        lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)] if rows else []
+        lines += [_line(study, name, scores[name], kinds) for name in rows]
+    said = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
     lines += ["", "## Alarms", "", *(said or ["None: in no run did the critic's score rise while the oracle's fell."])]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
@@ -363,12 +250,12 @@ def publish(results: Path, page: Path) -> Path:
     return page
 
 
-def _picture(table: Comparison, scores: Mapping[str, Mapping[str, Any]]) -> bytes:
-    means = [_mean(scores[row]) for row in table.rows]
+def _picture(table: Comparison, rows: list[str], scores: Mapping[str, Mapping[str, Any]]) -> bytes:
+    means = [_mean(scores[row]) for row in rows]
     if not table.by_critic:
-        return comparison(table.rows, [(table.title, means)])
-    right = [scores[row]["critic_right"] for row in table.rows]
-    points = [(name, x, mean) for name, x, mean in zip(table.rows, right, means) if x is not None]
+        return comparison(rows, [(table.title, means)])
+    right = [scores[row]["critic_right"] for row in rows]
+    points = [(name, x, mean) for name, x, mean in zip(rows, right, means) if x is not None]
     return against("the critic's share of right answers, clean held-out images", "both", points)
 
 
