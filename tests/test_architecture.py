@@ -159,9 +159,9 @@ def read_names(tree: ast.AST) -> set[str]:
 
 
 def unread(path: str, tree: ast.Module, elsewhere: set[str]) -> list[str]:
-    """Fields of settings that nobody reads. They are to be read in the same file; those of config.py, which describes
-    the recipe for all, anywhere (`elsewhere`)."""
-    read = read_names(tree) | (elsewhere if path.endswith("/config.py") else set())
+    """Fields of settings that nobody reads. They are to be read in the same file; those of config.py and
+    study_file.py, which describe the recipe and the study for all, anywhere (`elsewhere`)."""
+    read = read_names(tree) | (elsewhere if path.endswith(("/config.py", "/study_file.py")) else set())
     return [
         f"{path}: {cls}.{field}"
         for cls, fields in settings_fields(tree).items()
