@@ -46,15 +46,20 @@ def photo(seed, size=(40, 30)):
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Three subjects of 3 to 5 photos, two prompts each, tiny encoders."""
-    root = tmp_path_factory.mktemp("dreambench")
+def write_data(root):
+    """Three subjects of 3 to 5 photos, two prompts each."""
     (root / bench.PROMPTS).write_text(TEXT)
     for k, (name, count) in enumerate((("can", 3), ("bear_plushie", 5), ("dog6", 4))):
         (root / name).mkdir()
         for i in range(count):
             photo(10 * k + i).save(root / name / f"{i:02d}.jpg")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The three subjects, and tiny encoders."""
+    root = tmp_path_factory.mktemp("dreambench")
+    write_data(root)
     dino(root / "dino"), clip(root / "clip")
     return root
 
