@@ -51,7 +51,7 @@ class Apart(Parts):
     def net(self, role: str, seed: int) -> nn.Module:
         """As in `Parts`, over a copy."""
         base, chosen = copy.deepcopy(self.family.lora_base()), self.lora
-        return Adapter.new(base, role, self.family.facts.lora, chosen.rank, chosen.alpha, seed)
+        return Adapter.new(base, role, chosen.rank, chosen.alpha, seed)
 
 
 def variants(recipe: Recipe) -> dict[str, Parts]:

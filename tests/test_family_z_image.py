@@ -302,7 +302,6 @@ def test_facts_are_those_of_the_parts(family):
         family.velocity(family.base, latents(family, 1, 24, 24 + facts.multiple // 2), t, text)
     names = dict(family.base.named_modules())
     assert all(len(names[b]) for b in facts.blocks)
-    assert all(any(n.endswith(layer) for n in names) for layer in facts.lora)
     blocks = [n for n, m in names.items() if type(m).__name__ in ZImageTransformer2DModel._no_split_modules]
     assert blocks and all(n.rsplit(".", 1)[0] in facts.blocks for n in blocks)
 

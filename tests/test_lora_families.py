@@ -8,7 +8,7 @@ from torch import Tensor
 
 from npedit.config import find_class, names
 from npedit.families.sana import REFERENCES, Sana
-from npedit.lora import Adapter, checkpoint_gradients
+from npedit.lora import Adapter, checkpoint_gradients, linear_layers
 from parts import nudge, trained
 
 
@@ -23,9 +23,7 @@ def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
         return family.velocity(net, x, t, text, references)
 
     untouched = velocity(family.base)
-    adapters = {
-        role: Adapter.new(family.lora_base(), role, family.facts.lora, 2, 2.0, 0) for role in ("student", "fake")
-    }
+    adapters = {role: Adapter.new(family.lora_base(), role, 2, 2.0, 0) for role in ("student", "fake")}
     net = adapters["student"]
     torch.testing.assert_close(velocity(net).detach(), untouched, atol=1e-6, rtol=0)
     assert torch.equal(velocity(net, reference), velocity(adapters["fake"], reference))
@@ -42,6 +40,19 @@ def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
     assert len([g for g in found[0][1:] if g is not None and g.any()]) > 0.8 * len(trained(net))
     assert torch.equal(velocity(family.base), untouched)
     assert not any(p.requires_grad for n, p in family.base.named_parameters() if ".lora_" not in n)
+
+
+@pytest.mark.parametrize("name", names("families"))
+def test_every_layer_that_mixes_channels_is_adapted(name: str) -> None:
+    """So that nothing that a reference or an instruction goes through stays as it was; norms, biases and depthwise
+    convolutions stay."""
+    base = find_class("families", name).tiny(0).lora_base()
+    matrices = [n for n, p in base.named_parameters() if p.ndim > 1 and p.shape[0] > 1 and p.shape[1] > 1]
+    layers = linear_layers(base)
+    kept = {n for n in matrices if n.rpartition(".")[0] not in layers}
+    assert all("table" in n or "pos_embed" in n for n in kept), kept
+    Adapter.new(base, "student", 2, 2.0, 0)
+    assert sorted(linear_layers(base)) == sorted(layers)  # the next role's are the same
 
 
 def test_sanas_wider_net_is_one_and_shares_the_bases_weights() -> None:

@@ -27,7 +27,6 @@ class Facts:
     multiple: int  # widths and heights in pixels must be multiples of it
     guidance: float  # the guidance that its own pipeline uses by default
     blocks: tuple[str, ...]  # names of the lists of blocks to shard and to checkpoint
-    lora: tuple[str, ...]  # names of the layers that LoRA adapts
 
 
 @dataclass(frozen=True)

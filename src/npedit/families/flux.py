@@ -50,9 +50,7 @@ class Flux(Family):
             multiple=2 * stride,
             guidance=3.5,
             blocks=("transformer_blocks", "single_transformer_blocks"),
-            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                  "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
-        )  # fmt: skip
+        )
 
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:

@@ -66,7 +66,6 @@ class Krea2(Family):
             multiple=2 * stride,
             guidance=1.0 if pipe.config.is_distilled else 5.5,
             blocks=("transformer_blocks",),
-            lora=("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down"),
         )
 
     @classmethod

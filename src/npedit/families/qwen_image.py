@@ -66,9 +66,7 @@ class QwenImage(Family):
             multiple=2 * stride,
             guidance=4.0,
             blocks=("transformer_blocks",),
-            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                  "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-        )  # fmt: skip
+        )
 
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:

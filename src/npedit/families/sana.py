@@ -64,8 +64,6 @@ class Sana(Family):
             multiple=pipe.vae_scale_factor * pipe.transformer.config.patch_size,
             guidance=4.5,
             blocks=("transformer_blocks",),
-            # Convolutions of 1 x 1 but for to_*; patch_embed.proj holds the references' slots.
-            lora=("to_q", "to_k", "to_v", "to_out.0", "patch_embed.proj", "ff.conv_inverted", "ff.conv_point"),
         )
 
     @classmethod

@@ -65,9 +65,7 @@ class SD3(Family):
             multiple=stride * pipe.transformer.config.patch_size,
             guidance=7.0,
             blocks=("transformer_blocks",),
-            lora=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-                  "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-        )  # fmt: skip
+        )
 
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:

@@ -62,7 +62,6 @@ class ZImage(Family):
             multiple=2 * stride,
             guidance=6.0,
             blocks=("noise_refiner", "context_refiner", "layers"),
-            lora=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
         )
 
     @classmethod

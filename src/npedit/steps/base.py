@@ -69,8 +69,7 @@ class Parts:
         if self.lora is None:
             net = self.family.net().to(self.device)
         else:
-            layers, chosen = self.family.facts.lora, self.lora
-            net = Adapter.new(self.family.lora_base(), role, layers, chosen.rank, chosen.alpha, seed)
+            net = Adapter.new(self.family.lora_base(), role, self.lora.rank, self.lora.alpha, seed)
         if self.memory.gradient_checkpointing:
             try:
                 checkpoint_gradients(net)
