@@ -217,6 +217,7 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     """Tables, verdicts and plots of a study that has been run."""
     how = f"{study.items} items a run, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} a row; 95 % intervals."
     lines = [f"# {study.name}", "", f"Held-out scenes and phrasings, the oracle's judgement, {how}"]
+    lines += ["", study.words] if study.words else []
     if missing := [name for name in study.variants if name not in scores]:
         lines += ["", f"Not run: {', '.join(missing)}."]
     kinds = list(next(iter(scores.values()))["by_type"])

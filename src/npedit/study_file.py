@@ -60,6 +60,7 @@ class Study(Settings):
     """A whole study file."""
 
     name: str
+    words: str = ""  # told at the head of its results
     recipe: str
     set: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
