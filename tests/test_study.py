@@ -79,6 +79,11 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     page = study.publish(results, tmp_path / "docs" / "r.md")
     links = re.findall(r"\]\(([^)]*)\)", page.read_text())
     assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
+    kept, told_of = (
+        json.loads((f / "full-0" / "manifest.json").read_text()) for f in (tmp_path / "s", page.parent / "r")
+    )
+    assert {k for k in kept if kept[k] != told_of[k]} <= {"command"}
+    assert kept["command"].endswith(told_of["command"]) and "/" not in told_of["command"].split()[0]
 
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("a finished run was trained again")

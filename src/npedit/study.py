@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from npedit.steps.base import Parts
 from npedit.study_file import CLAIM, QUICK, Comparison, Study, recipe_of, weights_of
 from npedit.toy.models import graded_critic
 
+_PLACE = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 SCENES_SEED = 1  # held-out scenes of every study
 Event = Callable[[str], None]
 
@@ -240,13 +242,17 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
 
 def publish(results: Path, page: Path) -> Path:
     """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and each
-    run's manifest, where the page's links find them. Returns the page."""
+    run's manifest, where the page's links find them; of the program's place on this machine only its name is told.
+    Returns the page."""
     study, target = results.parent, page.with_suffix("")
     with writing(target):
         for path in [*study.glob("*.png"), study / "results.json", *study.glob("*/manifest.json")]:
             copy = target / path.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            if path.suffix == ".png":
+                shutil.copyfile(path, copy)
+            else:
+                write_text(copy, _PLACE.sub(r"\1", path.read_text(encoding="utf-8")))
     write_text(page, results.read_text(encoding="utf-8").replace("](", f"]({target.name}/"))
     return page
 
