@@ -1,11 +1,13 @@
 """A folder of results: missing is never a number, headlines need coverage, and files that are broken are told of."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from npedit import results as r
 from npedit.agreement import against_people, read_labels
+from npedit.cli_compare import opened
 from npedit.errors import UserError
 
 
@@ -143,3 +145,33 @@ def test_labels_that_cannot_be_used(tmp_path):
     rows = r.Results("A", (row("x", "t", x=1.0),), {})
     assert against_people([rows], "x", {}, False).figures == (None,) * 4
     assert against_people([rows], "x", {("A", "x"): 2.0}, False).figures == (None,) * 4
+
+
+def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):
+    def judged(name, judge, scores):
+        (tmp_path / name).mkdir()
+        settings = {"protocol": {"hash": "p"}, "judge": {"name": judge}}
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+        rows = [
+            {"id": str(i), "task": "t", "scores": {"O": s}, "why": {} if s is not None else {"O": "refused"}}
+            for i, s in enumerate(scores)
+        ]
+        (tmp_path / name / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+        return tmp_path / name
+
+    a1, a2 = judged("a1", "x", [4, 6, None]), judged("a2", "y", [8, 6, 2])
+    b1, b2 = judged("b1", "x", [1, 2, 3]), judged("b2", "y", [3, 2, 1])
+    both = Path(f"{a1}+{a2}")
+    whole, other = opened([both, Path(f"{b1}+{b2}")], force=False)
+    assert [r.scores["O"] for r in whole.rows] == [6.0, 6.0, None] and whole.rows[2].why == {"O": "refused"}
+    assert [r.scores["O"] for r in other.rows] == [2.0, 2.0, 2.0] and other.settings["judge"] == [
+        {"name": "x"},
+        {"name": "y"},
+    ]
+    for pair in ([a1, a2], [a1, b2], [both, b1]):
+        with pytest.raises(UserError, match="one judge"):
+            opened(pair, force=False)
+    assert len(opened([a1, b1], force=False)) == len(opened([a1, a2], force=True)) == 2
+    (a2 / "rows.jsonl").write_text('{"id": "9", "task": "t", "scores": {"O": 1}}')
+    with pytest.raises(UserError, match="same items of every judge"):
+        opened([both, b1], force=False)

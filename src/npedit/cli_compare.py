@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +22,13 @@ Interval = tuple[float, float] | None
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="A B...", help="Folders of results; A is the baseline.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B...",
+            help="Folders of results; A is the baseline. Several of one editor under several judges: A1+A2.",
+        ),
+    ],
     wanted: Annotated[list[str] | None, typer.Option("--measure", help="Only this one; repeat it for several.")] = None,
     margin: Annotated[float, typer.Option(help="Items within it tie.", min=0)] = 0.0,
     plot: Annotated[Path, typer.Option("--plot", help="Draw the means into this PNG.")] = Path("compare.png"),
@@ -33,7 +39,7 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Of the intervals and tests.", min=0)] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Compare results of unlike protocols.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compare results of unlike protocols or judges.")] = False,
 ) -> None:
     """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
 
@@ -61,26 +67,44 @@ def opened(folders: Sequence[Path], force: bool) -> list[Results]:
     """Read folders of results; those of one name are told apart by their path.
 
     Raises:
-        UserError: fewer than two, or unlike protocols without `force`.
+        UserError: fewer than two, or unlike protocols or judges without `force`.
     """
     from dataclasses import replace
 
-    from npedit.results import Results
-
     if len(folders) < 2:
         raise UserError(f"expected two folders of results or more; got {len(folders)}; name another")
-    found = [Results.read(folder) for folder in folders]
+    found = [_read(folder) for folder in folders]
     if len({r.name for r in found}) < len(found):
         found = [replace(r, name=str(folder)) for r, folder in zip(found, folders)]
     if len({r.name for r in found}) < len(found):
         raise UserError("expected different folders; got one of them twice; leave it out")
-    protocols = {json.dumps(r.settings.get("protocol"), sort_keys=True) for r in found}
-    if len(protocols) > 1 and not force:
-        raise UserError(
-            f"expected results of one protocol; got {'; '.join(sorted(protocols))}; "
-            "evaluate them alike, or compare them all the same with --force"
-        )
+    for key in ("protocol", "judge", "repeats", "swap"):
+        kinds = {json.dumps(_unnamed(r.settings.get(key)), sort_keys=True) for r in found}
+        if len(kinds) > 1 and not force:
+            raise UserError(
+                f"expected results of one {key}; got {'; '.join(sorted(kinds))}; "
+                "evaluate them alike, or compare them all the same with --force"
+            )
     return found
+
+
+def _unnamed(fact: Any) -> Any:
+    """A fact of a result, a judge without the name it went by if more is known of it: a folder may have moved."""
+    if isinstance(fact, list):
+        return [_unnamed(f) for f in fact]
+    return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
+
+
+def _read(folder: Path) -> Results:
+    """One folder of results, or several joined by +, which are one editor's under several judges."""
+    from npedit.results import Results, panel
+
+    if folder.exists() or "+" not in str(folder):
+        return Results.read(folder)
+    judged = [Results.read(Path(part)) for part in str(folder).split("+")]
+    if len({json.dumps(r.settings.get("protocol"), sort_keys=True) for r in judged}) > 1:
+        raise UserError(f"{folder}: expected results of one protocol under several judges; got several protocols")
+    return panel(judged)
 
 
 def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:

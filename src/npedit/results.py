@@ -107,6 +107,32 @@ class Results:
         return cls(folder.resolve().name, tuple(rows.values()), _settings(settings) if settings.is_file() else {})
 
 
+def panel(judged: Sequence[Results]) -> Results:
+    """One editor's results under several judges as one: a score is the mean of the judges', and missing where one of
+    them has none.
+
+    Raises:
+        UserError: they are not of the same items.
+    """
+    first, name = judged[0], "+".join(r.name for r in judged)
+    by_id = [{row.id: row for row in r.rows} for r in judged]
+    for other, found in zip(judged, by_id):
+        if set(found) != set(by_id[0]):
+            raise UserError(
+                f"{name}: expected the same items of every judge; {other.name} has others; judge them alike"
+            )
+    rows = []
+    for row in first.rows:
+        each = [found[row.id] for found in by_id]
+        why = {score: reason for r in reversed(each) for score, reason in r.why.items()}
+        scores: dict[str, float | None] = {}
+        for score in row.scores:
+            values = [r.scores.get(score) for r in each]
+            scores[score] = None if None in values else sum(values) / len(values)
+        rows.append(Row(row.id, row.task, scores, {k: v for k, v in why.items() if scores.get(k) is None}))
+    return Results(name, tuple(rows), {**first.settings, "judge": [r.settings.get("judge") for r in judged]})
+
+
 def _settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
