@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,11 @@ def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_
     words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["dmd_only"]).read_text()
     assert "Not run: full, one_step." in words and "`full > dmd_only`: **not run** (full)" in words
     assert not (tmp_path / "s" / "full-0").exists() and "(dmd_only-0/manifest.json)" in words
+    (tmp_path / "s" / "full-0").mkdir()  # begun elsewhere, and not finished
+    (tmp_path / "s" / "full-0" / "manifest.json").write_text("{}")
+    study.publish(tmp_path / "s" / "results.md", tmp_path / "r.md")
+    assert [p.parent.name for p in (tmp_path / "r").glob("*/manifest.json")] == ["dmd_only-0"]
+    shutil.rmtree(tmp_path / "s" / "full-0")
     words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["full"]).read_text()
     assert "ot run" not in words and "(dmd_only-0/manifest.json)" in words and "(full-0/manifest.json)" in words
     with pytest.raises(UserError, match=r"trained; got 'one_stp'"):

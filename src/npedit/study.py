@@ -49,7 +49,7 @@ def run_study(
 ) -> Path:
     """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
 
-    `quick` takes the first seed alone, a tenth of the updates and a fifth of the items, into runs of their own. It
+    `quick` takes the first seed alone, a twentieth of the updates and a tenth of the items, into runs of their own. It
     shows that all runs through and what comes out, and is too short to tell who is right. With `only` just these
     variants are trained, so that several processes can fill one folder; the page shows all that are finished by then.
 
@@ -58,7 +58,7 @@ def run_study(
     """
     if quick:
         study = study.model_copy(
-            update={"name": f"{study.name}-quick", "seeds": study.seeds[:1], "items": max(9, study.items // 5)}
+            update={"name": f"{study.name}-quick", "seeds": study.seeds[:1], "items": max(9, 2 * study.items // QUICK)}
         )
     seeds = study.seeds
     trained = [name for name, variant in study.variants.items() if not variant.of]
@@ -241,12 +241,14 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
 
 
 def publish(results: Path, page: Path) -> Path:
-    """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and each
-    run's manifest, where the page's links find them; of the program's place on this machine only its name is told.
-    Returns the page."""
+    """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and the
+    manifest of each run that they name, where the page's links find them; of the program's place on this machine only
+    its name is told. Returns the page."""
     study, target = results.parent, page.with_suffix("")
+    runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
     with writing(target):
-        for path in [*study.glob("*.png"), study / "results.json", *study.glob("*/manifest.json")]:
+        manifests = [study / run / "manifest.json" for run in sorted(runs)]
+        for path in [*study.glob("*.png"), study / "results.json", *manifests]:
             copy = target / path.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".png":
