@@ -245,9 +245,11 @@ class FamilyChecks:
         x, t, text = latents(family, 1), torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
         with torch.no_grad():
             outs = [family.velocity(n, x, t, text) for n in (net, opened, plain, family.base)]
-        assert torch.equal(outs[0], outs[1])
-        assert torch.equal(outs[0], outs[2])
-        assert not torch.allclose(outs[0], outs[3])
+        for same in (opened, plain):
+            assert all(torch.equal(p, same.state_dict()[name]) for name, p in net.state_dict().items())
+        for out in outs[1:3]:  # not bitwise: weights mapped from a file are not aligned, and some CPUs then round otherwise
+            torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=0)
+        assert not torch.allclose(outs[0], outs[3], atol=1e-3)
 
     def test_a_folder_is_loaded(self, family, folder):
         loaded = self.kind.load(folder, torch.float32, torch.device("cpu"))
