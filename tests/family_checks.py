@@ -247,7 +247,9 @@ class FamilyChecks:
             outs = [family.velocity(n, x, t, text) for n in (net, opened, plain, family.base)]
         for same in (opened, plain):
             assert all(torch.equal(p, same.state_dict()[name]) for name, p in net.state_dict().items())
-        for out in outs[1:3]:  # not bitwise: weights mapped from a file are not aligned, and some CPUs then round otherwise
+        for out in outs[
+            1:3
+        ]:  # not bitwise: weights mapped from a file are not aligned, and some CPUs then round otherwise
             torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=0)
         assert not torch.allclose(outs[0], outs[3], atol=1e-3)
 

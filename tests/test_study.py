@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy import stats
 
-from npedit import study
+from npedit import study, study_page
 from npedit.benchmarks.toy import wilson
 from npedit.checkpoint import METRICS, read_config, read_rows
 from npedit.cli_train import recipe_path
@@ -24,7 +25,7 @@ TINY = {
     "recipe": "demo",
     "set": [
         "stages.0.updates=1", "stages.0.batch_size=2", "stages.1.updates=2", "stages.1.batch_size=2",
-        "trainer.evaluate_every=0", "trainer.sample_every=0",
+        "trainer.evaluate_every=0", "trainer.evaluate_items=9", "trainer.sample_every=0", "trainer.sample_items=1",
     ],
     "items": 9,
     "variants": {
@@ -36,13 +37,19 @@ TINY = {
 }  # fmt: skip
 
 
+def row(name: str, n: int, *hits: int) -> dict:
+    """A row of as many seeds as hits."""
+    each = [h / n for h in hits]
+    return {"both": wilson(sum(hits) / len(hits), n), "each": each, "runs": [f"{name}-{i}" for i in range(len(hits))]}
+
+
 def rates(a: int, b: int, n: int) -> dict:
-    return {"a": {"both": wilson(a, n)}, "b": {"both": wilson(b, n)}}
+    return {"a": row("a", n, a), "b": row("b", n, b)}
 
 
 def test_the_difference_is_newcombes():
     """The worked example of Newcombe (1998): 56/70 against 48/80 gives 0.2 [0.0524, 0.3339] by method 10."""
-    d, low, high = study.difference(wilson(56, 70), wilson(48, 80))
+    d, low, high = study_page.difference(wilson(56, 70), wilson(48, 80))
     assert (d, low, high) == (pytest.approx(0.2), pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
 
 
@@ -57,11 +64,47 @@ def test_the_difference_is_newcombes():
     ],
 )
 def test_verdicts(claim, a, b, word):
-    assert f"**{word}**" in study.verdict(claim, rates(a, b, 100))
+    assert f"**{word}**" in study_page.verdict(claim, rates(a, b, 100))
 
 
 def test_level_needs_the_interval_within_a_tenth():
-    assert "**holds**" in study.verdict("a ~ b", rates(500, 505, 1000))
+    assert "**holds**" in study_page.verdict("a ~ b", rates(500, 505, 1000))
+
+
+def test_chance_in_training_is_pooled_over_the_rows_with_several_seeds():
+    """Two rows of deviations .02 and .04 with 2 and 1 degrees of freedom; a row that uses another's runs is not new."""
+    scores = {"a": row("a", 1000, 480, 500, 520), "b": row("b", 1000, 300 - 28, 300 + 28), "c": row("c", 1000, 700)}
+    scores["a at 2 steps"] = scores["a"]
+    deviation, freedom = study_page.chance_in_training(scores)
+    assert freedom == 3 and deviation == pytest.approx(((2 * 0.02**2 + 0.0396**2) / 3) ** 0.5, rel=1e-3)
+    assert study_page.chance_in_training({"c": scores["c"]}) == (0.0, 0)
+
+
+def test_chance_in_training_widens_a_claims_interval():
+    """By Student's t, 3 seeds against 1, added in squares to what the scenes leave open; not between the same runs."""
+    scores = {"a": row("a", 900, 470, 480, 490), "b": row("b", 900, 420), "c": row("a", 900, 470, 480, 490)}
+    apart = study_page.by_chance(scores["a"], scores["b"], (0.02, 8))
+    assert apart == pytest.approx(stats.t.ppf(0.975, 8) * 0.02 * (1 / 3 + 1) ** 0.5, rel=1e-4)
+    d, low, _ = study_page.difference(scores["a"]["both"], scores["b"]["both"])
+    assert low > 0 > d - ((d - low) ** 2 + apart**2) ** 0.5
+    assert "**holds**" in study_page.verdict("a > b", scores)
+    assert "**open**" in study_page.verdict("a > b", scores, (0.02, 8))
+    assert study_page.verdict("a > c", scores, (0.02, 8)) == study_page.verdict("a > c", scores)
+
+
+def test_students_t():
+    """The table against scipy's; past its end the last is used, which is too wide and never too narrow."""
+    for k in range(1, 40):
+        half, true = study_page.by_chance(row("a", 9, 1), row("b", 9, 1), (1.0, k)) / 2**0.5, stats.t.ppf(0.975, k)
+        assert half == pytest.approx(true, abs=1e-4) if k <= 14 else true < half < 1.1 * true
+
+
+def test_seeds_do_not_narrow_what_the_scenes_leave_open():
+    """Three seeds on the same scenes: their mean, and the interval of one."""
+    one = {"n": 900, "by_type": {}, "copy_rate": 0.1, "run": "a", "alarms": [], "seconds": 60, "passes": {}}
+    one |= {"critic_right": None, "applied": wilson(600, 900), "preserved": wilson(600, 900)}
+    found = study_page.pooled([one | {"both": wilson(h, 900)} for h in (440, 450, 460)])
+    assert found["both"] == wilson(450, 900) and found["each"] == [440 / 900, 0.5, 460 / 900]
 
 
 def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
@@ -77,7 +120,7 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     # drafts of one or two calls, the fake score's and DMD's three: never fewer than five for each picture, two in each
     assert scores["full"]["passes"]["generator"] >= 2 * 5 * 2 / 3
 
-    page = study.publish(results, tmp_path / "docs" / "r.md")
+    page = study_page.publish(results, tmp_path / "docs" / "r.md")
     links = re.findall(r"\]\(([^)]*)\)", page.read_text())
     assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
     kept, told_of = (
@@ -91,6 +134,34 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study.trainer, "train", no_training)
     assert study.run_study(made, tmp_path / "s", recipe_path, told.append).read_text() == words
+    monkeypatch.chdir(tmp_path)  # the published copy is a study's folder to go on from
+    shutil.copytree(page.with_suffix(""), Path("runs/tiny"))
+    assert study.run_study(made, Path("runs/tiny"), recipe_path, told.append).read_text() == words
+
+
+def test_a_variant_has_seeds_of_its_own_and_the_page_tells_which_are_missing(tmp_path, monkeypatch):
+    variants = {"full": {"seeds": [0, 1]}, "dmd_only": TINY["variants"]["dmd_only"]}
+    made = check(Study, TINY | {"variants": variants, "tables": [{"title": "Losses", "rows": list(variants)}]}, "")
+    train, trained = study.trainer.train, []
+
+    def broken_off(recipe, run, **more):
+        if trained:
+            raise UserError("stopped here")
+        trained.append(run.name)
+        return train(recipe, run, **more)
+
+    monkeypatch.setattr(study.trainer, "train", broken_off)
+    with pytest.raises(UserError, match="stopped here"):
+        study.run_study(made, tmp_path / "s", recipe_path, print)
+    monkeypatch.setattr(study.trainer, "train", train)
+    words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["dmd_only"]).read_text()
+    assert trained == ["full-0"] and "Not run: full (seed 1)." in words and "no row has several seeds" in words
+    words = study.run_study(made, tmp_path / "s", recipe_path, print).read_text()
+    scores = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert scores["full"]["runs"] == ["full-0", "full-1"] and len(scores["full"]["each"]) == 2
+    assert scores["full"]["n"] == 9 and "ot run" not in words and "(1 degrees of freedom)" in words
+    assert study.run_study(made, tmp_path / "q", recipe_path, print, quick=True).exists()
+    assert sorted(p.name for p in (tmp_path / "q").iterdir() if p.is_dir()) == ["dmd_only-0", "full-0"]
 
 
 def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path):
@@ -132,6 +203,7 @@ def test_the_packaged_study_is_sound():
         ({"tables": [{"title": "x", "rows": ["full"], "claims": ["full beats dmd_only"]}]}, "full > dmd_only"),
         ({"variants": {"a": {"of": "b"}, "b": {"of": "a"}}, "tables": []}, "another's runs"),
         ({"variants": {"a": {"start": "b"}, "b": {}}, "tables": []}, "start of variant 'a'"),
+        ({"variants": {"a": {"seeds": [1]}, "b": {"start": "a", "seeds": [0, 1]}}, "tables": []}, r"among \[1\]"),
         ({"variants": {"a": {"critic": "week"}}, "critics": {"weak": {"batches": 3}}, "tables": []}, "weak"),
         ({"critics": {"both": {"members": ["embeded", "embedded"]}}}, "embedded"),
         ({"critics": {"odd": {}}}, "give one of them"),
@@ -170,7 +242,7 @@ def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_
     assert not (tmp_path / "s" / "full-0").exists() and "(dmd_only-0/manifest.json)" in words
     (tmp_path / "s" / "full-0").mkdir()  # begun elsewhere, and not finished
     (tmp_path / "s" / "full-0" / "manifest.json").write_text("{}")
-    study.publish(tmp_path / "s" / "results.md", tmp_path / "r.md")
+    study_page.publish(tmp_path / "s" / "results.md", tmp_path / "r.md")
     assert [p.parent.name for p in (tmp_path / "r").glob("*/manifest.json")] == ["dmd_only-0"]
     shutil.rmtree(tmp_path / "s" / "full-0")
     words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["full"]).read_text()

@@ -243,8 +243,9 @@ def study(
     only: Annotated[str, typer.Option(help="Train these alone, 'A,B': several processes can fill one folder.")] = "",
 ) -> None:
     """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
-    from npedit.study import publish, run_study
+    from npedit.study import run_study
     from npedit.study_file import load_study
+    from npedit.study_page import publish
 
     loaded = load_study(recipe_path(path))
     folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))

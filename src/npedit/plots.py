@@ -126,8 +126,11 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]]) -> bytes:
-    """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none)."""
+def comparison(
+    editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]], dots: Sequence[Sequence[float]] = ()
+) -> bytes:
+    """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none).
+    `dots` are single values of each editor beneath their mean, drawn small in every panel."""
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, (0.9 + 0.32 * len(editors)) * lines), layout="constrained")
@@ -139,6 +142,8 @@ def comparison(editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean
             colour = COLOURS[k % len(COLOURS)]
             axes.plot(ends, (k, k), color=colour, linewidth=2.2)
             axes.plot(value, k, "o", color=colour)
+        for k, values in enumerate(dots):
+            axes.plot(values, [k + 0.25] * len(values), ".", color=COLOURS[k % len(COLOURS)], markersize=4)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_yticks(range(len(editors)), editors, fontsize=8.5)
         axes.set_ylim(len(editors) - 0.4, -0.6)

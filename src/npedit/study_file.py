@@ -30,6 +30,7 @@ class Variant(Settings):
     start: str = ""  # an earlier variant, from whose finished run of the same seed it starts
     critic: str = ""  # one of the study's own; "" is the recipe's
     steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
+    seeds: list[int] = []  # in place of the study's
     words: str = ""  # what a reader is told of it
 
 
@@ -94,10 +95,20 @@ class Study(Settings):
             if name not in known:
                 raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{nearest(name, known)}")
         for name, variant in self.variants.items():
-            own = variant.set or variant.recipe or variant.start or variant.critic
+            own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
             if variant.of and (own or self.variants[variant.of].of):
-                raise ValueError(f"variant {name!r} uses another's runs, so it has no recipe, set, start or critic")
+                raise ValueError(
+                    f"variant {name!r} uses another's runs, so it has no recipe, set, start, critic or seeds"
+                )
+            if variant.start and not set(self.seeds_of(name)) <= set(self.seeds_of(variant.start)):
+                there = f"{variant.start!r}: expected seeds among {self.seeds_of(variant.start)}"
+                raise ValueError(f"variant {name!r} starts from {there}; got {self.seeds_of(name)}")
         return self
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds that a variant is trained with."""
+        variant = self.variants[name]
+        return self.variants[variant.of or name].seeds or self.seeds
 
 
 def load_study(path: Path) -> Study:
@@ -111,6 +122,24 @@ def load_study(path: Path) -> Study:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
     return check(Study, raw, "")
+
+
+def shortened(study: Study) -> Study:
+    """A quick one, to see that all runs through: the first seed alone, a twentieth of the critics' batches, a tenth of
+    the items. `recipe_of` shortens the recipes."""
+    critics = {
+        k: c.model_copy(update={"batches": max(1, c.batches // QUICK) if c.batches else 0})
+        for k, c in study.critics.items()
+    }
+    return study.model_copy(
+        update={
+            "name": f"{study.name}-quick",
+            "seeds": study.seeds[:1],
+            "items": max(9, 2 * study.items // QUICK),
+            "critics": critics,
+            "variants": {k: v.model_copy(update={"seeds": []}) for k, v in study.variants.items()},
+        }
+    )
 
 
 def recipe_of(

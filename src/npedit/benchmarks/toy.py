@@ -80,8 +80,10 @@ def items(n: int, seed: int = 0) -> list[Edit]:
     ]
 
 
-def wilson(hits: int, n: int) -> Rate:
+def wilson(hits: float, n: int) -> Rate:
     """A share with its Wilson score interval (E. B. Wilson, 1927), which also holds near 0 and 1.
+
+    `hits` may be the mean of several looks at the same n items.
 
     Raises:
         ValueError: n is smaller than one, or hits is not in [0, n].
