@@ -98,6 +98,18 @@ def test_impossible_ranks_and_sizes_are_refused():
             toy.Source(toy.Settings(), 0).batch(*wrong)
 
 
+def test_a_stream_may_begin_further_on():
+    """Its items are those of the whole stream, and none of those before it: what taught a start stays out."""
+    later = toy.Source(toy.Settings(first=10), 4).batch(0, 3)
+    whole = toy.Source(toy.Settings(), 4).batch(0, 13)
+    assert later.ids == whole.ids[10:] and later.instructions == whole.instructions[10:]
+    torch.testing.assert_close(later.references, whole.references[10:], atol=0, rtol=0)
+    finite = toy.Source(toy.Settings(first=10, items=5), 4)
+    assert set(finite.batch(0, 10).ids) == {f"4/{i}" for i in range(10, 15)}
+    prints = {toy.Source(toy.Settings(first=n), 4).fingerprint() for n in (0, 10)}
+    assert len(prints) == 2
+
+
 # ---- the toy on disk
 
 

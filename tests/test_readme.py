@@ -15,6 +15,7 @@ The README's forms, on which this test relies:
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -142,6 +143,17 @@ def test_readme_says_how_to_begin() -> None:
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_the_studys_figures_are_those_of_its_results() -> None:
+    """Rows that begin with a variant's name: applied, preserved and both, with their intervals."""
+    scores = json.loads((ROOT / "docs/results/results.json").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| `(\w+)`: [^|]+\|(.*)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 10
+    for name, stated in rows:
+        rates = [scores[name][measure] for measure in ("applied", "preserved", "both")]
+        true = [f"{r['value']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" for r in rates]
+        assert [cell.strip() for cell in stated.split("|")] == true, name
 
 
 def test_every_target_says_what_it_is_for() -> None:

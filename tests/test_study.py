@@ -13,7 +13,7 @@ from scipy import stats
 
 from npedit import study, study_page
 from npedit.benchmarks.toy import wilson
-from npedit.checkpoint import METRICS, read_config, read_rows
+from npedit.checkpoint import METRICS, read_config, read_rows, same_recipe
 from npedit.cli_train import recipe_path
 from npedit.config import check
 from npedit.errors import UserError
@@ -72,12 +72,10 @@ def test_level_needs_the_interval_within_a_tenth():
 
 
 def test_chance_in_training_is_pooled_over_the_rows_with_several_seeds():
-    """Two rows of deviations .02 and .04 with 2 and 1 degrees of freedom; a row that uses another's runs is not new."""
-    scores = {"a": row("a", 1000, 480, 500, 520), "b": row("b", 1000, 300 - 28, 300 + 28), "c": row("c", 1000, 700)}
-    scores["a at 2 steps"] = scores["a"]
-    deviation, freedom = study_page.chance_in_training(scores)
+    """Rows of deviations .02 and .0396 with 2 and 1 degrees of freedom, beside one of a single seed."""
+    deviation, freedom = study_page.chance_in_training([[0.48, 0.50, 0.52], [0.272, 0.328], [0.7]])
     assert freedom == 3 and deviation == pytest.approx(((2 * 0.02**2 + 0.0396**2) / 3) ** 0.5, rel=1e-3)
-    assert study_page.chance_in_training({"c": scores["c"]}) == (0.0, 0)
+    assert study_page.chance_in_training([[0.7]]) == (0.0, 0)
 
 
 def test_chance_in_training_widens_a_claims_interval():
@@ -194,6 +192,20 @@ def test_the_packaged_study_is_sound():
             assert recipe_of(made, name, 3, recipe_path, Path("s")).seed == 3
             quick = recipe_of(made, name, 3, recipe_path, Path("s"), quick=True)
             assert quick.total_updates() < recipe_of(made, name, 3, recipe_path, Path("s")).total_updates() / 4
+
+
+def test_the_published_study_is_what_its_numbers_say(tmp_path):
+    """docs/results.md is made of docs/results/results.json, and that of the scores of its runs, with their recipes."""
+    made, docs = load_study(recipe_path("study-toy")), Path(__file__).parents[1] / "docs"
+    scores = json.loads((docs / "results" / "results.json").read_text())
+    page = study_page.write_results(made, tmp_path, scores).read_text().replace("](", "](results/")
+    assert page == (docs / "results.md").read_text()
+    for name, score in scores.items():
+        runs = [docs / "results" / run for run in score["runs"]]
+        assert score == study_page.pooled([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
+        for run in [] if made.variants[name].of else runs:
+            stated = recipe_of(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
+            same_recipe(run, stated)
 
 
 @pytest.mark.parametrize(

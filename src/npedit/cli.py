@@ -238,7 +238,9 @@ def edit(
 def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
     folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the updates, the first seed alone.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A 25th of the updates, one seed: to see that all runs through.")
+    ] = False,
     page: Annotated[Path | None, typer.Option("--publish", help="A copy of the page; its plots go beside it.")] = None,
     only: Annotated[str, typer.Option(help="Train these alone, 'A,B': several processes can fill one folder.")] = "",
 ) -> None:

@@ -9,6 +9,7 @@ goes on where it was. Critics of other qualities than the embedded one are taugh
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def run_study(
 ) -> Path:
     """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
 
-    `quick` takes the first seed alone, a twentieth of the updates and a tenth of the items, into runs of their own. It
+    `quick` takes one seed, a 25th of the updates and a tenth of the items, into runs of their own. It
     shows that all runs through and what comes out, and is too short to tell who is right. With `only` just these
     variants are trained, so that several processes can fill one folder; the page shows all that are finished by then.
 
@@ -68,6 +69,8 @@ def run_study(
             same_recipe(run, recipe)
     _teach_critics(study, folder, told, {name for name, _, _ in todo.values()})
     for i, (run, (name, seed, recipe)) in enumerate(todo.items()):
+        if _finished(run):  # by another process in the meantime
+            continue
         told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
         _train(recipe, run)
     scores = {}
@@ -92,27 +95,42 @@ def _teach_critics(study: Study, folder: Path, told: Event, variants: Collection
             members = [{"name": "llava_onevision", "weights": weights_of(study, m, folder)} for m in critic.members]
             with writing(folder):
                 (folder / "critics").mkdir(exist_ok=True)
-            write_text(folder / "critics" / f"{name}.yaml", yaml.safe_dump(members))
+            write_text(Path(weights_of(study, name, folder)), yaml.safe_dump(members))
         else:
             told(f"critic {name}, {critic.batches} batches")
-            graded_critic(folder / "critics" / name, critic.batches, study.items)
+            _grade(study, name, folder)
 
 
-def _critic_right(study: Study, variant: str, folder: Path) -> float | None:
-    """The share of questions that this variant's critic answers right; None of an ensemble, and of the embedded one
-    where no table asks for it."""
-    name = study.variants[study.variants[variant].of or variant].critic
-    if name and study.critics[name].members or not name and not any(table.by_critic for table in study.tables):
-        return None
-    batches = study.critics[name].batches if name else 0
-    return graded_critic(folder / "critics" / (name or EMBEDDED), batches, study.items)
+def _grade(study: Study, critic: str, folder: Path) -> float:
+    """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
+    that want the same one, one teaches it and the others wait."""
+    batches = 0 if critic == EMBEDDED else study.critics[critic].batches
+    place = (
+        folder / "critics" / (EMBEDDED if critic == EMBEDDED else Path(weights_of(study, critic, folder)).parent.name)
+    )
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "teaching.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return graded_critic(place, batches, study.items)
+
+
+def _critic_right(study: Study, run: Path) -> float | None:
+    """The share of questions that a run's critic answers right; None without one, of an ensemble, of a critic that is
+    none of the study's, and of the embedded one where no table asks for it."""
+    weights = (read_config(run)["critic"] or {}).get("weights")
+    if weights == EMBEDDED:
+        return _grade(study, EMBEDDED, run.parent) if any(table.by_critic for table in study.tables) else None
+    single = [name for name, c in study.critics.items() if c.batches and weights == weights_of(study, name, run.parent)]
+    return _grade(study, single[0], run.parent) if single else None
 
 
 def _train(recipe: Recipe, run: Path) -> None:
-    """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update."""
+    """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update, the mean over
+    all updates. Those of a run that was stopped are kept beside it, for when it goes on."""
     seen = {"generator": 0, "critic": 0}
-    at_last = dict(seen)
-    each: list[dict[str, int]] = []
+    at_last, part = dict(seen), run / "passes.part.json"
+    total = json.loads(part.read_text()) if part.is_file() else {"updates": 0, **seen}
 
     def counted(recipe: Recipe) -> Parts:
         parts = build_parts(recipe)
@@ -124,10 +142,10 @@ def _train(recipe: Recipe, run: Path) -> None:
 
         parts.family.velocity = counting
         if parts.critic is not None:
-            logits = parts.critic.logits
+            logits, asked = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
 
             def asking(texts: Any, *rest: Any, **named: Any) -> Any:
-                seen["critic"] += len(texts)
+                seen["critic"] += len(texts) * asked
                 return logits(texts, *rest, **named)
 
             parts.critic.logits = asking
@@ -136,11 +154,12 @@ def _train(recipe: Recipe, run: Path) -> None:
     def on_event(event: str, facts: Mapping[str, Any]) -> None:
         if event == "update":
             if facts["step"] > 1 and "time/look" not in facts:  # else pictures for samples and evaluation are in it
-                each.append({k: seen[k] - at_last[k] for k in seen})
+                total.update({k: total[k] + seen[k] - at_last[k] for k in seen}, updates=total["updates"] + 1)
+                write_text(part, json.dumps(total) + "\n")
             at_last.update(seen)
 
     trainer.train(recipe, run, on_event=on_event, parts=counted)
-    means = {k: sum(e[k] for e in each) / len(each) if each else None for k in seen}
+    means = {k: total[k] / total["updates"] if total["updates"] else None for k in seen}
     write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
 
 
@@ -165,7 +184,7 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         "seconds": sum(r.get("time/update") or 0.0 for r in rows),
         "passes": json.loads((run / "passes.json").read_text()),
         "alarms": [alarm.words() for alarm in alarms(rows, read_config(run)["trainer"]["evaluate_items"])],
-        "critic_right": _critic_right(study, name, run.parent),
+        "critic_right": _critic_right(study, run),
     }
     write_text(kept, json.dumps(whole) + "\n")
     return whole

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from npedit.benchmarks import toy
 from npedit.checkpoint import write_text, writing
+from npedit.errors import UserError
 from npedit.plots import against, comparison
 from npedit.study_file import CLAIM, Comparison, Study
 
@@ -65,10 +66,10 @@ def pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def chance_in_training(scores: Mapping[str, Score]) -> Chance:
+def chance_in_training(rows: Iterable[Sequence[float]]) -> Chance:
     """The standard deviation of `both` from seed to seed, pooled over all rows with several seeds, and its degrees of
-    freedom; (0, 0) if no row has."""
-    several = {tuple(s["runs"]): s["each"] for s in scores.values() if len(s["each"]) > 1}.values()
+    freedom; (0, 0) if no row has. A row is what each of its seeds reached; rows must not share runs."""
+    several = [each for each in rows if len(each) > 1]
     freedom = sum(len(each) - 1 for each in several)
     squares = sum(float(np.var(each)) * len(each) for each in several)
     return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
@@ -112,12 +113,11 @@ def verdict(claim: str, scores: Mapping[str, Score], chance: Chance = (0.0, 0)) 
 
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]]) -> Path:
     """Tables, verdicts and plots of a study, as far as it has been run, into `folder`. Returns the page's path."""
-    chance = chance_in_training(scores)
+    chance = chance_in_training(s["each"] for name, s in scores.items() if not study.variants[name].of)
     how = f"The oracle's judgement on {study.items} held-out scenes in held-out phrasings, the same for every row."
     lines = [f"# {study.name}", "", how, "", _intervals(chance), *(["", study.words] if study.words else [])]
     if missing := _missing(study, scores):
         lines += ["", f"Not run: {', '.join(missing)}."]
-    kinds = list(next(iter(scores.values()))["by_type"])
     for number, table in enumerate(study.tables, 1):
         rows = [row for row in table.rows if row in scores]
         picture = folder / f"{number}.png"
@@ -126,8 +126,16 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
                 picture.write_bytes(_picture(table, rows, scores))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
         lines += [verdict(c, scores, chance) + "  " for c in table.claims]
-        lines += ["", f"![{table.title}]({picture.name})", "", _head(kinds)] if rows else []
-        lines += [_line(study, name, scores[name], kinds, table.by_critic) for name in rows]
+        if rows:
+            lines += ["", f"![{table.title}]({picture.name})", "", *_table(study, table, rows, scores)]
+            lines += [
+                "",
+                "<details><summary>both, by edit type</summary>",
+                "",
+                *_by_type(rows, scores),
+                "",
+                "</details>",
+            ]
     said = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
     lines += ["", "## Alarms", "", *(said or ["None: in no run did the critic's score rise while the oracle's fell."])]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
@@ -165,7 +173,12 @@ def publish(results: Path, page: Path) -> Path:
 
     Laid down as the study's folder, runs/NAME, that copy is one to go on from. Of the program's place on this machine
     only its name is told, and the study's folder, if given from the root, as runs/NAME.
+
+    Raises:
+        UserError: the page's name does not end in .md.
     """
+    if page.suffix != ".md":
+        raise UserError(f"expected a page that ends in .md, beside which its folder goes; got {page}; add .md")
     study, target = results.parent, page.with_suffix("")
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
     with writing(target):
@@ -193,13 +206,23 @@ def _picture(table: Comparison, rows: list[str], scores: Mapping[str, Score]) ->
     return against("the critic's share of right answers, clean held-out images", "both", points)
 
 
-def _head(kinds: list[str]) -> str:
-    names = ["variant", "both", "applied", "preserved", "copies", "each seed", *kinds]
-    names += ["updates", "generator / critic passes an update", "minutes", "runs"]
-    return f"| {' | '.join(names)} |\n|{' --- |' * len(names)}"
+def _table(study: Study, table: Comparison, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
+    names = ["variant", "both", "applied", "preserved", "copies", "each seed", "updates"]
+    names += ["generator / critic passes an update", "minutes", "runs"]
+    return [*_head(names), *(_line(study, name, scores[name], table.by_critic) for name in rows)]
 
 
-def _line(study: Study, name: str, s: Score, kinds: list[str], by_critic: bool) -> str:
+def _by_type(rows: list[str], scores: Mapping[str, Score]) -> list[str]:
+    kinds = list(scores[rows[0]]["by_type"])
+    cells = {name: [f"{scores[name]['by_type'][k]:.2f}" for k in kinds] for name in rows}
+    return [*_head(["variant", *kinds]), *(f"| {' | '.join([name, *values])} |" for name, values in cells.items())]
+
+
+def _head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+
+
+def _line(study: Study, name: str, s: Score, by_critic: bool) -> str:
     low, high = s["both"]["ci95"]
     passes = s["passes"]
     per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
@@ -212,7 +235,6 @@ def _line(study: Study, name: str, s: Score, kinds: list[str], by_critic: bool) 
         f"{s['preserved']['value']:.3f}",
         f"{s['copy_rate']:.2f}",
         ", ".join(f"{v:.3f}" for v in s["each"]),
-        *[f"{s['by_type'][k]:.2f}" for k in kinds],
         str(passes["updates"]),
         per,
         f"{s['minutes']:.1f}",

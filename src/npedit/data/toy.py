@@ -1,7 +1,7 @@
 """The toy world as an endless data set: scenes drawn on the way, instructions and captions, and never an edited image.
 
-Item i is a pure function of (seed, i), and only the reference of its edit is drawn. With `items` the set is finite: its
-first so many, passed through over and over, in a new order each time. A smaller set is part of a larger one.
+Item i is a pure function of (seed, i), and only the reference of its edit is drawn. With `items` the set is finite: so
+many from `first` on, passed through over and over, in a new order each time. A smaller set is part of a larger one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Settings(Base):
 
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
     items: int = Field(0, ge=0, description="how many different items there are; 0 is no end of them")
+    first: int = Field(
+        0, ge=0, repr=False, description="the first item's number; those before it may have taught a start"
+    )
 
 
 class Source:
@@ -79,6 +82,7 @@ class Source:
         """Which items stand at these positions of the stream, each with its own source of chance."""
         count, places = self.settings.items, range(first, first + size)
         numbers = [self._order(i // count)[i % count] for i in places] if count else places
+        numbers = [self.settings.first + i for i in numbers]
         return [(i, random.Random(f"{self.seed}/{i}")) for i in numbers]
 
     def _new_order(self, epoch: int) -> list[int]:
