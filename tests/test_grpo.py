@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -127,6 +128,15 @@ def test_advantages_are_within_groups_and_zero_where_rewards_are_equal() -> None
     torch.testing.assert_close(found[:, 0], torch.tensor([-1.2247, 0.0, 1.2247]), atol=2e-3, rtol=0)
     torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(found[:, 2], grpo.advantages(rewards[:, 2:] + 7)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_advantages_over_the_whole_batchs_spread() -> None:
+    """A group all but alike counts for little, and each group's advantages still have the mean 0."""
+    rewards = torch.tensor([[0.1, 0.500, 0.0], [0.3, 0.501, 1.0], [0.5, 0.502, 0.5]])
+    found = grpo.advantages(rewards, whole_batch=True)
+    torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    assert found[2, 1] == pytest.approx(0.001 / (statistics.pstdev(rewards.flatten().tolist()) + 1e-4), rel=1e-3)
+    assert grpo.advantages(rewards)[2, 1] > 1
 
 
 @pytest.mark.parametrize(

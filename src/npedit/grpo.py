@@ -43,10 +43,14 @@ def log_prob(x: Latents, mean: Latents, std: float) -> PerSample:
     return density.mean((1, 2, 3))
 
 
-def advantages(rewards: Float[Tensor, "group b"]) -> Float[Tensor, "group b"]:
-    """(reward - mean) / std over each item's group (equation 4); zero where all rewards of a group are equal."""
-    centred = rewards - rewards.mean(0)
-    return centred / (rewards.std(0, unbiased=False) + 1e-4)
+def advantages(rewards: Float[Tensor, "group b"], whole_batch: bool = False) -> Float[Tensor, "group b"]:
+    """(reward - mean) / std over each item's group (equation 4); zero where all rewards of a group are equal.
+
+    `whole_batch` takes the standard deviation of all rewards, as most of the authors' settings do: groups whose samples
+    are all but alike, right or wrong, then count for little. Else what tells them apart counts as much as any success.
+    """
+    std = rewards.std(unbiased=False) if whole_batch else rewards.std(0, unbiased=False)
+    return (rewards - rewards.mean(0)) / (std + 1e-4)
 
 
 def policy_loss(now: PerSample, before: PerSample, advantage: PerSample, clip: float) -> Float[Tensor, ""]:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +46,7 @@ class FlowGrpoSettings(Settings):
     sampling_steps: int = Field(10, ge=2, le=64)  # of the SDE in training, whatever the few-step editor's number
     group: int = Field(8, ge=2)  # samples of one item (paper: 24)
     noise_level: float = Field(0.7, gt=0)  # a
+    advantage_std: Literal["group", "batch"] = "group"  # what advantages are divided by: `grpo.advantages`
     clip: float = Field(1e-4, gt=0, lt=1)  # of ratios of mean log-probabilities; smaller latents need a larger one
     kl_weight: float = Field(0.04, ge=0)  # beta
     policy_updates: int = Field(2, ge=1)  # on each set of samples; with one, every ratio is 1 and nothing is clipped
@@ -116,7 +118,8 @@ class Step(Base):
             states.append(x)
         x0 = x - times[-1] * self._velocity(x, times[-1], text, references)
         rewards = self._rewards(batch, x0, metrics)
-        found = Samples(text, references, times, tuple(states), tuple(before), (), grpo.advantages(rewards).flatten())
+        advantages = grpo.advantages(rewards, s.advantage_std == "batch")
+        found = Samples(text, references, times, tuple(states), tuple(before), (), advantages.flatten())
         return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
 
     def _velocity(self, x: Tensor, t: float, text: Text, references: Tensor) -> Tensor:
