@@ -118,6 +118,14 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     # drafts of one or two calls, the fake score's and DMD's three: never fewer than five for each picture, two in each
     assert scores["full"]["passes"]["generator"] >= 2 * 5 * 2 / 3
 
+    counted = tmp_path / "s" / "dmd_only-0" / "passes.json"
+    passes = counted.read_text()
+    counted.unlink()  # as if it had been killed at the very end: it goes on, and what was counted is not lost
+    assert study.run_study(made, tmp_path / "s", recipe_path, told.append).read_text() == words
+    assert counted.read_text() == passes
+
+    with pytest.raises(UserError, match=r"ends in \.md"):
+        study_page.publish(results, tmp_path / "docs")
     page = study_page.publish(results, tmp_path / "docs" / "r.md")
     links = re.findall(r"\]\(([^)]*)\)", page.read_text())
     assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
@@ -182,7 +190,12 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
     said = [r for r in read_rows(tmp_path / "s" / "two-0" / METRICS) if "critic/p_of/1-LlavaOnevision" in r]
     assert said and (tmp_path / "s" / "1.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="expected a critic of 2 batches"):
-        graded_critic(tmp_path / "s" / "critics" / "weak", 2, 9)
+        graded_critic(tmp_path / "s" / "critics" / "weak-1", 2, 9)
+    edited = check(
+        Study, TINY | {"variants": variants, "tables": tables, "critics": critics | {"weak": {"batches": 2}}}, ""
+    )
+    with pytest.raises(UserError, match=r"weak-1/critic' -> '.*weak-2/critic'"):
+        study.run_study(edited, tmp_path / "s", recipe_path, print)
 
 
 def test_the_packaged_study_is_sound():
