@@ -25,7 +25,8 @@ from npedit.errors import UserError
 from npedit.plots import against, comparison
 from npedit.study_file import CLAIM, Comparison, Study
 
-KEPT = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run, beside its scores
+KEPT = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
+MORE = ("score-*.json", "blame.json")  # where there are such
 _PLACE = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 # Student's t, .975, for 1, 2, ... degrees of freedom; beyond, the last is used, which is a little too wide
 _T975 = (
@@ -183,7 +184,7 @@ def publish(results: Path, page: Path) -> Path:
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
     with writing(target):
         files = [study / run / name for run in sorted(runs) for name in KEPT]
-        files += [path for run in sorted(runs) for path in sorted((study / run).glob("score-*.json"))]
+        files += [path for run in sorted(runs) for found in MORE for path in sorted((study / run).glob(found))]
         for path in [*study.glob("*.png"), study / "results.json", *files]:
             copy = target / path.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
