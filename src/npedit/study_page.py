@@ -154,7 +154,7 @@ def _intervals(chance: Chance) -> str:
         "Intervals are of 95 %. In the tables and plots they cover the scenes; those of differences also chance in "
         f"training: from seed to seed a row's `both` has a standard deviation of {deviation:.3f} ({freedom} degrees of "
         f"freedom), so two rows of one seed each may lie {_half(chance) * 2**0.5:.3f} apart by that alone. The plots' "
-        "small dots are single seeds."
+        "small dots are single seeds. Nothing is corrected for how many claims there are."
     )
 
 
