@@ -111,7 +111,8 @@ def test_own_photos_are_measured_with_it(folder, tmp_path):
     copy, editor = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("copy", "editor"))
     assert copy["lpips_alex"]["value"] == 0 < editor["lpips_alex"]["value"]
     assert copy["lpips_alex_target"]["value"] > 0 and editor["lpips_alex"]["n"] == 4
-    done = invoke("compare", tmp_path / "copy", tmp_path / "editor", "--measure", "lpips_alex")
+    plot = ["--plot", tmp_path / "c.png"]
+    done = invoke("compare", tmp_path / "copy", tmp_path / "editor", "--measure", "lpips_alex", *plot)
     assert done.exit_code == 0, done.output
 
 
