@@ -105,9 +105,7 @@ def _grade(study: Study, critic: str, folder: Path) -> float:
     """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
     that want the same one, one teaches it and the others wait."""
     batches = 0 if critic == EMBEDDED else study.critics[critic].batches
-    place = (
-        folder / "critics" / (EMBEDDED if critic == EMBEDDED else Path(weights_of(study, critic, folder)).parent.name)
-    )
+    place = folder / "critics" / EMBEDDED if critic == EMBEDDED else Path(weights_of(study, critic, folder)).parent
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         with open(place / "teaching.lock", "w") as lock:

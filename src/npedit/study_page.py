@@ -29,22 +29,8 @@ KEPT = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
 MORE = ("score-*.json", "blame.json")  # where there are such
 _PLACE = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 # Student's t, .975, for 1, 2, ... degrees of freedom; beyond, the last is used, which is a little too wide
-_T975 = (
-    12.7062,
-    4.3027,
-    3.1824,
-    2.7764,
-    2.5706,
-    2.4469,
-    2.3646,
-    2.3060,
-    2.2622,
-    2.2281,
-    2.2010,
-    2.1788,
-    2.1604,
-    2.1448,
-)
+_T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604,
+         2.1448)  # fmt: skip
 Score = Mapping[str, Any]
 Chance = tuple[float, int]
 
