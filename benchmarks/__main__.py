@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.inference import inference
 from benchmarks.processes import processes
 from benchmarks.train_step import Bench, arithmetic, by_part, exchanges, savings
-from npedit.config import load_recipe, pick_device
+from npedit.recipe.config import load_recipe, pick_device
 
 
 def machine() -> str:

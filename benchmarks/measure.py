@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from npedit.config import pick_device
+from npedit.recipe.config import pick_device
 from npedit.steps import np_edit
 from npedit.steps.base import Clock
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import MIB, interleaved, marked, middle, peaks, storages, table, wait
-from npedit.config import LoraChoice, MemorySettings, Recipe, pick_device, torch_dtype
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.generator import seeded, training_times
-from npedit.lora import Adapter
-from npedit.parts import build_parts, build_source
+from npedit.nets.lora import Adapter
+from npedit.recipe.config import LoraChoice, MemorySettings, Recipe, pick_device, torch_dtype
 from npedit.steps import np_edit
 from npedit.steps.base import Parts
+from npedit.training.parts import build_parts, build_source
 
 PARTS = ("draft", "dmd", "critic", "fake")  # of a step, as its clock names them
 LORA = LoraChoice(rank=16, alpha=16)

@@ -245,5 +245,5 @@ def test_the_package_offers_the_editor_lazily():
     import subprocess
     import sys
 
-    code = "import sys, npedit, npedit.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, npedit, npedit.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "src"}).returncode == 0

@@ -22,13 +22,14 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from npedit import config, generator
+from npedit import generator
 from npedit.data._photos import _PIL_ERRORS
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
-from npedit.lora import FILE as LORA_FILE
-from npedit.lora import Adapter
+from npedit.nets.lora import FILE as LORA_FILE
+from npedit.nets.lora import Adapter
+from npedit.recipe import config
 
 FORMAT = 1
 CHUNK = 16  # pictures edited at a time

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from npedit import flow
-from npedit.distributed import own, whole
 from npedit.families import _decode
 from npedit.families.base import Family, Text
+from npedit.nets.distributed import own, whole
 
 
 def seeded(*key: object) -> torch.Generator:

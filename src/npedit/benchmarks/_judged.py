@@ -30,18 +30,18 @@ from typing import Any
 from PIL import Image, ImageOps
 from rich.table import Table
 
-from npedit import results
 from npedit.benchmarks._answers import read
 from npedit.benchmarks._outputs import opener, save
 from npedit.benchmarks._protocol import Protocol, Question
-from npedit.checkpoint import write_text
 from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
-from npedit.encoders import Absent, Clip, Dino
 from npedit.errors import UserError, writing
 from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
-from npedit.lpips import Lpips
-from npedit.measures import feature_measures, perceptual_measures, pixel_measures
+from npedit.runs.checkpoint import write_text
+from npedit.scoring import results
+from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.lpips import Lpips
+from npedit.scoring.metrics import feature_measures, perceptual_measures, pixel_measures
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone

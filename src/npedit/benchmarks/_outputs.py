@@ -14,8 +14,8 @@ from rich.table import Table
 
 from npedit.data._photos import BadImage, open_whole
 from npedit.errors import writing
-from npedit.measures import Opener
-from npedit.results import NoScore, lower_is_better
+from npedit.scoring.metrics import Opener
+from npedit.scoring.results import NoScore, lower_is_better
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from npedit.benchmarks._outputs import Job, Told, opener
-from npedit.encoders import Absent, Clip, Dino
 from npedit.errors import UserError
-from npedit.results import Measures, NoScore, Row
+from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.results import Measures, NoScore, Row
 
 PROMPTS = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes with the second list of prompts

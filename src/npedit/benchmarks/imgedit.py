@@ -18,9 +18,9 @@ from typing import Any
 
 from npedit.benchmarks._answers import read
 from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
-from npedit.checkpoint import write_text
 from npedit.errors import UserError, writing
 from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
+from npedit.runs.checkpoint import write_text
 
 TASKS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "compose", "action")
 ALIASES = {"alter": "adjust", "hybrid": "compose"}  # other names in official files

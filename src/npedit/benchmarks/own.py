@@ -23,10 +23,10 @@ from rich.table import Table
 from npedit.benchmarks._outputs import Job, Told, opener
 from npedit.data._photos import BadImage
 from npedit.data.imagefolder import find_metadata, json_rows, photo_path, to_row
-from npedit.encoders import Absent, Clip, Dino
 from npedit.errors import UserError
-from npedit.lpips import Lpips
-from npedit.measures import (
+from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.lpips import Lpips
+from npedit.scoring.metrics import (
     TARGET,
     feature_measures,
     outside_measures,
@@ -34,8 +34,8 @@ from npedit.measures import (
     pixel_measures,
     text_measures,
 )  # fmt: skip
-from npedit.results import Measures, Row, Undefined
-from npedit.statistics import mean
+from npedit.scoring.results import Measures, Row, Undefined
+from npedit.scoring.statistics import mean
 
 MASK, WANTED = "mask_file_name", "edited_file_name"
 LONGEST_NAME = 200  # bytes of a file's name

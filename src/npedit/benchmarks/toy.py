@@ -24,7 +24,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from npedit.checkpoint import write_text, writing
+from npedit.runs.checkpoint import write_text, writing
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.oracle import described, judge, outside_change, read_scene, reading_of
 from npedit.toy.world import SIDE, render

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from npedit.critics.base import Critic
-from npedit.meta import META, read_config
+from npedit.nets.meta_device import META, read_config
 
 
 def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:

@@ -20,8 +20,8 @@ import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
-from npedit.config import EMBEDDED, Settings, check, embedded, find_class
 from npedit.critics.base import Critic
+from npedit.recipe.config import EMBEDDED, Settings, check, embedded, find_class
 
 
 class Member(Settings):

@@ -32,11 +32,11 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from npedit.config import Settings as Base
 from npedit.data import Batch, Example, collate
 from npedit.data._photos import BadImage, open_photo, photo_size
 from npedit.errors import BadRows, UserError, nearest
 from npedit.questions import NOTHING, known_edit_type
+from npedit.recipe.config import Settings as Base
 
 log = logging.getLogger(__name__)
 

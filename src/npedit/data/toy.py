@@ -14,8 +14,8 @@ from functools import lru_cache
 from pydantic import Field
 from torch import Tensor
 
-from npedit.config import Settings as Base
 from npedit.data import Batch, Example, collate
+from npedit.recipe.config import Settings as Base
 from npedit.toy.edits import NOTHING, Edit, sample_edit
 from npedit.toy.world import BACKGROUNDS, COLOURS, SIDE, STYLES, render
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from npedit.config import Settings as Base
 from npedit.data import PairedBatch
 from npedit.data.toy import Settings as ToySettings
 from npedit.data.toy import Source as ToySource
+from npedit.recipe.config import Settings as Base
 from npedit.toy.edits import sample_edit
 from npedit.toy.world import render
 

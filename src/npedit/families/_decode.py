@@ -11,8 +11,8 @@
 
 A tile's result differs from the whole's. Convolutions alone give the same but for rounding where their reach, in
 pixels, is at most a sixteenth of a tile; where it is more, the difference is near the seams (below a twentieth of the
-picture's standard deviation for random weights that reach four times as far, tests/test_decode.py). What looks at
-all of its input differs everywhere in the tile: group norm (AutoencoderKL) takes its mean and variance from the tile,
+picture's standard deviation for random weights that reach four times as far: tests/families/test_decode.py). What looks
+at all of its input differs everywhere: group norm (AutoencoderKL) takes its mean and variance from the tile,
 attention (the middle block of AutoencoderKL and AutoencoderKLQwenImage, the linear attention in the deep stages of
 AutoencoderDC) sees the tile alone. Colour and contrast can shift from tile to tile, blended at the seams. How much
 depends on weights and picture, so no bound is given; compare with the whole before you trust small tiles.

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from npedit.families.base import Family
-from npedit.meta import META, read_config
+from npedit.nets.meta_device import META, read_config
 
 
 def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:

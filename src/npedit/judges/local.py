@@ -20,11 +20,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from npedit import config
 from npedit.critics._chat import model_kind
 from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.judges.base import OK, Judge, Manner, Reply
+from npedit.recipe import config
 
 PARTS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
 

@@ -19,16 +19,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from npedit.config import LoraChoice, MemorySettings, Settings, rest_device
 from npedit.critics._bits import is_quantised
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families import _decode
 from npedit.families.base import Family, Text
-from npedit.learner import Learner
-from npedit.lora import Adapter, checkpoint_gradients
-from npedit.meta import under_way
+from npedit.nets.learner import Learner
+from npedit.nets.lora import Adapter, checkpoint_gradients
+from npedit.nets.meta_device import under_way
+from npedit.recipe.config import LoraChoice, MemorySettings, Settings, rest_device
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from npedit import flow, grpo
-from npedit.config import Settings
 from npedit.data import Batch
 from npedit.families.base import Text
 from npedit.generator import fresh_noise, seeded
-from npedit.learner import Learner, LearnerSettings
+from npedit.nets.learner import Learner, LearnerSettings
+from npedit.recipe.config import Settings
+from npedit.scoring.critic_scores import verdict
 from npedit.steps.base import Clock, Parts
 from npedit.steps.base import Step as Base
-from npedit.verdict import verdict
 
 
 class FlowGrpoSettings(Settings):

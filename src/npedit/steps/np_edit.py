@@ -24,14 +24,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from npedit import dmd, flow
-from npedit.config import Settings
 from npedit.critics.base import answer_loss, vocabulary_loss
 from npedit.data import Batch
-from npedit.distributed import own, whole, whole_norm
 from npedit.errors import nearest
 from npedit.generator import draft, fresh_noise, seeded, training_times
-from npedit.learner import Learner, LearnerSettings
+from npedit.nets.distributed import own, whole, whole_norm
+from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, NOTHING, questions_for
+from npedit.recipe.config import Settings
 from npedit.steps.base import Clock, Parts
 from npedit.steps.base import Step as Base
 

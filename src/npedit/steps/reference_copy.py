@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from npedit import flow
-from npedit.config import Settings
 from npedit.data import Batch
-from npedit.distributed import own, whole
 from npedit.generator import fresh_noise, seeded
-from npedit.learner import Learner, LearnerSettings
+from npedit.nets.distributed import own, whole
+from npedit.nets.learner import Learner, LearnerSettings
+from npedit.recipe.config import Settings
 from npedit.steps.base import Parts
 from npedit.steps.base import Step as Base
 

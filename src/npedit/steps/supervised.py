@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npedit import flow
-from npedit.config import Settings
 from npedit.data import Batch, PairedBatch
-from npedit.distributed import own, whole
 from npedit.generator import draft, fresh_noise, seeded, training_times
-from npedit.learner import Learner, LearnerSettings
+from npedit.nets.distributed import own, whole
+from npedit.nets.learner import Learner, LearnerSettings
+from npedit.recipe.config import Settings
 from npedit.steps.base import Parts
 from npedit.steps.base import Step as Base
 

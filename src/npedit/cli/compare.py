@@ -1,0 +1,230 @@
+"""`npedit compare A B ...`: what folders of results say against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from npedit.errors import UserError, nearest, writing
+
+if TYPE_CHECKING:
+    from npedit.scoring.results import Results
+
+out = Console(highlight=False, soft_wrap=True)
+Interval = tuple[float, float] | None
+
+
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B...",
+            help="Folders of results; A is the baseline. Several of one editor under several judges: A1+A2.",
+        ),
+    ],
+    wanted: Annotated[list[str] | None, typer.Option("--measure", help="Only this one; repeat it for several.")] = None,
+    margin: Annotated[float, typer.Option(help="Items within it tie.", min=0)] = 0.0,
+    plot: Annotated[Path, typer.Option("--plot", help="Draw the means into this PNG.")] = Path("compare.png"),
+    people: Annotated[
+        Path | None,
+        typer.Option(
+            help='Labels by people, a line of JSON each: {"result": a folder\'s name, "id": ..., "score": ...}'
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Of the intervals and tests.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Compare results of unlike protocols or judges.")] = False,
+) -> None:
+    """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
+
+    Intervals are 95 % bootstrap ones with items drawn within tasks; p-values are those of sign flips, adjusted by Holm
+    for all that are printed.
+    """
+    results = opened(folders, force)
+    measures, left_out = comparable(results, wanted or [])
+    for words in left_out:
+        out.print(f"[yellow]note[/] {escape(words)}")
+    if not measures:
+        raise UserError("expected a measure that all results have on enough items; got none; see the notes above")
+    if plot.suffix.lower() != ".png":
+        raise UserError(f"expected a plot's name to end in .png; got {plot}; change --plot")
+    out.print(differences(results, measures, margin, seed))
+    if len(results) > 2:
+        out.print(ranking(results, measures, margin, seed))
+    if people:
+        out.print(agreement(results, measures, people, seed))
+    _draw(results, measures, plot, seed)
+    out.print(f"Plot: {escape(str(plot))}")
+
+
+def opened(folders: Sequence[Path], force: bool) -> list[Results]:
+    """Read folders of results; those of one name are told apart by their path.
+
+    Raises:
+        UserError: fewer than two, or unlike protocols or judges without `force`.
+    """
+    from dataclasses import replace
+
+    if len(folders) < 2:
+        raise UserError(f"expected two folders of results or more; got {len(folders)}; name another")
+    found = [_read(folder) for folder in folders]
+    if len({r.name for r in found}) < len(found):
+        found = [replace(r, name=str(folder)) for r, folder in zip(found, folders)]
+    if len({r.name for r in found}) < len(found):
+        raise UserError("expected different folders; got one of them twice; leave it out")
+    for key in ("protocol", "judge", "repeats", "swap"):
+        kinds = {json.dumps(_unnamed(r.settings.get(key)), sort_keys=True) for r in found}
+        if len(kinds) > 1 and not force:
+            raise UserError(
+                f"expected results of one {key}; got {'; '.join(sorted(kinds))}; "
+                "evaluate them alike, or compare them all the same with --force"
+            )
+    return found
+
+
+def _unnamed(fact: Any) -> Any:
+    """A fact of a result, a judge without the name it went by if more is known of it: a folder may have moved."""
+    if isinstance(fact, list):
+        return [_unnamed(f) for f in fact]
+    return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
+
+
+def _read(folder: Path) -> Results:
+    """One folder of results, or several joined by +, which are one editor's under several judges."""
+    from npedit.scoring.results import Results, panel
+
+    if folder.exists() or "+" not in str(folder):
+        return Results.read(folder)
+    judged = [Results.read(Path(part)) for part in str(folder).split("+")]
+    if len({json.dumps(r.settings.get("protocol"), sort_keys=True) for r in judged}) > 1:
+        raise UserError(f"{folder}: expected results of one protocol under several judges; got several protocols")
+    return panel(judged)
+
+
+def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The measures to compare (all but those of baselines if none is `wanted`), and why others are left out.
+
+    Raises:
+        UserError: a wanted measure that the first result does not have.
+    """
+    from npedit.scoring.results import LEAST, UNDEFINED, shared
+
+    names = results[0].names()
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"expected a measure of {results[0].name}; got {name!r}.{nearest(name, names)} "
+                            f"It has: {', '.join(names)}")  # fmt: skip
+    kept, notes = [], []
+    for name in wanted or [n for n in names if "/" not in n]:
+        failed = {}
+        for r in results:
+            bad = sum(r_.scores.get(name) is None and not r_.why.get(name, "").startswith(UNDEFINED) for r_ in r.rows)
+            if bad > (1 - LEAST) * len(r.rows):
+                failed[r.name] = f"{bad} of {len(r.rows)} missing in {r.name}"
+        if failed:
+            notes.append(f"{name} is left out: {', '.join(failed.values())}")
+        elif not shared(results, name)[0].size:
+            notes.append(f"{name} is left out: no item has it in all results")
+        else:
+            kept.append(name)
+    return kept, notes
+
+
+def differences(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
+    """A line for each measure and editor: its mean, and against the first the difference, its test and the wins."""
+    from npedit.scoring import statistics
+    from npedit.scoring.results import lower_is_better, shared
+
+    tests = []
+    for name in measures:
+        values, tasks, _ = shared(results, name)
+        for k in range(len(results)):
+            low = lower_is_better(name)
+            d = statistics.difference(values[0], values[k], tasks, low, margin, seed) if k else None
+            better = statistics.outcomes(values[k] - values[0], margin) * (-1 if low else 1)
+            mean = statistics.mean(values[k], tasks), statistics.interval(values[k], tasks, seed)
+            tests.append((name, k, mean, d, statistics.win_rate_interval(better, tasks, seed)))
+    adjusted = iter(statistics.holm([d.p for *_, d, _ in tests if d]))
+    shown = Table(title=f"Against {results[0].name}, on the items that all have")
+    for column in ("measure", "better", "editor", "n", "mean", "difference", "p (Holm)", "win/tie/loss", "win rate"):
+        shown.add_column(
+            column, justify="left" if column in ("measure", "better", "editor") else "right", overflow="fold"
+        )
+    for name, k, mean, d, ci in tests:
+        if not k:
+            shown.add_section()
+        head = (name, "lower" if lower_is_better(name) else "higher") if not k else ("", "")
+        cells = ["", *["-"] * 4]
+        if d:
+            cells = [f"{d.n}", _with(d.mean, d.ci95), f"{next(adjusted):.4f}", f"{d.wins}/{d.ties}/{d.losses}"]
+            cells.append(_with(d.win_rate, ci))
+        else:
+            cells[0] = str(len(shared(results, name)[2]))
+        shown.add_row(*head, escape(results[k].name), cells[0], _with(*mean), *cells[1:])
+    count = sum(bool(d) for *_, d, _ in tests)
+    shown.caption = f"difference = editor less {results[0].name}; p by sign flips, adjusted for {count} tests"
+    return shown
+
+
+def ranking(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
+    """Davidson's model of each measure: every pair of editors is compared on every item."""
+    from npedit.scoring import statistics
+    from npedit.scoring.results import lower_is_better, shared
+
+    shown = Table(title="Ranking: Davidson's model of wins and ties")
+    for column in ("measure", "editor", "Elo"):
+        shown.add_column(column, justify="right" if column == "Elo" else "left", overflow="fold")
+    for name in measures:
+        values, tasks, _ = shared(results, name)
+        found, ci = statistics.rank(values, tasks, lower_is_better(name), margin, seed)
+        shown.add_section()
+        for place, k in enumerate(sorted(range(len(results)), key=lambda k: -found.elo[k])):
+            span = None if ci is None else tuple(ci[k])
+            shown.add_row("" if place else name, escape(results[k].name), _with(found.elo[k], span, 0))
+    shown.caption = "1000 is the mean of these editors; 95 % intervals with whole items drawn"
+    return shown
+
+
+def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path, seed: int) -> Table:
+    """How each measure orders what people have scored."""
+    from npedit.scoring import human_agreement as agree
+    from npedit.scoring.results import lower_is_better
+
+    given = agree.read_labels(labels, [r.name for r in results])
+    shown = Table(title=f"Against people: {len(given)} labels")
+    for column in ("measure", "n", "Spearman", "Kendall tau-b", "pairwise accuracy", "with calibrated ties"):
+        shown.add_column(column, justify="left" if column == "measure" else "right", overflow="fold")
+    for name in measures:
+        found = agree.against_people(results, name, given, lower_is_better(name), seed)
+        cells = ["-" if value is None else _with(*value) for value in found.figures]
+        shown.add_row(name, str(found.n), *cells)
+    shown.caption = (
+        "correlations: the mean of those of the tasks through Fisher's z; pairs: two editors of one item; the margin "
+        "of calibrated ties is chosen on the same pairs, so that its accuracy is a little too high"
+    )
+    return shown
+
+
+def _draw(results: Sequence[Results], measures: Sequence[str], path: Path, seed: int) -> None:
+    from npedit.report.plots import comparison
+    from npedit.scoring import statistics
+    from npedit.scoring.results import lower_is_better, shared
+
+    panels = []
+    for name in measures:
+        values, tasks, _ = shared(results, name)
+        means = [(statistics.mean(v, tasks), statistics.interval(v, tasks, seed)) for v in values]
+        panels.append((f"{name} ({'lower' if lower_is_better(name) else 'higher'} is better)", means))
+    with writing(path):
+        path.write_bytes(comparison([r.name for r in results], panels))
+
+
+def _with(value: float, ci: Interval, digits: int = 4) -> str:
+    words = f"{value:.{digits}f}"
+    return escape(f"{words} [{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]") if ci else words

@@ -1,0 +1,82 @@
+"""What `npedit doctor` looks at: versions, device, embedded weights, and one edit with the embedded editor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from npedit.errors import UserError
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "datasets",
+    "matplotlib",
+)
+Check = tuple[str, bool, str]
+
+
+def checks() -> Iterator[Check]:
+    """Each check as (name, is it fine, what was found or what to do)."""
+    yield "python", True, f"{platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield package, True, version(package)
+        except PackageNotFoundError:
+            yield package, False, f"not installed; install npedit again, or: pip install {package}"
+            return
+    import torch
+
+    from npedit.recipe import config
+
+    device = config.pick_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    yield "device", True, f"{device.type}: {name}"
+    yield _temporary_files()
+    whole = True
+    for kind in ("base", "critic", "editor"):
+        try:
+            folder = config.embedded(kind)
+            size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+            yield f"embedded {kind}", True, f"{size:.1f} MB in {folder}"
+        except UserError as error:
+            whole = False
+            yield f"embedded {kind}", False, str(error)
+    if whole:
+        yield _one_edit()
+
+
+def _temporary_files() -> Check:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 1e9
+            return "temporary files", True, f"{free:.1f} GB free in {tempfile.gettempdir()}"
+    except OSError as error:
+        return "temporary files", False, f"{error}; set TMPDIR to a folder that can be written"
+
+
+def _one_edit() -> Check:
+    """Open the embedded editor and edit nine held-out scenes."""
+    from npedit.benchmarks import toy
+    from npedit.editor import Editor
+
+    try:
+        start = time.monotonic()
+        editor = Editor.open("embedded")
+        opened = time.monotonic()
+        scores = toy.score(lambda references, words: editor.edit_tensor(references, words), toy.items(9))
+        done = time.monotonic()
+    except (UserError, RuntimeError, ValueError) as error:
+        return "one edit", False, f"{error}; reinstall npedit"
+    right = round(9 * scores["both"]["value"])
+    took = f"opened in {opened - start:.1f} s, {(done - opened) / 9:.2f} s an edit"
+    return "nine edits", True, f"{right} of 9 right; {took}"

@@ -1,0 +1,189 @@
+"""`npedit evaluate own|dreambench`: edit, measure without a judge, leave a folder of results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit import __version__
+from npedit.cli.options import ClipOption, DinoOption, LpipsOption, ModelOption, SeedOption, StepsOption, bar
+from npedit.errors import UserError
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+MEASURES = 1  # raised whenever a measure changes its meaning
+LONGEST = 1024  # pixels of the longer side of a photo of DreamBench as an editor gets it; the nets look at 224
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="A new folder for the results, or one to go on with.")]
+EditedOption = Annotated[
+    Path | None, typer.Option("--edited", help="Measure the pictures in this folder, which another editor made.")
+]
+CopyOption = Annotated[bool, typer.Option("--copy", help="Measure the editor that does nothing.")]
+
+
+def own(
+    data: Annotated[str, typer.Argument(help="A folder of photos with metadata.jsonl, as for training.")],
+    folder: OutOption,
+    model: ModelOption = "embedded",
+    edited: EditedOption = None,
+    copy: CopyOption = False,
+    items: Annotated[int | None, typer.Option(help="Only the first so many.", min=1)] = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    dino: DinoOption = "",
+    clip: ClipOption = "",
+    lpips: LpipsOption = None,
+) -> None:
+    """Your own photos and instructions: how much of the reference is kept, and with targets how near they are.
+
+    Optional columns: mask_file_name (white is the edit) and edited_file_name (the wanted result). Pictures of another
+    editor (--edited) are named ID.png.
+    """
+    from npedit.benchmarks import own as bench
+
+    rows, digest = bench.read(data)
+    rows = rows[:items]
+    near = open_lpips(lpips)
+    run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
+    run.make(bench.jobs(rows, seed))
+    scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
+    run.finish(scored, {})
+    out.print(bench.by_task(scored))
+
+
+def dreambench(
+    data: Annotated[str, typer.Argument(help="The folder 'dataset' of github.com/google/dreambooth.")],
+    folder: OutOption,
+    model: ModelOption = "embedded",
+    edited: EditedOption = None,
+    copy: CopyOption = False,
+    pictures: Annotated[int, typer.Option(help="How many pictures a prompt; 4 in the literature.", min=1)] = 4,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    dino: DinoOption = "",
+    clip: ClipOption = "",
+) -> None:
+    """DreamBench: is the subject of a photo kept in new scenes? 30 subjects, 25 prompts, 4 pictures each.
+
+    Pictures of another editor (--edited) are named SUBJECT/PP-K.png, both counted from 0: cat/07-0.png.
+    """
+    from npedit.benchmarks import dreambench as bench
+
+    subjects, digest = bench.read(data)
+    facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
+    run = _Run.begin("dreambench", folder, facts, model, edited, copy, seed, steps, (dino, clip))
+    real = bench.real_images(subjects, *run.encoders)
+    wrong = bench.acceptance(real) if bench.official(subjects) else ["these are not the official subjects and photos"]
+    for words in wrong:
+        err.print(f"[yellow]note[/] not to be compared with the literature: {escape(words)}")
+    run.make(bench.jobs(subjects, seed, pictures), LONGEST)
+    scored = run.watch("measuring", lambda told: bench.score(subjects, run.pictures, *run.encoders, told, pictures))
+    run.finish(scored, real)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {"own": own, "dreambench": dreambench}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation: where its pictures lie and what measures them."""
+
+    name: str
+    folder: Path
+    pictures: Path
+    source: dict[str, Any]
+    encoders: tuple[Any, Any]
+
+    @classmethod
+    def begin(
+        cls,
+        name: str,
+        folder: Path,
+        facts: dict[str, Any],
+        model: str,
+        edited: Path | None,
+        copy: bool,
+        seed: int,
+        steps: int | None,
+        weights: tuple[str, str],
+        lpips: Any = None,
+    ) -> _Run:
+        """Check everything before work is spent, and write settings.json."""
+        from npedit.benchmarks._outputs import EDITED
+        from npedit.scoring import results
+
+        if bool(edited) + copy + (model != "embedded") > 1:
+            raise UserError("expected one of --model, --edited and --copy; got several; leave all but one out")
+        if edited and not edited.is_dir():
+            raise UserError(f"expected a folder of edited pictures; {edited} is none; correct --edited")
+        encoders, used = open_encoders(weights, lpips)
+        source: dict[str, Any] = {"edited": str(edited.resolve())} if edited else {"copy": True}
+        if not edited and not copy:
+            source = {"model": model, "files": fingerprint(model), "seed": seed, "steps": steps}
+        settings = {"npedit": __version__, "source": source, "encoders": used}
+        results.begin(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
+        return cls(name, folder, edited or folder / EDITED, source, encoders)
+
+    def make(self, jobs: Sequence[Any], longest: int = 0) -> None:
+        """Edit what is not there yet; nothing for pictures of another editor."""
+        from npedit.benchmarks._outputs import make
+        from npedit.editor import Editor
+
+        if "edited" in self.source:
+            return
+        if "copy" in self.source:
+            edit = lambda pictures, instructions, seed: list(pictures)  # noqa: E731
+        else:
+            editor, steps = Editor.open(self.source["model"]), self.source["steps"]
+            edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, steps)  # noqa: E731
+        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest))
+
+    def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+        """Do `work(told)` behind a bar."""
+        with bar(words) as told:
+            return work(told)
+
+    def finish(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
+        """Write the results and print the headlines."""
+        from npedit.benchmarks._outputs import table
+        from npedit.scoring.results import write_results
+
+        out.print(table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
+        out.print(f"Results: {escape(str(self.folder))}")
+
+
+def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """DINO and CLIP, or why they are missing, which is said; and what to note of them all."""
+    from npedit.scoring.encoders import Absent, Clip, Dino, open_encoder
+
+    encoders = tuple(open_encoder(k, w) for k, w in zip((Dino, Clip), weights))
+    for encoder in encoders:
+        if isinstance(encoder, Absent):
+            err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
+    used = {"dino": weights[0] or Dino.usual, "clip": weights[1] or Clip.usual, "dtype": "float32"}
+    return encoders, used | ({"lpips": lpips.tag} if lpips else {})
+
+
+def open_lpips(folder: Path | None) -> Any:
+    """LPIPS, if its folder is given."""
+    from npedit.recipe.config import pick_device
+    from npedit.scoring.lpips import Lpips
+
+    return Lpips.load(folder, pick_device()) if folder else None
+
+
+def fingerprint(model: str) -> str:
+    """A hash of the names, sizes and times of an editor's files: enough to tell that they changed."""
+    from npedit.editor import locate
+
+    folder = locate(model)
+    facts = [(f.relative_to(folder).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*.*")]
+    return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""`npedit train`: one process per visible GPU, or this process as one of those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.errors import UserError, nearest, program
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: bool, processes: int) -> int:
+    """Train a recipe in `processes` processes on this machine (0: one per visible GPU); returns the exit code.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    from npedit.nets import distributed
+    from npedit.recipe import config
+    from npedit.training import launch, parts, trainer
+
+    with distributed.session():
+        loaded = config.load_recipe(recipe_path(name), overrides)
+        run = folder or Path("runs") / loaded.name
+        count = 1 if distributed.launched() else processes or launch.visible()
+        parts.check_processes(loaded, count)
+        if fresh and distributed.first():
+            move_aside(run)
+        if count > 1:
+            return launch.start(count, ["train", name, *overrides, "--out", str(run)])
+        trainer.train(loaded, run)
+        if distributed.first():
+            out.print(escape(f"\nNext:\n  {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
+        return 0
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: the path as given, or the packaged recipe of this name.
+
+    Raises:
+        UserError: neither exists; the nearest packaged name is given.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    folder = Path(__file__).parents[1] / "recipes"
+    packaged = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    if name in packaged:
+        return packaged[name]
+    known, hint = ", ".join(packaged) or "none", nearest(name, packaged)
+    raise UserError(f"expected a recipe's file or one of: {known}; got {name!r}; check the path.{hint}")
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder out of the way, if it is there."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            os.rename(folder, aside)
+        except OSError as error:
+            raise UserError(f"expected to move {folder} aside; got: {error}; use another folder") from None
+        out.print(f"Moved the earlier {escape(str(folder))} to {escape(str(aside))}.")

@@ -1,0 +1,140 @@
+"""`npedit convert`: the checkpoint that NP-Edit's public reimplementation released, as a run that the editor opens.
+
+It is one file for `torch.load`: tensors by the names of diffusers' Z-Image transformer behind `transformer.`. Its net
+knows the reference as the first of two frames; so its config is marked, and `families/z_image.py` speaks to it that
+way. Two things are otherwise than in that project's own sampler: between steps all noise is fresh, as it was in
+training; and the time is not rounded to bfloat16, as it always is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from npedit.editor import FACTS_FILE, FORMAT
+from npedit.errors import UserError, writing
+from npedit.families._shared import schedule_shift
+from npedit.families.z_image import framed_net, scheduler_of
+from npedit.flow import few_step_times
+from npedit.runs.checkpoint import write_text
+
+PREFIX = "transformer."
+STEPS = 4
+PATCH = 16  # pixels a side that one token stands for
+SIZES = (
+    (512, 512),
+    (576, 448),
+    (448, 576),
+    (640, 384),
+    (384, 640),
+    (512, 384),
+    (384, 512),
+)  # (H, W), as it was trained
+CARD = """# {name}, converted
+
+A {steps}-step image editor of the family `z_image`, its base `{base}`, trained without pairs by the public
+reimplementation of NP-Edit (github.com/nupurkmr9/npedit) and converted by npedit from `{name}`.
+
+    npedit edit --run PATH_OF_THIS_RUN picture.png "paint the circle red" -o out.png
+"""
+
+
+def convert(source: Path, run: Path, base: str) -> Path:
+    """Write the run `run` with `final/` from the released file `source`; `base` is the Z-Image, a Hub id or a folder,
+    that it was trained from. Returns `run`.
+
+    Raises:
+        UserError: the file is no such checkpoint, or not of this base; `run` holds something; the base does not open.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"expected a new or empty folder; got {run}, which is not; choose another")
+    weights = _read(source)
+    try:
+        net, scheduler = framed_net(base), scheduler_of(base)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"--base: expected a Z-Image that opens; got {base!r} ({error}); correct it") from None
+    _check(source, weights, net)
+    net.load_state_dict(weights, assign=True)
+    shift = schedule_shift(scheduler.config, SIZES[0][0] * SIZES[0][1] // PATCH**2)
+    few = type(scheduler)(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+    facts = {
+        "format": FORMAT,
+        "family": "z_image",
+        "base": str(Path(base).resolve()) if Path(base).is_dir() else base,
+        "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        "steps": STEPS,
+        "times": [round(float(t), 6) for t in few_step_times(STEPS, shift)],
+        "sizes": [list(s) for s in SIZES],
+        "recipe": f"converted from {source.name}",
+    }
+    aside = run / "final.tmp"
+    try:
+        with writing(run):
+            aside.mkdir(parents=True)
+            net.save_pretrained(aside / "transformer")
+            few.save_pretrained(aside / "scheduler")
+            write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
+            write_text(aside / "README.md", CARD.format(name=source.name, steps=STEPS, base=base))
+            os.rename(aside, run / "final")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return run
+
+
+def _read(source: Path) -> dict[str, Tensor]:
+    """The file's tensors by their names in the transformer; read as data, never run."""
+    wanted = "expected the released checkpoint, a mapping from names to tensors that torch.load reads as weights alone"
+    try:
+        found = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{wanted}; there is no {source}; check the path") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        said = str(error).split("\n")[0]
+        raise UserError(f"{wanted}; got {source} ({said}); download it again") from None
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()) or not found:
+        kinds = (
+            sorted({type(v).__name__ for v in found.values()}) if isinstance(found, Mapping) else type(found).__name__
+        )
+        raise UserError(
+            f"{wanted}; got {source}, which holds {kinds}; give the released .pt, not a training checkpoint"
+        )
+    foreign = [str(name) for name in found if not str(name).startswith(PREFIX)]
+    if foreign:
+        raise UserError(f"{wanted}, each name with {PREFIX}; got {_some(foreign)} in {source}; give the released .pt")
+    return {name.removeprefix(PREFIX): value for name, value in found.items()}
+
+
+def _check(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
+    """Refuse weights that are not exactly the net's."""
+    own = net.state_dict()
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    kinds = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
+    faults = {
+        "lacks": sorted(own.keys() - weights.keys()),
+        "has besides": sorted(weights.keys() - own.keys()),
+        "has of another shape": shapes,
+        "mixes types": sorted(kinds) if len(kinds) > 1 or not kinds <= {"float32", "bfloat16", "float16"} else [],
+    }
+    said = "; ".join(f"it {what} {_some(names)}" for what, names in faults.items() if names)
+    if said:
+        raise UserError(
+            f"expected the weights of a Z-Image like the base, in one floating-point type; got {source}: {said}; give "
+            "the base that it was trained from (--base), or the right file"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

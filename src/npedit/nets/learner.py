@@ -1,0 +1,200 @@
+"""One trainable net: float32 master weights, AdamW, accumulation, finite guard, clipping, schedule, averages."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from npedit.errors import UserError
+from npedit.nets import distributed
+from npedit.recipe.config import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LearnerSettings(Settings):
+    """How one net is trained."""
+
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.0, 0.9)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    warmup_updates: int = Field(0, ge=0)
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float = Field(1.0, gt=0)  # the largest gradient norm
+    ema: float = Field(0.99, ge=0, lt=1)
+    max_skipped: int = Field(20, ge=0)  # updates in a row without finite gradients before the run stops
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter keeps its moments in 8 bits, with bitsandbytes
+
+    @field_validator("optimizer")
+    @classmethod
+    def _installed(cls, name: str) -> str:
+        if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("adamw8bit needs the package bitsandbytes: pip install 'npedit[8bit]', or use adamw")
+        return name
+
+
+class Learner:
+    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place, and spread over the
+    processes as `distributed.plan` has it.
+
+    A step calls `update`; accumulation is in there and nowhere else. `net` holds the newest weights; inside
+    `with learner.average():` it holds their exponential moving average.
+    """
+
+    def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
+        self.net = distributed.spread(net).float()
+        self.settings = settings
+        self.total_updates = total_updates
+        self.updates = 0  # calls of `update`, skipped ones too
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        if not self._params:
+            raise ValueError("expected a net with parameters to train; got none that requires a gradient")
+        self._ema = {n: p.detach().clone() for n, p in self._params.items()}
+        self._optimizer = _optimizer(settings)(
+            self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def learning_rate(self) -> float:
+        """The rate of the coming update: linear warm-up, then constant or a cosine to zero at `total_updates`."""
+        s = self.settings
+        rate = s.lr * min(1.0, (self.updates + 1) / max(1, s.warmup_updates))
+        if s.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.updates / self.total_updates)))
+        return rate
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> dict[str, float]:
+        """One update from the mean of the scalar losses, over all processes too; each is computed and differentiated
+        before the next.
+
+        Returns:
+            grad_norm before clipping, lr, and skipped: updates left out so far, their gradients not being finite.
+
+        Raises:
+            UserError: more than `max_skipped` updates in a row had to be left out.
+            ValueError: no loss was given, or none reaches the net.
+        """
+        if not losses:
+            raise ValueError("expected at least one loss; got none")
+        self._optimizer.zero_grad(set_to_none=True)
+        finite = True
+        for compute in losses:
+            loss = compute() / len(losses)
+            loss.backward()
+            finite = finite and bool(torch.isfinite(loss.detach()))
+        distributed.average_gradients(self._params.values())
+        if all(p.grad is None for p in self._params.values()):
+            raise ValueError("expected losses that depend on the net; got none that reaches its parameters")
+        norm = distributed.number(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
+        rate = self.learning_rate()
+        if all(distributed.gather(finite and math.isfinite(norm))):
+            self._apply(rate)
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(norm)
+        self.updates += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "lr": rate, "skipped": float(self.skipped)}
+
+    def _apply(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        done = self.updates - self.skipped
+        decay = min(self.settings.ema, (done + 1) / (done + 10))  # an early average must not cling to the start
+        torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._params.values()], 1 - decay)
+
+    def _skip(self, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.settings.max_skipped:
+            raise UserError(
+                f"expected finite losses and gradients; got {self.skipped_in_a_row} updates in a row without (last "
+                f"gradient norm {norm}); look at the last loss/* and grad_norm/* in metrics.jsonl, then lower lr, "
+                "raise warmup_updates, or use dtype float32 for family and critic. The last checkpoint is kept."
+            )
+
+    @contextmanager
+    def average(self) -> Iterator[nn.Module]:
+        """Put the averaged weights into `net` for the length of a `with` block; the newest come back after it."""
+        self._swap()
+        try:
+            yield self.net
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the averaged weights the net's own, for good: how a stage hands the net to the next."""
+        for name, param in self._params.items():
+            param.copy_(self._ema[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, param in self._params.items():  # in place: FSDP goes on with the tensors that it knows
+            kept = param.clone()
+            param.copy_(self._ema[name])
+            self._ema[name].copy_(kept)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Everything that goes on with training needs: tensors by name, and counters."""
+        tensors = {f"net.{n}": p.detach() for n, p in self._params.items()}
+        tensors |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
+        tensors |= {f"ema.{n}": e for n, e in self._ema.items()}
+        for name, param in self._params.items():
+            for key, value in self._optimizer.state.get(param, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # 8 bits: the number of steps is an int
+        return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def like(self, key: str) -> Tensor | None:
+        """The parameter that the tensor `key` of `state` belongs to; None for a buffer's."""
+        kind, name = key.split(".", 1)
+        return self._params.get(name.split(".", 1)[1] if kind == "optimizer" else name)
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ValueError: the tensors are those of another net; the message names the first that is wrong.
+        """
+        wanted = {f"net.{n}": p for n, p in self._params.items()}
+        wanted |= {f"ema.{n}": e for n, e in self._ema.items()}
+        wanted |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
+        for name, place in wanted.items():
+            if name not in tensors or tensors[name].shape != place.shape:
+                got = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
+            place.copy_(tensors[name])
+        self._optimizer.state.clear()
+        found: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, key, param = name.split(".", 2)
+                found[param][key] = value
+        for name, param in self._params.items():
+            for key, value in found[name].items():
+                if key == "step":
+                    kept = value.clone() if value.is_floating_point() else int(value)
+                else:
+                    kept = value.to(param.device, copy=True)
+                self._optimizer.state[param][key] = kept
+        self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
+        self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
+
+
+def _optimizer(settings: LearnerSettings) -> type[torch.optim.Optimizer]:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit

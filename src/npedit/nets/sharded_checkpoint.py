@@ -1,0 +1,68 @@
+"""The tensors of a checkpoint on disk. One process writes one file, several write one each; any number reads either.
+
+torch's distributed checkpoints do the work, in their safetensors form: the header of each file says where in the whole
+tensors its slices lie.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from npedit.nets import distributed
+
+WHOLE = "state.safetensors"  # all tensors, by one process
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a folder that is there. All processes call it: each writes its slices of the sharded ones, and
+    its share of those that all hold.
+
+    Raises:
+        OSError: such as a full disk; in every process, whichever met it.
+    """
+    if distributed.world() == 1:
+        whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        safetensors.torch.save_file(whole, folder / WHOLE)
+        return
+    parts = {k: v.detach().contiguous() for k, v in tensors.items()}
+    try:
+        dcp.save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.CheckpointException as error:
+        raise _cause(error) from error
+
+
+def read(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """The tensors in a folder, whole and on the CPU; but where `like(name)` is sharded and of the same shape, this
+    process's slice on its device. All processes call it.
+
+    Raises:
+        OSError, SafetensorError: a file is damaged or missing.
+    """
+    if distributed.world() == 1 and (folder / WHOLE).is_file():
+        return safetensors.torch.load_file(folder / WHOLE)
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, facts in reader.read_metadata().state_dict_metadata.items():
+        model = like(name)
+        sliced = isinstance(model, DTensor) and model.shape == facts.size
+        tensors[name] = torch.empty_like(model) if sliced else torch.empty(facts.size, dtype=facts.properties.dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be for one process
+            dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
+    except dcp.CheckpointException as error:
+        raise _cause(error) from error
+    return tensors
+
+
+def _cause(error: dcp.CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]

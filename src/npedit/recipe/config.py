@@ -1,0 +1,378 @@
+"""Strict, typed recipes in YAML. A name in a recipe is a file name: `step: np_edit` is `steps/np_edit.py`.
+
+A setting lives in the class that reads it: what stands under `data` is checked by the class `Settings` in the named
+file, and a stage's `settings` by the `Settings` of the step in the named file. A key that nobody reads is an error that
+names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from npedit.errors import UserError, nearest
+from npedit.recipe.overrides import apply_override
+
+KINDS = ("families", "critics", "steps", "data", "benchmarks")
+BASES = {"families": "Family", "critics": "Critic", "steps": "Step"}
+EMBEDDED = "embedded"
+
+
+class Settings(BaseModel):
+    """The parent of every class of settings: it cannot be changed later; an unknown key is an error, and so is a number
+    that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FamilyChoice(Settings):
+    """Which text-to-image model is trained. `weights` is a folder, a Hub id, or "embedded"."""
+
+    name: str
+    weights: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def folder(self) -> str | Path:
+        """The weights to open; "embedded" becomes the package's own folder."""
+        return embedded("base") if self.weights == EMBEDDED else self.weights
+
+
+class CriticChoice(Settings):
+    """Which vision-language model judges. `resolution` is the side in pixels that it sees pictures at (0: its own); one
+    that takes a single side refuses any other when the weights are opened. `bits` 8 or 4 holds most weights in so few,
+    on CUDA with bitsandbytes; 0 holds all in `dtype`."""
+
+    name: str
+    weights: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    resolution: int = Field(0, ge=0)
+    bits: Literal[0, 4, 8] = 0
+    wording: Literal["plain", "short"] = "plain"
+
+    def folder(self) -> str | Path:
+        """The weights to open; "embedded" becomes the package's own folder."""
+        return embedded("critic") if self.weights == EMBEDDED else self.weights
+
+
+class LoraChoice(Settings):
+    """Student and fake score as low-rank adapters of one frozen base, instead of whole nets of their own."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0)  # an adapter's output is scaled by alpha / rank
+
+
+class MemorySettings(Settings):
+    """What is traded for memory or time. `cached_prompts` and `cached_latents` are how many encoded prompts and encoded
+    pictures are kept, in the CPU's memory; with any, each is encoded by itself, so that a resumed run, whose cache is
+    empty, repeats itself. Latents help where the same pictures come again: photos in their later passes, and nothing
+    that is drawn anew. `families/_decode.py` says what tiles change; the finished editor decodes in them too."""
+
+    gradient_checkpointing: bool = False  # student and fake score compute their blocks again in the backward pass
+    offload: bool = False  # text encoders, VAE and critic are in the CPU's memory while nobody uses them
+    cached_prompts: int = Field(0, ge=0)
+    cached_latents: int = Field(0, ge=0)
+    decoder_checkpointing: bool = False  # the VAE's decoder computes its blocks again in the critic's backward pass
+    decode_tile: int = Field(0, ge=0)  # side in pixels of overlapping tiles that pictures are decoded in; 0: whole
+
+
+class DataChoice(Settings):
+    """Which source of training data. In YAML its settings stand beside the name."""
+
+    name: str
+    settings: SerializeAsAny[Settings]
+
+
+class Stage(Settings):
+    """One way to train, for so many updates. `accumulate` batches of `batch_size` make one gradient; several processes
+    share each batch."""
+
+    step: str
+    updates: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    accumulate: int = Field(1, ge=1)
+    settings: SerializeAsAny[Settings]
+
+
+class TrainerSettings(Settings):
+    """How often the trainer draws samples, evaluates and saves, in updates; 0 leaves only the start and the end, and
+    for evaluation each stage's end."""
+
+    sample_every: int = Field(500, ge=0)
+    sample_items: int = Field(8, ge=1, le=64)
+    evaluate_every: int = Field(500, ge=0)
+    evaluate_items: int = Field(90, ge=1)
+    benchmark: str = ""  # a file in benchmarks/, or "" for none
+    save_every: int = Field(500, ge=0)
+    save_seconds: float = Field(60.0, gt=0)  # a run killed at any moment loses at most this much work
+    keep: int = Field(2, ge=1)  # checkpoints
+    steps: int = Field(4, ge=1, le=64)  # of the few-step editor
+    shard: Literal["none", "full", "hybrid"] = "none"  # trained nets: whole, over all processes, over each machine's
+
+
+class Recipe(Settings):
+    """A whole training run. Built by `load_recipe` or `make_recipe`."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    family: FamilyChoice
+    start: str = ""  # a finished run (its folder) whose editor the student starts from; "" is the base model
+    lora: LoraChoice | None = None  # without, student and fake score are whole nets
+    critic: CriticChoice | None = None  # may be left out where no stage needs one
+    judge: CriticChoice | None = None  # another critic, asked at each evaluation and never trained against
+    data: DataChoice
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    trainer: TrainerSettings = TrainerSettings()
+    memory: MemorySettings = MemorySettings()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain YAML values; `make_recipe` reads it back."""
+        out = self.model_dump(mode="json")
+        data = out.pop("data")
+        return {**out, "data": {"name": data["name"], **data["settings"]}}
+
+    def total_updates(self) -> int:
+        """Updates of all stages."""
+        return sum(s.updates for s in self.stages)
+
+    def uses_pairs(self) -> bool:
+        """Is a stage a baseline that is shown edited images?"""
+        return any("edited" in find_class("steps", s.step).needs(s.settings) for s in self.stages)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change it by `overrides` such as "stages.1.settings.lr=1e-4" (a list is indexed by number).
+    A stage that is null is left out.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key or name is unknown, a value is out of range.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"expected a recipe (a YAML file); got {path}, which cannot be read ({error}); check the path"
+        ) from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"expected YAML; got {path}, where {error}; correct the file") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"expected a recipe with keys such as name and stages; got {path}, a {type(raw).__name__}; see recipes/"
+        )
+    for override in overrides:
+        apply_override(raw, override)
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [stage for stage in raw["stages"] if stage is not None]
+    return make_recipe(raw)
+
+
+def make_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Check plain values (as from YAML) and build a recipe.
+
+    Raises:
+        UserError: names the key, what was expected, and what came.
+    """
+    filled = dict(raw)
+    for kind, key in (("families", "family"), ("critics", "critic"), ("critics", "judge")):
+        if isinstance(filled.get(key), Mapping) and "name" in filled[key]:
+            _known(kind, filled[key]["name"], f"{key}.name")
+    data = filled.get("data")
+    if isinstance(data, Mapping) and "name" in data:
+        _known("data", data["name"], "data.name")
+        own = {k: v for k, v in data.items() if k != "name"}
+        filled["data"] = {"name": data["name"], "settings": check(find("data", data["name"]).Settings, own, "data")}
+    if isinstance(filled.get("stages"), list | tuple):
+        filled["stages"] = [_stage(s, f"stages.{i}") for i, s in enumerate(filled["stages"])]
+    recipe = check(Recipe, filled, "")
+    if recipe.trainer.benchmark:
+        _known("benchmarks", recipe.trainer.benchmark, "trainer.benchmark")
+    _whole(recipe)
+    return recipe
+
+
+def _whole(recipe: Recipe) -> None:
+    """Refuse a recipe whose parts do not go together."""
+    for i, stage in enumerate(recipe.stages):
+        if recipe.critic is None and "critic" in find_class("steps", stage.step).needs(stage.settings):
+            raise UserError(
+                f"critic: expected a value; got none; stages.{i} ({stage.step}) needs a critic: add the key with its "
+                f"name and weights, or set stages.{i}.settings.critic_weight to 0"
+            )
+        if recipe.critic and recipe.critic.name == "ensemble" and getattr(stage.settings, "answer", "") == "vocabulary":
+            raise UserError(
+                f"stages.{i}.settings.answer: expected two_way with an ensemble, whose members share no vocabulary; "
+                "got vocabulary; set it to two_way, or choose a single critic"
+            )
+        for role in ("student", "fake") if recipe.trainer.shard != "none" else ():
+            if getattr(getattr(stage.settings, role, None), "optimizer", "adamw") != "adamw":
+                raise UserError(
+                    f"stages.{i}.settings.{role}.optimizer: expected adamw where nets are sharded; got adamw8bit, "
+                    "whose state cannot be sliced; change it, or set trainer.shard to none"
+                )
+    if recipe.judge is not None and recipe.judge == recipe.critic:
+        raise UserError(
+            f"judge: expected another than the critic; got {recipe.judge.weights!r} twice; choose another, or none"
+        )
+    steps = {"trainer.steps": recipe.trainer.steps}
+    for i, stage in enumerate(recipe.stages):
+        if hasattr(stage.settings, "steps"):
+            steps[f"stages.{i}.settings.steps"] = stage.settings.steps
+    if len(set(steps.values())) > 1:
+        got = ", ".join(f"{path} = {number}" for path, number in steps.items())
+        raise UserError(
+            f"{' and '.join(steps)}: expected one number, the few-step editor's steps; got {got}; make them equal"
+        )
+
+
+def _stage(stage: Any, path: str) -> Any:
+    if not isinstance(stage, Mapping) or "step" not in stage:
+        return stage
+    _known("steps", stage["step"], f"{path}.step")
+    own = stage.get("settings")
+    settings = check(find_class("steps", stage["step"]).Settings, {} if own is None else own, f"{path}.settings")
+    return {**stage, "settings": settings}
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def check(model: type[Model], values: Any, path: str) -> Model:
+    """Build `model` from plain values; `path` is where they stand in the recipe ("" for the top).
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, e, path) for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str:
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(p for p in (path, *loc) if p) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        known = _fields(model, loc[:-1])
+        hint = nearest(loc[-1], known)
+        return f"{where}: expected one of {', '.join(known)}; got an unknown key; remove or rename it.{hint}"
+    if error["type"] == "missing":
+        return f"{where}: expected a value; got none; add the key"
+    return f"{where}: expected another value ({error['msg']}); got {error['input']!r}; change it"
+
+
+def _fields(model: Any, loc: Sequence[str]) -> list[str]:
+    """The keys known at a place below `model`."""
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+        for inner in getattr(model, "__args__", ()):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def names(kind: str) -> list[str]:
+    """The names a recipe may use: the files of `npedit/<kind>/`, without `base`."""
+    package = importlib.import_module(f"npedit.{kind}")
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")
+    )
+
+
+def _known(kind: str, name: Any, path: str) -> None:
+    known = names(kind)
+    if name not in known:
+        raise UserError(
+            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{nearest(name, known)}"
+        )
+
+
+def find(kind: str, name: str) -> ModuleType:
+    """Import `npedit.<kind>.<name>`; kinds are families, critics, steps, data, benchmarks.
+
+    Raises:
+        UserError: there is no such file; the nearest one is named.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {KINDS}; got {kind!r}")
+    _known(kind, name, kind)
+    return importlib.import_module(f"npedit.{kind}.{name}")
+
+
+def find_class(kind: str, name: str) -> type:
+    """The class that a file of families, critics or steps defines: the only child there of the base class."""
+    module = find(kind, name)
+    base = getattr(importlib.import_module(f"npedit.{kind}.base"), BASES[kind])
+    found = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, base) and v.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(
+            f"expected one child of {base.__name__} in {module.__name__}; got {[f.__name__ for f in found]}"
+        )
+    return found[0]
+
+
+def embedded(kind: Literal["base", "critic", "editor"]) -> Path:
+    """The folder of the weights that ship in the package.
+
+    Raises:
+        UserError: this installation lacks them.
+    """
+    folder = Path(__file__).parents[1] / "toy" / "weights" / kind
+    if not folder.is_dir():
+        raise UserError(
+            f"expected the package's own {kind} weights in {folder}; got none; "
+            "the package is incomplete: install it again"
+        )
+    return folder
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Translate "float32" -> torch.float32, and so on."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU. Devices are named here and in `rest_device`, and nowhere else."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rest_device() -> torch.device:
+    """Where frozen parts wait while nobody uses them."""
+    return torch.device("cpu")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, each with (old, new); a key that one side lacks has "(absent)" there."""
+    a, b = _flat(old, ""), _flat(new, "")
+    return {
+        k: (a.get(k, "(absent)"), b.get(k, "(absent)"))
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k, "(absent)") != b.get(k, "(absent)")
+    }
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    out: dict[str, Any] = {}
+    for key, inner in items:
+        out |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return out

@@ -1,0 +1,321 @@
+"""One HTML file about a run, finished or not: curves, pictures, tables, how it was made. It needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from npedit.benchmarks.toy import percent
+from npedit.errors import UserError
+from npedit.report import plots
+from npedit.runs.checkpoint import BLAME, CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
+from npedit.scoring.reward_hacking import HELD_OUT, alarms
+
+SHOWN = 160  # CSS pixels of a picture's longer side
+ENLARGED = 320  # pixels up to which a small picture is enlarged by whole numbers
+MOST_ITEMS = 8
+FAULTS = {
+    "right": "right",
+    "critic": "wrong, and the critic content",
+    "teacher": "the teacher cannot draw it",
+    "student": "the student cannot do it",
+}
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --paper: #fbfbfa; --card: #ffffff; --line: #e3e5e8;
+  --good: #0a7d55; --bad: #b3402f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --soft: #9aa3b2; --paper: #14171c; --card: #1c2027;
+  --line: #2e343d; --good: #4cc79a; --bad: #f08a76; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif }
+h1 { font-size: 1.9rem; margin: 0 0 .25rem } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem }
+p { margin: .4rem 0 } .soft, caption, figcaption, th { color: var(--soft) }
+.figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0 }
+.figures div { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1.1rem }
+.figures b { display: block; font-size: 1.6rem; line-height: 1.25 }
+figure { margin: 1rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
+figure img { display: block; max-width: 100%; height: auto } figcaption { font-size: .9rem; margin-top: .6rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; background: var(--card); border: 1px solid var(--line) }
+th, td { padding: .4rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600; font-size: .85rem } th:first-child, td:first-child { text-align: left }
+tr.all td { font-weight: 700 } td.words { white-space: normal; max-width: 15rem; text-align: left }
+.pictures td, .pictures th { text-align: center } .pictures img { display: block; margin: 0 auto; border-radius: .3rem;
+  image-rendering: pixelated }
+.alarm { border: 2px solid var(--bad); border-radius: .6rem; padding: .8rem 1.1rem; margin: 1.4rem 0 }
+.yes { color: var(--good) } .no { color: var(--bad) }
+pre { padding: 1rem; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  font-size: .85rem }
+summary { cursor: pointer; color: var(--soft); margin: .6rem 0 }
+"""
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` in a run's folder from what lies there, and return its path.
+
+    Raises:
+        UserError: the folder is not a run, or the file cannot be written.
+    """
+    run = Path(run)
+    if not is_run(run):
+        raise UserError(f"expected a run to report on; {run} is not one; give a folder that 'npedit train' made")
+    rows = read_rows(run / METRICS)
+    manifest = read_manifest(run)
+    scores = _scores(run)
+    name = str(manifest.get("recipe", run.name))
+    parts = [
+        f"<h1>{_e(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
+        f'<p class="soft">{_e(_summary(rows))} {_pairs(manifest)}</p>',
+        _alarms(rows, _evaluate_items(run)),
+        _headline(rows, scores),
+        _scores_table(scores),
+        _blame_table(run),
+        _progress_pictures(run),
+        _curves(rows, _evaluate_items(run)),
+        _benchmark_pictures(run),
+        "<h2>How it was made</h2>",
+        f"<details><summary>Recipe</summary><pre>{_e((run / CONFIG).read_text())}</pre></details>",
+        f"<details open><summary>Manifest</summary><pre>{_e(json.dumps(manifest, indent=2))}</pre></details>",
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>npedit: {_e(name)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def _e(words: object) -> str:
+    return html.escape(str(words))
+
+
+def _pairs(manifest: dict[str, Any]) -> str:
+    return (
+        "No edited image was used in training."
+        if manifest["no_pairs"]
+        else "It, or the run that it starts from, was shown edited images: a baseline."
+    )
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "Nothing was trained yet."
+    seconds = sum(r.get("time/update") or 0.0 for r in rows)
+    stages = dict.fromkeys(r["stage_name"] for r in rows if "stage_name" in r)
+    names = ", then ".join(s.replace("_", " ") for s in stages)
+    return f"{rows[-1]['step']} updates ({names}) in {seconds / 60:.1f} minutes of training."
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    """The final table {"before", "after"} that `npedit demo` leaves; {} if there is none."""
+    path = run / "evaluation.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _evaluate_items(run: Path) -> int:
+    import yaml
+
+    return int(yaml.safe_load((run / CONFIG).read_text())["trainer"]["evaluate_items"])
+
+
+def _alarms(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+    """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
+    found = alarms(rows, evaluate_items)
+    if found:
+        lines = "".join(f"<li>{_e(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
+        return (
+            f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
+            "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"
+        )
+    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT)
+    return (
+        '<p class="soft">No sign of reward hacking: see <i>The critic against what is held out</i>.</p>' if both else ""
+    )
+
+
+def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
+    if scores:
+        before, after = (percent(scores[k]["both"]) for k in ("before", "after"))
+        found = [("right before training", before), ("right after training", after)]
+        found.append(("held-out scenes", str(scores["after"]["n"])))
+    else:
+        evaluated = [r for r in rows if r.get("eval/both") is not None]
+        if not evaluated:
+            return ""
+        first, last = evaluated[0], evaluated[-1]
+        found = [(f"right at update {r['step']}", f"{100 * r['eval/both']:.1f} %") for r in (first, last)]
+    return '<div class="figures">' + "".join(f"<div><b>{_e(v)}</b>{_e(k)}</div>" for k, v in found) + "</div>"
+
+
+def _scores_table(scores: dict[str, Any]) -> str:
+    if not scores:
+        return ""
+    before, after = scores["before"], scores["after"]
+    lines = []
+    for kind, row in [*after["by_type"].items(), ("all", after)]:
+        earlier = before if kind == "all" else before["by_type"].get(kind)
+        cells = [kind, row["n"], percent(earlier["both"]) if earlier else "-"]
+        cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")] + [percent(row["both"])]
+        inside = "".join(f"<td>{_e(c)}</td>" for c in cells)
+        lines.append(f'<tr class="{"all" if kind == "all" else ""}">{inside}</tr>')
+    head = ("edit type", "n", "both, before", "applied", "preserved", "both, after")
+    return (
+        "<h2>Success on held-out scenes</h2><p>Judged by the toy world's exact oracle, which has no part in training. "
+        "<i>Both</i>: the edit was applied and all else was preserved, with 95 % Wilson intervals.</p>"
+        f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
+        f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
+        f"the edit: {after['outside_change']:.3f} of the full range.</p>"
+    )
+
+
+def _blame_table(run: Path) -> str:
+    """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
+    if not (run / BLAME).is_file():
+        return ""
+    counts = json.loads((run / BLAME).read_text())
+    counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
+    lines = []
+    for kind, row in counts.items():
+        faults = "".join(f"<td>{row[k]} ({100 * row[k] / row['n']:.0f} %)</td>" for k in FAULTS)
+        lines.append(
+            f'<tr class="{"all" if kind == "all" else ""}"><td>{_e(kind)}</td><td>{row["n"]}</td>{faults}</tr>'
+        )
+    heads = ("edit type", "n", *FAULTS.values())
+    return (
+        "<h2>Where it fails, and whose fault it is</h2><p>The last evaluation's edits. A wrong one is the "
+        "<i>critic's</i> fault if the critic is content with it; else the <i>teacher's</i> if the base model, given "
+        "the wanted result's caption, draws something else (one try each); else the <i>student's</i>, which had both "
+        f'signals.</p><div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(lines)}'
+        "</table></div>"
+    )
+
+
+def _curves(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+    figures = plots.figures(rows, evaluate_items)
+    if not figures:
+        return ""
+    blocks = []
+    for title, caption, light, dark in figures:
+        picture = (
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+            f'<img src="{_data(light)}" alt="{_e(title)}"></picture>'
+        )
+        blocks.append(f"<figure>{picture}<figcaption>{_e(caption)}</figcaption></figure>")
+    return f"<h2>Curves</h2>{''.join(blocks)}"
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def _data(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _picture(path: Path, alt: str) -> str:
+    """An <img> with the picture inside; small ones are enlarged in whole pixel blocks."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    factor = max(1, ENLARGED // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if max(picture.size) > 2 * ENLARGED:
+        picture.thumbnail((2 * ENLARGED, 2 * ENLARGED))
+    scale = SHOWN / max(picture.size)
+    w, h = round(picture.width * scale), round(picture.height * scale)
+    return f'<img src="{_data(plots.png(picture))}" width="{w}" height="{h}" alt="{_e(alt)}">'
+
+
+def _items(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "items.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _progress_pictures(run: Path) -> str:
+    """The same references at the first, the middle and the last drawing of samples."""
+    folders = sorted(p for p in run.glob("samples/step-*") if _items(p))
+    if not folders:
+        return ""
+    chosen = list(dict.fromkeys([folders[0], folders[len(folders) // 2], folders[-1]]))
+    heads = ["reference", "instruction", *(f"update {int(p.name.removeprefix('step-'))}" for p in chosen)]
+    lines = []
+    for i, item in enumerate(_items(chosen[0])[:MOST_ITEMS]):
+        cells = [f"<td>{_picture(chosen[0] / item['reference'], 'reference')}</td>"]
+        cells.append(f'<td class="words">{_e(item["instruction"])}</td>')
+        for folder in chosen:
+            cells.append(f"<td>{_picture(folder / _items(folder)[i]['file'], item['instruction'])}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        "<h2>The same pictures as training goes on</h2>"
+        f'<div class="wide"><table class="pictures"><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>'
+        f"{''.join(lines)}</table></div>"
+    )
+
+
+def _benchmark_pictures(run: Path) -> str:
+    """Pictures of the final evaluation with the oracle's verdict, two items of each edit type."""
+    items = _items(run / "evaluation")
+    if not items:
+        return ""
+    lines = []
+    for kind in dict.fromkeys(i["edit_type"] for i in items):
+        cells = [f"<td>{_e(kind)}</td>"]
+        for item in [i for i in items if i["edit_type"] == kind][:2]:
+            verdict = ", ".join(_mark(name, item[name]) for name in ("applied", "preserved"))
+            cells.append(f"<td>{_picture(run / 'evaluation' / item['reference'], 'reference')}</td>")
+            cells.append(f'<td class="words">{_e(item["instruction"])}<br>{verdict}</td>')
+            cells.append(f"<td>{_picture(run / 'evaluation' / item['file'], item['instruction'])}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "<th></th>" + "<th>reference</th><th>instruction, verdict</th><th>edited</th>" * 2
+    return (
+        "<h2>The finished editor on held-out scenes</h2><p>The first two of each edit type, not picked.</p>"
+        f'<div class="wide"><table class="pictures"><tr>{head}</tr>{"".join(lines)}</table></div>'
+    )
+
+
+def _mark(name: str, fine: bool) -> str:
+    return f'<span class="{"yes" if fine else "no"}">{"" if fine else "not "}{name}</span>'
+
+
+def sheet(seed: int = 0) -> Image.Image:
+    """A picture for looking at the toy world: for each edit type a scene, its instruction and the true result."""
+    import random
+
+    from npedit.benchmarks.toy import to_pil
+    from npedit.toy.edits import EDIT_TYPES, sample_edit
+    from npedit.toy.world import render
+
+    edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]
+    pictures = [tuple(to_pil(x) for x in render([e.reference, e.target])) for e in edits]
+    return _page([(*both, e.instruction, e.edit_type) for both, e in zip(pictures, edits, strict=True)])
+
+
+def results_sheet(folder: Path) -> Image.Image:
+    """What `benchmarks.toy.score` left in a folder: reference, result, instruction and the oracle's verdict."""
+    rows = []
+    for item in _items(folder):
+        verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
+        both = tuple(Image.open(folder / item[k]).convert("RGB") for k in ("reference", "file"))
+        rows.append((*both, item["instruction"], f"{item['edit_type']}: {verdict}"))
+    return _page(rows)
+
+
+def _page(rows: Sequence[tuple[Image.Image, Image.Image, str, str]]) -> Image.Image:
+    """Pairs of pictures with two lines of words each, three pairs in a row."""
+    from PIL import ImageDraw, ImageFont
+
+    side, gap, line = 160, 12, 44
+    width, height = 2 * side + 3 * gap, side + line + gap
+    page = Image.new("RGB", (3 * width, gap + -(-len(rows) // 3) * height), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    for i, (*pictures, first, second) in enumerate(rows):
+        left, top = i % 3 * width + gap, gap + i // 3 * height
+        for k, picture in enumerate(pictures):
+            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + k * (side + gap), top))
+        draw.text((left, top + side + 4), first, fill="#1c2330", font=font)
+        draw.text((left, top + side + 22), second, fill="#8a919c", font=font)
+    return page

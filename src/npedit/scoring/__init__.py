@@ -1,0 +1,1 @@
+"""How good an edit is: metrics, critic scores, results folders, intervals and paired tests."""

@@ -1,0 +1,175 @@
+"""Frozen encoders whose features are compared: DINO for pictures, CLIP for pictures and text.
+
+Each takes 8-bit RGB pictures through the *original* transform of its paper's code, which is not what the weights' own
+processor does: the short side is scaled with Pillow's bicubic filter and the centre is cut. All work is in float32.
+
+- DINO (arXiv 2104.14294): short side 8/7 of the net's input (256 for 224), ImageNet's mean and deviation; the feature
+  is the CLS token after the last LayerNorm. It is never `pooler_output`, a layer that DINO does not have.
+- CLIP (arXiv 2103.00020): short side equal to the net's input; the projected features.
+
+An encoder that is not there is an `Absent`, every use of which raises `NoScore` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ViTModel
+
+from npedit.errors import UserError
+from npedit.recipe.config import pick_device
+from npedit.scoring.results import NoScore
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+WIDTHS = {192: "t", 384: "s", 768: "b", 1024: "l", 1280: "h"}
+
+
+class Dino:
+    """DINO features of pictures. `tag` names the net in the names of measures: vits16."""
+
+    usual = "facebook/dino-vits16"
+
+    def __init__(self, model: ViTModel, device: torch.device):
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.side = model.config.image_size
+        self.tag = _tag(model.config)
+
+    @classmethod
+    def load(cls, weights: str, device: torch.device) -> Self:
+        """Open a Hub id or a local folder.
+
+        Raises:
+            OSError, ValueError: nothing is there, or another model, or one without all of its weights.
+        """
+        return cls(_load(ViTModel, "vit", weights, add_pooling_layer=False), device)
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+        """Unit features of RGB pictures, on the CPU."""
+        pixels = torch.stack([_cut(p, round(self.side * 8 / 7), self.side) for p in pictures])
+        seen = self.model(pixel_values=_normalised(pixels, IMAGENET).to(self.model.device))
+        return F.normalize(seen.last_hidden_state[:, 0].float(), dim=1).cpu()
+
+
+class Clip:
+    """CLIP features of pictures and texts. `tag` names the net in the names of measures: vitb32."""
+
+    usual = "openai/clip-vit-base-patch32"
+
+    def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, device: torch.device):
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.tokenizer = tokenizer
+        self.side = model.config.vision_config.image_size
+        self.tag = _tag(model.config.vision_config)
+
+    @classmethod
+    def load(cls, weights: str, device: torch.device) -> Self:
+        """Open a Hub id or a local folder. Errors as in `Dino.load`."""
+        return cls(_load(CLIPModel, "clip", weights), AutoTokenizer.from_pretrained(weights), device)
+
+    def images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+        """Unit features of RGB pictures, on the CPU."""
+        return self._images(torch.stack([_cut(p, self.side, self.side) for p in pictures]))
+
+    def squeezed(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+        """The same of whole pictures, squeezed to the net's square (bicubic, no antialias) and not cut: the transform
+        of InstructPix2Pix's directional similarity."""
+        size = (self.side, self.side)
+        pixels = [F.interpolate(_tensor(p)[None], size, mode="bicubic", align_corners=False) for p in pictures]
+        return self._images(torch.cat(pixels))
+
+    @torch.no_grad()
+    def _images(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        seen = self.model.get_image_features(pixel_values=_normalised(pixels, OPENAI).to(self.model.device))
+        return F.normalize(seen.pooler_output.float(), dim=1).cpu()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Unit features of texts, on the CPU. What exceeds the model's length (77 tokens) is cut off, as CLIP does."""
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        told = {k: tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+        return F.normalize(self.model.get_text_features(**told).pooler_output.float(), dim=1).cpu()
+
+
+class Absent:
+    """Stands where an encoder is not to be had."""
+
+    def __init__(self, tag: str, reason: str):
+        self.tag = tag
+        self.reason = reason
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Raises NoScore."""
+        raise NoScore(self.reason)
+
+    squeezed = texts = images
+
+
+def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Clip | Absent:
+    """Open `weights`, a Hub id or a local folder; "" is the literature's, "none" leaves the encoder out.
+
+    The literature's may be out of reach: then it is absent, with the reason.
+
+    Raises:
+        UserError: named weights that cannot be opened.
+    """
+    name, tag = kind.__name__.upper(), {Dino: "vits16", Clip: "vitb32"}[kind]
+    if weights == "none":
+        return Absent(tag, f"{name} was left out")
+    try:
+        return kind.load(weights or kind.usual, pick_device())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        if weights:
+            raise UserError(
+                f"expected {name} weights, a Hub id or a folder; got {weights!r}: {said}; name others, or 'none'"
+            ) from None
+        return Absent(tag, f"{kind.usual} cannot be opened: {said[:200]}")
+
+
+def _load(kind: Any, expected: str, weights: str, **options: Any) -> Any:
+    """Open a model in float32 and refuse one of another type, or with weights missing, which would be random."""
+    if Path(weights).is_dir() and not (Path(weights) / "config.json").is_file():
+        raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
+    found = AutoConfig.from_pretrained(weights).model_type
+    if found != expected:
+        raise ValueError(f"expected a model of type {expected!r}; got {found!r}")
+    model, told = kind.from_pretrained(weights, dtype=torch.float32, output_loading_info=True, **options)
+    if told["missing_keys"]:
+        raise ValueError(f"expected all of its weights; {', '.join(sorted(told['missing_keys'])[:3])}, ... are missing")
+    return model
+
+
+def _tag(config: Any) -> str:
+    width = WIDTHS.get(config.hidden_size, f"{config.hidden_size}x{config.num_hidden_layers}-")
+    return f"vit{width}{config.patch_size}"
+
+
+def _cut(picture: Image.Image, short: int, side: int) -> Float[Tensor, "3 s s"]:
+    """Scale the short side to `short` and cut the central square, both as the torchvision transforms of the original
+    code do it."""
+    w, h = picture.size
+    size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    scaled = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((n - side) / 2) for n in scaled.size)
+    return _tensor(scaled.crop((left, top, left + side, top + side)))
+
+
+def _tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _normalised(pixels: Float[Tensor, "n 3 h w"], moments: Sequence[Sequence[float]]) -> Float[Tensor, "n 3 h w"]:
+    mean, deviation = (torch.tensor(m)[:, None, None] for m in moments)
+    return (pixels - mean) / deviation

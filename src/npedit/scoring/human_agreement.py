@@ -1,0 +1,107 @@
+"""A measure against people: do its scores order pictures as people's labels do?
+
+Labels are lines of JSON, `{"result": a result's name, "id": an item's id, "score": a number}`, higher for better.
+Several labels of one picture are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from npedit.errors import UserError, nearest
+from npedit.scoring import statistics
+from npedit.scoring.results import Results
+
+Labels = Mapping[tuple[str, str], float]  # (result, id) -> mean score
+Figure = tuple[float, tuple[float, float] | None] | None  # value and 95 % interval; None where it has no value
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman, Kendall's tau-b, pairwise accuracy with the judge's equal scores as ties, and with the margin of ties
+    that fits best, over `n` labelled pictures."""
+
+    n: int
+    figures: tuple[Figure, Figure, Figure, Figure]
+
+
+def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float]:
+    """Read people's labels of the named results.
+
+    Raises:
+        UserError: no such file, a line of another form, or a result that is not among them.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected a file of labels; got {path}: {error}; correct --people") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, key, score = str(row["result"]), str(row["id"]), float(row["score"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: expected result, id and score; got {line[:60]!r} ({error!r})") from None
+        if name not in names or not math.isfinite(score):
+            raise UserError(
+                f"{path}:{number}: expected one of {', '.join(names)} and a number; got {name!r}, {score}."
+                f"{nearest(name, names)} Correct the line"
+            )
+        found.setdefault((name, key), []).append(score)
+    return {key: sum(scores) / len(scores) for key, scores in found.items()}
+
+
+def against_people(results: Sequence[Results], measure: str, labels: Labels, lower: bool, seed: int = 0) -> Agreement:
+    """Compare a measure with labels. Correlations are taken in each task over all editors' pictures and averaged
+    through Fisher's z; pairs are two editors' pictures of one item. `lower`: less is better. Intervals draw whole
+    items."""
+    picked = [
+        (row.scores[measure] * (-1 if lower else 1), labels[r.name, row.id], row.task, row.id)
+        for r in results
+        for row in r.rows
+        if (r.name, row.id) in labels and row.scores.get(measure) is not None
+    ]
+    if not picked:
+        return Agreement(0, (None, None, None, None))
+    judge, people = (np.array([p[k] for p in picked]) for k in (0, 1))
+    tasks, ids = (np.array([p[k] for p in picked]) for k in (2, 3))
+
+    def correlation(of: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray], float]:
+        def measured(at: np.ndarray) -> float:
+            there = []
+            for task in np.unique(tasks[at]):
+                which = at[tasks[at] == task]
+                try:
+                    there.append(of(judge[which], people[which]))
+                except ValueError:
+                    continue  # constant in this task
+            if not there:
+                raise ValueError("expected a task whose scores differ; got none")
+            return statistics.fisher_mean(there)
+
+        return measured
+
+    figures = [_figure(correlation(of), ids, seed) for of in (statistics.spearman, statistics.kendall)]
+    try:
+        for margin in (0.0, statistics.calibrated_margin(judge, people, ids)):
+            right, item = statistics.right_pairs(judge, people, ids, margin)
+            figures.append(_figure(lambda at, right=right: float(right[at].mean()), item, seed))
+    except ValueError:
+        figures += [None] * (4 - len(figures))
+    return Agreement(len(picked), tuple(figures))
+
+
+def _figure(measure: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Figure:
+    try:
+        value = measure(np.arange(len(clusters)))
+    except ValueError:
+        return None
+    return value, statistics.cluster_interval(measure, clusters, seed)

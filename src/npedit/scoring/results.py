@@ -1,0 +1,232 @@
+"""A folder of results: what every benchmark of pictures writes, and what `npedit compare` reads.
+
+    rows.jsonl     {"id": str, "task": str, "scores": {name: number or null}, "why": {name: reason where null}} a line
+    summary.json   {headline name: {"value", "n", "coverage", "undefined", "ci95"}}
+    settings.json  how the pictures were made and measured; results of unlike "protocol" are not compared
+
+A score that is not there is null with a reason and never a number. Two kinds of reason are kept apart: a *failure* (no
+picture, no encoder) lowers the coverage; a measure that is *undefined* (its reason begins so) has no value for these
+pictures at all, as the PSNR of two equal ones, and does not. Below `LEAST` coverage a headline is null.
+
+A headline is the mean over tasks of each task's mean, as GEdit-Bench takes it; NAME/micro is the mean over items. A
+task that has no number is left out of both. A name with a slash (`copy/dino_vits16`) is that of a baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from npedit.errors import UserError, writing
+from npedit.runs.checkpoint import write_text
+from npedit.scoring import statistics
+
+ROWS, SUMMARY, SETTINGS = "rows.jsonl", "summary.json", "settings.json"
+LEAST = 0.99  # coverage below which there is no headline
+UNDEFINED = "undefined: "
+LOWER = ("l1", "l2", "lpips", "changed_area", "copied")  # of these, less is better
+Measures = Mapping[str, Callable[[], float]]
+
+
+class NoScore(Exception):
+    """Why a measure has no number here: something failed. The message is the reason."""
+
+
+class Undefined(NoScore):
+    """The measure has no value for these pictures, though nothing failed."""
+
+    def __str__(self) -> str:
+        return UNDEFINED + super().__str__()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item's scores. `why` has a reason for each score that is None."""
+
+    id: str
+    task: str
+    scores: dict[str, float | None]
+    why: dict[str, str]
+
+    @classmethod
+    def of(cls, id: str, task: str, measures: Measures) -> Self:
+        """Take every measure; one that raises `NoScore`, or gives a number that is not finite, is missing."""
+        scores: dict[str, float | None] = {}
+        why: dict[str, str] = {}
+        for name, measure in measures.items():
+            try:
+                scores[name] = float(measure())
+                if not math.isfinite(scores[name]):
+                    raise NoScore(f"the measure gave {scores[name]}")
+            except NoScore as reason:
+                scores[name], why[name] = None, str(reason)
+        return cls(id, task, scores, why)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What lies in a folder of results. `settings` is {} where another program wrote none."""
+
+    name: str
+    rows: tuple[Row, ...]
+    settings: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """The names of all scores, in the order in which they come first."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a folder of results.
+
+        Raises:
+            UserError: it has no rows.jsonl, or one that is not of the form above.
+        """
+        path = folder / ROWS
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"expected a folder of results with {ROWS}; got {folder}: {error}; name another") from None
+        rows: dict[str, Row] = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row = _row(line, f"{path}:{number}")
+            if row.id in rows:
+                raise UserError(f"{path}:{number}: expected each id once; got {row.id!r} again; mend the file")
+            rows[row.id] = row
+        if not rows:
+            raise UserError(f"expected at least one row; got an empty {path}; run the evaluation again")
+        settings = folder / SETTINGS
+        return cls(folder.resolve().name, tuple(rows.values()), _settings(settings) if settings.is_file() else {})
+
+
+def panel(judged: Sequence[Results]) -> Results:
+    """One editor's results under several judges as one: a score is the mean of the judges', and missing where one of
+    them has none.
+
+    Raises:
+        UserError: they are not of the same items.
+    """
+    first, name = judged[0], "+".join(r.name for r in judged)
+    by_id = [{row.id: row for row in r.rows} for r in judged]
+    for other, found in zip(judged, by_id):
+        if set(found) != set(by_id[0]):
+            raise UserError(
+                f"{name}: expected the same items of every judge; {other.name} has others; judge them alike"
+            )
+    rows = []
+    for row in first.rows:
+        each = [found[row.id] for found in by_id]
+        why = {score: reason for r in reversed(each) for score, reason in r.why.items()}
+        scores: dict[str, float | None] = {}
+        for score in row.scores:
+            values = [r.scores.get(score) for r in each]
+            scores[score] = None if None in values else sum(values) / len(values)
+        rows.append(Row(row.id, row.task, scores, {k: v for k, v in why.items() if scores.get(k) is None}))
+    return Results(name, tuple(rows), {**first.settings, "judge": [r.settings.get("judge") for r in judged]})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected JSON in {path}; got: {error}; run the evaluation again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"expected a JSON object in {path}; got {found!r}; run the evaluation again")
+    return found
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        found = json.loads(line)
+        scores, why = found["scores"], found.get("why", {})
+        fine = all(isinstance(found[k], str) for k in ("id", "task")) and isinstance(why, dict)
+        for value in scores.values():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            fine = fine and (value is None or number)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: expected id, task, scores and why; got {line[:60]!r} ({error!r})") from None
+    if not fine:
+        raise UserError(f"{where}: expected text for id and task, numbers or null for scores; got {line[:60]!r}")
+    return Row(found["id"], found["task"], scores, why)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """{name: {"value", "n", "coverage", "undefined", "ci95"}} of each score, and of its mean over items (NAME/micro).
+
+    `n` counts numbers, `coverage` is the share of rows that did not fail, `ci95` the interval of the task-stratified
+    bootstrap. Value and interval are null where coverage is below `LEAST` or there is no number.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.scores):
+        there = [row for row in rows if row.scores.get(name) is not None]
+        undefined = sum(row.why.get(name, "").startswith(UNDEFINED) for row in rows)
+        coverage = (len(there) + undefined) / len(rows)
+        values, tasks = [row.scores[name] for row in there], [row.task for row in there]
+        for key, over_tasks in ((name, True), (f"{name}/micro", False)):
+            if "/" in name and not over_tasks:
+                continue  # of a baseline the headline is enough
+            shown = bool(there) and coverage >= LEAST
+            out[key] = {
+                "value": statistics.mean(values, tasks, over_tasks) if shown else None,
+                "n": len(there),
+                "coverage": coverage,
+                "undefined": undefined,
+                "ci95": statistics.interval(values, tasks, over_tasks=over_tasks) if shown else None,
+            }
+    return out
+
+
+def write_results(folder: Path, rows: Sequence[Row], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write rows.jsonl and summary.json, each whole or not at all; returns the summary.
+
+    `extra` are further headlines of the same form.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    summary = summarise(rows) | dict(extra or {})
+    write_text(folder / ROWS, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return summary
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings.json into a new folder, or into one whose pictures are of the same "protocol" and "source".
+
+    Raises:
+        UserError: the folder holds something else, or pictures of other settings.
+    """
+    path, wanted = folder / SETTINGS, json.loads(json.dumps(settings))
+    if path.is_file():
+        found = _settings(path)
+        other = [k for k in ("protocol", "source") if found.get(k) != wanted.get(k)]
+        if other:
+            raise UserError(
+                f"expected a new folder, or one of the same settings to go on with; {folder} has another "
+                f"{' and '.join(other)}; choose another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"expected a new folder for results; {folder} holds something else; choose another")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+
+
+def lower_is_better(name: str) -> bool:
+    """Is less of this measure better? True for distances and for mere copies."""
+    return any(name == low or name.startswith(f"{low}_") for low in LOWER)
+
+
+def shared(results: Sequence[Results], name: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """The scores (results, items) of the items that have a number everywhere, with their tasks and ids."""
+    tables = [{row.id: row for row in r.rows} for r in results]
+    ids = [i for i in tables[0] if all(i in t and t[i].scores.get(name) is not None for t in tables)]
+    values = np.array([[t[i].scores[name] for i in ids] for t in tables], dtype=float)
+    return values, [tables[0][i].task for i in ids], ids

@@ -1,0 +1,1 @@
+"""Many runs side by side: variants, their scores, and claims tested against intervals."""

@@ -1,0 +1,176 @@
+"""What a study's file says: a recipe, variants of it, critics, and tables with what they should show.
+
+`study.py` runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from npedit.errors import UserError, nearest
+from npedit.recipe.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
+
+CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
+QUICK = 25  # how many times shorter a quick study is
+
+
+class Variant(Settings):
+    """One line of a study: what it changes."""
+
+    recipe: str = ""  # another recipe than the study's
+    set: list[str] = []  # KEY=VALUE, after the study's own
+    of: str = ""  # no training of its own: the runs of this variant, used in another way
+    start: str = ""  # an earlier variant, from whose finished run of the same seed it starts
+    critic: str = ""  # one of the study's own; "" is the recipe's
+    steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
+    seeds: list[int] = []  # in place of the study's
+    words: str = ""  # what a reader is told of it
+
+
+class OtherCritic(Settings):
+    """A critic of its own: one that is taught for so many batches, or an ensemble of others ("embedded" too)."""
+
+    batches: int = Field(0, ge=0)
+    members: list[str] = []
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if bool(self.batches) == bool(self.members):
+            raise ValueError("expected a critic with batches (taught) or members (an ensemble); give one of them")
+        return self
+
+
+class Comparison(Settings):
+    """One table: variants beside each other, and what they should show."""
+
+    title: str
+    words: str = ""
+    rows: list[str]
+    claims: list[str] = []  # "a > b": a is better; "a ~ b": they differ by less than 0.1
+    by_critic: bool = False  # draw `both` over the share of questions that each row's critic answers right
+
+
+class Study(Settings):
+    """A whole study file."""
+
+    name: str
+    words: str = ""  # told at the head of its results
+    recipe: str
+    set: list[str] = []
+    seeds: list[int] = Field([0], min_length=1)
+    items: int = Field(450, ge=9)
+    critics: dict[str, OtherCritic] = {}
+    variants: dict[str, Variant]
+    tables: list[Comparison]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuse names of variants that are not there, and claims that cannot be read."""
+        named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
+        named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
+        for table in self.tables:
+            for claim in table.claims:
+                found = CLAIM.match(claim)
+                if not found:
+                    raise ValueError(f"expected a claim such as 'full > dmd_only'; got {claim!r}")
+                named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
+        for name, place in named:
+            if name not in self.variants:
+                raise ValueError(f"{place} names {name!r}, which is no variant.{nearest(name, self.variants)}")
+        taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
+        asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
+        asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
+        earlier: list[str] = []
+        for name, variant in self.variants.items():
+            asked += [(variant.start, list(earlier), f"start of variant {name!r}")] if variant.start else []
+            earlier += [] if variant.of else [name]
+        for name, known, place in asked:
+            if name not in known:
+                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{nearest(name, known)}")
+        for name, variant in self.variants.items():
+            own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
+            if variant.of and (own or self.variants[variant.of].of):
+                raise ValueError(
+                    f"variant {name!r} uses another's runs, so it has no recipe, set, start, critic or seeds"
+                )
+            if variant.start and not set(self.seeds_of(name)) <= set(self.seeds_of(variant.start)):
+                there = f"{variant.start!r}: expected seeds among {self.seeds_of(variant.start)}"
+                raise ValueError(f"variant {name!r} starts from {there}; got {self.seeds_of(name)}")
+        return self
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds that a variant is trained with."""
+        variant = self.variants[name]
+        return self.variants[variant.of or name].seeds or self.seeds
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        UserError: it cannot be read, or a line of it is wrong.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
+    return check(Study, raw, "")
+
+
+def shortened(study: Study) -> Study:
+    """A quick one, to see that all runs through: one seed a variant, a tenth of the items, and critics of a 25th of
+    their batches. `recipe_of` shortens the recipes."""
+    critics = {
+        k: c.model_copy(update={"batches": max(1, c.batches // QUICK) if c.batches else 0})
+        for k, c in study.critics.items()
+    }
+    return study.model_copy(
+        update={
+            "name": f"{study.name}-quick",
+            "words": f"A quick study: a {QUICK}th of the updates and of the critics' batches, whatever a row's words "
+            "say. It shows that all runs through, and is too short to tell who is right.",
+            "seeds": study.seeds[:1],
+            "items": max(9, study.items // 10),
+            "critics": critics,
+            "variants": {k: v.model_copy(update={"seeds": []}) for k, v in study.variants.items()},
+        }
+    )
+
+
+def recipe_of(
+    study: Study, name: str, seed: int, find: Callable[[str], Path], folder: Path, quick: bool = False
+) -> Recipe:
+    """The recipe of a variant for one seed; `find` turns a recipe's name into its file, and `folder` is the study's.
+    `quick`: a 25th of the updates, evaluated on a 25th of the items."""
+    variant = study.variants[name]
+    path = find(variant.recipe or study.recipe)
+    lines = [*study.set, *variant.set, f"seed={seed}", f"name={study.name}-{name}-{seed}"]
+    if variant.start:
+        lines += [f"start={json.dumps(str(folder / f'{variant.start}-{seed}'))}"]
+    if variant.critic:
+        weights = weights_of(study, variant.critic, folder)
+        lines += ["critic.name=ensemble"] if study.critics[variant.critic].members else []
+        lines += [f"critic.weights={json.dumps(weights)}"]
+    recipe = load_recipe(path, lines)
+    if not quick:
+        return recipe
+    whole = recipe.as_dict()
+    whole["trainer"]["evaluate_items"] = max(1, whole["trainer"]["evaluate_items"] // QUICK)
+    return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK)} for s in whole["stages"]]})
+
+
+def weights_of(study: Study, critic: str, folder: Path) -> str:
+    """Where a recipe finds one of the study's critics. The place tells what the critic is, so a critic that has been
+    edited makes another recipe, and runs with the old one are not passed off as runs with the new one."""
+    if critic == EMBEDDED:
+        return EMBEDDED
+    members = study.critics[critic].members
+    one = lambda name: f"{name}-{study.critics[name].batches}" if name in study.critics else name  # noqa: E731
+    return str(folder / "critics" / (f"{'+'.join(map(one, members))}.yaml" if members else f"{one(critic)}/critic"))

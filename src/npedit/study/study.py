@@ -1,0 +1,188 @@
+"""A study: many short runs beside each other, scored alike, each claim held against the intervals.
+
+A study's file names a recipe, variants of it (changes to its keys, or another recipe), seeds, and tables of variants
+with the claims that the tables should show. Each variant is trained once for each seed, in an ordinary run directory,
+and scored on the toy benchmark's held-out scenes. A run that is there is not trained again, so a study that was stopped
+goes on where it was. Critics of other qualities than the embedded one are taught first, into `critics/`.
+`study_page.py` holds the claims against intervals and writes the page.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from npedit.benchmarks import toy
+from npedit.editor import Editor
+from npedit.errors import UserError, nearest
+from npedit.recipe.config import EMBEDDED, Recipe
+from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe, write_text, writing
+from npedit.scoring.reward_hacking import alarms
+from npedit.steps.base import Parts
+from npedit.study.file import Study, recipe_of, shortened, weights_of
+from npedit.study.page import pooled, write_results
+from npedit.toy_models.build import graded_critic
+from npedit.training import trainer
+from npedit.training.parts import build_parts
+
+SCENES_SEED = 1  # held-out scenes of every study
+Event = Callable[[str], None]
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    find: Callable[[str], Path],
+    told: Event,
+    quick: bool = False,
+    only: Collection[str] = (),
+) -> Path:
+    """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
+
+    `quick` takes one seed, a 25th of the updates and a tenth of the items, into runs of their own. It
+    shows that all runs through and what comes out, and is too short to tell who is right. With `only` just these
+    variants are trained, so that several processes can fill one folder; the page shows all that are finished by then.
+
+    Raises:
+        UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
+    """
+    study = shortened(study) if quick else study
+    trained = [name for name, variant in study.variants.items() if not variant.of]
+    for name in only:
+        if name not in trained:
+            raise UserError(f"expected variants that are trained; got {name!r}.{nearest(name, trained)}")
+    runs = {
+        folder / f"{name}-{seed}": (name, seed, recipe_of(study, name, seed, find, folder, quick))
+        for name in trained
+        for seed in study.seeds_of(name)
+    }
+    todo = {run: found for run, found in runs.items() if not _finished(run) and (not only or found[0] in only)}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for run, (_, _, recipe) in runs.items():
+        if _finished(run):
+            same_recipe(run, recipe)
+    _teach_critics(study, folder, told, {name for name, _, _ in todo.values()})
+    for i, (run, (name, seed, recipe)) in enumerate(todo.items()):
+        if _finished(run):  # by another process in the meantime
+            continue
+        told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
+        _train(recipe, run)
+    scores = {}
+    for name, variant in study.variants.items():
+        places = {seed: folder / f"{variant.of or name}-{seed}" for seed in study.seeds_of(name)}
+        if done := [_scored(study, name, run, seed) for seed, run in places.items() if _finished(run)]:
+            scores[name] = pooled(done)
+    return write_results(study, folder, scores)
+
+
+def _finished(run: Path) -> bool:
+    return (run / "passes.json").is_file()
+
+
+def _teach_critics(study: Study, folder: Path, told: Event, variants: Collection[str]) -> None:
+    """Teach the study's own critics that these variants ask, if they are missing, and write down the ensembles."""
+    asked = {study.variants[name].critic for name in variants} & set(study.critics)
+    asked |= {m for name in asked for m in study.critics[name].members} & set(study.critics)
+    for name in sorted(asked, key=lambda name: bool(study.critics[name].members)):
+        critic = study.critics[name]
+        if critic.members:
+            members = [{"name": "llava_onevision", "weights": weights_of(study, m, folder)} for m in critic.members]
+            with writing(folder):
+                (folder / "critics").mkdir(exist_ok=True)
+            write_text(Path(weights_of(study, name, folder)), yaml.safe_dump(members))
+        else:
+            told(f"critic {name}, {critic.batches} batches")
+            _grade(study, name, folder)
+
+
+def _grade(study: Study, critic: str, folder: Path) -> float:
+    """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
+    that want the same one, one teaches it and the others wait."""
+    batches = 0 if critic == EMBEDDED else study.critics[critic].batches
+    place = folder / "critics" / EMBEDDED if critic == EMBEDDED else Path(weights_of(study, critic, folder)).parent
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "teaching.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return graded_critic(place, batches, study.items)
+
+
+def _critic_right(study: Study, run: Path) -> float | None:
+    """The share of questions that a run's critic answers right; None without one, of an ensemble, of a critic that is
+    none of the study's, and of the embedded one where no table asks for it."""
+    weights = (read_config(run)["critic"] or {}).get("weights")
+    if weights == EMBEDDED:
+        return _grade(study, EMBEDDED, run.parent) if any(table.by_critic for table in study.tables) else None
+    single = [name for name, c in study.critics.items() if c.batches and weights == weights_of(study, name, run.parent)]
+    return _grade(study, single[0], run.parent) if single else None
+
+
+def _train(recipe: Recipe, run: Path) -> None:
+    """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update, the mean over
+    all updates. Those of a run that was stopped are kept beside it, for when it goes on."""
+    seen = {"generator": 0, "critic": 0}
+    at_last, part = dict(seen), run / "passes.part.json"
+    total = json.loads(part.read_text()) if part.is_file() else {"updates": 0, **seen}
+
+    def counted(recipe: Recipe) -> Parts:
+        parts = build_parts(recipe)
+        velocity = parts.family.velocity
+
+        def counting(net: Any, x: Any, *rest: Any, **named: Any) -> Any:
+            seen["generator"] += len(x)
+            return velocity(net, x, *rest, **named)
+
+        parts.family.velocity = counting
+        if parts.critic is not None:
+            logits, asked = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
+
+            def asking(texts: Any, *rest: Any, **named: Any) -> Any:
+                seen["critic"] += len(texts) * asked
+                return logits(texts, *rest, **named)
+
+            parts.critic.logits = asking
+        return parts
+
+    def on_event(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "update":
+            if facts["step"] > 1 and "time/look" not in facts:  # else pictures for samples and evaluation are in it
+                total.update({k: total[k] + seen[k] - at_last[k] for k in seen}, updates=total["updates"] + 1)
+                write_text(part, json.dumps(total) + "\n")
+            at_last.update(seen)
+
+    trainer.train(recipe, run, on_event=on_event, parts=counted)
+    means = {k: total[k] / total["updates"] if total["updates"] else None for k in seen}
+    write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
+
+
+def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
+    """The scores of one run, kept beside it; with the seconds and passes that its training took."""
+    kept, steps = run / f"score-{name}.json", study.variants[name].steps or None
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        if "critic_right" in found and (found["n"], found["steps"]) == (study.items, steps):
+            return found
+    editor = Editor.open(run)
+    noises = iter(range(seed * 1_000_003, seed * 1_000_003 + study.items))
+    scores = toy.score(
+        lambda x, words: editor.edit_tensor(x, words, [next(noises) for _ in words], steps),
+        toy.items(study.items, SCENES_SEED),
+    )
+    rows = read_rows(run / METRICS)
+    whole = {
+        **scores,
+        "steps": steps,
+        "run": run.name,
+        "seconds": sum(r.get("time/update") or 0.0 for r in rows),
+        "passes": json.loads((run / "passes.json").read_text()),
+        "alarms": [alarm.words() for alarm in alarms(rows, read_config(run)["trainer"]["evaluate_items"])],
+        "critic_right": _critic_right(study, run),
+    }
+    write_text(kept, json.dumps(whole) + "\n")
+    return whole

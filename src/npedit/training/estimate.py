@@ -1,0 +1,367 @@
+"""`npedit estimate`: what a recipe holds at once, part by part, without its weights and without a GPU.
+
+The recipe's models are built on the meta device from their configs; then its own steps make an update each there
+(`meta.py`). So what is counted is what the code does: offloading, adapters, blocks that are computed again, the
+optimizer's temporaries. Only sharding is arithmetic: the slices, and beside them five times the largest block (two
+gathered, the gradient of one, and that once more in float32).
+
+What is not counted: CUDA's own context and libraries (commonly .5 to 1 GiB), fragments of its allocator, and memory
+inside kernels. A test compares with what torch's profiler measures on a CPU at tiny size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from npedit.critics._bits import bytes_a_weight, quantised_weights
+from npedit.critics._hollow import hollow_critic
+from npedit.critics.base import Critic
+from npedit.data import PairedBatch
+from npedit.errors import UserError
+from npedit.families._hollow import hollow_family
+from npedit.families.base import Family
+from npedit.generator import edit, seeded, training_times
+from npedit.nets.meta_device import META, WORKING, Counted, under_way
+from npedit.recipe.config import EMBEDDED, Recipe, find, find_class, rest_device, torch_dtype
+from npedit.steps.base import Parts, Step
+from npedit.training.evaluation import CHUNK
+from npedit.training.parts import check_processes
+from npedit.training.trainer import STAGE_SEEDS
+
+PUBLISHED = Path(__file__).parents[1] / "published"
+WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
+FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.awake` -> a column
+COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", WORKING)
+STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
+SHOWN = {STEPPING: WORKING, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
+SHARE_OF_8_BIT = 0.2539  # of float32: a byte a number, and a float32 for each 256 of them
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at the worst moment of a part of training: bytes, by the names in `COLUMNS`. The parts of a step are
+    those of `time/*` in metrics.jsonl; "student" is the backward pass and the update."""
+
+    name: str
+    held: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.held.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process. `disk` is bytes by what is written or downloaded."""
+
+    phases: tuple[Phase, ...]
+    disk: dict[str, int]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that holds most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estimate:
+    """What each of so many processes holds while it trains this recipe. `at_once` says whether the optimizer steps all
+    parameters together, as on CUDA, or one by one, as on a CPU.
+
+    Raises:
+        UserError: the models' configs are not at hand or not those of the family or critic; batches cannot be shared.
+    """
+    check_processes(recipe, processes)
+    sliced = processes > 1 and recipe.trainer.shard != "none"
+    counted, phases = Counted(), []
+    with counted, _stepping(counted, at_once):
+        parts = _open(recipe, counted, sliced)
+        beside = _gathered(parts.family) if sliced else 0
+        student = parts.net("student", recipe.seed)
+        for i, stage in enumerate(recipe.stages):
+            if sliced:
+                _slice(recipe, i, parts, processes)
+            step = _begin(recipe, i, student, parts)
+            _update(recipe, i, step, processes)
+            phases += _phases(f"{stage.step}: ", counted, beside)
+        with _part("samples"):
+            _samples(recipe, parts, step)
+        phases += _phases("", counted, beside)
+        disk = _disk(recipe, parts, step, 4 / torch_dtype(recipe.family.dtype).itemsize if sliced else 1)
+    return Estimate(tuple(phases), disk)
+
+
+def table(found: Estimate) -> list[str]:
+    """The estimate as lines of text, in GiB; columns that are empty are left out."""
+    shown = [c for c in COLUMNS if any(p.held.get(c, 0) for p in found.phases)]
+    width = max(len(p.name) for p in found.phases)
+    lines = [f"{'GiB':{width}}" + "".join(f"{c:>{max(7, len(c) + 1)}}" for c in (*shown, "total"))]
+    for phase in found.phases:
+        figures = [*((c, phase.held.get(c, 0)) for c in shown), ("total", phase.total)]
+        lines.append(f"{phase.name:{width}}" + "".join(f"{size / GIB:{max(7, len(c) + 1)}.2f}" for c, size in figures))
+    lines.append(f"Peak: {found.peak.total / GIB:.1f} GiB, in {found.peak.name}.")
+    return lines + [f"Disk: {what} {size / GIB:.1f} GiB" for what, size in found.disk.items()]
+
+
+def verdict(found: Estimate, gpu: str) -> str:
+    """Whether it fits a GPU of a size such as "24GB", counted as GiB, with a tenth left for what is not counted.
+
+    Raises:
+        UserError: the size cannot be read.
+    """
+    number = gpu.upper().removesuffix("B").removesuffix("I").removesuffix("G")
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if size <= 0:
+        raise UserError(f"expected --gpu as in 24GB; got {gpu!r}; give the GPU's memory")
+    peak = found.peak.total / GIB
+    if peak <= 0.9 * size:
+        return f"fits {size:g} GB: {size - peak:.1f} are left for what is not counted"
+    if peak <= size:
+        return f"tight in {size:g} GB: only {size - peak:.1f} are left for what is not counted"
+    return f"does not fit {size:g} GB: {peak - size:.1f} too much"
+
+
+# ------------------------------------------------------------------------------------------------------ the models
+
+
+@dataclass(frozen=True)
+class _Parts(Parts):
+    """Parts on the meta device: adapters are made there, and what rests elsewhere is not counted."""
+
+    counted: Counted = field(default_factory=Counted)
+    sliced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory.offload:
+            self.move(list(FROZEN), rest_device())  # they were counted where they were opened
+
+    def net(self, role: str, seed: int) -> nn.Module:
+        with META:
+            net = super().net(role, seed)
+        if self.sliced and self.lora is None:
+            net.float = lambda: net  # it computes in the family's type; its slices in float32 are arithmetic
+        return net
+
+    def move(self, names: Sequence[str], device: torch.device) -> None:
+        for name in names:
+            tensors = (t for module in self.modules(name) for t in _tensors(module))
+            size = _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
+            self.counted.add(FROZEN[name], size if device == META else -size)
+
+
+def open_hollow(recipe: Recipe) -> tuple[Family, Critic | None]:
+    """The recipe's family, and its critic if it names one, without weights. Errors as in `estimate`."""
+    chosen, judge = recipe.family, recipe.critic
+    try:
+        kind, folder = find_class("families", chosen.name), configs("family", chosen.weights, chosen.folder)
+        family = hollow_family(kind, folder, torch_dtype(chosen.dtype))
+        if recipe.judge is not None:
+            raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
+        if judge is None:
+            return family, None
+        if judge.name == "ensemble":
+            raise UserError("critic.name: expected a single critic; got an ensemble; estimate its largest member")
+        kind, folder = find_class("critics", judge.name), configs("critic", judge.weights, judge.folder)
+        return family, hollow_critic(kind, folder, torch_dtype(judge.dtype), judge.resolution)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"expected the recipe's models by their configs; got: {error}; correct the recipe") from error
+
+
+def configs(part: str, weights: str, folder: Any) -> Path:
+    """Where the configs of these weights lie: in their own folder, or in the package's copies of published ones.
+
+    Raises:
+        UserError: in neither.
+    """
+    if weights == EMBEDDED or Path(weights).is_dir():
+        return Path(folder())
+    kept = PUBLISHED / weights.replace("/", "--")
+    if kept.is_dir():
+        return kept
+    known = ", ".join(sorted(p.name.replace("--", "/") for p in PUBLISHED.iterdir() if p.is_dir()))
+    raise UserError(
+        f"{part}.weights: expected a local folder, or one of these, whose configs are in the package: {known}; got "
+        f"{weights!r}; give a folder with that model's config files, which needs no weights"
+    )
+
+
+def _open(recipe: Recipe, counted: Counted, sliced: bool) -> _Parts:
+    (family, critic), chosen = open_hollow(recipe), recipe.critic
+    used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
+    counted.name("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
+    pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
+    counted.name("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
+    counted.name("VAE", _tensors(pipe["vae"]))
+    if used:
+        counted.name("critic", _tensors(critic.model))
+        if chosen.bits:
+            counted.share[FEW_BITS] = bytes_a_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
+            counted.name(FEW_BITS, quantised_weights(critic.model))
+            critic.model.is_quantized = True  # so it is not moved
+    wording = chosen.wording if chosen else "plain"
+    return _Parts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
+                  sliced=sliced)  # fmt: skip
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------- sharding
+
+
+def _slice(recipe: Recipe, i: int, parts: _Parts, processes: int) -> None:
+    """From stage `i` on, count as each process's slices: whole nets in training, in float32; in the last stage the
+    frozen base too."""
+    if not recipe.lora:
+        share = 4 / torch_dtype(recipe.family.dtype).itemsize / processes
+        parts.counted.share |= dict.fromkeys(("student", "fake", "averages", "optimizer", "gradients", STEPPING), share)
+        parts.counted.share[EIGHT_BIT] = share * SHARE_OF_8_BIT
+    if i + 1 == len(recipe.stages):
+        parts.counted.share["base"] = 1 / processes
+        parts.counted.name("base", _tensors(parts.family.base))
+
+
+def _gathered(family: Family) -> int:
+    """Bytes of what is whole while a sharded net computes; see the module's head."""
+    blocks = [block for name in family.facts.blocks for block in family.base.get_submodule(name)]
+    sizes = [_bytes(block.parameters()) for block in blocks]
+    return _bytes(family.base.parameters()) - sum(sizes) + 5 * max(sizes)
+
+
+# ---------------------------------------------------------------------------------------------- one update of each
+
+
+@contextmanager
+def _part(name: str) -> Iterator[None]:
+    token = under_way.set(name)
+    try:
+        yield
+    finally:
+        under_way.reset(token)
+
+
+@contextmanager
+def _stepping(counted: Counted, at_once: bool) -> Iterator[None]:
+    """Count what optimizers make while they step apart from all else."""
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        counted.working = STEPPING
+        for group in optimizer.param_groups:
+            group["foreach"] = at_once
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        counted.working = WORKING
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
+    """The stage's step, its learners with their optimizers' state, all tensors named."""
+    stage, counted = recipe.stages[i], parts.counted
+    short: dict[str, Any] = {}
+    if hasattr(stage.settings, "fake_updates"):
+        short["fake_updates"] = min(2, stage.settings.fake_updates)
+    kinds = {
+        role: getattr(stage.settings, role).optimizer for role in ("student", "fake") if hasattr(stage.settings, role)
+    }
+    for role in kinds:  # 8 bits need CUDA, so they are counted by their share
+        short[role] = getattr(stage.settings, role).model_copy(update={"optimizer": "adamw"})
+    kind, seed = find_class("steps", stage.step), recipe.seed + STAGE_SEEDS * i
+    with _part("set-up"):
+        step = kind(stage.settings.model_copy(update=short), parts, student, stage.updates, seed)
+    for role, learner in step.learners.items():
+        trained = [p for p in learner.net.parameters() if p.requires_grad]
+        for p in trained:
+            p.register_post_accumulate_grad_hook(lambda p: counted.name("gradients", [p.grad]))
+        with _part("first moments"):
+            learner.update([lambda trained=trained: sum(p.mean() for p in trained)])
+        optimizer = "optimizer" if kinds[role] == "adamw" else EIGHT_BIT
+        names = {"net": role, "buffer": role, "ema": "averages", "optimizer": optimizer}
+        for key, tensor in learner.state()[0].items():
+            counted.name(names[key.split(".")[0]], [tensor])
+    counted.peaks.pop("first moments", None)
+    return step
+
+
+def _update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
+    """One update of a stage, with the largest pictures and the draft's two transitions."""
+    stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
+    times = torch.ones(recipe.trainer.steps)
+    drawn = (u for u in range(100) if len(training_times(times, seeded(seed, "times", u))) == 2)
+    per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
+    batch = _batch(recipe, stage.batch_size // processes)
+    with _part("update"):
+        step.step([batch] * (per_update * min(2, stage.accumulate)), next(drawn, 0))
+
+
+def _batch(recipe: Recipe, size: int) -> PairedBatch:
+    height, width = max(_sizes(recipe), key=lambda s: s[0] * s[1])
+    pictures, words = torch.empty(size, 3, height, width, device=META), (WORDS,) * size
+    return PairedBatch(words, pictures, words, ("replace",) * size, words, words, words, edited=pictures)
+
+
+def _sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
+    settings = recipe.data.settings
+    if hasattr(settings, "sizes"):
+        return settings.sizes
+    return find("data", recipe.data.name).Source(settings, recipe.seed).sizes
+
+
+def _samples(recipe: Recipe, parts: _Parts, step: Step) -> None:
+    """The pictures of a run under way, as the trainer edits them."""
+    count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
+    batch = _batch(recipe, count)
+    with step.learners["student"].average() as net, parts.awake("text", "vae"):
+        edit(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
+             recipe.memory.decode_tile)  # fmt: skip
+
+
+def _phases(prefix: str, counted: Counted, beside: int) -> list[Phase]:
+    """What has been counted since the last call, by part of the step."""
+    found = []
+    for part, held in counted.peaks.items():
+        merged: dict[str, int] = {"gathered": beside}
+        for what, size in held.items():
+            column = SHOWN.get(what, what)
+            merged[column] = merged.get(column, 0) + size
+        if part:  # else it is between parts
+            found.append(Phase(prefix + part, merged))
+    counted.peaks.clear()
+    return found
+
+
+def _disk(recipe: Recipe, parts: _Parts, step: Step, widened: float) -> dict[str, int]:
+    state = round(widened * sum(_bytes(learner.state()[0].values()) for learner in step.learners.values()))
+    net = step.learners["student"].net
+    final = round(widened * _bytes(p for p in net.parameters() if p.requires_grad))
+    pipe = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]
+    models = [*pipe, *([parts.critic.model] if parts.critic else [])]
+    keep = recipe.trainer.keep
+    return {
+        "models to open, in the recipe's types:": sum(_bytes(m.parameters()) for m in models),
+        f"checkpoints, {keep} kept and one being written:": (keep + 1) * state,
+        "finished editor:": final,
+    }

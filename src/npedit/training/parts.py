@@ -1,0 +1,179 @@
+"""Open what a recipe names, family, critic and data, and check that they go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from npedit.critics._bits import quantised
+from npedit.critics.base import Critic
+from npedit.editor import locate
+from npedit.errors import UserError
+from npedit.nets import distributed
+from npedit.nets.lora import Adapter
+from npedit.recipe.config import CriticChoice, Recipe, find, find_class, pick_device, torch_dtype
+from npedit.runs.checkpoint import read_config, require_run
+from npedit.steps.base import Judge, Parts
+
+
+def build_parts(recipe: Recipe) -> Parts:
+    """Load the family, and the critic if a stage needs it, as the recipe says.
+
+    Raises:
+        UserError: weights are missing or are those of another model, or the device lacks their type of number.
+    """
+    device = pick_device()
+    check_dtype("family", torch_dtype(recipe.family.dtype), device)
+    wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
+    for part, one in (("critic", recipe.critic if "critic" in wanted else None), ("judge", recipe.judge)):
+        try:
+            quantised(one.bits if one else 0, torch.float32, device)
+        except ValueError as error:
+            raise UserError(f"{part}.bits: {error}") from None
+    chosen = recipe.family
+    with _loading("family.weights", chosen.weights):
+        family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
+    critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted else None
+    wording = recipe.critic.wording if recipe.critic else "plain"
+    judge = Judge(_open_critic("judge", recipe.judge, device), recipe.judge.wording) if recipe.judge else None
+    return Parts(family, critic, wording, device, recipe.lora, recipe.memory, judge=judge)
+
+
+def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
+    check_dtype(part, torch_dtype(chosen.dtype), device)
+    with _loading(f"{part}.weights", chosen.weights):
+        kind = find_class("critics", chosen.name)
+        return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution, chosen.bits)
+
+
+def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
+    """Give a fresh student the weights of the editor that the recipe starts from, if it names one.
+
+    Raises:
+        UserError: it is not a finished run, or its editor is one of another family or has other adapters.
+    """
+    if not recipe.start:
+        return
+    begun, folder = read_config(require_run(recipe.start)), locate(recipe.start)
+    mine = recipe.as_dict()
+    there, here = ({"family": c["family"]["name"], "lora": c.get("lora")} for c in (begun, mine))
+    if there != here:
+        raise UserError(
+            f"start: expected an editor of the same kind as this recipe's, {here}; got {there} in {recipe.start}; "
+            "change the recipe to fit, or start from another run"
+        )
+    with _loading("start", recipe.start):
+        if isinstance(student, Adapter):
+            student.take(folder)
+        else:
+            student.load_state_dict(parts.family.open_net(folder / "transformer").state_dict())
+
+
+def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a type of number that the device cannot compute with, or only by emulation.
+
+    Raises:
+        UserError: it cannot.
+    """
+    bfloat = dtype == torch.bfloat16 and device.type == "cuda"
+    try:
+        x = torch.ones(1, 1, 8, 8, device=device).to(dtype)
+        able = bool((x[0, 0] @ x[0, 0] + torch.nn.functional.conv2d(x, x, padding=4)[0, 0, :8, :8]).isfinite().all())
+    except RuntimeError:
+        able = False
+    if not able or (bfloat and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(
+            f"{part}.dtype: expected a type that this device ({name}) computes with; got {str(dtype)[6:]}, which it "
+            "lacks; use float32"
+        )
+
+
+@contextmanager
+def _loading(key: str, weights: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
+        raise UserError(f"{key}: expected a model that opens; got {weights!r} ({error}); correct the recipe") from error
+
+
+def build_source(recipe: Recipe) -> Any:
+    """Open the training data, as the recipe says."""
+    return find("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
+
+
+def check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
+    """Refuse data that the stages, the family or the benchmark cannot use.
+
+    Raises:
+        UserError: names what is missing or of the wrong size.
+    """
+    check_processes(recipe, distributed.world())
+    if distributed.world() > 1 and distributed.world() > len(data):
+        raise UserError(
+            f"data: expected at least one item per process; got {len(data)} items and {distributed.world()} processes; "
+            "start fewer, or add data"
+        )
+    for i, stage in enumerate(recipe.stages):
+        needs = find_class("steps", stage.step).needs(stage.settings)
+        if "target_caption" in needs and not data.has_target_captions:
+            raise UserError(
+                f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
+                "add the column or set the weight of the loss that needs it to 0"
+            )
+        if "source_caption" in needs and not data.has_source_captions:
+            raise UserError(
+                f"stages.{i}: expected data with source_caption, which {stage.step} needs as its text, in every row; "
+                "got data without; add the column (what each photo shows, in a few words) or leave this stage out"
+            )
+        if "edited" in needs and not getattr(data, "has_pairs", False):
+            raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
+    if getattr(data, "has_pairs", False) and not recipe.uses_pairs():
+        raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
+    multiple = parts.family.facts.multiple
+    for height, width in data.sizes:
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"data: expected sizes that are multiples of {multiple}; got {width}x{height}; change the data's size"
+            )
+    if recipe.trainer.benchmark:
+        _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Refuse a number of processes that cannot share each batch equally.
+
+    Raises:
+        UserError: names the stage.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % count:
+            raise UserError(
+                f"stages.{i}.batch_size: expected a multiple of the {count} processes, which share each batch; got "
+                f"{stage.batch_size}; change it, or start a number of processes that divides it"
+            )
+
+
+def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
+    side = getattr(find("benchmarks", name), "SIDE", 0)
+    if not side:
+        raise UserError(
+            f"trainer.benchmark: expected one that needs no judge and no data of its own (toy); got {name}; leave it "
+            f'out and run "npedit evaluate {name}" on the finished run'
+        )
+    other = [f"{w}x{h}" for h, w in sizes if (h, w) != (side, side)]
+    if other:
+        raise UserError(
+            f"trainer.benchmark: {name} expected an editor trained at {side}x{side} pixels; got data of "
+            f'{", ".join(other)}; set trainer.benchmark to "" or change the data\'s size'
+        )
+    if side % multiple:
+        raise UserError(
+            f"trainer.benchmark: {name} expected a family that takes {side}x{side} pixels; got one whose sizes are "
+            f'multiples of {multiple}; set trainer.benchmark to ""'
+        )

@@ -1,0 +1,74 @@
+"""Pictures of a run: what the editor makes of the same references as training goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from npedit.data import Batch, Example, collate
+from npedit.recipe.config import Recipe, find
+from npedit.runs.checkpoint import writing
+
+SIDE = 128  # of a picture in grid.png
+
+
+def held_out(recipe: Recipe, data: Any, n: int) -> Batch:
+    """References to edit while training goes on: held-out ones for the toy, the first n of its benchmark; photos have
+    no held-out part, so there the first batch."""
+    if recipe.trainer.benchmark != "toy":
+        return data.batch(0, n)
+    from npedit.toy.world import render
+
+    edits = find("benchmarks", "toy").items(n, recipe.seed)
+    words = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
+    pictures = render([e.reference for e in edits])
+    return collate([Example(str(i), x, *w) for i, (x, w) in enumerate(zip(pictures, words))])
+
+
+def write_samples(folder: Path, references: Tensor, instructions: Sequence[str], edited: Tensor) -> None:
+    """Write `000.png` (edited), `reference-000.png`, ..., `items.json`, and `grid.png` with all of them.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = [(_picture(r), _picture(e)) for r, e in zip(references, edited, strict=True)]
+        listed = []
+        for i, ((before, after), words) in enumerate(zip(pairs, instructions, strict=True)):
+            files = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
+            after.save(folder / files["file"])
+            before.save(folder / files["reference"])
+            listed.append({**files, "instruction": words})
+        (folder / "items.json").write_text(json.dumps(listed, indent=1))
+        _grid(pairs, instructions).save(folder / "grid.png")
+
+
+def _grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequence[str]) -> Image.Image:
+    columns = 2
+    cell = (2 * SIDE + 24, SIDE + 36)
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(pairs) // columns) * cell[1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pair, words) in enumerate(zip(pairs, instructions, strict=True)):
+        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
+        for k, picture in enumerate(pair):
+            kept = picture.copy().resize(_inside(picture.size), Image.Resampling.LANCZOS)
+            sheet.paste(kept, (x + k * (SIDE + 8), y))
+        draw.text((x, y + SIDE + 4), words if len(words) < 46 else words[:43] + "...", fill="black")
+    return sheet
+
+
+def _inside(size: tuple[int, int]) -> tuple[int, int]:
+    scale = SIDE / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,350 @@
+"""Train by a recipe: run the stages, log, draw samples, evaluate, save, go on after a stop.
+
+The state of a run is (stage, update) and what the step's learners hold. Data and noise are functions of the seed and
+the update's number, so a run that was stopped at any moment, `kill -9` included, repeats itself exactly from its last
+checkpoint.
+
+Several processes run this loop side by side (`distributed.py`). The first writes and prints; each batch, each set of
+pictures to edit, and what is logged are shared out; stops and saves are agreed on after each update.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from npedit.errors import BadRows, UserError, own_command
+from npedit.flow import few_step_times
+from npedit.nets import distributed
+from npedit.recipe.config import Recipe, find_class, torch_dtype
+from npedit.report.report import write_report
+from npedit.runs import checkpoint
+from npedit.scoring.reward_hacking import HELD_OUT, alarms
+from npedit.steps.base import Parts, Step
+from npedit.training.evaluation import Evaluation
+from npedit.training.parts import build_parts, build_source, check_fits, take_start
+
+STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
+PRINT_SECONDS = 20.0  # between lines where there is no terminal
+EventFn = Callable[[str, dict[str, Any]], None]
+
+
+def ignore(event: str, facts: dict[str, Any]) -> None:
+    """The `on_event` that does nothing."""
+
+
+def train(
+    recipe: Recipe,
+    run: Path,
+    resume: bool = True,
+    on_event: EventFn = ignore,
+    parts: Callable[[Recipe], Parts] = build_parts,
+    source: Callable[[Recipe], Any] = build_source,
+) -> Path:
+    """Train, or go on with training, in the folder `run`; the same call goes on after any kind of stop. Returns `run`.
+
+    `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end", in every process, and
+    with "alarm" in the first; facts hold at least "step".
+
+    Raises:
+        UserError: see `checkpoint.claimed`; also a full disk, data that do not fit, gradients that stay not finite.
+        SystemExit: SIGINT or SIGTERM came; everything is saved.
+    """
+    run = Path(run)
+    with distributed.session(), _claimed(run, recipe, resume), _bad_rows_kept(run), stopping() as caught:
+        data = source(recipe)
+        made = parts(recipe)
+        check_fits(recipe, data, made)
+        fingerprint = data.fingerprint()
+        if distributed.first():
+            checkpoint.begin(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
+        _check_seen(run, fingerprint)
+        distributed.plan(recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device)
+        _Loop(recipe, run, made, data, on_event, caught).go()
+    return run
+
+
+def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[None]:
+    return checkpoint.claimed(run, recipe, resume) if distributed.first() else nullcontext()
+
+
+@contextmanager
+def _bad_rows_kept(run: Path) -> Iterator[None]:
+    """List all bad rows in the run directory when they are too many to go on."""
+    if distributed.first() and not checkpoint.is_run(run):
+        (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # of an attempt that ended so; rows may be mended by now
+    try:
+        yield
+    except BadRows as error:
+        if distributed.first():
+            kept = checkpoint.trim_rows(run / checkpoint.BAD_ROWS)
+            for row in error.rows:
+                if row not in kept:
+                    checkpoint.append_row(run / checkpoint.BAD_ROWS, row)
+        raise UserError(f"{error}. All of them: {run / checkpoint.BAD_ROWS}") from None
+
+
+def _check_seen(run: Path, fingerprint: str) -> None:
+    """Refuse a machine that does not see the first one's run folder, or sees other data."""
+    if distributed.from_first(fingerprint) != fingerprint:
+        raise UserError(
+            f"data: expected the same data for every process; got others in process {distributed.rank()}; "
+            "put one copy where all machines see it"
+        )
+    if not checkpoint.is_run(run):
+        raise UserError(
+            f"expected {run} on a file system that all machines share; process {distributed.rank()} does not see what "
+            "the first has written there; choose another folder"
+        )
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual. Not so for one of
+    several processes: there the system and torchrun may both send the one signal."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        for n in numbers if not distributed.launched() else ():
+            signal.signal(n, before[n])
+
+    for n in numbers:
+        signal.signal(n, note)
+    try:
+        yield caught
+    finally:
+        for n in numbers:
+            signal.signal(n, before[n])
+
+
+class _Loop:
+    """One training under way."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, parts: Parts, data: Any, on_event: EventFn, caught: list[int]
+    ) -> None:
+        self.recipe, self.run, self.parts, self.data = recipe, run, parts, data
+        self.on_event, self.caught = on_event, caught
+        self.total = recipe.total_updates()
+        self.first = distributed.first()
+        self.console = Console(quiet=not self.first)
+        self.saved_at = self.printed_at = time.monotonic()
+        self.bad_rows = checkpoint.trim_rows(run / checkpoint.BAD_ROWS) if self.first else []
+        self.rows_seen = 0
+        self.evaluation = Evaluation(recipe, run, parts, data, on_event)
+
+    def go(self) -> None:
+        """All stages, from the last checkpoint if there is one."""
+        folder = distributed.from_first(checkpoint.newest_complete(self.run))
+        numbers = checkpoint.read_numbers(folder) if folder else {"stage": 0, "update": 0, "step": -1}
+        if self.first:
+            checkpoint.trim_metrics(self.run, numbers["step"])
+        if folder:
+            self.console.print(f"Going on from {folder}", highlight=False)
+        student = self.parts.net("student", self.recipe.seed)
+        if not folder:
+            take_start(self.recipe, self.parts, student)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+        )
+        with Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console
+        ) as self.bar:
+            self.task = self.bar.add_task(
+                self.recipe.name, total=self.total, completed=max(0, numbers["step"]), figures=""
+            )
+            for i in range(numbers["stage"], len(self.recipe.stages)):
+                step = self._step(i, student)
+                start = 0
+                if i == numbers["stage"] and folder:
+                    restore(step, folder)
+                    start = numbers["update"]
+                if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
+                    self._log({"step": 0, **self.evaluation.look(step, 0), "time": time.time()})
+                self._stage(i, step, start)
+                if i + 1 < len(self.recipe.stages):
+                    step.learners["student"].settle()
+        self._finish(step)
+        if number := self._signal():
+            self._leave(number, f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
+
+    def _step(self, i: int, student: nn.Module) -> Step:
+        stage = self.recipe.stages[i]
+        seed = self.recipe.seed + STAGE_SEEDS * i
+        step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
+        if i + 1 == len(self.recipe.stages):  # no more nets are copied from the base
+            distributed.spread_frozen(self.parts.family.base)
+            if self.parts.lora:
+                distributed.spread_frozen(self.parts.family.lora_base())
+        return step
+
+    def _stage(self, i: int, step: Step, start: int) -> None:
+        stage = self.recipe.stages[i]
+        count = per_update(stage)
+        earlier = self.recipe.stages[:i]
+        first_batch, first_step = sum(per_update(s) * s.updates for s in earlier), sum(s.updates for s in earlier)
+        for update in range(start, stage.updates):
+            if number := self._signal():
+                self._stop(number, i, step, update, first_step + update)
+            began = time.monotonic()
+            index = first_batch + update * count
+            batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
+            loaded = time.monotonic()
+            metrics = step.step(batches, update)
+            metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
+            n = first_step + update + 1
+            metrics = distributed.merged(distributed.gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
+            metrics |= self._counts(step) | self.evaluation.look(step, n)
+            row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
+            self._log(row)
+            self._show(n, stage.step, metrics)
+            self._warn(row)
+            due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
+            late = distributed.from_first(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
+            if due or late or n == self.total:
+                self._save(i, step, update + 1, n)
+            self.on_event("update", row)
+        if i + 1 < len(self.recipe.stages) and (number := self._signal()):
+            self._stop(number, i, step, stage.updates, first_step + stage.updates)
+
+    def _signal(self) -> int:
+        """The signal that a process has caught, 0 if none has; the same number in all."""
+        return max(distributed.gather(self.caught[0] if self.caught else 0))
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.first:
+            checkpoint.append_row(self.run / checkpoint.METRICS, row)
+
+    def _batch(self, index: int, size: int) -> Any:
+        """This process's share of a batch of `size` items."""
+        world = distributed.world()
+        batch = self.data.batch(index, size // world, distributed.rank(), world)
+        return replace(batch, references=batch.references.to(self.parts.device))
+
+    def _counts(self, step: Step) -> dict[str, float]:
+        rows = self.data.bad_rows
+        for row in (r for met in distributed.gather(rows[self.rows_seen :]) for r in met):
+            if self.first and row not in self.bad_rows:
+                checkpoint.append_row(self.run / checkpoint.BAD_ROWS, row)
+                self.bad_rows.append(row)
+        self.rows_seen = len(rows)
+        skipped = sum(learner.skipped for learner in step.learners.values())
+        return {"skipped_steps": float(skipped), "data/bad_rows": float(len(self.bad_rows))}
+
+    def _show(self, n: int, name: str, metrics: dict[str, float]) -> None:
+        losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/")]
+        figures = "  ".join([*losses, self.evaluation.success])
+        self.bar.update(self.task, completed=n, description=name, figures=figures)
+        if not self.console.is_terminal and (time.monotonic() - self.printed_at > PRINT_SECONDS or n == self.total):
+            self.printed_at = time.monotonic()
+            self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
+
+    def _warn(self, row: dict[str, Any]) -> None:
+        """Say so at once if this row's evaluation shows that the critic is being deceived."""
+        if not self.first or not any(k in row for k in HELD_OUT):
+            return
+        found = alarms(checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items)
+        for alarm in (a for a in found if a.step == row["step"]):
+            self.console.print(f"ALARM {alarm.words()}", style="bold red", highlight=False, soft_wrap=True)
+            self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
+
+    def _save(self, i: int, step: Step, update: int, n: int) -> None:
+        tensors, learners = {}, {}
+        for name, learner in step.learners.items():
+            own, learners[name] = learner.state()
+            tensors |= {f"{name}/{k}": v for k, v in own.items()}
+        tensors |= {f"extra/{k}": v for k, v in step.extra_state().items()}
+        numbers = {"format": 1, "stage": i, "update": update, "step": n, "learners": learners}
+        checkpoint.save(self.run, n, tensors, numbers, self.recipe.trainer.keep)
+        self.saved_at = time.monotonic()
+        self.on_event("save", {"step": n})
+
+    def _stop(self, number: int, i: int, step: Step, update: int, n: int) -> None:
+        self._save(i, step, update, n)
+        self.bar.stop()
+        self._leave(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
+
+    def _leave(self, number: int, words: str) -> None:
+        self.console.print(f"{words} To go on, run the same command:", markup=False)
+        command = "torchrun ..." if distributed.by_torchrun() else own_command()
+        self.console.print(f"  {command}", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + number)
+
+    def _finish(self, step: Step) -> None:
+        family, steps = self.parts.family, self.recipe.trainer.steps
+        shift = family.shift(*self.data.sizes[0])
+        times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
+        with step.learners["student"].average() as net:  # until it is written: a net that is not sharded is no copy
+            whole = distributed.whole_net(net)
+            if whole is not None:
+                final = checkpoint.write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
+        if whole is None:
+            self.on_event("end", {"step": self.total})
+            return
+        report = write_report(self.run)
+        places = {
+            "editor": final,
+            "report": report,
+            "log": self.run / checkpoint.METRICS,
+            "samples": self.run / "samples",
+        }
+        for name, place in places.items():
+            self.console.print(f"  {name:8} {place}", highlight=False, soft_wrap=True)
+        self.on_event("end", {"step": self.total, **places})
+
+
+def per_update(stage: Any) -> int:
+    """Batches that one update of a stage takes."""
+    return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
+
+
+def restore(step: Step, folder: Path) -> None:
+    """Put a checkpoint's contents into a freshly built step.
+
+    Raises:
+        UserError: they are those of another model.
+    """
+
+    def like(key: str) -> Tensor | None:
+        name, _, own = key.partition("/")
+        return step.learners[name].like(own) if name in step.learners else step.extra_state().get(own)
+
+    tensors, numbers = checkpoint.load(folder, like)
+    try:
+        for name, learner in step.learners.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            learner.load_state(own, numbers["learners"][name])
+        step.load_extra_state({k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"expected a checkpoint of this recipe and its weights; got another ({error}); "
+            "put the weights back that the run was begun with, or choose another folder"
+        ) from error
+
+
+def _peak_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

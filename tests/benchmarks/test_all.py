@@ -1,0 +1,72 @@
+"""Every benchmark from end to end: the toy's editor, a tiny judge, tiny encoders; nothing is left out in silence."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+
+import pytest
+import torch
+
+from npedit import benchmarks
+from npedit.recipe import config
+from npedit.toy.dataset import write_dataset
+from tests.benchmarks.test_dreambench import write_data as write_dreambench
+from tests.benchmarks.test_imgedit import write_data as write_imgedit
+from tests.cli.test_commands import run
+from tests.judges.test_local import taught
+from tests.support.encoder_sets import clip, dino
+from tests.support.judge_server import write_gedit
+
+NETS = ("--dino", "nets/dino", "--clip", "nets/clip")
+JUDGED = ("--judge", "judge", "--items", 3)
+COMMANDS = {
+    "toy": ("--items", 9, "--json", "r/summary.json"),
+    "gedit": ("--data", "gedit", *JUDGED, *NETS, "--out", "r"),
+    "imgedit": ("--data", "imgedit", *JUDGED, *NETS, "--out", "r"),
+    "own": ("own", *NETS, "--out", "r"),
+    "dreambench": ("dreambench", "--pictures", 1, *NETS, "--out", "r"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Data of each form, a judge that says 7 and 8, and encoders."""
+    root = tmp_path_factory.mktemp("all")
+    for name in ("judge", "nets", "dreambench"):
+        (root / name).mkdir()
+    taught(0).save(root / "judge")
+    dino(root / "nets" / "dino"), clip(root / "nets" / "clip")
+    write_gedit(root / "gedit")
+    write_imgedit(root / "imgedit")
+    write_dataset(root / "own", 3, 0, pairs=True)
+    write_dreambench(root / "dreambench")
+    return root
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name[0] != "_"))
+def test_the_toy_editor_goes_through(name, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.chdir(tmp_path)
+    for place in root.iterdir():
+        (tmp_path / place.name).symlink_to(place)
+    (tmp_path / "r").mkdir()
+    run("evaluate", name, *COMMANDS[name], "--steps", 1)
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary
+    if name == "toy":
+        assert summary["n"] == 9
+        return
+    rows = [json.loads(line) for line in (tmp_path / "r" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == (6 if name == "dreambench" else 3)
+    named = {score for row in rows for score in row["scores"]}
+    assert named
+    for row in rows:  # a number, or the reason why there is none
+        for score in named & set(row["scores"]):
+            assert (row["scores"][score] is None) == (score in row["why"]), (row["id"], score)
+    for figure in summary.values():
+        assert figure["value"] is None or figure["n"] > 0
+    if name in ("gedit", "imgedit"):
+        kept = json.loads((tmp_path / "r" / "preservation" / "summary.json").read_text())
+        assert {"l1", "ssim"} < set(kept) and any(k.startswith("dino") for k in kept), set(kept)
+        assert any(k.startswith("clip") for k in kept) and all(f["n"] for k, f in kept.items() if k.startswith("dino"))

@@ -1,0 +1,206 @@
+"""A user's own photos as a benchmark, from the command line: what is kept, targets, masks, comparison."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from npedit.benchmarks import own
+from npedit.cli.main import main as cli
+from npedit.errors import UserError
+from npedit.scoring.results import Results
+from npedit.toy.dataset import write_dataset
+from npedit.training import parts
+from tests.support.encoder_sets import clip, dino
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Toy pairs with masks for some, tiny encoders, and the true edits under the names of outputs."""
+    root = tmp_path_factory.mktemp("own")
+    dino(root / "dino"), clip(root / "clip")
+    data = write_dataset(root / "data", N, 0, pairs=True)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (root / "true").mkdir()
+    (data / "masks").mkdir()
+    for i, row in enumerate(rows):
+        Image.open(data / row["edited_file_name"]).save(root / "true" / f"0%2F{i}.png")
+        if i % 2:
+            row["mask_file_name"] = f"masks/{i}.png"
+            changed = np.asarray(Image.open(data / row["file_name"]), dtype=int)
+            changed = (changed != np.asarray(Image.open(data / row["edited_file_name"]), dtype=int)).any(2)
+            Image.fromarray((changed * 255).astype(np.uint8)).save(data / row["mask_file_name"])
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root
+
+
+def run(*words, code=0):
+    done = CliRunner().invoke(cli.app, [str(w) for w in words], env={"COLUMNS": "240"})
+    assert done.exit_code == code, (done.output, done.exception)
+    assert "Traceback" not in done.output
+    return re.sub(r"\s+", " ", done.output)
+
+
+def evaluated(root, name, *words, code=0):
+    nets = ("--dino", root / "dino", "--clip", root / "clip")
+    return run("evaluate", "own", root / "data", "--out", root / name, *nets, *words, code=code)
+
+
+@pytest.fixture(scope="module")
+def done(root):
+    """Three results: true edits, copies, and the embedded editor."""
+    said = evaluated(root, "r-true", "--edited", root / "true"), evaluated(root, "r-copy", "--copy")
+    return root, (*said, evaluated(root, "r-editor", "--steps", 2))
+
+
+def summary(root, name):
+    return json.loads((root / name / "summary.json").read_text())
+
+
+def test_true_edits_reach_their_targets_and_spare_the_rest(done):
+    found = summary(done[0], "r-true")
+    assert found["l1_target"]["value"] == 0 and found["dino_vit32x2-7_target"]["value"] == pytest.approx(1)
+    assert found["psnr_target"]["value"] is None and found["psnr_target"]["undefined"] == N
+    assert found["l1_outside"]["value"] == 0 and (found["l1_outside"]["n"], found["l1_outside"]["undefined"]) == (
+        pytest.approx(N // 2, abs=1),
+        pytest.approx(N // 2, abs=1),
+    )
+    assert found["clip_i_vit32x2-7_outside"]["value"] == pytest.approx(1)
+    assert 0 < found["l1"]["value"] < 0.5 and found["copied"]["value"] < 0.2
+    assert found["copy/l1_target"]["value"] == found["l1"]["value"]  # doing nothing is as far off as the edit is large
+    assert found["clip_dir_vit32x2-7"]["n"] > 0 and "copy/clip_dir_vit32x2-7" not in found
+
+
+def test_copies_keep_everything_and_are_called_copies(done):
+    found = summary(done[0], "r-copy")
+    assert found["copied"]["value"] == 1 and found["l1"]["value"] == 0 and found["ssim"]["value"] == pytest.approx(1)
+    assert found["dino_vit32x2-7"]["value"] == pytest.approx(1)
+    assert found["psnr"]["value"] is None and found["clip_dir_vit32x2-7"]["undefined"] == N
+    assert found["clip_t_vit32x2-7"]["value"] == pytest.approx(found["copy/clip_t_vit32x2-7"]["value"])
+
+
+def test_the_editor_is_run_its_pictures_kept_and_it_goes_on(done):
+    root, said = done
+    pictures = sorted((root / "r-editor" / "edited").iterdir())
+    assert len(pictures) == N and "0%2F3.png" in [p.name for p in pictures]
+    assert "dino_vit32x2-7" in said[2] and "recolour" in said[2]
+    before = summary(root, "r-editor")
+    kept = pictures[0].stat().st_mtime_ns
+    pictures[1].unlink()
+    evaluated(root, "r-editor", "--steps", 2)
+    assert pictures[0].stat().st_mtime_ns == kept and summary(root, "r-editor") == before
+    assert "has another source" in evaluated(root, "r-editor", "--steps", 3, code=2)
+    settings = Results.read(root / "r-editor").settings
+    assert settings["source"]["model"] == "embedded" and settings["protocol"]["benchmark"] == "own"
+
+
+def test_a_picture_that_is_not_there_is_missing(done, tmp_path):
+    root = done[0]
+    for path in sorted((root / "true").iterdir())[1:]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    run(
+        "evaluate",
+        "own",
+        root / "data",
+        "--out",
+        tmp_path / "r",
+        "--edited",
+        tmp_path,
+        "--dino",
+        "none",
+        "--clip",
+        "none",
+    )
+    rows = {row.id: row for row in Results.read(tmp_path / "r").rows}
+    assert rows["0/0"].scores["l1"] is None and rows["0/0"].why["l1"] == "no edited picture 0%2F0.png: no such file"
+    found = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert found["l1"]["value"] is None and found["l1"]["coverage"] == pytest.approx(1 - 1 / N)
+    assert rows["0/1"].why["dino_vits16"] == "DINO was left out" and found["dino_vits16"]["n"] == 0
+
+
+def test_compare_prints_and_plots(done, tmp_path):
+    root = done[0]
+    folders = [root / n for n in ("r-copy", "r-editor", "r-true")]
+    said = run("compare", *folders, "--plot", tmp_path / "p.png", "--measure", "l1", "--measure", "l1_target")
+    assert "Against r-copy" in said and "adjusted for 4 tests" in said and "Ranking" in said
+    assert f"0/{0}/{N}" in said  # true edits lose every item at l1: something was changed
+    assert Image.open(tmp_path / "p.png").width > 300
+    everything = run("compare", *folders[:2], "--plot", tmp_path / "p.png")
+    assert "psnr is left out" in everything and "dino_vit32x2-7" in everything and "Ranking" not in everything
+    rows = [{"result": n.name, "id": f"0/{i}", "score": k} for k, n in enumerate(folders) for i in range(N)]
+    (tmp_path / "people.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    said = run(
+        "compare",
+        *folders,
+        "--measure",
+        "l1_target",
+        "--people",
+        tmp_path / "people.jsonl",
+        "--plot",
+        tmp_path / "p.png",
+    )
+    assert "Against people: 36 labels" in said and "l1_target" in said
+
+
+def test_compare_refuses_what_cannot_be_compared(done, tmp_path):
+    root = done[0]
+    plot = ("--plot", tmp_path / "p.png")
+    assert "two folders" in run("compare", root / "r-copy", *plot, code=2)
+    assert "one of them twice" in run("compare", root / "r-copy", root / "r-copy", *plot, code=2)
+    assert "Did you mean" in run("compare", root / "r-copy", root / "r-true", "--measure", "l1_taget", *plot, code=2)
+    assert "end in .png" in run("compare", root / "r-copy", root / "r-true", "--plot", tmp_path / "p.txt", code=2)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "rows.jsonl").write_bytes((root / "r-true" / "rows.jsonl").read_bytes())
+    (other / "settings.json").write_text('{"protocol": {"benchmark": "else"}}')
+    assert "of one protocol" in run("compare", root / "r-copy", other, *plot, code=2)
+    assert "Against" in run("compare", root / "r-copy", other, "--measure", "l1", "--force", *plot)
+    (other / "rows.jsonl").write_text('{"id": "else", "task": "t", "scores": {"l1": 1}, "why": {}}')
+    assert "no item has it in all" in run("compare", root / "r-copy", other, "--force", *plot, code=2)
+
+
+def test_bad_calls_and_data(done, tmp_path):
+    root = done[0]
+    assert "got several" in evaluated(root, "x", "--copy", "--edited", root / "true", code=2)
+    assert "folder of edited pictures" in evaluated(root, "x", "--edited", tmp_path / "none", code=2)
+    assert "metadata.jsonl" in run("evaluate", "own", tmp_path / "none", "--out", tmp_path / "r", "--copy", code=2)
+    assert "Did you mean 'own'" in run("evaluate", "owm", code=2)
+    for wrong, words in (
+        ({"mask_file_name": 3}, "a file's name in 'mask_file_name'"),
+        ({"mask_file_name": "../x.png"}, "leads out of the data folder"),
+        ({"id": "a"}, "each once"),
+    ):
+        rows = [
+            {"file_name": "a.png", "instruction": "paint it", "id": "a"},
+            {"file_name": "b.png", "instruction": "x"},
+        ]
+        rows[1] |= wrong
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+        with pytest.raises(UserError, match=f"jsonl:2: .*{words}"):
+            own.read(str(tmp_path))
+
+
+def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):
+    """A row without edit type; and nothing is left out or counted that no item has."""
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    lines = [{"file_name": f"{n}.png", "instruction": "paint it", "id": n} for n in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in lines))
+    run("evaluate", "own", tmp_path, "--out", tmp_path / "r", "--copy", "--dino", "none", "--clip", "none")
+    rows = {row.id: row for row in Results.read(tmp_path / "r").rows}
+    assert rows["a"].scores["l1"] == 0 and rows["a"].task == "all"
+    assert set(rows["b"].scores.values()) == {None} and "no reference b.png" in rows["b"].why["l1"]
+    assert not any(
+        n.endswith(("_target", "_outside")) or n.startswith(("clip_t", "clip_dir")) for n in rows["a"].scores
+    )
+
+
+@pytest.mark.parametrize("name", ["own", "dreambench"])
+def test_training_cannot_watch_a_benchmark_that_needs_data(name):
+    with pytest.raises(UserError, match=f"npedit evaluate {name}"):
+        parts._check_benchmark(name, [(32, 32)], 8)

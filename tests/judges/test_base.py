@@ -1,0 +1,246 @@
+"""What becomes of a judge's words, what is kept of them, and which texts it is asked with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from npedit.benchmarks._answers import read
+from npedit.benchmarks._protocol import FOLDER, Protocol, names
+from npedit.errors import UserError
+from npedit.judges.base import family_of
+from npedit.judges.cache import Cache, key_of
+from tests.support.judge_server import picture
+
+GOOD = '{"reasoning": "fine", "score": [7, 8]}'
+VIE = """
+_context_no_delimit = "CONTEXT"
+_prompts_0shot_two_image_edit_rule = '''TWO'''
+_prompts_0shot_tie_rule_SC = "SC of <instruction>"
+_prompts_0shot_rule_PQ = "PQ"
+open("/nowhere/at/all")
+"""
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+READ = [
+    (GOOD, (7, 8)),
+    (f"```json\n{GOOD}\n```", (7, 8)),
+    (f"<think>perhaps {{'score': [1, 1]}}?</think>{GOOD}", (7, 8)),
+    (f"so I think [1, 2]</think>\n{GOOD}", (7, 8)),
+    (f"||V^=^V||\n{GOOD}\n||V^=^V||", (7, 8)),
+    (f"First {{let me see}} the pictures. {GOOD} That is all.", (7, 8)),
+    ('{"score": [0, 10], "reasoning": "braces } and { in \\" words"}', (0, 10)),
+    ('{"score": [7.5, 8], "reasoning": "a\nbroken line"}', (7.5, 8)),
+    ("{'score': [7, 8,], 'reasoning': 'python'}", (7, 8)),
+    (f"{GOOD}\n{GOOD}", (7, 8)),
+    ("[7, 8]", (7, 8)),
+    ('{"score": [7, 8], "details": {"score": [1, 1]}}', (7, 8)),
+    ('{"评分": 1, "score": [3, 4], "reasoning": "编辑成功"}', (3, 4)),
+]
+NOT_READ = [
+    "", " ", "7", "7, 8", "I cannot help with that.", "无法评价", "{}", "[]", "[7]", "[7, 8, 9]", "{", "[7, 8",
+    '{"score": [7, 8]', '{"score": 7}', '{"score": [7]}', '{"score": [7, 8, 9]}', '{"score": []}', '{"score": null}',
+    '{"score": ["7", "8"]}', '{"score": [true, false]}', '{"score": [NaN, 3]}', '{"score": [Infinity, 3]}',
+    '{"score": [[7, 8]]}', '{"score": {"a": 7, "b": 8}}', '{"scores": [7, 8]}', "rate_limit_exceeded",
+    f'{GOOD} or rather {{"score": [1, 2]}}', "<think>[7, 8] would be fair", '<think>{"score": [7, 8]}',
+    "first 7 and then 8", "x" * 5 + "{" * 20_000, "[" * 20_000, '{"score": [7, 8] is my view}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "wanted"), READ)
+def test_answers_that_can_be_read(text, wanted):
+    assert read("json", text, 2, 0, 10) == ("ok", tuple(float(x) for x in wanted))
+
+
+@pytest.mark.parametrize("text", NOT_READ)
+def test_answers_that_cannot_are_missing_and_no_number(text):
+    assert read("json", text, 2, 0, 10) == ("parse_error", ())
+
+
+@pytest.mark.parametrize("score", ["[11, 3]", "[-1, 3]", "[3, 10.01]", "[100, 100]"])
+def test_scores_off_the_scale_are_missing(score):
+    assert read("json", f'{{"score": {score}}}', 2, 0, 10) == ("range_error", ())
+
+
+def test_one_score_may_stand_without_a_list():
+    assert read("json", '{"score": 0}', 1, 0, 10) == ("ok", (0.0,))
+    assert read("json", "4", 1, 0, 10) == ("ok", (4.0,))
+
+
+LINES = "Brief reasoning: fine, though: small flaws.\n**Prompt Compliance:** 5\nVisual Naturalness: 4\n- Detail: 3/5\n"
+
+
+def test_lines_with_a_number_each():
+    assert read("lines", LINES, 3, 1, 5) == ("ok", (5.0, 4.0, 3.0))
+    assert read("lines", LINES.replace("4", "0"), 3, 1, 5) == ("range_error", ())
+    assert read("lines", LINES.replace("4", "four"), 3, 1, 5) == ("parse_error", ())
+    assert read("lines", LINES + "Total: 4", 3, 1, 5) == ("parse_error", ())
+    assert read("lines", "", 3, 1, 5) == ("parse_error", ())
+
+
+def test_an_expected_digit():
+    """2 * (0.4 * 5 + 0.4 * 3 + 0.1 * 0) / 0.9; the tenth that is left is on other words."""
+    chances = {"0": 0.1, "1": 0.0, "2": 0.0, "3": 0.4, "4": 0.0, "5": 0.4}
+    outcome, (score,) = read("digits", json.dumps({"probabilities": chances}), 1, 0, 10)
+    assert outcome == "ok" and score == pytest.approx(64 / 9, abs=1e-12)
+    sure = dict.fromkeys(chances, 0.0) | {"5": 0.7}
+    assert read("digits", json.dumps({"probabilities": sure}), 1, 0, 10) == ("ok", (10.0,))
+    elsewhere = {w: p / 2 for w, p in chances.items()}
+    assert read("digits", json.dumps({"probabilities": elsewhere}), 1, 0, 10) == ("parse_error", ())
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_serves_answers_and_refusals_alone(tmp_path):
+    path = tmp_path / "deep" / "answers.jsonl"
+    with Cache(path) as cache:
+        for outcome in ("ok", "refused", "rejected", "transport_error"):
+            cache.put({"key": outcome, "outcome": outcome, "text": "é", "usage": {"prompt_tokens": 2}})
+        with pytest.raises(UserError, match="another evaluation writes it"):
+            Cache(path)
+    with Cache(path) as again:
+        assert len(again) == 2 and again.get("ok")["text"] == "é" and again.get("refused")
+        assert again.get("rejected") is None and again.get("transport_error") is None
+        assert again.usage() == {"prompt_tokens": 4}
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_a_line_that_a_kill_cut_off_costs_that_answer_alone(tmp_path, cut):
+    path = tmp_path / "answers.jsonl"
+    with Cache(path) as cache:
+        for k in "abc":
+            cache.put({"key": k, "outcome": "ok", "text": ""})
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Cache(path) as cache:
+        assert cache.get("a") and cache.get("b") and not cache.get("c")
+        cache.put({"key": "d", "outcome": "ok"})
+    with Cache(path) as cache:
+        assert [bool(cache.get(k)) for k in "abcd"] == [True, True, False, True]
+
+
+def test_a_bad_line_in_the_middle_is_told_of(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "a", "outcome": "ok"}\nnonsense\n{"key": "b", "outcome": "ok"}\n')
+    with pytest.raises(UserError, match="bad line 2"):
+        Cache(path)
+    path.write_text('{"key": "a", "outcome": "ok"}\n')
+    with Cache(path) as cache:  # and the file is free again
+        assert len(cache) == 1
+
+
+def test_a_key_covers_pixels_order_and_every_fact():
+    a, b = picture(0), picture(1)
+    facts = {"protocol": "p", "judge": {"model": "m", "revision": "r"}, "prompt": "q", "pass": 0, "attempt": 0}
+    keys = {key_of([a, b], **facts), key_of([b, a], **facts), key_of([a], **facts)}
+    changed = a.copy()
+    changed.putpixel((0, 0), tuple(255 - v for v in a.getpixel((0, 0))))
+    keys |= {key_of([changed, b], **facts), key_of([Image.frombytes("RGB", a.size[::-1], a.tobytes()), b], **facts)}
+    for name, other in (("protocol", "P"), ("prompt", "q "), ("pass", 1), ("attempt", 1)):
+        keys.add(key_of([a, b], **{**facts, name: other}))
+    keys.add(key_of([a, b], **{**facts, "judge": {"model": "m", "revision": "s"}}))
+    assert len(keys) == 10
+    assert key_of([a.copy(), b.copy()], **facts) in keys  # of pixels, not of objects or files
+
+
+# --------------------------------------------------------------------------------------------------------- protocols
+
+
+def test_own_protocols_are_whole_and_differ():
+    own = [n for n in names() if n.startswith("npedit-")]
+    loaded = [Protocol.load(n) for n in own]
+    assert len(own) == 3 and len({p.hash for p in loaded}) == 3 and len({p.prompts_hash for p in loaded}) == 3
+    for protocol in loaded:
+        for question in protocol.questions:
+            for task in question.texts:
+                prompts = question.prompts(task or "any", "A <instruction> {x}")
+                shown = "source" in question.pictures
+                assert all(("A <instruction> {x}" in p) == shown and "<criteria>" not in p for p in prompts)
+                other = question.prompts(task or "any", "A <instruction> {x}", swapped=True) if question.swapped else []
+                assert not shown or (len(other) == len(prompts) and set(other).isdisjoint(prompts))
+    assert "texts" not in json.dumps(loaded[0].record()) and loaded[0].record()["hash"] == loaded[0].hash
+
+
+def test_the_hash_covers_every_field():
+    protocol = Protocol.load("npedit-edit-v1")
+    manner, question = protocol.manner, protocol.questions[0]
+    others = [
+        replace(protocol, tries=3),
+        replace(protocol, resize="source"),
+        replace(protocol, manner=replace(manner, max_tokens=9)),
+        replace(protocol, manner=replace(manner, temperature=0.5)),
+        replace(protocol, questions=(replace(question, texts={"": ("x <instruction>",)}), *protocol.questions[1:])),
+    ]
+    assert len({protocol.hash, *(o.hash for o in others)}) == 6
+
+
+def test_official_texts_are_read_from_a_folder_and_not_run(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "vie_prompts.py").write_text(VIE)
+    gpt, qwen = (Protocol.load(n, tmp_path) for n in ("viescore-gpt", "viescore-qwen"))
+    sc, pq = gpt.questions
+    assert sc.prompts("any", "paint <instruction>") == ["CONTEXT\nTWO\nSC of paint <instruction>"]
+    assert pq.prompts("any", "paint it") == ["CONTEXT\nPQ"]
+    assert gpt.prompts_hash == qwen.prompts_hash and gpt.hash != qwen.hash
+    assert gpt.manner.text_first and gpt.manner.jpeg_quality == 75 and gpt.manner.temperature is None
+    assert gpt.resize == "source" and qwen.manner.max_tokens == 512 and not qwen.manner.text_first
+    (tmp_path / "deep" / "vie_prompts.py").write_text(VIE.replace("SC of", "SC  of"))
+    assert Protocol.load("viescore-gpt", tmp_path).prompts_hash != gpt.prompts_hash
+
+
+@pytest.mark.parametrize("package", ["evalscope/benchmarks/image_edit/gedit", "lmms_eval/tasks/gedit_bench/viescore"])
+def test_official_texts_are_read_from_an_installed_package(tmp_path, monkeypatch, package):
+    folder = tmp_path / package
+    folder.mkdir(parents=True)
+    (tmp_path / package.split("/")[0] / "__init__.py").write_text("raise RuntimeError('it must not be run')")
+    (folder / "vie_prompts.py").write_text(VIE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert Protocol.load("viescore-gpt").questions[1].prompts("", "") == ["CONTEXT\nPQ"]
+
+
+def test_imgedits_official_texts(tmp_path):
+    texts = {"add": "ADD <edit_prompt>.", "style": "STYLE <edit_prompt>."}
+    (tmp_path / "prompts.json").write_text(json.dumps(texts))
+    (tmp_path / "prompt.py").write_text(f"IMGEDIT_PROMPTS = {texts!r}\n")
+    a, b = (Protocol.load("imgedit-gpt", tmp_path / n) for n in ("prompts.json", "prompt.py"))
+    assert a.questions[0].prompts("add", "a cat") == ["ADD a cat."] and a.prompts_hash == b.prompts_hash
+    with pytest.raises(UserError, match="expected an edit type among add, style; got 'remove'"):
+        a.questions[0].prompts("remove", "a cat")
+
+
+def test_texts_that_are_not_there_are_told_of(tmp_path):
+    with pytest.raises(UserError, match="--no-deps lmms-eval"):
+        Protocol.load("viescore-gpt")
+    with pytest.raises(UserError, match="found none"):
+        Protocol.load("viescore-gpt", tmp_path)
+    (tmp_path / "vie_prompts.py").write_text(VIE.replace("tie_rule_SC", "tie_rule"))
+    with pytest.raises(UserError, match="got none of .'_prompts_0shot_tie_rule_SC'"):
+        Protocol.load("viescore-gpt", tmp_path)
+    (tmp_path / "vie_prompts.py").write_text(VIE.replace("<instruction>", "it"))
+    with pytest.raises(UserError, match="one slot"):
+        Protocol.load("viescore-gpt", tmp_path)
+    (tmp_path / "vie_prompts.py").write_text("def broken(")
+    with pytest.raises(UserError, match="cannot be read"):
+        Protocol.load("viescore-gpt", tmp_path)
+    with pytest.raises(UserError, match="has its own texts"):
+        Protocol.load("npedit-edit-v1", tmp_path)
+    with pytest.raises(UserError, match="Did you mean 'viescore-gpt'"):
+        Protocol.load("viescore")
+
+
+def test_no_published_text_is_in_the_package():
+    """Marks of VIEScore's and ImgEdit's wording, taken apart here so that this file has none either."""
+    marks = ("professional digital " + "artist", "data " + "rater", "over" + "editing", "privacy " + "confidential")
+    for path in FOLDER.glob("*.yaml"):
+        assert not [m for m in marks if m in path.read_text(encoding="utf-8").lower()], path
+
+
+def test_a_models_name_tells_its_family():
+    assert family_of("Qwen/Qwen2.5-VL-72B-Instruct-AWQ") == family_of("qwen3_vl_8b") == "qwen_vl"
+    assert family_of("OpenGVLab/InternVL3-14B-hf") == "internvl"
+    assert family_of("llava-hf/llava-onevision-qwen2-7b-ov-hf") == "llava_onevision"
+    assert family_of("gpt-4.1-2025-04-14") == ""

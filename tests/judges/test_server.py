@@ -1,0 +1,370 @@
+"""A judge behind real HTTP that misbehaves in every way: no fault ends as a score, none loses finished answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+
+from npedit.benchmarks import _judged, gedit
+from npedit.benchmarks._protocol import Protocol
+from npedit.errors import UserError
+from npedit.judges.base import JudgeStopped, Manner
+from npedit.judges.cache import Cache
+from npedit.judges.server import KEY_VARIABLE, ServerJudge
+from tests.support.judge_server import completion, images_of, picture, send, serving, text_of, write_edited, write_gedit
+
+GOOD = '{"reasoning": "fine", "score": [7, 8]}'
+MANNER = Manner(temperature=0, max_tokens=64)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No proxy, no key."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def judge_at(server, **more) -> ServerJudge:
+    quick = {"timeout": 0.6, "attempts": 3, "first_wait": 0.01, "workers": 1}
+    return ServerJudge(server.url, "tiny", **{**quick, **more})
+
+
+def ask(answer, manner=MANNER, **more):
+    """The reply to one question, and the server."""
+    with serving(answer) as server:
+        return judge_at(server, **more).ask("Look!", [picture(0), picture(1)], manner), server
+
+
+# ------------------------------------------------------------------------------------------------------ the protocol
+
+
+def test_a_question_is_one_user_message_with_pictures_first(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    reply, server = ask(lambda *_: GOOD)
+    assert (reply.outcome, reply.text, reply.served_by) == ("ok", GOOD, "tiny-1")
+    assert reply.usage == {"prompt_tokens": 100, "completion_tokens": 7}
+    (body,), (headers,) = server.bodies, server.headers
+    assert body["path"] == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, 64)
+    assert [m["role"] for m in body["messages"]] == ["user"] and text_of(body) == "Look!"
+    assert [p["type"] for p in body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
+    for k, sent in enumerate(images_of(body)):
+        assert sent.format == "PNG" and sent.tobytes() == picture(k).tobytes()
+
+
+def test_the_official_manner_sends_text_first_jpeg_and_no_temperature():
+    _, server = ask(lambda *_: GOOD, Manner(None, None, text_first=True, jpeg_quality=75))
+    (body,) = server.bodies
+    assert "temperature" not in body and "max_tokens" not in body and "Authorization" not in server.headers[0]
+    assert [p["type"] for p in body["messages"][0]["content"]] == ["text", "image_url", "image_url"]
+    assert [im.format for im in images_of(body)] == ["JPEG", "JPEG"]
+
+
+def test_bad_addresses_and_manners_are_refused():
+    for url in ("localhost:8000", "ftp://x/v1", "http://", "http://user:key@x/v1", "http://x/v1?key=1"):
+        with pytest.raises(UserError):
+            ServerJudge(url, "m")
+    with pytest.raises(UserError, match="--judge-model"):
+        ServerJudge("http://x/v1", "")
+    with pytest.raises(UserError, match="expected a local judge"):
+        ServerJudge("http://x/v1", "m").accepts(Manner(0, 1, options=("0", "1")))
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def status(code, said="", **headers):
+    body = json.dumps({"error": {"message": said, "code": said}}).encode()
+    return lambda handler: send(handler, code, body, **headers)
+
+
+def slow(handler):
+    time.sleep(1.2)
+
+
+def drip(handler):
+    """A body that comes byte by byte: no single wait is long."""
+    body = completion(GOOD)
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    for i in range(len(body)):
+        handler.wfile.write(body[i : i + 1])
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def cut(handler):
+    """Half of a good body, then nothing."""
+    body = completion(GOOD)
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+
+
+def reset(handler):
+    """A connection torn down before a word."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def broken(body):
+    return lambda handler: send(handler, 200, body)
+
+
+PASSING = {
+    "rate limit": status(429, "rate_limit_exceeded"),
+    "overload": status(503),
+    "server error": status(500, "boom"),
+    "bad gateway": lambda h: send(h, 502, b"<html>nginx</html>"),
+    "time-out": slow,
+    "drip": drip,
+    "cut": cut,
+    "reset": reset,
+    "half json": broken(completion(GOOD)[:40]),
+    "html": broken(b"<html>please log in</html>"),
+    "empty": broken(b""),
+    "no choice": broken(b'{"choices": []}'),
+    "error in a 200": broken(b'{"error": {"message": "overloaded"}}'),
+    "a list": broken(b"[]"),
+    "null message": broken(b'{"choices": [{"message": null}]}'),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_costs_an_attempt(fault):
+    reply, server = ask(lambda n, _: PASSING[fault] if n < 1 else GOOD)
+    assert (reply.outcome, reply.text) == ("ok", GOOD) and len(server.bodies) == 2
+    assert server.bodies[0] == server.bodies[1]
+
+
+@pytest.mark.parametrize("fault", ["rate limit", "reset", "half json", "html", "cut"])
+def test_a_lasting_fault_is_a_missing_answer(fault):
+    reply, server = ask(lambda *_: PASSING[fault])
+    assert reply.outcome == "transport_error" and not reply.text and len(server.bodies) == 3
+    assert "3 attempts" in reply.detail
+
+
+@pytest.mark.parametrize("wait", ["0.4", "date"])
+def test_retry_after_is_honoured(wait):
+    def answer(n, _):
+        value = formatdate(time.time() + 2, usegmt=True) if wait == "date" else wait
+        return status(429, "slow down", Retry_After=value) if n < 1 else GOOD
+
+    start = time.monotonic()
+    reply, _ = ask(answer)
+    assert reply.outcome == "ok" and time.monotonic() - start >= 0.4
+
+
+def test_a_server_that_is_not_there_is_a_missing_answer():
+    with serving(lambda *_: GOOD) as server:
+        judge = judge_at(server)
+    assert judge.ask("Look!", [], MANNER).outcome == "transport_error"
+
+
+REFUSALS = {
+    "filter as status": status(400, "content_filter"),
+    "policy": status(400, "Your request was rejected as a result of our safety system."),
+    "filter as reason": {"content": GOOD, "finish_reason": "content_filter"},
+    "refusal": {"content": None, "message": {"refusal": "I can't help with that."}},
+}
+
+
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_refusals_are_final(fault):
+    said = REFUSALS[fault]
+    reply, server = ask(lambda *_: dict(said) if isinstance(said, dict) else said)
+    assert reply.outcome == "refused" and len(server.bodies) == 1
+
+
+def test_a_request_that_does_not_fit_is_rejected_and_not_repeated():
+    for code in (400, 413, 422):
+        reply, server = ask(lambda *_, code=code: status(code, "maximum context length"))
+        assert reply.outcome == "rejected" and len(server.bodies) == 1 and "context" in reply.detail
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [status(401), status(403), status(404, "no such model"), status(402), status(429, "insufficient_quota")],
+)
+def test_what_every_call_would_meet_stops_the_run(fault):
+    with pytest.raises(JudgeStopped):
+        ask(lambda *_: fault)
+
+
+def test_a_redirect_is_not_followed_so_that_the_key_stays(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    with serving(lambda *_: GOOD) as other:
+        for code in (301, 302, 307, 308):
+            with pytest.raises(JudgeStopped, match=f"HTTP {code}"):
+                ask(lambda *_, code=code: status(code, Location=f"{other.url}/chat/completions"))
+        assert not other.bodies
+
+
+# -------------------------------------------------------------------------------------------------- a whole benchmark
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """An item of each task, two of some, and edited pictures."""
+    data = write_gedit(tmp_path / "data", dict.fromkeys(gedit.TASKS[:4], 2))
+    found = gedit.items(data, ("en",), tmp_path / "edited")
+    write_edited(tmp_path / "edited", found)
+    return found
+
+
+def scores_of(body):
+    """A judgement that depends on the pictures and the question alone."""
+    kind = len(images_of(body))
+    value = sum(images_of(body)[-1].tobytes()[:50]) % 11
+    return json.dumps({"reasoning": f"{kind} pictures", "score": [value, 10 - kind]})
+
+
+def run(server, found, answers, passes=None, name="npedit-edit-v1", told=lambda *_: None, **more):
+    protocol = Protocol.load(name)
+    with Cache(answers) as cache:
+        scorer = _judged.Scorer(judge_at(server, **more), protocol, cache, passes or _judged.Passes(), gedit.combine)
+        return _judged.score_all(scorer, found, lambda row: gedit.finish(row, protocol.overall), told)
+
+
+FAULTS = [
+    *PASSING.values(), *(v for v in REFUSALS.values() if callable(v)), status(413), "nonsense", "",
+    '{"score":[11,3]}', '{"score": [5]}', '{"score": [1, 2', "I cannot judge people.", "5",
+]  # fmt: skip
+
+
+def test_no_fault_becomes_a_score(bench, tmp_path):
+    """Two questions of three meet a fault at each attempt; what is scored equals the run without faults."""
+    quick = [f for f in FAULTS if f not in (slow, drip)]
+    with serving(lambda _, body: scores_of(body)) as server:
+        clean = run(server, bench, tmp_path / "clean.jsonl")
+    assert all(v is not None for row in clean for v in row["scores"].values())
+    asked: dict[bytes, int] = {}
+    lock = threading.Lock()
+
+    def answer(_, body):
+        with lock:
+            place = asked.setdefault(images_of(body)[-1].tobytes() + text_of(body)[:60].encode(), len(asked))
+        return scores_of(body) if place % 3 == 0 else quick[(place - place // 3 - 1) % len(quick)]
+
+    with serving(answer) as server:
+        faulty = run(server, bench, tmp_path / "faulty.jsonl", attempts=2)
+    missing = 0
+    for before, after in zip(clean, faulty):
+        assert before["id"] == after["id"]
+        for name, value in after["scores"].items():
+            assert value is None or value == before["scores"][name]
+            assert (value is None) == (name in after["why"])
+            missing += value is None
+    assert missing >= 20
+    seen = {why for row in faulty for why in row["why"].values()}
+    assert {"transport_error", "parse_error", "refused", "rejected", "range_error"} <= seen
+    summary = gedit.summarise(faulty, bench, 0.99, "p")
+    assert all(s["value"] is None and s["coverage"] < 0.99 for s in summary.values())
+
+
+def test_an_unreadable_answer_is_asked_for_again_with_a_reminder(bench, tmp_path):
+    with serving(lambda n, body: "Nice!" if n % 2 == 0 else GOOD) as server:
+        rows = run(server, bench[:1], tmp_path / "a.jsonl")
+    assert rows[0]["scores"] == {"SC": 7.0, "PQ": 7.0, "O": 7.0} and len(server.bodies) == 4
+    texts = [text_of(b) for b in server.bodies]
+    assert "one JSON object and nothing else" in texts[1] and texts[1].startswith(texts[0])
+
+
+def test_a_second_run_asks_nothing_and_a_changed_pixel_asks_anew(bench, tmp_path):
+    with serving(lambda _, body: scores_of(body)) as server:
+        first = run(server, bench, tmp_path / "a.jsonl")
+        assert len(server.bodies) == 2 * len(bench)
+        assert run(server, bench, tmp_path / "a.jsonl") == first and len(server.bodies) == 2 * len(bench)
+        picture(99).save(bench[3].edited)
+        second = run(server, bench, tmp_path / "a.jsonl")
+        assert len(server.bodies) == 2 * len(bench) + 2
+        assert [a == b for a, b in zip(first, second)].count(False) <= 1
+        bench[3].edited.rename(tmp_path / "moved.png")  # missing, and the judge is not asked
+        assert run(server, bench, tmp_path / "a.jsonl")[3]["why"]["O"] == "missing_image"
+        run(server, bench[:1], tmp_path / "a.jsonl", revision="other")
+        assert len(server.bodies) == 2 * len(bench) + 4
+
+
+def test_a_server_that_dies_stops_the_run_and_what_was_answered_is_kept(bench, tmp_path):
+    def answer(n, body):
+        return scores_of(body) if n < 15 else reset
+
+    with serving(answer) as server:
+        with pytest.raises(JudgeStopped, match="8 calls in a row.*15 answers are kept"):
+            run(server, bench, tmp_path / "a.jsonl", attempts=1)
+        server.answer = lambda _, body: scores_of(body)
+        before = len(server.bodies)
+        rows = run(server, bench, tmp_path / "a.jsonl")
+        assert len(server.bodies) - before == 2 * len(bench) - 15
+    assert all(row["scores"]["O"] is not None for row in rows)
+
+
+def test_a_wrong_key_stops_all_workers_at_once(bench, tmp_path):
+    with serving(lambda *_: status(401, "bad key")) as server:
+        with pytest.raises(JudgeStopped, match="NPEDIT_JUDGE_KEY"):
+            run(server, bench, tmp_path / "a.jsonl", workers=4)
+        assert len(server.bodies) <= 8
+
+
+def test_ctrl_c_keeps_what_was_answered(bench, tmp_path):
+    def interrupt(done, _):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with serving(lambda _, body: scores_of(body)) as server:
+        with pytest.raises(KeyboardInterrupt):
+            run(server, bench, tmp_path / "a.jsonl", told=interrupt)
+        kept = len(server.bodies)
+        run(server, bench, tmp_path / "a.jsonl")
+        assert 8 <= kept < 2 * len(bench) and len(server.bodies) == 2 * len(bench)
+
+
+def test_several_workers_give_the_same_rows(bench, tmp_path):
+    with serving(lambda _, body: scores_of(body)) as server:
+        assert run(server, bench, tmp_path / "a.jsonl") == run(server, bench, tmp_path / "b.jsonl", workers=8)
+
+
+def test_sc_sees_both_pictures_and_pq_the_edited_one_alone(bench, tmp_path):
+    with serving(lambda *_: GOOD) as server:
+        run(server, bench[:1], tmp_path / "a.jsonl")
+    sc, pq = server.bodies
+    assert [im.tobytes() for im in images_of(sc)] == [bench[0].source().tobytes(), picture(50_000).tobytes()]
+    assert [im.tobytes() for im in images_of(pq)] == [picture(50_000).tobytes()]
+    assert bench[0].instruction in text_of(sc) and bench[0].instruction not in text_of(pq)
+
+
+def test_repeats_and_exchanged_pictures(bench, tmp_path):
+    """SC is asked twice in each order and PQ twice; means over passes, and the spread of both kinds."""
+    told = {(False, 0): 4, (False, 1): 6, (True, 0): 8, (True, 1): 10}
+    seen = dict.fromkeys((False, True), 0)
+
+    def answer(_, body):
+        images = images_of(body)
+        if len(images) == 1:
+            return '{"score": [4, 9]}'
+        exchanged = images[0].tobytes() == picture(50_000).tobytes()
+        assert ("one that came out, then" in " ".join(text_of(body).split())) == exchanged
+        value = told[exchanged, seen[exchanged]]
+        seen[exchanged] += 1
+        return json.dumps({"score": [10, value]})
+
+    passes = _judged.Passes(repeats=2, swap=True)
+    with serving(answer) as server:
+        rows = run(server, bench[:1], tmp_path / "a.jsonl", passes)
+        assert len(server.bodies) == 6
+    assert rows[0]["scores"] == {"SC": 7.0, "PQ": 4.0, "O": pytest.approx(28**0.5)}
+    assert rows[0]["numbers"]["SC"] == [[10, 4], [10, 6], [10, 8], [10, 10]]
+    noise = _judged.noise(rows, passes, min)
+    assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
+    with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or seen[True] < 2 else "no") as server:
+        seen.update({False: 0, True: 2})
+        rows = run(server, bench[:1], tmp_path / "b.jsonl", _judged.Passes(swap=True))
+    assert rows[0]["scores"]["SC"] is None and rows[0]["why"]["SC"] == "parse_error"  # one order alone is one-sided

@@ -1,0 +1,220 @@
+"""The run directory: whole or not at all, the newest complete one, full disks, foreign folders, other recipes."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import SafetensorError
+
+from npedit.errors import UserError
+from npedit.families.flux import Flux
+from npedit.recipe.config import Recipe, make_recipe
+from npedit.runs import checkpoint
+
+CPU = torch.device("cpu")
+TENSORS = {"student/net.a": torch.arange(6.0).view(2, 3), "student/step": torch.tensor(3.0)}
+
+
+def recipe(**changes) -> Recipe:
+    return make_recipe(
+        {
+            "name": "small",
+            "family": {"name": "flux"},
+            "critic": {"name": "llava_onevision"},
+            "data": {"name": "toy"},
+            "stages": [{"step": "reference_copy", "updates": 4, "batch_size": 2}],
+            **changes,
+        }
+    )
+
+
+def begun(run: Path, made: Recipe) -> Path:
+    with checkpoint.claimed(run, made, True):
+        checkpoint.begin(run, made, checkpoint.make_manifest(made, "d" * 8, CPU))
+    return run
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 500, TENSORS, {"stage": 1}, keep=2)
+    assert folder.name == "checkpoint-000500"
+    tensors, numbers = checkpoint.load(folder)
+    assert numbers == {"stage": 1} and tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[k], TENSORS[k]) for k in tensors)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 1_000_000):
+        checkpoint.save(tmp_path, step, TENSORS, {"step": step}, keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-000010", "checkpoint-1000000"]
+    assert checkpoint.newest_complete(tmp_path).name == "checkpoint-1000000"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000010", "checkpoint-1000000"]
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert checkpoint.newest_complete(tmp_path) is None
+
+
+def test_half_written_ones_do_not_count_and_are_swept(tmp_path: Path) -> None:
+    good = checkpoint.save(tmp_path, 2, TENSORS, {}, keep=2)
+    for name in ("checkpoint-000004", "checkpoint-000006.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_complete(tmp_path) == good
+    again = checkpoint.save(tmp_path, 4, TENSORS, {"whole": True}, keep=2)
+    assert checkpoint.load(again)[1] == {"whole": True}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000004"]
+
+
+def test_a_damaged_one_is_named(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 2, TENSORS, {}, keep=2)
+    (folder / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="checkpoint-000002.*delete"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("where", ["_write_marks", "_sync_folder"])
+def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    good = checkpoint.save(tmp_path, 2, TENSORS, {"n": 2}, keep=1)
+    monkeypatch.setattr(checkpoint, where, full_disk)
+    with pytest.raises(UserError, match="free some space.*same command"):
+        checkpoint.save(tmp_path, 4, TENSORS, {"n": 4}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == [good.name]
+    assert checkpoint.load(good)[1] == {"n": 2}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_really_full_disk_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # appended to; nothing may ever be renamed onto the device
+    with pytest.raises(UserError, match="free some space"):
+        checkpoint.append_row(tmp_path / "metrics.jsonl", {"step": 1})
+
+
+def test_a_full_disk_as_safetensors_tells_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="free some space"), checkpoint.writing(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), checkpoint.writing(tmp_path):
+        raise SafetensorError("Error while serializing: invalid header")
+
+
+def test_other_errors_of_the_disk_are_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="broken"), checkpoint.writing(tmp_path):
+        raise OSError(errno.EIO, "broken")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for run in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(UserError, match="expected a place that can be written"):
+            begun(run, recipe())
+
+
+def test_what_a_run_is(tmp_path: Path) -> None:
+    assert not checkpoint.is_run(tmp_path) and not checkpoint.is_run(tmp_path / "none")
+    run = begun(tmp_path / "run", recipe())
+    assert checkpoint.is_run(run) and checkpoint.require_run(run) == run
+    with pytest.raises(UserError, match="expected a run"):
+        checkpoint.require_run(tmp_path)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other files"):
+        begun(tmp_path, recipe())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_killed_at_its_birth_can_begin_again(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", recipe())
+    (run / checkpoint.CONFIG).unlink()
+    assert checkpoint.is_run(begun(run, recipe(seed=5)))
+
+
+def test_the_resolved_recipe_is_the_recipe(tmp_path: Path) -> None:
+    made = recipe(seed=3)
+    assert make_recipe(checkpoint.read_config(begun(tmp_path / "run", made))) == made
+
+
+def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", recipe())
+    other = recipe(seed=3, stages=[{"step": "reference_copy", "updates": 9, "batch_size": 2}])
+    with pytest.raises(UserError) as caught:
+        begun(run, other)
+    assert "seed: 0 -> 3" in str(caught.value) and "stages.0.updates: 4 -> 9" in str(caught.value)
+    assert "batch_size" not in str(caught.value)
+    assert checkpoint.read_config(run)["seed"] == 0
+
+
+def test_how_often_to_save_may_change(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", recipe())
+    begun(run, recipe(trainer={"keep": 5, "save_every": 7}))
+    assert checkpoint.read_config(run)["trainer"]["keep"] == 5
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", recipe())
+    with pytest.raises(UserError, match="dddddddd.*eeee"):
+        checkpoint.begin(run, recipe(), checkpoint.make_manifest(recipe(), "eeee", CPU))
+
+
+def test_an_old_run_is_refused_where_a_new_one_is_wanted(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", recipe())
+    with pytest.raises(UserError, match="a run already"), checkpoint.claimed(run, recipe(), resume=False):
+        pass
+
+
+def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
+    with checkpoint.claimed(tmp_path / "run", recipe(), True):
+        with pytest.raises(UserError, match="another process"), checkpoint.claimed(tmp_path / "run", recipe(), True):
+            pass
+    with checkpoint.claimed(tmp_path / "run", recipe(), True):
+        pass
+
+
+def test_the_manifest(tmp_path: Path) -> None:
+    found = checkpoint.read_manifest(begun(tmp_path / "run", recipe(seed=4)))
+    assert found["no_pairs"] is True
+    assert found["data_fingerprint"] == "d" * 8 and found["seeds"] == {"recipe": 4}
+    assert (
+        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    )
+    assert {"python", "diffusers", "transformers"} <= found["versions"].keys()
+    assert isinstance(found["git_revision"], str)
+
+
+def test_rows(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.METRICS
+    assert checkpoint.read_rows(path) == []
+    checkpoint.append_row(path, {"step": 1, "loss": float("nan")})
+    checkpoint.append_row(path, {"step": 2, "loss": 0.5})
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')  # killed while writing
+    assert checkpoint.read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    checkpoint.trim_metrics(tmp_path, 1)
+    checkpoint.append_row(path, {"step": 2})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_the_final_folder_opens_in_diffusers(tmp_path: Path) -> None:
+    family = Flux.tiny(0)
+    net, scheduler = family.net(), family.few_step_scheduler(6.0)
+    for _ in range(2):  # the second replaces the first
+        folder = checkpoint.write_final(tmp_path, recipe(), net, scheduler, [1, 0.9474, 0.8571, 0.6667], [(32, 48)])
+    opened = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), net.parameters()))
+    again = type(scheduler).from_pretrained(folder / "scheduler")
+    again.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(again.sigmas[:4], torch.tensor([1, 0.9474, 0.8571, 0.6667]), atol=1e-4, rtol=0)
+    facts = json.loads((folder / "npedit.json").read_text())
+    assert (facts["format"], facts["family"], facts["base"], facts["steps"]) == (1, "flux", "embedded", 4)
+    assert facts["sizes"] == [[32, 48]]
+    assert "48x32" in (folder / "README.md").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]

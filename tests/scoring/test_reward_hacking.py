@@ -1,0 +1,79 @@
+"""The alarm for reward hacking: it fires when critic and oracle part ways, and is silent on healthy runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from npedit.scoring.reward_hacking import alarms, critic_score
+
+# (step, critic's p_edit, p_identity, oracle's applied, preserved) at the evaluations of the run that made the shipped
+# editor (recipes/toy.yaml): the critic grows content faster than the oracle, but both rise.
+HEALTHY = [
+    (250, 0.27, 0.85, 0.17, 0.88), (500, 0.37, 0.84, 0.32, 0.91), (750, 0.58, 0.80, 0.43, 0.79),
+    (1000, 0.66, 0.79, 0.52, 0.69), (1250, 0.74, 0.78, 0.55, 0.71), (1500, 0.79, 0.79, 0.58, 0.71),
+    (1750, 0.83, 0.79, 0.64, 0.69), (2000, 0.85, 0.79, 0.66, 0.66), (2250, 0.87, 0.80, 0.68, 0.68),
+]  # fmt: skip
+DECEIVED = [
+    (100, 0.05, 0.90, 0.02, 0.88), (200, 0.30, 0.75, 0.10, 0.60), (300, 0.60, 0.80, 0.09, 0.33),
+    (400, 0.85, 0.88, 0.06, 0.10),
+]  # fmt: skip
+
+
+def rows(points: list[tuple], held: str = "eval", every: int = 10) -> list[dict]:
+    """One row each `every` updates, the figures of an evaluation filled in back to the one before."""
+    names = {"eval": ("eval/applied", "eval/preserved"), "judge": ("judge/p_edit", "judge/p_identity")}[held]
+    found, last = [{"step": 0}], 0
+    for step, edit, identity, done, kept in points:
+        for n in range(last + every, step + 1, every):
+            found.append({"step": n, "critic/p_edit": edit, "critic/p_identity": identity})
+        found[-1] |= dict(zip(names, (done, kept)))
+        last = step
+    return found
+
+
+@pytest.mark.parametrize("held", ["eval", "judge"])
+def test_it_fires_when_the_critic_is_deceived(held: str) -> None:
+    found = alarms(rows(DECEIVED, held), 180)
+    assert [(a.step, a.since) for a in found] == [(300, 100), (400, 100)]
+    assert found[-1].judge == {"eval": "oracle", "judge": "held-out judge"}[held]
+    assert found[-1].critic == pytest.approx((0.475, 0.865)) and found[-1].held_out == pytest.approx((0.45, 0.08))
+    assert found[-1].words().startswith("at update 400: since update 100 the critic's score rose from 0.4")
+
+
+@pytest.mark.parametrize("held", ["eval", "judge"])
+def test_it_is_silent_on_a_healthy_run(held: str) -> None:
+    assert alarms(rows(HEALTHY, held), 180) == []
+
+
+def test_both_must_happen() -> None:
+    critic_stays = [(s, *DECEIVED[0][1:3], a, p) for s, _, _, a, p in DECEIVED]
+    assert alarms(rows(critic_stays), 180) == []
+    better_for_both = [(s, e, i, 0.3, 0.9) for s, e, i, _, _ in DECEIVED]
+    assert alarms(rows(better_for_both), 180) == []
+
+
+def test_a_fall_that_chance_explains_is_none() -> None:
+    small = [(100, 0.1, 0.9, 0.3, 0.7), (200, 0.6, 0.9, 0.25, 0.65)]
+    assert alarms(rows(small), 90) == []
+    assert len(alarms(rows(small), 2000)) == 1
+
+
+def test_a_warm_up_that_only_copies_is_what_the_first_updates_are_compared_with() -> None:
+    """The evaluation at its end has no critic's score before it; the first ones after count."""
+    warm = [{"step": 40, "eval/applied": 0.02, "eval/preserved": 0.9}]
+    after = [{"step": n, "critic/p_edit": 0.02 * n / 4, "critic/p_identity": 0.8} for n in range(41, 141)]
+    after[-1] |= {"eval/applied": 0.05, "eval/preserved": 0.1}
+    (alarm,) = alarms(warm + after, 90)
+    assert alarm.since == 40 and alarm.step == 140
+
+
+def test_the_score_is_taken_over_the_last_updates() -> None:
+    assert critic_score(rows([(100, 0.0, 0.0, 0, 0), (200, 1.0, 0.5, 0, 0)]), 200) == pytest.approx(0.75)
+    assert critic_score([{"step": 1, "critic/p_edit": 0.5}], 1) is None
+
+
+def test_runs_without_a_critic_or_without_evaluations_have_none() -> None:
+    assert alarms([], 90) == []
+    assert alarms([{"step": 1, "eval/applied": 0.5, "eval/preserved": 0.5}], 90) == []
+    assert alarms([{"step": 1, "critic/p_edit": 0.5, "critic/p_identity": 0.5}], 90) == []
+    assert alarms([{"step": 1, "critic/p_edit": None, "critic/p_identity": 0.5, "eval/applied": None}], 90) == []

@@ -1,0 +1,162 @@
+"""A run that starts from another's editor, and one that a held-out judge looks at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.errors import UserError
+from npedit.families.flux import Flux
+from npedit.generator import edit
+from npedit.recipe.config import Recipe, make_recipe
+from npedit.runs import checkpoint
+from npedit.scoring import reward_hacking as hacking
+from npedit.scoring.critic_scores import verdict
+from npedit.steps.base import Judge, Parts
+from npedit.training import evaluation, trainer
+from npedit.training.samples import held_out
+
+TRAINER = {"save_every": 1, "sample_items": 1, "steps": 1, "sample_every": 0, "evaluate_every": 0}
+
+
+def recipe(step: str, data: str = "toy", **changes) -> Recipe:
+    settings = {"steps": 1, "student": {"lr": 1e-3}} if step != "flow_grpo" else {"sampling_steps": 2, "group": 2}
+    settings |= {"fake_updates": 1} if step == "np_edit" else {}
+    stage = {"step": step, "updates": 2, "batch_size": 2, "settings": settings}
+    return make_recipe(
+        {"name": "small", "family": {"name": "flux"}, "critic": {"name": "llava_onevision"}, "data": {"name": data},
+         "stages": [stage], "trainer": TRAINER}
+        | changes
+    )  # fmt: skip
+
+
+def parts(made: Recipe) -> Parts:
+    judge = Judge(LlavaOnevision.tiny(1), "short") if made.judge else None
+    device = torch.device("cpu")
+    return Parts(Flux.tiny(0), LlavaOnevision.tiny(0), "short", device, made.lora, judge=judge)
+
+
+def train(made: Recipe, run: Path, **more) -> Path:
+    return trainer.train(made, run, parts=parts, **more)
+
+
+class Crash(Exception):
+    """Ends a run without warning."""
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(recipe("supervised", "toy_pairs"), tmp_path_factory.mktemp("first") / "run")
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 6.0}])
+def test_the_student_starts_from_the_other_runs_editor(tmp_path: Path, lora: dict | None) -> None:
+    first = train(recipe("reference_copy", lora=lora), tmp_path / "first")
+    slow = recipe("reference_copy", lora=lora, start=str(first)).model_dump(mode="json")
+    slow["stages"][0]["settings"]["student"]["lr"] = 1e-12  # so that it stays where it starts
+    slow["data"] = {"name": "toy"}
+    second = train(make_recipe(slow), tmp_path / "second")
+    a, b = (checkpoint.load(r / "checkpoint-000002")[0] for r in (first, second))
+    names = [k for k in a if k.startswith("student/ema.")]
+    assert names and all(torch.allclose(a[k], b[k], rtol=0, atol=1e-6) for k in names)
+    fresh = parts(recipe("reference_copy", lora=lora)).net("student", 0)
+    assert any(not torch.equal(p, a[f"student/ema.{n}"]) for n, p in fresh.named_parameters() if p.requires_grad)
+
+
+def test_a_start_that_was_shown_pairs_is_told(supervised: Path, tmp_path: Path) -> None:
+    run = train(recipe("flow_grpo", start=str(supervised)), tmp_path / "run")
+    assert checkpoint.read_manifest(run)["no_pairs"] is False
+    card = (run / "final" / "README.md").read_text()
+    assert "which was shown edited images" in card and "no-pairs" not in card and "trained on pairs" in card
+    unpaired = train(recipe("reference_copy"), tmp_path / "unpaired")
+    again = train(recipe("reference_copy", start=str(unpaired)), tmp_path / "again")
+    assert checkpoint.read_manifest(again)["no_pairs"] is True
+
+
+def test_a_stopped_run_goes_on_from_itself_and_not_from_the_start(supervised: Path, tmp_path: Path) -> None:
+    def crash(name: str, facts: dict) -> None:
+        if name == "update" and facts["step"] == 1:
+            raise Crash
+
+    made = recipe("flow_grpo", start=str(supervised))
+    whole = train(made, tmp_path / "whole")
+    with pytest.raises(Crash):
+        train(made, tmp_path / "run", on_event=crash)
+    train(made, tmp_path / "run")
+    a, b = (checkpoint.load(r / "checkpoint-000002")[0] for r in (whole, tmp_path / "run"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start": "nowhere"}, "expected a run"),
+        ({"lora": {"rank": 4}}, "start: expected an editor of the same kind.*rank"),
+        ({"family": {"name": "sd3"}}, "start: expected an editor of the same kind.*sd3.*flux"),
+    ],
+)
+def test_starts_that_cannot_be(supervised: Path, tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        train(recipe("reference_copy", **({"start": str(supervised)} | changes)), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- judge
+
+
+JUDGE = {"name": "llava_onevision", "weights": "another"}
+
+
+def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) -> None:
+    look = TRAINER | {"benchmark": "toy", "evaluate_items": 9, "evaluate_every": 1}
+    made = recipe("np_edit", judge=JUDGE, trainer=look)
+    run = train(made, tmp_path / "run")
+    rows = checkpoint.read_rows(run / checkpoint.METRICS)
+    assert [r["step"] for r in rows if "judge/p_edit" in r and "eval/applied" in r] == [0, 1, 2]
+    assert "judge/p_yes/move" in rows[0] and "critic/p_edit" in rows[1]
+    have = parts(made)
+    given = held_out(made, None, 9)
+    net = have.family.open_net(run / "final" / "transformer")
+    seeds = list(range(9))
+    edited = edit(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
+    said = verdict(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
+    assert rows[-1]["judge/p_edit"] == pytest.approx(said["judge/p_edit"], abs=1e-4)
+    assert rows[-1]["judge/p_identity"] == pytest.approx(said["judge/p_identity"], abs=1e-4)
+    page = (run / "report.html").read_text()
+    assert "The critic against what is held out" in page and "Where it fails, and whose fault it is" in page
+    counts = json.loads((run / "blame.json").read_text())
+    assert len(counts) == 9 and all(
+        r["n"] == 1 == r["right"] + r["critic"] + r["teacher"] + r["student"] for r in counts.values()
+    )
+
+
+def test_without_a_benchmark_the_judge_is_asked_all_the_same(tmp_path: Path) -> None:
+    run = train(recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3}), tmp_path / "run")
+    rows = checkpoint.read_rows(run / checkpoint.METRICS)
+    assert [("judge/p_edit" in r, "eval/both" in r) for r in rows] == [(True, False), (False, False), (True, False)]
+
+
+def test_the_alarm_is_told_as_it_fires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The judge falls from update to update while the critic's window is held high."""
+    told, levels = [], iter((0.9, 0.5, 0.1))
+    fallen = lambda *_: {"judge/p_edit": (p := next(levels)), "judge/p_identity": p}  # noqa: E731
+    monkeypatch.setattr(evaluation.Evaluation, "_evaluate", fallen)
+    risen = {0: 0.1, 1: 0.2, 2: 0.8}
+    monkeypatch.setattr(hacking, "critic_score", lambda rows, step: risen[step])
+    made = recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 50, "evaluate_every": 1})
+    run = train(made, tmp_path / "run", on_event=lambda name, facts: told.append(facts) if name == "alarm" else None)
+    assert told == [{"step": n, "judge": "held-out judge", "since": 0} for n in (1, 2)]
+    assert capsys.readouterr().out.count("ALARM at update") == 2
+    assert "Alarm: reward hacking" in (run / "report.html").read_text()
+
+
+def test_the_judge_must_be_another_critic() -> None:
+    with pytest.raises(UserError, match="judge: expected another than the critic"):
+        recipe("np_edit", judge={"name": "llava_onevision"})
+    with pytest.raises(UserError, match="judge.name"):
+        recipe("np_edit", judge={"name": "llava"})
