@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 WORKING = "activations"  # whatever has no other name
-under_way: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
+is_counting: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
 
 aten = torch.ops.aten
 FACTORIES = {torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full}
@@ -98,7 +98,7 @@ class Counted:
         self.live[what] -= size
 
     def _note(self) -> None:
-        part = under_way.get()
+        part = is_counting.get()
         if self.live.total() > self.peaks.get(part, Counter()).total():
             self.peaks[part] = self.live.copy()
 

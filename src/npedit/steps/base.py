@@ -27,7 +27,7 @@ from npedit.families import _decode
 from npedit.families.base import Family, Text
 from npedit.nets.learner import Learner
 from npedit.nets.lora import Adapter, checkpoint_gradients
-from npedit.nets.meta_device import under_way
+from npedit.nets.meta_device import is_counting
 from npedit.recipe.config import LoraChoice, MemorySettings, Settings, rest_device
 
 
@@ -212,10 +212,10 @@ class Clock:
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time inside the block to `time/<part>`."""
         start = time.perf_counter()
-        before = under_way.set(part)
+        before = is_counting.set(part)
         try:
             yield
         finally:
-            under_way.reset(before)
+            is_counting.reset(before)
         key = f"time/{part}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start

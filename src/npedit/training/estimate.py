@@ -29,7 +29,7 @@ from npedit.errors import UserError
 from npedit.families._hollow import hollow_family
 from npedit.families.base import Family
 from npedit.generator import edit, seeded, training_times
-from npedit.nets.meta_device import META, WORKING, Counted, under_way
+from npedit.nets.meta_device import META, WORKING, Counted, is_counting
 from npedit.recipe.config import EMBEDDED, Recipe, find, find_class, rest_device, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
@@ -251,11 +251,11 @@ def _gathered(family: Family) -> int:
 
 @contextmanager
 def _part(name: str) -> Iterator[None]:
-    token = under_way.set(name)
+    token = is_counting.set(name)
     try:
         yield
     finally:
-        under_way.reset(token)
+        is_counting.reset(token)
 
 
 @contextmanager
