@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from npedit.benchmarks import dreambench as bench
-from npedit.cli.main import main as cli
+from npedit.cli import main as cli
 from npedit.errors import UserError
 from npedit.scoring.encoders import Absent, Clip, Dino
 from tests.support.encoder_sets import clip, dino

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from npedit.benchmarks import own
-from npedit.cli.main import main as cli
+from npedit.cli import main as cli
 from npedit.errors import UserError
 from npedit.scoring.results import Results
 from npedit.toy.dataset import write_dataset

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from npedit.cli.main import main as cli
+from npedit.cli import main as cli
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.families.flux import Flux
 from npedit.recipe import config

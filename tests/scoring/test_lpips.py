@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from npedit.cli.main import main as cli
+from npedit.cli import main as cli
 from npedit.scoring.encoders import Absent
 from npedit.scoring.lpips import CHANNELS, HEADS, SMALLEST, TRUNK, Lpips, alexnet
 from npedit.scoring.metrics import as_tensor, outside_measures, perceptual_measures

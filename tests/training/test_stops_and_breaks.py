@@ -19,7 +19,7 @@ from torch import nn
 import tests.training.test_trainer as usual
 from npedit import errors
 from npedit.benchmarks import toy
-from npedit.cli.main import main as cli
+from npedit.cli import main as cli
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
