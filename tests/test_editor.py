@@ -83,7 +83,7 @@ def test_the_net_is_what_edits(family, editor):
     with torch.no_grad():
         other.proj_out.weight.mul_(2)
     changed = Editor(family, other, 2, [(32, 32)])
-    refs = render([toy.items(1)[0].reference])
+    refs = render([toy.sample_items(1)[0].reference])
     assert not torch.allclose(editor.edit_tensor(refs, ["x"]), changed.edit_tensor(refs, ["x"]))
 
 

@@ -18,7 +18,7 @@ N = 45
 
 @pytest.fixture(scope="module")
 def edits():
-    return toy.items(N, seed=3)
+    return toy.sample_items(N, seed=3)
 
 
 def targets(edits):
@@ -29,9 +29,9 @@ def targets(edits):
 
 def test_items_are_balanced_held_out_and_repeat_themselves(edits):
     assert [e.edit_type for e in edits] == list(EDIT_TYPES) * (N // len(EDIT_TYPES))
-    assert toy.items(N, seed=3) == edits
-    assert toy.items(2 * N, seed=3)[:N] == edits
-    assert toy.items(N, seed=4) != edits
+    assert toy.sample_items(N, seed=3) == edits
+    assert toy.sample_items(2 * N, seed=3)[:N] == edits
+    assert toy.sample_items(N, seed=4) != edits
     for e in edits:
         key = "add_at" if e.edit_type == "add" and e.to_cell >= 0 else e.edit_type
         phrasings = [re.sub(r"\\{\w\\}", ".+", re.escape(s)) for s in INSTRUCTIONS[key][-2:]]
@@ -84,7 +84,7 @@ def test_a_wrong_shape_is_an_error(edits):
     with pytest.raises(ValueError, match="at least one item"):
         toy.score(lambda references, _: references, [])
     with pytest.raises(ValueError, match="at least one item"):
-        toy.items(0)
+        toy.sample_items(0)
 
 
 def test_faults_are_laid_where_the_measurements_say(edits):

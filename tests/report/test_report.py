@@ -61,7 +61,7 @@ def looks(both):
 
 
 def add_pictures(run, updates=60):
-    edits = toy.items(18, seed=3)
+    edits = toy.sample_items(18, seed=3)
     references, targets = (render([getattr(e, k) for e in edits]) for k in ("reference", "target"))
     for step in (0, updates // 2, updates):
         mixed = torch.lerp(references, targets, step / updates)
@@ -99,7 +99,7 @@ def test_the_table_and_the_verdicts_are_the_scores(page):
 def test_small_pictures_are_enlarged_in_blocks(page):
     found = re.search(r'<td><img src="data:image/png;base64,([^"]+)"', page)
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1]))))
-    reference = (render([toy.items(18, seed=3)[0].reference])[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    reference = (render([toy.sample_items(18, seed=3)[0].reference])[0] * 255).round().byte().permute(1, 2, 0).numpy()
     assert picture.shape == (320, 320, 3)
     assert (picture[5::10, 5::10] == reference).all() and (picture[::10, ::10] == reference).all()
 

@@ -12,9 +12,9 @@ import yaml
 from scipy import stats
 
 from npedit.benchmarks.toy import wilson
-from npedit.cli.train import recipe_path
 from npedit.errors import UserError
 from npedit.recipe.config import check
+from npedit.recipe.packaged import recipe_path
 from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe
 from npedit.study import page as study_page
 from npedit.study import study

@@ -154,7 +154,7 @@ def read_only(*args, **kwargs):
 def test_pictures_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail) -> None:
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(UserError, match="expected (room|a place)"):
-        toy.score(lambda references, _: references, toy.items(2), save_to=tmp_path / "pictures")
+        toy.score(lambda references, _: references, toy.sample_items(2), save_to=tmp_path / "pictures")
     with pytest.raises(UserError, match="expected (room|a place)"):
         cli.write_try(tmp_path / "try" / "picture.png")
 

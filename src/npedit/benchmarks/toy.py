@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -64,7 +64,7 @@ class Scores(TypedDict):
     not_finite: int
 
 
-def items(n: int, seed: int = 0) -> list[Edit]:
+def sample_items(n: int, seed: int = 0) -> list[Edit]:
     """`n` held-out edits, the edit types in turn, so that each has its even share.
 
     A longer list begins with the shorter one.
@@ -94,6 +94,31 @@ def wilson(hits: float, n: int) -> Rate:
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return {"value": p, "ci95": [min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))]}
+
+
+def evaluate(
+    editor: Any,
+    items: int = 900,
+    seed: int = 1,
+    steps: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    save_to: Path | None = None,
+    save: int = 36,
+) -> Scores:
+    """Return the scores of an `Editor` on `items` held-out toy scenes. Item k is edited with noise of its own seed.
+
+    `seed` selects the scenes. `steps` None is the editor's own number of steps. See `score` for the other arguments.
+
+    Raises:
+        ValueError: no items.
+    """
+    noise_seeds = iter(range(seed * 1_000_003, seed * 1_000_003 + items))
+
+    def edit_fn(references: Tensor, instructions: Sequence[str]) -> Tensor:
+        return editor.edit_tensor(references, instructions, [next(noise_seeds) for _ in instructions], steps)
+
+    edits = sample_items(items, seed)
+    return score(edit_fn, edits, on_progress=on_progress, save_to=save_to, save=save)
 
 
 def score(

@@ -94,14 +94,8 @@ def score_toy(
     """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
     from npedit.benchmarks import toy
 
-    given = iter(range(seed * 1_000_003, seed * 1_000_003 + items))
-    edits = toy.items(items, seed)
-
-    def edit_fn(references: Any, instructions: list[str]) -> Any:
-        return editor.edit_tensor(references, instructions, [next(given) for _ in instructions], steps)
-
     with bar(f"scoring {name}", items) as told:
-        return toy.score(edit_fn, edits, on_progress=told, save_to=save_to, save=save)
+        return toy.evaluate(editor, items, seed, steps, on_progress=told, save_to=save_to, save=save)
 
 
 # ------------------------------------------------------------------------------------------------- judged benchmarks

@@ -23,8 +23,9 @@ from npedit.cli.evaluate import HELD_OUT_SEED, score_toy
 from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.options import ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
-from npedit.cli.train import move_aside, recipe_path
+from npedit.cli.train import move_aside
 from npedit.errors import UserError, own_command, program, writing
+from npedit.recipe.packaged import recipe_path
 
 app = typer.Typer(
     name="npedit",
@@ -168,7 +169,7 @@ def write_try(path: Path) -> str:
     from npedit.benchmarks import toy
     from npedit.toy.world import render
 
-    edit = next(e for e in toy.items(18, seed=7)[9:] if e.edit_type == "recolour")
+    edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "recolour")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
@@ -318,7 +319,7 @@ def estimate_memory(
     from npedit.recipe.config import load_recipe
     from npedit.training.estimate import estimate, table, verdict
 
-    found = estimate(load_recipe(recipe_path(recipe), overrides or []), processes)
+    found = estimate(load_recipe(recipe, overrides or []), processes)
     for line in [*table(found), *([verdict(found, gpu)] if gpu else [])]:
         out.print(escape(line))
 

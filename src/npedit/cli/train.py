@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.errors import UserError, nearest, program
+from npedit.errors import UserError, program
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -27,7 +27,7 @@ def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: b
     from npedit.training import launch, parts, trainer
 
     with distributed.session():
-        loaded = config.load_recipe(recipe_path(name), overrides)
+        loaded = config.load_recipe(name, overrides)
         run = folder or Path("runs") / loaded.name
         count = 1 if distributed.launched() else processes or launch.visible()
         parts.check_processes(loaded, count)
@@ -39,22 +39,6 @@ def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: b
         if distributed.first():
             out.print(escape(f"\nNext:\n  {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
         return 0
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: the path as given, or the packaged recipe of this name.
-
-    Raises:
-        UserError: neither exists; the nearest packaged name is given.
-    """
-    if os.path.isfile(name):
-        return Path(name)
-    folder = Path(__file__).parents[1] / "recipes"
-    packaged = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-    if name in packaged:
-        return packaged[name]
-    known, hint = ", ".join(packaged) or "none", nearest(name, packaged)
-    raise UserError(f"expected a recipe's file or one of: {known}; got {name!r}; check the path.{hint}")
 
 
 def move_aside(folder: Path) -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from npedit.errors import UserError, nearest
 from npedit.recipe.overrides import apply_override
+from npedit.recipe.packaged import recipe_path
 
 KINDS = ("families", "critics", "steps", "data", "benchmarks")
 BASES = {"families": "Family", "critics": "Critic", "steps": "Step"}
@@ -148,14 +149,15 @@ class Recipe(Settings):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and change it by `overrides` such as "stages.1.settings.lr=1e-4" (a list is indexed by number).
-    A stage that is null is left out.
+    """Return the recipe in a file, or the packaged recipe of this name, changed by `overrides` such as
+    "stages.1.settings.lr=1e-4" (a list is indexed by number). A stage that is null is left out.
 
     Raises:
         UserError: the file is missing or not YAML, a key or name is unknown, a value is out of range.
     """
+    path = recipe_path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"expected a recipe (a YAML file); got {path}, which cannot be read ({error}); check the path"

@@ -172,7 +172,7 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
     noises = iter(range(seed * 1_000_003, seed * 1_000_003 + study.items))
     scores = toy.score(
         lambda x, words: editor.edit_tensor(x, words, [next(noises) for _ in words], steps),
-        toy.items(study.items, SCENES_SEED),
+        toy.sample_items(study.items, SCENES_SEED),
     )
     rows = read_rows(run / METRICS)
     whole = {

@@ -88,7 +88,7 @@ class Evaluation:
         found: dict[str, float] = {}
         if self.recipe.trainer.benchmark:
             module = find("benchmarks", self.recipe.trainer.benchmark)
-            scores = module.score(edit_fn, module.items(self.recipe.trainer.evaluate_items, self.recipe.seed))
+            scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
             found = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
             found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
             found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
@@ -115,7 +115,7 @@ class Evaluation:
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
             noise = torch.randn(size, generator=seeded("blame", start)).to(self.parts.device)
             drawn.append(draw(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
-        items = module.items(len(edited), self.recipe.seed)
+        items = module.sample_items(len(edited), self.recipe.seed)
         counts = module.blame(items, edited, content, torch.cat(drawn))
         if distributed.first():
             write_text(self.run / BLAME, json.dumps(counts, indent=1) + "\n")

@@ -25,7 +25,7 @@ def held_out(recipe: Recipe, data: Any, n: int) -> Batch:
         return data.batch(0, n)
     from npedit.toy.world import render
 
-    edits = find("benchmarks", "toy").items(n, recipe.seed)
+    edits = find("benchmarks", "toy").sample_items(n, recipe.seed)
     words = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
     pictures = render([e.reference for e in edits])
     return collate([Example(str(i), x, *w) for i, (x, w) in enumerate(zip(pictures, words))])

@@ -1,0 +1,25 @@
+"""The recipes that ship in the package, by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from npedit.errors import UserError, nearest
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def recipe_path(name: str | Path) -> Path:
+    """Return the file of a recipe: the path as given, or the packaged recipe of this name.
+
+    Raises:
+        UserError: neither exists; the message gives the nearest packaged name.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    packaged = {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
+    if str(name) in packaged:
+        return packaged[str(name)]
+    known, hint = ", ".join(packaged) or "none", nearest(str(name), packaged)
+    raise UserError(f"expected a recipe file or one of: {known}; got {str(name)!r}; check the path.{hint}")
