@@ -52,7 +52,7 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(times: int, code: int) -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
 def test_a_killed_parent_leaves_none_behind() -> None:
     script = (
-        "import os, subprocess; from npedit import launch\n"
+        "import os, subprocess; from npedit.training import launch\n"
         "print(subprocess.Popen(['sleep', '600'], preexec_fn=launch._end_with_parent).pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
