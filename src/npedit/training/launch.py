@@ -1,7 +1,7 @@
 """Start one process per GPU of this machine, with the environment that torchrun would give them.
 
 torchrun itself ends with code 1 and a page of its own whatever went wrong; here the exit code and the one message are
-those of the process that failed. For several machines there is torchrun: see docs/cluster.md.
+those of the process that failed. For several machines there is torchrun: see docs/clusters.md.
 """
 
 from __future__ import annotations
