@@ -20,7 +20,7 @@ class UserError(Exception):
     """
 
 
-class BadRows(UserError):
+class BadRowsError(UserError):
     """More rows of a data set are unusable than is allowed. `rows` are those met: {"id", "file", "line", "reason"}."""
 
     def __init__(self, message: str, rows: list[dict]):
@@ -28,14 +28,14 @@ class BadRows(UserError):
         self.rows = rows
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the option most like `name`, or "" if none is like it."""
     found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn a full disk and a place that cannot be written into a `UserError`; other errors pass."""
     try:
         yield
@@ -51,42 +51,42 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def program() -> str:
+def npedit_command() -> str:
     """How to call npedit from this shell and folder: its name if that is found, else its path, quoted."""
     started = sys.argv[0]
     module = Path(started).name == "__main__.py"
     script = Path(started) if Path(started).name == "npedit" else Path(sys.executable).with_name("npedit")
     found = shutil.which("npedit")
-    if started == "npedit" or (not module and found and _same(Path(found), script)):
+    if started == "npedit" or (not module and found and _is_same_file(Path(found), script)):
         return "npedit"
     if not module and script.exists():
-        return shlex.quote(_short(script))
-    return f"{python()} -m npedit"
+        return shlex.quote(_shorten_path(script))
+    return f"{python_command()} -m npedit"
 
 
-def python() -> str:
+def python_command() -> str:
     """How to call this Python from this shell and folder, quoted."""
     found = shutil.which("python")
     here = Path(sys.executable)
-    return "python" if found and _same(Path(found).parent, here.parent) else shlex.quote(_short(here))
+    return "python" if found and _is_same_file(Path(found).parent, here.parent) else shlex.quote(_shorten_path(here))
 
 
-def own_command() -> str:
+def resume_command() -> str:
     """The command line that goes on with what this process does, as one would type it."""
     words = shlex.join(a for a in sys.argv[1:] if a != "--fresh")
-    script, start = Path(sys.argv[0]), program()
+    script, start = Path(sys.argv[0]), npedit_command()
     if script.name == "__main__.py":
-        start = f"{python()} -m {script.parent.name}"
+        start = f"{python_command()} -m {script.parent.name}"
     elif script.suffix == ".py":  # of the user's own, which calls npedit
-        start = f"{python()} {shlex.quote(str(script))}"
+        start = f"{python_command()} {shlex.quote(str(script))}"
     return f"{start} {words}".rstrip()
 
 
-def _same(a: Path, b: Path) -> bool:
+def _is_same_file(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
 
-def _short(path: Path) -> str:
+def _shorten_path(path: Path) -> str:
     """From the working folder, if it lies in there."""
     full = os.path.abspath(path)
     inside = os.path.relpath(full)

@@ -285,7 +285,7 @@ def test_help_is_quick_and_does_not_load_torch(tmp_path):
 
 
 def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(monkeypatch):
-    @cli.plain_errors
+    @cli.exit_on_user_error
     def command():
         raise KeyboardInterrupt
 

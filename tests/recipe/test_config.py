@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import (
     Settings,
     check,
@@ -194,8 +194,8 @@ def test_differences() -> None:
 
 
 def test_nearest() -> None:
-    assert nearest("sed", ["seed", "name"]) == " Did you mean 'seed'?"
-    assert nearest("zzz", ["seed", "name"]) == ""
+    assert did_you_mean("sed", ["seed", "name"]) == " Did you mean 'seed'?"
+    assert did_you_mean("zzz", ["seed", "name"]) == ""
 
 
 def test_dtype_names() -> None:

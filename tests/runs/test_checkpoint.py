@@ -99,14 +99,14 @@ def test_a_really_full_disk_is_recognised(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_as_safetensors_tells_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="free some space"), checkpoint.writing(tmp_path):
+    with pytest.raises(UserError, match="free some space"), checkpoint.explain_write_errors(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(SafetensorError), checkpoint.writing(tmp_path):
+    with pytest.raises(SafetensorError), checkpoint.explain_write_errors(tmp_path):
         raise SafetensorError("Error while serializing: invalid header")
 
 
 def test_other_errors_of_the_disk_are_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="broken"), checkpoint.writing(tmp_path):
+    with pytest.raises(OSError, match="broken"), checkpoint.explain_write_errors(tmp_path):
         raise OSError(errno.EIO, "broken")
 
 

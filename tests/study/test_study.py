@@ -18,7 +18,7 @@ from npedit.recipe.packaged import recipe_path
 from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe
 from npedit.study import page as study_page
 from npedit.study import study
-from npedit.study.file import Study, load_study, recipe_of
+from npedit.study.file import Study, load_study, variant_recipe
 from npedit.toy_models.build import graded_critic
 
 TINY = {
@@ -74,15 +74,15 @@ def test_level_needs_the_interval_within_a_tenth():
 
 def test_chance_in_training_is_pooled_over_the_rows_with_several_seeds():
     """Rows of deviations .02 and .0396 with 2 and 1 degrees of freedom, beside one of a single seed."""
-    deviation, freedom = study_page.chance_in_training([[0.48, 0.50, 0.52], [0.272, 0.328], [0.7]])
+    deviation, freedom = study_page.seed_std([[0.48, 0.50, 0.52], [0.272, 0.328], [0.7]])
     assert freedom == 3 and deviation == pytest.approx(((2 * 0.02**2 + 0.0396**2) / 3) ** 0.5, rel=1e-3)
-    assert study_page.chance_in_training([[0.7]]) == (0.0, 0)
+    assert study_page.seed_std([[0.7]]) == (0.0, 0)
 
 
 def test_chance_in_training_widens_a_claims_interval():
     """By Student's t, 3 seeds against 1, added in squares to what the scenes leave open; not between the same runs."""
     scores = {"a": row("a", 900, 470, 480, 490), "b": row("b", 900, 420), "c": row("a", 900, 470, 480, 490)}
-    apart = study_page.by_chance(scores["a"], scores["b"], (0.02, 8))
+    apart = study_page.seed_margin(scores["a"], scores["b"], (0.02, 8))
     assert apart == pytest.approx(stats.t.ppf(0.975, 8) * 0.02 * (1 / 3 + 1) ** 0.5, rel=1e-4)
     d, low, _ = study_page.difference(scores["a"]["both"], scores["b"]["both"])
     assert low > 0 > d - ((d - low) ** 2 + apart**2) ** 0.5
@@ -94,7 +94,7 @@ def test_chance_in_training_widens_a_claims_interval():
 def test_students_t():
     """The table against scipy's; past its end the last is used, which is too wide and never too narrow."""
     for k in range(1, 40):
-        half, true = study_page.by_chance(row("a", 9, 1), row("b", 9, 1), (1.0, k)) / 2**0.5, stats.t.ppf(0.975, k)
+        half, true = study_page.seed_margin(row("a", 9, 1), row("b", 9, 1), (1.0, k)) / 2**0.5, stats.t.ppf(0.975, k)
         assert half == pytest.approx(true, abs=1e-4) if k <= 14 else true < half < 1.1 * true
 
 
@@ -203,9 +203,9 @@ def test_the_packaged_study_is_sound():
     made = load_study(recipe_path("study-toy"))
     for name, variant in made.variants.items():
         if not variant.of:
-            assert recipe_of(made, name, 3, recipe_path, Path("s")).seed == 3
-            quick = recipe_of(made, name, 3, recipe_path, Path("s"), quick=True)
-            assert quick.total_updates() < recipe_of(made, name, 3, recipe_path, Path("s")).total_updates() / 4
+            assert variant_recipe(made, name, 3, recipe_path, Path("s")).seed == 3
+            quick = variant_recipe(made, name, 3, recipe_path, Path("s"), quick=True)
+            assert quick.total_updates() < variant_recipe(made, name, 3, recipe_path, Path("s")).total_updates() / 4
 
 
 def test_the_published_study_is_what_its_numbers_say(tmp_path):
@@ -218,7 +218,7 @@ def test_the_published_study_is_what_its_numbers_say(tmp_path):
         runs = [docs / "results" / run for run in score["runs"]]
         assert score == study_page.pooled([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
         for run in [] if made.variants[name].of else runs:
-            stated = recipe_of(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
+            stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
             same_recipe(run, stated)
 
 

@@ -156,7 +156,7 @@ def test_pictures_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="expected (room|a place)"):
         toy.score(lambda references, _: references, toy.sample_items(2), save_to=tmp_path / "pictures")
     with pytest.raises(UserError, match="expected (room|a place)"):
-        cli.write_try(tmp_path / "try" / "picture.png")
+        cli.write_example_picture(tmp_path / "try" / "picture.png")
 
 
 @pytest.mark.parametrize("fail", [full, read_only])
@@ -173,7 +173,7 @@ def test_parts_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk_as_tokenizers_tells_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="free some space"), errors.writing(tmp_path):
+    with pytest.raises(UserError, match="free some space"), errors.explain_write_errors(tmp_path):
         raise Exception("No space left on device (os error 28)")  # noqa: TRY002
 
 
@@ -197,28 +197,28 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_that_goes_on_can_be_typed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, words = str(installed / "npedit"), ["demo", "--fresh", "--out", "a b"]
     monkeypatch.setattr(sys, "argv", [script, *words])
-    assert errors.own_command() == ".venv/bin/npedit demo --out 'a b'"
+    assert errors.resume_command() == ".venv/bin/npedit demo --out 'a b'"
     monkeypatch.setattr(sys, "argv", [".venv/bin/npedit", *words])
-    assert errors.own_command() == ".venv/bin/npedit demo --out 'a b'"
+    assert errors.resume_command() == ".venv/bin/npedit demo --out 'a b'"
     elsewhere = installed.parents[2] / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setattr(sys, "argv", [script, *words])
-    assert errors.own_command() == f"'{script}' demo --out 'a b'"
+    assert errors.resume_command() == f"'{script}' demo --out 'a b'"
     monkeypatch.setenv("PATH", str(installed))
-    assert errors.own_command() == "npedit demo --out 'a b'"
+    assert errors.resume_command() == "npedit demo --out 'a b'"
 
 
 def test_other_ways_to_start(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/some/npedit/__main__.py", "doctor"])
-    assert errors.own_command() == ".venv/bin/python -m npedit doctor"
+    assert errors.resume_command() == ".venv/bin/python -m npedit doctor"
     monkeypatch.setattr(sys, "argv", ["/some/other/__main__.py", "1"])
-    assert errors.own_command() == ".venv/bin/python -m other 1"
+    assert errors.resume_command() == ".venv/bin/python -m other 1"
     monkeypatch.setattr(sys, "argv", ["my own.py", "1"])
-    assert errors.own_command() == ".venv/bin/python 'my own.py' 1"
-    assert errors.program() == ".venv/bin/npedit"
+    assert errors.resume_command() == ".venv/bin/python 'my own.py' 1"
+    assert errors.npedit_command() == ".venv/bin/npedit"
     (installed / "npedit").unlink()
-    assert errors.program() == ".venv/bin/python -m npedit"
+    assert errors.npedit_command() == ".venv/bin/python -m npedit"
 
 
 def test_missing_weights_are_answered_truthfully(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

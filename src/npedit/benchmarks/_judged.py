@@ -34,14 +34,14 @@ from npedit.benchmarks._answers import read
 from npedit.benchmarks._outputs import opener, save
 from npedit.benchmarks._protocol import Protocol, Question
 from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
 from npedit.runs.checkpoint import write_text
 from npedit.scoring import results
 from npedit.scoring.encoders import Absent, Clip, Dino
 from npedit.scoring.lpips import Lpips
-from npedit.scoring.metrics import feature_measures, perceptual_measures, pixel_measures
+from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_metrics
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
@@ -374,16 +374,16 @@ def preserved(
     rows = []
     for item in items:
         source, edited = cache(item.source), opener(item.edited, "edited picture")
-        measures = {**pixel_measures(source, edited), **feature_measures(source, edited, dino, clip)}
-        measures |= perceptual_measures(source, edited, lpips) if lpips else {}
-        rows.append(results.Row.of(item.id, item.task, measures))
+        measures = {**pixel_metrics(source, edited), **feature_metrics(source, edited, dino, clip)}
+        measures |= perceptual_metrics(source, edited, lpips) if lpips else {}
+        rows.append(results.Row.from_metrics(item.id, item.task, measures))
         told(len(rows), len(items))
     return rows
 
 
 def write_result(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Rows, summary and facts of a result (see the module's head)."""
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / ROWS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     write_text(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

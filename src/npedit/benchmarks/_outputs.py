@@ -13,9 +13,9 @@ from PIL import Image
 from rich.table import Table
 
 from npedit.data._photos import BadImage, open_whole
-from npedit.errors import writing
-from npedit.scoring.metrics import Opener
-from npedit.scoring.results import NoScore, lower_is_better
+from npedit.errors import explain_write_errors
+from npedit.scoring.metrics import ImageOpener
+from npedit.scoring.results import MissingScore, lower_is_better
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16
@@ -65,13 +65,13 @@ def make(jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG aside and rename it."""
     aside = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(aside, "PNG")
         os.replace(aside, path)
 
 
-def opener(path: Path, what: str) -> Opener:
+def opener(path: Path, what: str) -> ImageOpener:
     """A function that opens a picture, once; it raises `NoScore` if that cannot be done."""
 
     @cache
@@ -79,7 +79,7 @@ def opener(path: Path, what: str) -> Opener:
         try:
             return open_whole(path)
         except BadImage as error:
-            raise NoScore(f"no {what} {path.name}: {error}") from None
+            raise MissingScore(f"no {what} {path.name}: {error}") from None
 
     return opened
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 import yaml
 
 from npedit.benchmarks._answers import DIGITS
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.judges.base import Manner
 from npedit.judges.cache import digest_of
 
@@ -83,7 +83,7 @@ class Protocol:
             UserError: there is none of this name, or its texts are not found or have no slot.
         """
         if name not in names():
-            raise UserError(f"--protocol: expected one of {', '.join(names())}; got {name!r}.{nearest(name, names())}")
+            raise UserError(f"--protocol: expected one of {', '.join(names())}; got {name!r}.{did_you_mean(name, names())}")
         raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         foreign = any("blocks" in q for q in raw["questions"].values())
         if prompts and not foreign:

@@ -23,7 +23,7 @@ from typing import Any
 
 from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
 from npedit.benchmarks._outputs import save
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK
 
 TASKS = (
@@ -163,7 +163,7 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
     tables = {task: lines[task] for task in TASKS if task in lines}
     tables["combined"] = [line for group in tables.values() for line in group]
     written = []
-    with writing(place):
+    with explain_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
         for task, group in tables.items():
             written.append(place / f"{folder.name}_{task}_gpt_score.csv")

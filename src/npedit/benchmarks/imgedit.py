@@ -18,7 +18,7 @@ from typing import Any
 
 from npedit.benchmarks._answers import read
 from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
 from npedit.runs.checkpoint import write_text
 
@@ -118,7 +118,7 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
         if item.edited.stem in means:
             by_task.setdefault(item.task, []).append(means[item.edited.stem])
     kinds = {task: round(sum(v) / len(v), 2) for task, v in by_task.items()}
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in (("result", answers), ("average_score", means), ("typescore", kinds)):

@@ -24,7 +24,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from npedit.runs.checkpoint import write_text, writing
+from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.oracle import described, judge, outside_change, read_scene, reading_of
 from npedit.toy.world import SIDE, render
@@ -210,13 +210,13 @@ def _rates(rows: Sequence[tuple[bool, bool]]) -> dict[str, Rate]:
 def _save(
     folder: Path, items: Sequence[Edit], rows: list[tuple[bool, bool]], kept: list[tuple[Tensor, Tensor]]
 ) -> None:
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for i, ((reference, edited), e, (applied, preserved)) in enumerate(zip(kept, items, rows)):
         names = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
         for name, image in zip(names.values(), (edited, reference)):
-            with writing(folder / name):
+            with explain_write_errors(folder / name):
                 to_pil(image).save(folder / name)
         words = {"instruction": e.instruction, "edit_type": e.edit_type}
         listed.append({**names, **words, "applied": applied, "preserved": preserved})

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npedit.errors import UserError, nearest, writing
+from npedit.errors import UserError, did_you_mean, explain_write_errors
 
 if TYPE_CHECKING:
     from npedit.scoring.results import Results
@@ -118,7 +118,7 @@ def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[
     names = results[0].names()
     for name in wanted:
         if name not in names:
-            raise UserError(f"expected a measure of {results[0].name}; got {name!r}.{nearest(name, names)} "
+            raise UserError(f"expected a measure of {results[0].name}; got {name!r}.{did_you_mean(name, names)} "
                             f"It has: {', '.join(names)}")  # fmt: skip
     kept, notes = [], []
     for name in wanted or [n for n in names if "/" not in n]:
@@ -221,7 +221,7 @@ def _draw(results: Sequence[Results], measures: Sequence[str], path: Path, seed:
         values, tasks, _ = shared(results, name)
         means = [(statistics.mean(v, tasks), statistics.interval(v, tasks, seed)) for v in values]
         panels.append((f"{name} ({'lower' if lower_is_better(name) else 'higher'} is better)", means))
-    with writing(path):
+    with explain_write_errors(path):
         path.write_bytes(comparison([r.name for r in results], panels))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.editor import Editor, Facts, locate, open_picture, paired, to_rgb
-from npedit.errors import UserError, nearest, program
+from npedit.errors import UserError, did_you_mean, npedit_command
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this
@@ -40,12 +40,12 @@ def run_edit(
     Raises:
         UserError: bad pictures, instructions, output or model.
     """
-    paths, texts = split_words(words, instructions)
+    paths, texts = split_arguments(words, instructions)
     pairs = paired(paths, texts)
     targets = plan(pairs, target)
     pictures = {path: to_rgb(open_picture(path)) for path in paths}
     for path in targets:
-        writable(path)
+        check_writable(path)
     editor = Editor.open(model, tile=tile)
     for path, picture in pictures.items():
         if all(max(picture.size) > 2 * max(size) for size in editor.sizes) and not _blocks(picture, editor.sizes):
@@ -61,7 +61,7 @@ def run_edit(
     return [f'{source} "{text}" -> {path}' for (source, text), path in zip(pairs, targets)]
 
 
-def split_words(words: Sequence[str], instructions: Sequence[str]) -> tuple[list[Path], list[str]]:
+def split_arguments(words: Sequence[str], instructions: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Part the positional words into pictures and the instruction.
 
     Raises:
@@ -113,7 +113,7 @@ def plan(pairs: Sequence[tuple[Path, str]], target: str) -> list[Path]:
     return targets
 
 
-def writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Make the folder of `path` and try a file there, so that a bad place is told of before the work.
 
     Raises:
@@ -178,7 +178,7 @@ def _unknown_words(model: str, texts: Sequence[str]) -> dict[str, str]:
     tokenizer = new_tokenizer(64, ends=False)
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
-    return {w: nearest(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}
+    return {w: did_you_mean(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}
 
 
 def run_export(run: str, folder: Path) -> list[str]:
@@ -202,5 +202,5 @@ def run_export(run: str, folder: Path) -> list[str]:
         shutil.rmtree(aside, ignore_errors=True)
     return [
         f"Exported to {folder}. Its base model: {facts.base}.",
-        f"Use it: {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}",
+        f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}",
     ]

@@ -29,6 +29,7 @@ from npedit.cli.options import (
     LpipsOption,
     ModelOption,
     Out,
+    ProgressBar,
     Prompts,
     Repeats,
     Scores,
@@ -36,7 +37,6 @@ from npedit.cli.options import (
     StepsOption,
     Swap,
     Workers,
-    bar,
 )  # fmt: skip
 from npedit.cli.own import MEASURES, open_encoders, open_lpips
 from npedit.errors import UserError
@@ -68,19 +68,19 @@ def toy(
     import tempfile
 
     from npedit.benchmarks import toy as bench
-    from npedit.cli.edit import save_pictures, writable
+    from npedit.cli.edit import check_writable, save_pictures
     from npedit.editor import Editor
-    from npedit.report.report import results_sheet
+    from npedit.report.report import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 
     for path in (json_file, picture):
         if path:
-            writable(path)
+            check_writable(path)
     editor = Editor.open(model)
     with tempfile.TemporaryDirectory() as kept:
         scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
         if picture:
-            save_pictures([(results_sheet(Path(kept)), picture)])
+            save_pictures([(draw_results_sheet(Path(kept)), picture)])
     out.print(bench.table(scores))
     if json_file:
         facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
@@ -94,7 +94,7 @@ def score_toy(
     """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
     from npedit.benchmarks import toy
 
-    with bar(f"scoring {name}", items) as told:
+    with ProgressBar(f"scoring {name}", items) as told:
         return toy.evaluate(editor, items, seed, steps, on_progress=told, save_to=save_to, save=save)
 
 
@@ -242,7 +242,7 @@ def preserved(name: str, folder: Path, items: list[Any], measuring: tuple[Any, A
     from npedit.scoring import results
 
     results.begin(folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}})
-    with bar("measuring what was kept", len(items)) as told:
+    with ProgressBar("measuring what was kept", len(items)) as told:
         rows = _judged.preserved(items, *measuring, told)
     out.print(table(results.write_results(folder, rows), f"{name}: what was kept of the references, without a judge"))
 
@@ -270,10 +270,10 @@ def asked(
         scorer = _judged.Scorer(judge, protocol, cache, passes, bench.combine)
         _judged.begin(folder, facts)
         if edit:
-            with bar(f"editing with {wish.model}", len(todo)) as told:
+            with ProgressBar(f"editing with {wish.model}", len(todo)) as told:
                 _judged.make_pictures(edit, todo, told)
         kept = len(cache)
-        with bar(f"asking {judge.name}", len(todo)) as told:
+        with ProgressBar(f"asking {judge.name}", len(todo)) as told:
             rows = _judged.score_all(scorer, todo, lambda row: bench.finish(row, protocol.overall), told)
         out.print(escape(f"{len(cache) - kept} answers came from {judge.name}; {kept} were there already."))
         facts |= {"usage": cache.usage(), "noise": _judged.noise(rows, passes, bench.combine)}

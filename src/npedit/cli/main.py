@@ -24,7 +24,7 @@ from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.options import ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.train import move_aside
-from npedit.errors import UserError, own_command, program, writing
+from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
 from npedit.recipe.packaged import recipe_path
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ Overrides = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
-def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+def exit_on_user_error(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command end with a message and exit code 2 on a user's error, and with 130 on Ctrl-C."""
 
     @functools.wraps(command)
@@ -58,7 +58,7 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"[bold red]error[/] {escape(str(error))}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            err.print(f"\nStopped. Go on with: [bold]{escape(own_command())}[/]")
+            err.print(f"\nStopped. Go on with: [bold]{escape(resume_command())}[/]")
             raise typer.Exit(130) from None
 
     return wrapped
@@ -67,9 +67,9 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 for name, command in BENCHMARKS.items():
     evaluate_app.command(name)(command)
 for registered in evaluate_app.registered_commands:
-    registered.callback = plain_errors(registered.callback)
+    registered.callback = exit_on_user_error(registered.callback)
 app.add_typer(evaluate_app, name="evaluate")
-app.command()(plain_errors(compare))
+app.command()(exit_on_user_error(compare))
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/demo"),
     minutes: Annotated[
@@ -118,11 +118,11 @@ def demo(
         move_aside(folder)
     out.print(f"Training without pairs in [bold]{escape(str(folder))}[/]: {recipe.total_updates()} updates.")
     trainer.train(recipe, folder)
-    before, after = compare_with_start(folder, recipe, items)
-    finish_demo(folder, before, after)
+    before, after = score_before_and_after(folder, recipe, items)
+    show_demo_result(folder, before, after)
 
 
-def compare_with_start(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
+def score_before_and_after(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
     """Score the untrained start and the finished editor of a toy run on held-out scenes; kept in `evaluation.json`."""
     kept = run / "evaluation.json"
     if kept.is_file():
@@ -140,7 +140,7 @@ def compare_with_start(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
     return before, after
 
 
-def finish_demo(run: Path, before: Any, after: Any) -> None:
+def show_demo_result(run: Path, before: Any, after: Any) -> None:
     """The table, where the report is, and what to type next."""
     from npedit.benchmarks import toy
     from npedit.report.report import write_report
@@ -148,7 +148,7 @@ def finish_demo(run: Path, before: Any, after: Any) -> None:
     report = write_report(run)
     out.print(toy.table(after, before))
     picture = run / "try" / "picture.png"
-    words = write_try(picture)
+    words = write_example_picture(picture)
     out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")
     there, given = shlex.quote(str(run)), shlex.join([str(picture), words])
     mine, embedded = (shlex.quote(str(run / "try" / name)) for name in ("out.png", "out-embedded.png"))
@@ -159,10 +159,10 @@ def finish_demo(run: Path, before: Any, after: Any) -> None:
         f"export {there} my-editor",
         "train toy   # the full recipe",
     ):
-        out.print(f"  {escape(f'{program()} {line}')}")
+        out.print(f"  {escape(f'{npedit_command()} {line}')}")
 
 
-def write_try(path: Path) -> str:
+def write_example_picture(path: Path) -> str:
     """Leave one held-out scene, enlarged to 256 x 256, for the user's own first edit; returns an instruction for it."""
     from PIL import Image
 
@@ -170,14 +170,14 @@ def write_try(path: Path) -> str:
     from npedit.toy.world import render
 
     edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "recolour")
-    with writing(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
     return edit.instruction
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package (demo, toy).")],
     overrides: Overrides = None,
@@ -189,7 +189,7 @@ def train(
 ) -> None:
     """Train a recipe. The same command goes on where an earlier one stopped.
 
-    All visible GPUs are used. For several machines: torchrun ... -m npedit train RECIPE, see docs/cluster.md.
+    All visible GPUs are used. For several machines: torchrun ... -m npedit train RECIPE, see docs/clusters.md.
     """
     from npedit.cli.train import run_train
 
@@ -200,7 +200,7 @@ def train(
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def edit(
     words: Annotated[list[str], typer.Argument(metavar="IMAGE... INSTRUCTION", help="Pictures, then what to change.")],
     instructions: Annotated[
@@ -236,7 +236,7 @@ def edit(
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
     folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
@@ -261,7 +261,7 @@ def study(
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write report.html of a run, finished or not: curves, pictures, tables."""
     from npedit.report.report import write_report
@@ -271,7 +271,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def curves(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
     picture: Annotated[Path, typer.Option("--out", "-o", help="A PNG.")] = Path("curves.png"),
@@ -284,13 +284,13 @@ def curves(
     rows = {str(run) if same else run.resolve().name: read_rows(require_run(run) / METRICS) for run in runs}
     if empty := [name for name, logged in rows.items() if len(logged) < 2]:
         raise UserError(f"expected runs that have logged updates; got {', '.join(empty)}; leave out, or train first")
-    with writing(picture):
+    with explain_write_errors(picture):
         picture.write_bytes(overlaid(rows))
     out.print(f"Curves: {escape(str(picture.resolve()))}")
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def export(
     run: Annotated[str, typer.Argument(help="A run, or 'embedded'.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -306,7 +306,7 @@ def export(
 
 
 @app.command("estimate")
-@plain_errors
+@exit_on_user_error
 def estimate_memory(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package.")],
     overrides: Overrides = None,
@@ -325,7 +325,7 @@ def estimate_memory(
 
 
 @app.command("convert")
-@plain_errors
+@exit_on_user_error
 def convert_released(
     file: Annotated[Path, typer.Argument(help="The checkpoint that NP-Edit's public reimplementation released (.pt).")],
     run: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -335,11 +335,11 @@ def convert_released(
     from npedit.interop.convert import convert
 
     made = convert(file, run, base)
-    out.print(escape(f"Use it: {program()} edit PICTURE INSTRUCTION --run {shlex.quote(str(made))}"))
+    out.print(escape(f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --run {shlex.quote(str(made))}"))
 
 
 @app.command()
-@plain_errors
+@exit_on_user_error
 def doctor() -> None:
     """Look at this installation: versions, device, embedded weights, one edit."""
     from npedit.cli.doctor import checks
@@ -356,7 +356,7 @@ def doctor() -> None:
 
 
 @toy_app.command("data")
-@plain_errors
+@exit_on_user_error
 def toy_data(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     items: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
@@ -370,7 +370,7 @@ def toy_data(
 
 
 @toy_app.command("build")
-@plain_errors
+@exit_on_user_error
 def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: Fresh = False) -> None:
     """Teach the toy's VAE, text-to-image model and critic from nothing. The same command goes on after a stop."""
     if folder.exists() and not folder.is_dir():
@@ -383,7 +383,7 @@ def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fr
 
 
 @toy_app.command("sheet")
-@plain_errors
+@exit_on_user_error
 def toy_sheet(
     picture: Annotated[Path, typer.Argument(help="The picture to write (.png).")],
     seed: SeedOption = 0,

@@ -1,4 +1,4 @@
-"""What several commands share: options, and a progress bar."""
+"""What several commands share: options, and a progress ProgressBar."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ Coverage = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
-class bar:
-    """A progress bar that is gone when it is done; gives the function (done, of all) that moves it."""
+class ProgressBar:
+    """A progress ProgressBar that is gone when it is done; gives the function (done, of all) that moves it."""
 
     def __init__(self, words: str, total: int | None = None):
         from rich.progress import Progress

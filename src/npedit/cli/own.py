@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.cli.options import ClipOption, DinoOption, LpipsOption, ModelOption, SeedOption, StepsOption, bar
+from npedit.cli.options import ClipOption, DinoOption, LpipsOption, ModelOption, ProgressBar, SeedOption, StepsOption
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -148,7 +148,7 @@ class _Run:
 
     def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         """Do `work(told)` behind a bar."""
-        with bar(words) as told:
+        with ProgressBar(words) as told:
             return work(told)
 
     def finish(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.errors import UserError, program
+from npedit.errors import UserError, npedit_command
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -26,18 +26,18 @@ def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: b
     from npedit.recipe import config
     from npedit.training import launch, parts, trainer
 
-    with distributed.session():
+    with distributed.process_group():
         loaded = config.load_recipe(name, overrides)
         run = folder or Path("runs") / loaded.name
-        count = 1 if distributed.launched() else processes or launch.visible()
+        count = 1 if distributed.is_multi_process() else processes or launch.visible()
         parts.check_processes(loaded, count)
-        if fresh and distributed.first():
+        if fresh and distributed.is_main_process():
             move_aside(run)
         if count > 1:
             return launch.start(count, ["train", name, *overrides, "--out", str(run)])
         trainer.train(loaded, run)
-        if distributed.first():
-            out.print(escape(f"\nNext:\n  {program()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
+        if distributed.is_main_process():
+            out.print(escape(f"\nNext:\n  {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))
         return 0
 
 

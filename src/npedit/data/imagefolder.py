@@ -34,8 +34,8 @@ from torch import Tensor
 
 from npedit.data import Batch, Example, collate
 from npedit.data._photos import BadImage, open_photo, photo_size
-from npedit.errors import BadRows, UserError, nearest
-from npedit.questions import NOTHING, known_edit_type
+from npedit.errors import BadRowsError, UserError, did_you_mean
+from npedit.questions import IDENTITY_EDIT, normalise_edit_type
 from npedit.recipe.config import Settings as Base
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _check_columns(settings: Settings, seen: set[str], metadata: Path) -> set[st
     for field, column in settings.columns.items():
         if column not in seen:
             raise UserError(
-                f"data.columns.{field}: expected a column of {metadata}; got {column!r}.{nearest(column, seen)} "
+                f"data.columns.{field}: expected a column of {metadata}; got {column!r}.{did_you_mean(column, seen)} "
                 f"Its columns are: {', '.join(sorted(seen))}"
             )
     edited = {c for c in seen if TARGET_LIKE.fullmatch(c) and c not in NOT_FILES}
@@ -157,12 +157,12 @@ def to_row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> R
         if field in ("file_name", "instruction") and not (word or "").strip():
             there = f"got {', '.join(value) or 'an empty object'}" if word is None else "got an empty one"
             raise UserError(
-                f"{metadata}:{line}: expected a field {column!r}; {there}.{nearest(column, value)} "
+                f"{metadata}:{line}: expected a field {column!r}; {there}.{did_you_mean(column, value)} "
                 "Add it, or say in data.columns which column holds it"
             )
         words[field] = (word or "").strip()
     try:
-        words["edit_type"] = known_edit_type(words["edit_type"])
+        words["edit_type"] = normalise_edit_type(words["edit_type"])
     except ValueError as error:
         raise UserError(f"{metadata}:{line}: {error}") from error
     if words["edit_type"] == "remove" and not words["object"]:
@@ -170,7 +170,7 @@ def to_row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> R
             f"{metadata}:{line}: expected an 'object' for edit type 'remove'; got none; "
             "add the name of what is removed, which the critic is asked for"
         )
-    if words["edit_type"] == NOTHING:
+    if words["edit_type"] == IDENTITY_EDIT:
         words["target_caption"] = words["target_caption"] or words["source_caption"]
     return Row(**words | {"id": words["id"] or f"{line:06d}"}, line=line)
 
@@ -292,7 +292,7 @@ class Source:
         bad, share = self.bad_rows, self.settings.max_bad_share
         if len(bad) > share * len(self.rows) or len(bad) == len(self.rows):
             first = "; ".join(f"{self.metadata}:{b['line']}: {b['file']}: {b['reason']}" for b in bad[:3])
-            raise BadRows(
+            raise BadRowsError(
                 f"expected at most {share:.1%} bad rows; got {len(bad)} of {len(self.rows)}: {first}"
                 f"{'; ...' if len(bad) > 3 else ''}. Mend or delete these rows, or raise data.max_bad_share",
                 bad,

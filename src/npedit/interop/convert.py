@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit.editor import FACTS_FILE, FORMAT
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.families._shared import schedule_shift
 from npedit.families.z_image import framed_net, scheduler_of
 from npedit.flow import few_step_times
@@ -77,7 +77,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
     }
     aside = run / "final.tmp"
     try:
-        with writing(run):
+        with explain_write_errors(run):
             aside.mkdir(parents=True)
             net.save_pretrained(aside / "transformer")
             few.save_pretrained(aside / "scheduler")

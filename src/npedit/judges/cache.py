@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import FINAL
 
 
@@ -34,7 +34,7 @@ class Cache:
         self.path = path
         self._lock = threading.Lock()
         self._final: dict[str, dict[str, Any]] = {}
-        with writing(path):
+        with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
         try:
@@ -83,7 +83,7 @@ class Cache:
 
     def put(self, record: Mapping[str, Any]) -> None:
         """Add one record with at least `key` and `outcome`; it is on the disk when this returns."""
-        with self._lock, writing(self.path):
+        with self._lock, explain_write_errors(self.path):
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())

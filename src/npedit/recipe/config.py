@@ -18,7 +18,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.recipe.overrides import apply_override
 from npedit.recipe.packaged import recipe_path
 
@@ -265,7 +265,7 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str
     where = ".".join(p for p in (path, *loc) if p) or "the recipe"
     if error["type"] == "extra_forbidden":
         known = _fields(model, loc[:-1])
-        hint = nearest(loc[-1], known)
+        hint = did_you_mean(loc[-1], known)
         return f"{where}: expected one of {', '.join(known)}; got an unknown key; remove or rename it.{hint}"
     if error["type"] == "missing":
         return f"{where}: expected a value; got none; add the key"
@@ -295,7 +295,7 @@ def _known(kind: str, name: Any, path: str) -> None:
     known = names(kind)
     if name not in known:
         raise UserError(
-            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{nearest(name, known)}"
+            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{did_you_mean(name, known)}"
         )
 
 
@@ -348,11 +348,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU. Devices are named here and in `rest_device`, and nowhere else."""
+    """CUDA where there is one, else the CPU. Devices are named here and in `offload_device`, and nowhere else."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def rest_device() -> torch.device:
+def offload_device() -> torch.device:
     """Where frozen parts wait while nobody uses them."""
     return torch.device("cpu")
 

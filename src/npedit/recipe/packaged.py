@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -21,5 +21,5 @@ def recipe_path(name: str | Path) -> Path:
     packaged = {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
     if str(name) in packaged:
         return packaged[str(name)]
-    known, hint = ", ".join(packaged) or "none", nearest(str(name), packaged)
+    known, hint = ", ".join(packaged) or "none", did_you_mean(str(name), packaged)
     raise UserError(f"expected a recipe file or one of: {known}; got {str(name)!r}; check the path.{hint}")

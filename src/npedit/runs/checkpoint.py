@@ -27,11 +27,11 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from npedit.errors import UserError, own_command, writing
+from npedit.errors import UserError, explain_write_errors, resume_command
 from npedit.nets import distributed
 from npedit.nets import sharded_checkpoint as shards
-from npedit.nets.lora import FILE as LORA_FILE
-from npedit.nets.lora import Adapter
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe, differences, make_recipe
 
 CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
@@ -70,7 +70,7 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     """
     if is_run(run):
         same_recipe(run, recipe, resume)
-    with writing(run):
+    with explain_write_errors(run):
         if run.exists() and not is_run(run) and {p.name for p in run.iterdir()} - UNBORN:
             raise UserError(
                 f"expected a new or empty folder, or a run; got {run}, which holds other files; choose another"
@@ -137,10 +137,10 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git_revision": git_revision(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": distributed.world(),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "command": own_command(),
+        "command": resume_command(),
     }
 
 
@@ -168,7 +168,7 @@ def git_revision() -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with explain_write_errors(path):
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             _to_disk(file)
@@ -203,15 +203,15 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[s
     """
     folder = run / f"checkpoint-{step:06d}"
     aside = folder.with_name(folder.name + ".tmp")
-    if distributed.from_first(folder in checkpoints(run)):
+    if distributed.broadcast_object(folder in checkpoints(run)):
         return folder
-    first = distributed.first()
+    first = distributed.is_main_process()
     try:
-        with writing(folder):
+        with explain_write_errors(folder):
             if first:
                 _sweep(run)
                 aside.mkdir()
-            distributed.gather(None)  # until the folder is there
+            distributed.all_gather(None)  # until the folder is there
             shards.write(aside, tensors)
             if first:
                 _write_marks(aside, numbers)
@@ -288,7 +288,7 @@ def _damaged(folder: Path, error: BaseException) -> UserError:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON line. A number that is not finite becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with explain_write_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
 
 
@@ -327,7 +327,7 @@ def write_final(
 ) -> Path:
     """Write `final/`: the editor as diffusers opens it, and `npedit.json` for `Editor.open`.
 
-    `net` is a diffusers model or an `Adapter` of one, `scheduler` a diffusers object; `times` are the few-step times
+    `net` is a diffusers model or an `LoraAdapter` of one, `scheduler` a diffusers object; `times` are the few-step times
     for the first of `sizes` (H, W, pixels).
 
     Raises:
@@ -346,7 +346,7 @@ def write_final(
         "recipe": recipe.name,
     }
     shutil.rmtree(aside, ignore_errors=True)
-    with writing(folder):
+    with explain_write_errors(folder):
         aside.mkdir()
         if isinstance(net, Adapter):
             net.save(aside)

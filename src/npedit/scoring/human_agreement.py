@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.scoring import statistics
 from npedit.scoring.results import Results
 
 Labels = Mapping[tuple[str, str], float]  # (result, id) -> mean score
-Figure = tuple[float, tuple[float, float] | None] | None  # value and 95 % interval; None where it has no value
+Estimate = tuple[float, tuple[float, float] | None] | None  # value and 95 % interval; None where it has no value
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Agreement:
     that fits best, over `n` labelled pictures."""
 
     n: int
-    figures: tuple[Figure, Figure, Figure, Figure]
+    figures: tuple[Estimate, Estimate, Estimate, Estimate]
 
 
 def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float]:
@@ -53,7 +53,7 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
         if name not in names or not math.isfinite(score):
             raise UserError(
                 f"{path}:{number}: expected one of {', '.join(names)} and a number; got {name!r}, {score}."
-                f"{nearest(name, names)} Correct the line"
+                f"{did_you_mean(name, names)} Correct the line"
             )
         found.setdefault((name, key), []).append(score)
     return {key: sum(scores) / len(scores) for key, scores in found.items()}
@@ -85,23 +85,23 @@ def against_people(results: Sequence[Results], measure: str, labels: Labels, low
                     continue  # constant in this task
             if not there:
                 raise ValueError("expected a task whose scores differ; got none")
-            return statistics.fisher_mean(there)
+            return statistics.fisher_z_mean(there)
 
         return measured
 
-    figures = [_figure(correlation(of), ids, seed) for of in (statistics.spearman, statistics.kendall)]
+    figures = [_estimate(correlation(of), ids, seed) for of in (statistics.spearman, statistics.kendall)]
     try:
-        for margin in (0.0, statistics.calibrated_margin(judge, people, ids)):
-            right, item = statistics.right_pairs(judge, people, ids, margin)
-            figures.append(_figure(lambda at, right=right: float(right[at].mean()), item, seed))
+        for margin in (0.0, statistics.calibrate_tie_margin(judge, people, ids)):
+            right, item = statistics.correct_pairs(judge, people, ids, margin)
+            figures.append(_estimate(lambda at, right=right: float(right[at].mean()), item, seed))
     except ValueError:
         figures += [None] * (4 - len(figures))
     return Agreement(len(picked), tuple(figures))
 
 
-def _figure(measure: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Figure:
+def _estimate(measure: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Estimate:
     try:
         value = measure(np.arange(len(clusters)))
     except ValueError:
         return None
-    return value, statistics.cluster_interval(measure, clusters, seed)
+    return value, statistics.cluster_bootstrap_interval(measure, clusters, seed)

@@ -23,22 +23,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from npedit.errors import UserError, writing
+from npedit.errors import UserError, explain_write_errors
 from npedit.runs.checkpoint import write_text
 from npedit.scoring import statistics
 
 ROWS, SUMMARY, SETTINGS = "rows.jsonl", "summary.json", "settings.json"
 LEAST = 0.99  # coverage below which there is no headline
 UNDEFINED = "undefined: "
-LOWER = ("l1", "l2", "lpips", "changed_area", "copied")  # of these, less is better
-Measures = Mapping[str, Callable[[], float]]
+LOWER_IS_BETTER = ("l1", "l2", "lpips", "changed_area", "copied")  # of these, less is better
+Metrics = Mapping[str, Callable[[], float]]
 
 
-class NoScore(Exception):
+class MissingScore(Exception):
     """Why a measure has no number here: something failed. The message is the reason."""
 
 
-class Undefined(NoScore):
+class UndefinedMetric(MissingScore):
     """The measure has no value for these pictures, though nothing failed."""
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Row:
     why: dict[str, str]
 
     @classmethod
-    def of(cls, id: str, task: str, measures: Measures) -> Self:
+    def from_metrics(cls, id: str, task: str, measures: Metrics) -> Self:
         """Take every measure; one that raises `NoScore`, or gives a number that is not finite, is missing."""
         scores: dict[str, float | None] = {}
         why: dict[str, str] = {}
@@ -63,8 +63,8 @@ class Row:
             try:
                 scores[name] = float(measure())
                 if not math.isfinite(scores[name]):
-                    raise NoScore(f"the measure gave {scores[name]}")
-            except NoScore as reason:
+                    raise MissingScore(f"the measure gave {scores[name]}")
+            except MissingScore as reason:
                 scores[name], why[name] = None, str(reason)
         return cls(id, task, scores, why)
 
@@ -97,14 +97,14 @@ class Results:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row = _row(line, f"{path}:{number}")
+            row = _parse_row(line, f"{path}:{number}")
             if row.id in rows:
                 raise UserError(f"{path}:{number}: expected each id once; got {row.id!r} again; mend the file")
             rows[row.id] = row
         if not rows:
             raise UserError(f"expected at least one row; got an empty {path}; run the evaluation again")
         settings = folder / SETTINGS
-        return cls(folder.resolve().name, tuple(rows.values()), _settings(settings) if settings.is_file() else {})
+        return cls(folder.resolve().name, tuple(rows.values()), _read_settings(settings) if settings.is_file() else {})
 
 
 def panel(judged: Sequence[Results]) -> Results:
@@ -133,7 +133,7 @@ def panel(judged: Sequence[Results]) -> Results:
     return Results(name, tuple(rows), {**first.settings, "judge": [r.settings.get("judge") for r in judged]})
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -143,7 +143,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _row(line: str, where: str) -> Row:
+def _parse_row(line: str, where: str) -> Row:
     try:
         found = json.loads(line)
         scores, why = found["scores"], found.get("why", {})
@@ -189,7 +189,7 @@ def write_results(folder: Path, rows: Sequence[Row], extra: Mapping[str, Any] | 
 
     `extra` are further headlines of the same form.
     """
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(rows) | dict(extra or {})
     write_text(folder / ROWS, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
@@ -205,7 +205,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path, wanted = folder / SETTINGS, json.loads(json.dumps(settings))
     if path.is_file():
-        found = _settings(path)
+        found = _read_settings(path)
         other = [k for k in ("protocol", "source") if found.get(k) != wanted.get(k)]
         if other:
             raise UserError(
@@ -214,14 +214,14 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new folder for results; {folder} holds something else; choose another")
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
 
 
 def lower_is_better(name: str) -> bool:
     """Is less of this measure better? True for distances and for mere copies."""
-    return any(name == low or name.startswith(f"{low}_") for low in LOWER)
+    return any(name == low or name.startswith(f"{low}_") for low in LOWER_IS_BETTER)
 
 
 def shared(results: Sequence[Results], name: str) -> tuple[np.ndarray, list[str], list[str]]:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from npedit import dmd, flow
 from npedit.critics.base import answer_loss, vocabulary_loss
 from npedit.data import Batch
-from npedit.errors import nearest
-from npedit.generator import draft, fresh_noise, seeded, training_times
-from npedit.nets.distributed import own, whole, whole_norm
+from npedit.errors import did_you_mean
+from npedit.generator import generate_few_step, sample_noise, seeded_generator, sample_training_times
+from npedit.nets.distributed import local_slice, global_batch_size, global_norm
 from npedit.nets.learner import Learner, LearnerSettings
-from npedit.questions import EDIT_TYPES, NOTHING, questions_for
+from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, questions_for
 from npedit.recipe.config import Settings
-from npedit.steps.base import Clock, Parts
+from npedit.steps.base import Timers, Parts
 from npedit.steps.base import Step as Base
 
 
@@ -59,13 +59,13 @@ class NpEditSettings(Settings):
     fake: LearnerSettings = LearnerSettings()
 
     @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def _check_values(self) -> Self:
         """Refuse what the range of one value alone cannot tell."""
         if self.t_min > self.t_max:
             raise ValueError(f"expected t_min <= t_max; got {self.t_min} and {self.t_max}")
         for name in self.guidance_by_type:
             if name not in EDIT_TYPES:
-                raise ValueError(f"expected edit types in guidance_by_type; got {name!r}.{nearest(name, EDIT_TYPES)}")
+                raise ValueError(f"expected edit types in guidance_by_type; got {name!r}.{did_you_mean(name, EDIT_TYPES)}")
         return self
 
 
@@ -78,7 +78,7 @@ class Step(Base):
         self.settings, self.parts, self.seed = settings, parts, seed
         self.learners = {"student": Learner(student, settings.student, updates)}
         if settings.dmd_weight:
-            self.learners["fake"] = Learner(parts.net("fake", seed), settings.fake, updates * settings.fake_updates)
+            self.learners["fake"] = Learner(parts.create_trainable("fake", seed), settings.fake, updates * settings.fake_updates)
         self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
         self.met: list[Tensor] = []  # their sizes in the batches of the update under way
         self.drafts: list[Tensor] = []  # the student's, in the update under way
@@ -99,31 +99,31 @@ class Step(Base):
         """One update of everything; see the module's head."""
         per_update = self.batches_per_update(self.settings)
         groups = [batches[i::per_update] for i in range(per_update)]
-        clock, logged = Clock(), {}
+        clock, logged = Timers(), {}
         with clock("student"):
-            logged |= self._student_update(groups[0], update, clock)
+            logged |= self._update_student(groups[0], update, clock)
         if self.settings.dmd_weight:
             with clock("fake"):
                 for i, group in enumerate(groups):
-                    logged |= self._fake_update(group, update, i)
+                    logged |= self._update_fake_score(group, update, i)
         self.drafts = []
         return logged | clock.seconds
 
     # ------------------------------------------------------------------------------------------------ fake score
 
-    def _fake_update(self, batches: Sequence[Batch], update: int, turn: int) -> dict[str, float]:
+    def _update_fake_score(self, batches: Sequence[Batch], update: int, turn: int) -> dict[str, float]:
         values: list[float] = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
-            family, generator = self.parts.family, seeded(self.seed, "fake", update, turn, micro)
+            family, generator = self.parts.family, seeded_generator(self.seed, "fake", update, turn, micro)
             with torch.no_grad():
-                x0 = self.drafts[micro] if turn == 0 else self._draft(batch, update, generator)
-            t = own(torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
-            (eps,) = fresh_noise(x0, 1, generator)
+                x0 = self.drafts[micro] if turn == 0 else self._generate(batch, update, generator)
+            t = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator)).to(x0.device)
+            (eps,) = sample_noise(x0, 1, generator)
             v = family.velocity(
-                self.learners["fake"].net, flow.noised(x0, eps, t), t, self.parts.text(batch.target_captions)
+                self.learners["fake"].net, flow.add_noise(x0, eps, t), t, self.parts.encode_text(batch.target_captions)
             )
-            value = dmd.fake_loss(v, x0, eps)
+            value = dmd.fake_score_loss(v, x0, eps)
             values.append(float(value.detach()))
             return value
 
@@ -132,36 +132,36 @@ class Step(Base):
 
     # --------------------------------------------------------------------------------------------------- student
 
-    def _student_update(self, batches: Sequence[Batch], update: int, clock: Clock) -> dict[str, float]:
+    def _update_student(self, batches: Sequence[Batch], update: int, clock: Timers) -> dict[str, float]:
         metrics: list[dict[str, float]] = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
-            generator = seeded(self.seed, "student", update, micro)
+            generator = seeded_generator(self.seed, "student", update, micro)
             with clock("draft"):
-                references = self.parts.encode(batch.references)
-                x0 = self._draft(batch, update, generator, references)
+                references = self.parts.encode_images(batch.references)
+                x0 = self._generate(batch, update, generator, references)
             self.drafts.append(x0.detach())
-            gradient, seen = self._gradient_at_draft(batch, references, x0.detach(), update, generator, clock)
+            gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, clock)
             metrics.append(seen)
             return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
 
         logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
-        self.sizes, self.met = self._sizes_now(), []
+        self.sizes, self.met = self._updated_norms(), []
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
         return means | {f"{k}/student": v for k, v in logged.items()}
 
-    def _draft(self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None) -> Tensor:
+    def _generate(self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
         if references is None:
-            references = self.parts.encode(batch.references)
+            references = self.parts.encode_images(batch.references)
         schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
-        times = training_times(schedule, seeded(self.seed, "times", update))  # equal on all ranks
-        text = self.parts.text(batch.instructions)
-        return draft(family, net, text, references, times, fresh_noise(references, len(times), generator))
+        times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))  # equal on all ranks
+        text = self.parts.encode_text(batch.instructions)
+        return generate_few_step(family, net, text, references, times, sample_noise(references, len(times), generator))
 
-    def _gradient_at_draft(
-        self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, clock: Clock
+    def _gradient_at_x0(
+        self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, clock: Timers
     ) -> tuple[Tensor, dict[str, float]]:
         """Sum of the weighted losses' gradients with respect to x0 (b, c, h, w), and what to log."""
         s = self.settings
@@ -169,22 +169,22 @@ class Step(Base):
         metrics: dict[str, float] = {}
         if s.dmd_weight:
             with clock("dmd"):
-                gap = self._dmd_gap(batch, x0, generator)
+                gap = self._dmd_gradient(batch, x0, generator)
             from_dmd = s.dmd_weight * gap / gap.numel()
             metrics["loss/dmd"] = float(0.5 * gap.square().mean())
         if s.critic_weight:
-            with clock("critic"), self.parts.awake("vae", "critic"):
+            with clock("critic"), self.parts.on_device("vae", "critic"):
                 from_critic, wrong, answered = self._critic_gradient(batch, x0, update)
             metrics |= answered
             if s.balance == "item":
-                from_critic = s.critic_weight * self._by_item(from_critic, wrong)
+                from_critic = s.critic_weight * self._weight_by_error(from_critic, wrong)
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
         metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = (
-            float(whole_norm(from_dmd)),
-            float(whole_norm(from_critic)),
+            float(global_norm(from_dmd)),
+            float(global_norm(from_critic)),
         )
         gradient = from_dmd + from_critic
-        still = torch.tensor([kind == NOTHING for kind in batch.edit_types], device=x0.device)
+        still = torch.tensor([kind == IDENTITY_EDIT for kind in batch.edit_types], device=x0.device)
         if s.copy_weight and still.any():
             away = (x0 - references).float() * still.view(-1, 1, 1, 1)
             gradient = gradient + s.copy_weight * 2 * away / away.numel()
@@ -192,18 +192,18 @@ class Step(Base):
         return gradient, metrics
 
     @torch.no_grad()
-    def _dmd_gap(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> Tensor:
+    def _dmd_gradient(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> Tensor:
         s, family = self.settings, self.parts.family
-        t = own(s.t_min + (s.t_max - s.t_min) * torch.rand(whole(len(batch)), generator=generator)).to(x0.device)
-        (eps,) = fresh_noise(x0, 1, generator)
-        x = flow.noised(x0, eps, t)
-        text = self.parts.text(batch.target_captions)
-        blank = self.parts.text([s.negative_prompt] * len(batch))
+        t = local_slice(s.t_min + (s.t_max - s.t_min) * torch.rand(global_batch_size(len(batch)), generator=generator)).to(x0.device)
+        (eps,) = sample_noise(x0, 1, generator)
+        x = flow.add_noise(x0, eps, t)
+        text = self.parts.encode_text(batch.target_captions)
+        blank = self.parts.encode_text([s.negative_prompt] * len(batch))
         scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
-        fake = flow.clean(x, family.velocity(self.learners["fake"].net, x, t, text), t)
-        conditional = flow.clean(x, family.velocity(family.base, x, t, text), t)
-        unconditional = flow.clean(x, family.velocity(family.base, x, t, blank), t)
-        return dmd.gap(x0, dmd.guided(conditional, unconditional, scale), fake, s.normaliser)
+        fake = flow.predict_x0(x, family.velocity(self.learners["fake"].net, x, t, text), t)
+        conditional = flow.predict_x0(x, family.velocity(family.base, x, t, text), t)
+        unconditional = flow.predict_x0(x, family.velocity(family.base, x, t, blank), t)
+        return dmd.dmd_gradient(x0, dmd.classifier_free_guidance(conditional, unconditional, scale), fake, s.normaliser)
 
     def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions.
@@ -214,7 +214,7 @@ class Step(Base):
         latents = x0.detach().requires_grad_(True)
         with torch.no_grad():
             references = critic.see(batch.references)
-        edited = critic.see(self.parts.decode(latents))
+        edited = critic.see(self.parts.decode_latents(latents))
         asked = [
             (i, q)
             for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
@@ -238,19 +238,19 @@ class Step(Base):
         rows = torch.tensor([i for i, _ in asked], device=right.device)
         wrong = torch.zeros(len(batch), device=right.device).index_add(0, rows, 1 - right.sigmoid())
         wrong = wrong / torch.bincount(rows, minlength=len(batch)).clamp_min(1)
-        answered = self._answers(batch, asked, right, losses.detach(), ramp)
+        answered = self._answer_metrics(batch, asked, right, losses.detach(), ramp)
         answered |= {f"critic/p_of/{k}": float((said * answer).sigmoid().mean()) for k, said in critic.said.items()}
         return s.critic_weight * gradient.float(), wrong, answered
 
     @staticmethod
-    def _by_item(from_critic: Tensor, wrong: Tensor) -> Tensor:
+    def _weight_by_error(from_critic: Tensor, wrong: Tensor) -> Tensor:
         """Each item's gradient keeps its direction; its size becomes how wrong the item is. Otherwise the few items
         where the critic is near a change of mind drown all others, by a factor of a hundred."""
         size = from_critic.flatten(1).norm(dim=1).clamp_min(1e-12)
         return from_critic * (wrong / size).view(-1, 1, 1, 1)
 
     @staticmethod
-    def _answers(batch: Batch, asked: list, right: Tensor, losses: Tensor, ramp: float) -> dict[str, float]:
+    def _answer_metrics(batch: Batch, asked: list, right: Tensor, losses: Tensor, ramp: float) -> dict[str, float]:
         metrics = {"critic/inverse_temperature": ramp}
         for kind in ("edit", "identity"):
             rows = [r for r, (_, q) in enumerate(asked) if q.kind == kind]
@@ -272,17 +272,17 @@ class Step(Base):
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
-        processes = whole(1)
-        all_wrong = processes * whole_norm(torch.ones(len(from_critic)))  # the whole batch's items, each of size 1
-        ours = all_wrong if s.balance == "item" else whole_norm(from_critic) / s.critic_weight
-        now = torch.stack([ours.cpu(), whole_norm(from_dmd).cpu()])
+        processes = global_batch_size(1)
+        all_wrong = processes * global_norm(torch.ones(len(from_critic)))  # the whole batch's items, each of size 1
+        ours = all_wrong if s.balance == "item" else global_norm(from_critic) / s.critic_weight
+        now = torch.stack([ours.cpu(), global_norm(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
             self.met.append(now)
-        sizes = self._sizes_now()
+        sizes = self._updated_norms()
         scale = float(sizes[1] / sizes[0].clamp_min(1e-12))
         return scale * processes if s.balance == "item" else scale  # the mean over processes divides it again
 
-    def _sizes_now(self) -> Tensor:
+    def _updated_norms(self) -> Tensor:
         """The running sizes moved by the mean of what this update's batches have shown so far."""
         if not self.met:
             return self.sizes

@@ -14,7 +14,7 @@ from typing import Self
 import yaml
 from pydantic import Field, model_validator
 
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
 
 CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
@@ -34,7 +34,7 @@ class Variant(Settings):
     words: str = ""  # what a reader is told of it
 
 
-class OtherCritic(Settings):
+class CriticVariant(Settings):
     """A critic of its own: one that is taught for so many batches, or an ensemble of others ("embedded" too)."""
 
     batches: int = Field(0, ge=0)
@@ -66,7 +66,7 @@ class Study(Settings):
     set: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
     items: int = Field(450, ge=9)
-    critics: dict[str, OtherCritic] = {}
+    critics: dict[str, CriticVariant] = {}
     variants: dict[str, Variant]
     tables: list[Comparison]
 
@@ -83,7 +83,7 @@ class Study(Settings):
                 named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
         for name, place in named:
             if name not in self.variants:
-                raise ValueError(f"{place} names {name!r}, which is no variant.{nearest(name, self.variants)}")
+                raise ValueError(f"{place} names {name!r}, which is no variant.{did_you_mean(name, self.variants)}")
         taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
         asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
         asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
@@ -93,7 +93,7 @@ class Study(Settings):
             earlier += [] if variant.of else [name]
         for name, known, place in asked:
             if name not in known:
-                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{nearest(name, known)}")
+                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}")
         for name, variant in self.variants.items():
             own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
             if variant.of and (own or self.variants[variant.of].of):
@@ -124,9 +124,9 @@ def load_study(path: Path) -> Study:
     return check(Study, raw, "")
 
 
-def shortened(study: Study) -> Study:
+def quick_study(study: Study) -> Study:
     """A quick one, to see that all runs through: one seed a variant, a tenth of the items, and critics of a 25th of
-    their batches. `recipe_of` shortens the recipes."""
+    their batches. `variant_recipe` shortens the recipes."""
     critics = {
         k: c.model_copy(update={"batches": max(1, c.batches // QUICK) if c.batches else 0})
         for k, c in study.critics.items()
@@ -144,7 +144,7 @@ def shortened(study: Study) -> Study:
     )
 
 
-def recipe_of(
+def variant_recipe(
     study: Study, name: str, seed: int, find: Callable[[str], Path], folder: Path, quick: bool = False
 ) -> Recipe:
     """The recipe of a variant for one seed; `find` turns a recipe's name into its file, and `folder` is the study's.
@@ -155,7 +155,7 @@ def recipe_of(
     if variant.start:
         lines += [f"start={json.dumps(str(folder / f'{variant.start}-{seed}'))}"]
     if variant.critic:
-        weights = weights_of(study, variant.critic, folder)
+        weights = critic_weights(study, variant.critic, folder)
         lines += ["critic.name=ensemble"] if study.critics[variant.critic].members else []
         lines += [f"critic.weights={json.dumps(weights)}"]
     recipe = load_recipe(path, lines)
@@ -166,7 +166,7 @@ def recipe_of(
     return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK)} for s in whole["stages"]]})
 
 
-def weights_of(study: Study, critic: str, folder: Path) -> str:
+def critic_weights(study: Study, critic: str, folder: Path) -> str:
     """Where a recipe finds one of the study's critics. The place tells what the critic is, so a critic that has been
     edited makes another recipe, and runs with the old one are not passed off as runs with the new one."""
     if critic == EMBEDDED:

@@ -22,7 +22,7 @@ import numpy as np
 from npedit.benchmarks import toy
 from npedit.errors import UserError
 from npedit.report.plots import against, comparison
-from npedit.runs.checkpoint import write_text, writing
+from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.study.file import CLAIM, Comparison, Study
 
 KEPT = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
@@ -53,7 +53,7 @@ def pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def chance_in_training(rows: Iterable[Sequence[float]]) -> Chance:
+def seed_std(rows: Iterable[Sequence[float]]) -> Chance:
     """The standard deviation of `both` from seed to seed, pooled over all rows with several seeds, and its degrees of
     freedom; (0, 0) if no row has. A row is what each of its seeds reached; rows must not share runs."""
     several = [each for each in rows if len(each) > 1]
@@ -70,7 +70,7 @@ def difference(a: toy.Rate, b: toy.Rate) -> tuple[float, float, float]:
     return d, d - low, d + high
 
 
-def by_chance(a: Score, b: Score, chance: Chance) -> float:
+def seed_margin(a: Score, b: Score, chance: Chance) -> float:
     """How far two rows may lie apart by chance in training alone: half a 95 % interval; 0 for the same runs."""
     if a["runs"] == b["runs"]:
         return 0.0
@@ -89,7 +89,7 @@ def verdict(claim: str, scores: Mapping[str, Score], chance: Chance = (0.0, 0)) 
     if missing := [name for name in (first, second) if name not in scores]:
         return f"`{claim}`: **not run** ({', '.join(missing)})"
     d, low, high = difference(scores[first]["both"], scores[second]["both"])
-    apart = by_chance(scores[first], scores[second], chance)
+    apart = seed_margin(scores[first], scores[second], chance)
     low, high = d - math.hypot(d - low, apart), d + math.hypot(high - d, apart)
     if sign == ">":
         word = "holds" if low > 0 else "refuted" if high < 0 else "open"
@@ -100,7 +100,7 @@ def verdict(claim: str, scores: Mapping[str, Score], chance: Chance = (0.0, 0)) 
 
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]]) -> Path:
     """Tables, verdicts and plots of a study, as far as it has been run, into `folder`. Returns the page's path."""
-    chance = chance_in_training(s["each"] for name, s in scores.items() if not study.variants[name].of)
+    chance = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
     how = f"The oracle's judgement on {study.items} held-out scenes in held-out phrasings, the same for every row."
     lines = [f"# {study.name}", "", how, "", _intervals(chance), *(["", study.words] if study.words else [])]
     if missing := _missing(study, scores):
@@ -109,7 +109,7 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
         rows = [row for row in table.rows if row in scores]
         picture = folder / f"{number}.png"
         if rows:
-            with writing(picture):
+            with explain_write_errors(picture):
                 picture.write_bytes(_picture(table, rows, scores))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
         lines += [verdict(c, scores, chance) + "  " for c in table.claims]
@@ -168,7 +168,7 @@ def publish(results: Path, page: Path) -> Path:
         raise UserError(f"expected a page that ends in .md, beside which its folder goes; got {page}; add .md")
     study, target = results.parent, page.with_suffix("")
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
-    with writing(target):
+    with explain_write_errors(target):
         files = [study / run / name for run in sorted(runs) for name in KEPT]
         files += [path for run in sorted(runs) for found in MORE for path in sorted((study / run).glob(found))]
         for path in [*study.glob("*.png"), study / "results.json", *files]:

@@ -19,12 +19,12 @@ import yaml
 
 from npedit.benchmarks import toy
 from npedit.editor import Editor
-from npedit.errors import UserError, nearest
+from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import EMBEDDED, Recipe
-from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe, write_text, writing
-from npedit.scoring.reward_hacking import alarms
+from npedit.runs.checkpoint import METRICS, explain_write_errors, read_config, read_rows, same_recipe, write_text
+from npedit.scoring.reward_hacking import reward_hacking_alarms
 from npedit.steps.base import Parts
-from npedit.study.file import Study, recipe_of, shortened, weights_of
+from npedit.study.file import Study, critic_weights, quick_study, variant_recipe
 from npedit.study.page import pooled, write_results
 from npedit.toy_models.build import graded_critic
 from npedit.training import trainer
@@ -51,18 +51,18 @@ def run_study(
     Raises:
         UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
     """
-    study = shortened(study) if quick else study
+    study = quick_study(study) if quick else study
     trained = [name for name, variant in study.variants.items() if not variant.of]
     for name in only:
         if name not in trained:
-            raise UserError(f"expected variants that are trained; got {name!r}.{nearest(name, trained)}")
+            raise UserError(f"expected variants that are trained; got {name!r}.{did_you_mean(name, trained)}")
     runs = {
-        folder / f"{name}-{seed}": (name, seed, recipe_of(study, name, seed, find, folder, quick))
+        folder / f"{name}-{seed}": (name, seed, variant_recipe(study, name, seed, find, folder, quick))
         for name in trained
         for seed in study.seeds_of(name)
     }
     todo = {run: found for run, found in runs.items() if not _finished(run) and (not only or found[0] in only)}
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for run, (_, _, recipe) in runs.items():
         if _finished(run):
@@ -92,10 +92,10 @@ def _teach_critics(study: Study, folder: Path, told: Event, variants: Collection
     for name in sorted(asked, key=lambda name: bool(study.critics[name].members)):
         critic = study.critics[name]
         if critic.members:
-            members = [{"name": "llava_onevision", "weights": weights_of(study, m, folder)} for m in critic.members]
-            with writing(folder):
+            members = [{"name": "llava_onevision", "weights": critic_weights(study, m, folder)} for m in critic.members]
+            with explain_write_errors(folder):
                 (folder / "critics").mkdir(exist_ok=True)
-            write_text(Path(weights_of(study, name, folder)), yaml.safe_dump(members))
+            write_text(Path(critic_weights(study, name, folder)), yaml.safe_dump(members))
         else:
             told(f"critic {name}, {critic.batches} batches")
             _grade(study, name, folder)
@@ -105,8 +105,8 @@ def _grade(study: Study, critic: str, folder: Path) -> float:
     """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
     that want the same one, one teaches it and the others wait."""
     batches = 0 if critic == EMBEDDED else study.critics[critic].batches
-    place = folder / "critics" / EMBEDDED if critic == EMBEDDED else Path(weights_of(study, critic, folder)).parent
-    with writing(place):
+    place = folder / "critics" / EMBEDDED if critic == EMBEDDED else Path(critic_weights(study, critic, folder)).parent
+    with explain_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
         with open(place / "teaching.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,7 +119,7 @@ def _critic_right(study: Study, run: Path) -> float | None:
     weights = (read_config(run)["critic"] or {}).get("weights")
     if weights == EMBEDDED:
         return _grade(study, EMBEDDED, run.parent) if any(table.by_critic for table in study.tables) else None
-    single = [name for name, c in study.critics.items() if c.batches and weights == weights_of(study, name, run.parent)]
+    single = [name for name, c in study.critics.items() if c.batches and weights == critic_weights(study, name, run.parent)]
     return _grade(study, single[0], run.parent) if single else None
 
 
@@ -181,7 +181,7 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         "run": run.name,
         "seconds": sum(r.get("time/update") or 0.0 for r in rows),
         "passes": json.loads((run / "passes.json").read_text()),
-        "alarms": [alarm.words() for alarm in alarms(rows, read_config(run)["trainer"]["evaluate_items"])],
+        "alarms": [alarm.words() for alarm in reward_hacking_alarms(rows, read_config(run)["trainer"]["evaluate_items"])],
         "critic_right": _critic_right(study, run),
     }
     write_text(kept, json.dumps(whole) + "\n")

@@ -23,7 +23,7 @@ from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.recipe.config import embedded
-from npedit.runs.checkpoint import write_text, writing
+from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.oracle import judge, read_scene
 from npedit.toy.world import render
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
     """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json`
     holds."""
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     steps = STEPS | (steps or {})
     if not (folder / "vae").is_dir():
@@ -62,7 +62,7 @@ def _lay_down(part: object, folder: Path) -> None:
     """Save aside, then rename: a folder that is there is whole."""
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    with writing(folder):
+    with explain_write_errors(folder):
         aside.mkdir()
         if isinstance(part, LlavaOnevision):
             part.save(aside)
@@ -79,7 +79,7 @@ def graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> floa
     """Teach a critic for so many batches, on the embedded VAE, into FOLDER/critic; none is taught for 0 batches, where
     the embedded critic is meant. Returns its share of right answers on clean, held-out images, the mean over kinds of
     question, kept in FOLDER/right.json. Resumable like `build`."""
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "right.json"
     if not kept.is_file():

@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from npedit.errors import writing
+from npedit.errors import explain_write_errors
 
 LossFn = Callable[[int, random.Random, torch.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -59,7 +59,7 @@ def fit(
             {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step},
             whole,
         )
-        with writing(path):
+        with explain_write_errors(path):
             aside.write_bytes(whole.getbuffer())
             os.replace(aside, path)
 

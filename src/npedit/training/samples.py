@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Recipe, find
-from npedit.runs.checkpoint import writing
+from npedit.runs.checkpoint import explain_write_errors
 
 SIDE = 128  # of a picture in grid.png
 
@@ -37,7 +37,7 @@ def write_samples(folder: Path, references: Tensor, instructions: Sequence[str],
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         pairs = [(_picture(r), _picture(e)) for r, e in zip(references, edited, strict=True)]
         listed = []

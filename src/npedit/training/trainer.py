@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from npedit.errors import BadRows, UserError, own_command
+from npedit.errors import BadRowsError, UserError, resume_command
 from npedit.flow import few_step_times
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_class, torch_dtype
 from npedit.report.report import write_report
 from npedit.runs import checkpoint
-from npedit.scoring.reward_hacking import HELD_OUT, alarms
+from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import Evaluation
 from npedit.training.parts import build_parts, build_source, check_fits, take_start
@@ -63,32 +63,32 @@ def train(
         SystemExit: SIGINT or SIGTERM came; everything is saved.
     """
     run = Path(run)
-    with distributed.session(), _claimed(run, recipe, resume), _bad_rows_kept(run), stopping() as caught:
+    with distributed.process_group(), _claimed(run, recipe, resume), _bad_rows_kept(run), stopping() as caught:
         data = source(recipe)
         made = parts(recipe)
         check_fits(recipe, data, made)
         fingerprint = data.fingerprint()
-        if distributed.first():
+        if distributed.is_main_process():
             checkpoint.begin(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
         _check_seen(run, fingerprint)
-        distributed.plan(recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device)
+        distributed.set_sharding_plan(recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device)
         _Loop(recipe, run, made, data, on_event, caught).go()
     return run
 
 
 def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[None]:
-    return checkpoint.claimed(run, recipe, resume) if distributed.first() else nullcontext()
+    return checkpoint.claimed(run, recipe, resume) if distributed.is_main_process() else nullcontext()
 
 
 @contextmanager
 def _bad_rows_kept(run: Path) -> Iterator[None]:
     """List all bad rows in the run directory when they are too many to go on."""
-    if distributed.first() and not checkpoint.is_run(run):
+    if distributed.is_main_process() and not checkpoint.is_run(run):
         (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # of an attempt that ended so; rows may be mended by now
     try:
         yield
-    except BadRows as error:
-        if distributed.first():
+    except BadRowsError as error:
+        if distributed.is_main_process():
             kept = checkpoint.trim_rows(run / checkpoint.BAD_ROWS)
             for row in error.rows:
                 if row not in kept:
@@ -98,7 +98,7 @@ def _bad_rows_kept(run: Path) -> Iterator[None]:
 
 def _check_seen(run: Path, fingerprint: str) -> None:
     """Refuse a machine that does not see the first one's run folder, or sees other data."""
-    if distributed.from_first(fingerprint) != fingerprint:
+    if distributed.broadcast_object(fingerprint) != fingerprint:
         raise UserError(
             f"data: expected the same data for every process; got others in process {distributed.rank()}; "
             "put one copy where all machines see it"
@@ -123,7 +123,7 @@ def stopping() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for n in numbers if not distributed.launched() else ():
+        for n in numbers if not distributed.is_multi_process() else ():
             signal.signal(n, before[n])
 
     for n in numbers:
@@ -144,7 +144,7 @@ class _Loop:
         self.recipe, self.run, self.parts, self.data = recipe, run, parts, data
         self.on_event, self.caught = on_event, caught
         self.total = recipe.total_updates()
-        self.first = distributed.first()
+        self.first = distributed.is_main_process()
         self.console = Console(quiet=not self.first)
         self.saved_at = self.printed_at = time.monotonic()
         self.bad_rows = checkpoint.trim_rows(run / checkpoint.BAD_ROWS) if self.first else []
@@ -153,13 +153,13 @@ class _Loop:
 
     def go(self) -> None:
         """All stages, from the last checkpoint if there is one."""
-        folder = distributed.from_first(checkpoint.newest_complete(self.run))
+        folder = distributed.broadcast_object(checkpoint.newest_complete(self.run))
         numbers = checkpoint.read_numbers(folder) if folder else {"stage": 0, "update": 0, "step": -1}
         if self.first:
             checkpoint.trim_metrics(self.run, numbers["step"])
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
-        student = self.parts.net("student", self.recipe.seed)
+        student = self.parts.create_trainable("student", self.recipe.seed)
         if not folder:
             take_start(self.recipe, self.parts, student)
         columns = (
@@ -185,7 +185,7 @@ class _Loop:
                     self._log({"step": 0, **self.evaluation.look(step, 0), "time": time.time()})
                 self._stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
-                    step.learners["student"].settle()
+                    step.learners["student"].load_ema_weights()
         self._finish(step)
         if number := self._signal():
             self._leave(number, f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
@@ -195,9 +195,9 @@ class _Loop:
         seed = self.recipe.seed + STAGE_SEEDS * i
         step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
         if i + 1 == len(self.recipe.stages):  # no more nets are copied from the base
-            distributed.spread_frozen(self.parts.family.base)
+            distributed.shard_frozen(self.parts.family.base)
             if self.parts.lora:
-                distributed.spread_frozen(self.parts.family.lora_base())
+                distributed.shard_frozen(self.parts.family.lora_base())
         return step
 
     def _stage(self, i: int, step: Step, start: int) -> None:
@@ -215,14 +215,14 @@ class _Loop:
             metrics = step.step(batches, update)
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
             n = first_step + update + 1
-            metrics = distributed.merged(distributed.gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
+            metrics = distributed.merge_metrics(distributed.all_gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
             metrics |= self._counts(step) | self.evaluation.look(step, n)
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
             self._log(row)
             self._show(n, stage.step, metrics)
             self._warn(row)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
-            late = distributed.from_first(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
+            late = distributed.broadcast_object(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
             if due or late or n == self.total:
                 self._save(i, step, update + 1, n)
             self.on_event("update", row)
@@ -231,7 +231,7 @@ class _Loop:
 
     def _signal(self) -> int:
         """The signal that a process has caught, 0 if none has; the same number in all."""
-        return max(distributed.gather(self.caught[0] if self.caught else 0))
+        return max(distributed.all_gather(self.caught[0] if self.caught else 0))
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.first:
@@ -239,13 +239,13 @@ class _Loop:
 
     def _batch(self, index: int, size: int) -> Any:
         """This process's share of a batch of `size` items."""
-        world = distributed.world()
+        world = distributed.world_size()
         batch = self.data.batch(index, size // world, distributed.rank(), world)
         return replace(batch, references=batch.references.to(self.parts.device))
 
     def _counts(self, step: Step) -> dict[str, float]:
         rows = self.data.bad_rows
-        for row in (r for met in distributed.gather(rows[self.rows_seen :]) for r in met):
+        for row in (r for met in distributed.all_gather(rows[self.rows_seen :]) for r in met):
             if self.first and row not in self.bad_rows:
                 checkpoint.append_row(self.run / checkpoint.BAD_ROWS, row)
                 self.bad_rows.append(row)
@@ -263,9 +263,9 @@ class _Loop:
 
     def _warn(self, row: dict[str, Any]) -> None:
         """Say so at once if this row's evaluation shows that the critic is being deceived."""
-        if not self.first or not any(k in row for k in HELD_OUT):
+        if not self.first or not any(k in row for k in HELD_OUT_EDIT_KEYS):
             return
-        found = alarms(checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items)
+        found = reward_hacking_alarms(checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items)
         for alarm in (a for a in found if a.step == row["step"]):
             self.console.print(f"ALARM {alarm.words()}", style="bold red", highlight=False, soft_wrap=True)
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
@@ -288,7 +288,7 @@ class _Loop:
 
     def _leave(self, number: int, words: str) -> None:
         self.console.print(f"{words} To go on, run the same command:", markup=False)
-        command = "torchrun ..." if distributed.by_torchrun() else own_command()
+        command = "torchrun ..." if distributed.is_started_by_torchrun() else resume_command()
         self.console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + number)
 
@@ -296,8 +296,8 @@ class _Loop:
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
         times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
-        with step.learners["student"].average() as net:  # until it is written: a net that is not sharded is no copy
-            whole = distributed.whole_net(net)
+        with step.learners["student"].use_ema_weights() as net:  # until it is written: a net that is not sharded is no copy
+            whole = distributed.gather_full_model(net)
             if whole is not None:
                 final = checkpoint.write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
         if whole is None:
