@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -23,7 +23,7 @@ class Critic(ABC):
     yes: int
     no: int
     device: torch.device
-    model: nn.Module  # all its weights, frozen
+    model: Any  # a transformers model: all weights, frozen; its attributes are set at run time
     said: Mapping[str, Tensor] = MappingProxyType({})  # of several as one: each member's last margins (b,), for the log
 
     @classmethod

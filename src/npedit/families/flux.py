@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -129,7 +129,8 @@ class Flux(Family):
         tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
         ids = torch.cat([_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
         guidance = None
-        if net.config.guidance_embeds:
+        config: Any = net.config
+        if config.guidance_embeds:
             guidance = torch.full((len(x),), self.facts.guidance, device=x.device, dtype=torch.float32)
         dtype = next(net.parameters()).dtype
         out = net(

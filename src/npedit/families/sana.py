@@ -26,7 +26,7 @@ import string
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import (
@@ -156,7 +156,8 @@ class Sana(Family):
         Raises:
             ValueError: more references than the net has slots for; the base has none.
         """
-        slots = net.config.in_channels // x.shape[1] - 1
+        config: Any = net.config
+        slots = config.in_channels // x.shape[1] - 1
         if len(references) > slots:
             raise ValueError(
                 f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of `net()` "
@@ -170,7 +171,7 @@ class Sana(Family):
             torch.cat(planes, 1).to(dtype),
             encoder_hidden_states=sequence.to(dtype),
             encoder_attention_mask=mask,
-            timestep=t.float() * 1000 * net.config.timestep_scale,
+            timestep=t.float() * 1000 * config.timestep_scale,
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]].to(x.dtype)
@@ -181,7 +182,7 @@ class Sana(Family):
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
-def _widened(net: nn.Module) -> nn.Module:
+def _widened(net: Any) -> nn.Module:
     """The net, in place, with REFERENCES further slots of zero weights in its input."""
     old = net.patch_embed.proj
     width = old.in_channels * (1 + REFERENCES)

@@ -168,7 +168,10 @@ class SD3(Family):
 def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator[None]:
     """Inside the block, a call of the net on x (b, c, h, w) sees the references (b, c, h', w') beside it; see the
     module's head."""
-    embed, patch = net.pos_embed, net.config.patch_size
+    embed: Any = net.pos_embed
+    norm_out: Any = net.norm_out
+    config: Any = net.config
+    patch = config.patch_size
     rows, columns = x.shape[2] // patch, x.shape[3] // patch
     corners = _corners(rows, columns, [(r.shape[2] // patch, r.shape[3] // patch) for r in references],
                        embed.pos_embed_max_size)  # fmt: skip
@@ -184,7 +187,7 @@ def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator
     def drop(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[0][:, : rows * columns], *args[1:]
 
-    hooks = [embed.register_forward_hook(append), net.norm_out.register_forward_pre_hook(drop)] if references else []
+    hooks = [embed.register_forward_hook(append), norm_out.register_forward_pre_hook(drop)] if references else []
     try:
         yield
     finally:

@@ -213,7 +213,7 @@ def scheduler_of(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
 
-def _takes_frames(net: nn.Module) -> bool:
+def _takes_frames(net: Any) -> bool:
     return net.config.get("_references") == FRAMES["_references"]
 
 
@@ -222,7 +222,8 @@ def _framed(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
     """Inside the block, a call of the net modulates each film's first `tokens` tokens, the reference's, with the clean
     time, and all others with the film's own: what the omni mode does for an image of its own. For use, not for training
     with blocks that are computed again."""
-    clean = net.t_embedder(torch.ones_like(t, dtype=torch.float32) * net.t_scale)
+    model: Any = net  # diffusers sets these attributes at run time
+    clean = model.t_embedder(torch.ones_like(t, dtype=torch.float32) * model.t_scale)
 
     def told(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noisy = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
@@ -236,8 +237,8 @@ def _framed(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
         mask, own, free = told(args[0], kwargs["c"])
         return args, {"noise_mask": mask, "c_noisy": own, "c_clean": free}
 
-    hooks = [layer.register_forward_pre_hook(block) for layer in (*net.noise_refiner, *net.layers)]
-    hooks += [layer.register_forward_pre_hook(last, with_kwargs=True) for layer in net.all_final_layer.values()]
+    hooks = [layer.register_forward_pre_hook(block) for layer in (*model.noise_refiner, *model.layers)]
+    hooks += [layer.register_forward_pre_hook(last, with_kwargs=True) for layer in model.all_final_layer.values()]
     try:
         yield
     finally:

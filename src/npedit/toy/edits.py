@@ -51,8 +51,8 @@ class Edit:
 
 def _name(scene: Scene, cell: int, rng: random.Random) -> str:
     """What an instruction calls a thing: enough words to tell it from the others in the scene."""
-    thing = scene.cells[cell]
-    others = [scene.cells[i] for i in scene.filled if i != cell]
+    thing = scene.thing(cell)
+    others = [scene.thing(i) for i in scene.filled if i != cell]
     names = [f"{thing.colour} {thing.shape}"] * 2
     if all(o.shape != thing.shape for o in others):
         names.append(thing.shape)
@@ -145,7 +145,7 @@ def _caption(
 
     phrases = []
     for cell in told:
-        thing, sure = scene.cells[cell], cell in tell
+        thing, sure = scene.thing(cell), cell in tell
         words = []
         if (sure and "size" in also) or rng.random() < 0.1:
             words.append(thing.size)
@@ -178,14 +178,15 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
     things = {"remove": rng.choice((2, 3)), "add": rng.choice((1, 2))}.get(kind, 0)
     scene = sample_scene(rng, things)
     cell = -1 if kind in ("add", "background", "style") else rng.choice(scene.filled)
-    to_cell, value, place, name, told, also = -1, "", "", "", (cell,), ()
-    thing = scene.cells[cell] if cell >= 0 else None
-    if thing is not None:
-        name = _name(scene, cell, rng)
+    to_cell, value, place, name = -1, "", "", ""
+    told: tuple[int, ...] = (cell,)
+    also: tuple[str, ...] = ()
+    if cell >= 0:
+        thing, name = scene.thing(cell), _name(scene, cell, rng)
     if kind == "add":
         to_cell, place = rng.choice(scene.empty), ""
         new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
-        looks = {(scene.cells[c].shape, scene.cells[c].colour) for c in scene.filled}
+        looks = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}
         while (new.shape, new.colour) in looks:
             new = sample_thing(rng, pattern=new.pattern)
         name = " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
@@ -236,4 +237,4 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
 
 def _free(scene: Scene, cell: int, shape: str, colour: str) -> bool:
     """Would a thing of this shape and colour in this cell still be the only one of its kind?"""
-    return all((scene.cells[i].shape, scene.cells[i].colour) != (shape, colour) for i in scene.filled if i != cell)
+    return all((scene.thing(i).shape, scene.thing(i).colour) != (shape, colour) for i in scene.filled if i != cell)

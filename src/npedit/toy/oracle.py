@@ -29,6 +29,7 @@ from npedit.toy.world import (
 )  # fmt: skip
 
 UNREADABLE = "unreadable"
+Look = tuple[str, str, str, str] | None | str  # (shape, colour, pattern, size), empty, or UNREADABLE
 RESIDUAL_LIMIT = 0.03  # mean squared difference per pixel and channel above which a cell is unreadable
 _RADII = {"small": (4.5, 4.7), "large": (6.1, 6.4)}
 _OFFSETS = (-0.35, 0.0, 0.35)
@@ -38,7 +39,7 @@ _OFFSETS = (-0.35, 0.0, 0.35)
 class Reading:
     """What the oracle sees. A cell is a look (shape, colour, pattern, size), None (empty) or "unreadable"."""
 
-    cells: tuple[tuple[str, str, str, str] | None | str, ...]
+    cells: tuple[Look, ...]
     background: str
     style: str
     residual: float  # mean squared difference to the best scene, worst cell, in the day's contrast
@@ -128,7 +129,8 @@ def _read_chunk(images: Tensor) -> list[Reading]:
     readings = []
     for i, k in enumerate(best):
         _, residual, index, chosen = fits[k]
-        looks = []
+        background, style = chosen[i]
+        looks: list[Look] = []
         for r, j in zip(residual[i].tolist(), index[i].tolist()):
             if not r <= RESIDUAL_LIMIT:
                 looks.append(UNREADABLE)
@@ -137,7 +139,7 @@ def _read_chunk(images: Tensor) -> list[Reading]:
             else:
                 shape, pattern, size = names[j // len(colours)]
                 looks.append((shape, colours[j % len(colours)], pattern, size))
-        readings.append(Reading(tuple(looks), *chosen[i], float(residual[i].max())))
+        readings.append(Reading(tuple(looks), background, style, float(residual[i].max())))
     return readings
 
 
@@ -208,7 +210,7 @@ def outside_change(edit: Edit, image: Tensor, reference: Tensor) -> float | None
 
 
 @lru_cache(maxsize=1)
-def _told() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], re.Pattern]:
+def _caption_patterns() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], re.Pattern]:
     """Patterns of the captions' openings, joints, styles and grounds."""
 
     def any_of(part: str, rest: str) -> str:
@@ -227,16 +229,16 @@ def _told() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], re.Pattern]:
 def described(caption: str, reading: Reading) -> bool:
     """Does the picture hold what the caption says: each thing it names, its pattern, size and place, background,
     style?"""
-    opening, joint, styles, ground = _told()
-    for style, told in styles.items():
-        if told.search(caption):
-            caption = told.sub("", caption)
+    opening, joint, styles, ground = _caption_patterns()
+    for style, pattern in styles.items():
+        if pattern.search(caption):
+            caption = pattern.sub("", caption)
             if reading.style != style:
                 return False
-    told = ground.search(caption)
-    if told:
-        caption = caption[: told.start()]
-        if reading.background not in told[0].split():
+    stated = ground.search(caption)
+    if stated:
+        caption = caption[: stated.start()]
+        if reading.background not in stated[0].split():
             return False
     left = dict(enumerate(reading.cells))
     for phrase in joint.split(opening.sub("", caption)):

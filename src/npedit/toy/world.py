@@ -62,7 +62,7 @@ class Thing:
 class Scene:
     """Four cells (row by row; None is an empty cell), a background and a style."""
 
-    cells: tuple[Thing | None, Thing | None, Thing | None, Thing | None]
+    cells: tuple[Thing | None, ...]
     background: str
     style: str
 
@@ -73,6 +73,17 @@ class Scene:
     @property
     def empty(self) -> tuple[int, ...]:
         return tuple(i for i, thing in enumerate(self.cells) if thing is None)
+
+    def thing(self, cell: int) -> Thing:
+        """Return the thing in a filled cell.
+
+        Raises:
+            ValueError: the cell is empty.
+        """
+        found = self.cells[cell]
+        if found is None:
+            raise ValueError(f"expected a filled cell among {self.filled}; got {cell}")
+        return found
 
     def with_cell(self, cell: int, thing: Thing | None) -> Scene:
         cells = list(self.cells)
@@ -120,7 +131,7 @@ def render(scenes: list[Scene]) -> Tensor:
     groups: dict[tuple[str, str], list[tuple[int, int, Thing]]] = {}
     for b, scene in enumerate(scenes):
         for cell in scene.filled:
-            thing = scene.cells[cell]
+            thing = scene.thing(cell)
             groups.setdefault((thing.shape, thing.pattern), []).append((b, cell, thing))
     for (shape, pattern), members in groups.items():
         radius, dx, dy = torch.tensor([[t.radius, t.dx, t.dy] for _, _, t in members]).unbind(1)
