@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import MIB, interleaved, marked, middle, peaks, storages, table, wait
 from npedit.critics.base import Critic
 from npedit.data import Batch
-from npedit.generator import seeded, training_times
-from npedit.nets.lora import Adapter
+from npedit.generator import sample_training_times, seeded_generator
+from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import LoraChoice, MemorySettings, Recipe, pick_device, torch_dtype
 from npedit.steps import np_edit
 from npedit.steps.base import Parts
@@ -32,13 +32,13 @@ class Unshared(Critic):
         self.critic, self.model, self.device = critic, critic.model, critic.device
         self.yes, self.no = critic.yes, critic.no
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Tensor]:
         """Nothing yet: the pictures themselves."""
         return list(images)
 
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """All pictures of all questions, each as often as it is asked about."""
-        tokens = iter(self.critic.see(torch.stack([image for look in seen for image in look])))
+        tokens = iter(self.critic.encode_images(torch.stack([image for look in seen for image in look])))
         return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen])
 
     load = tiny = write = answer_id = None  # not asked for here
@@ -51,7 +51,7 @@ class Apart(Parts):
     def net(self, role: str, seed: int) -> nn.Module:
         """As in `Parts`, over a copy."""
         base, chosen = copy.deepcopy(self.family.lora_base()), self.lora
-        return Adapter.new(base, role, chosen.rank, chosen.alpha, seed)
+        return LoraAdapter.create(base, role, chosen.rank, chosen.alpha, seed)
 
 
 def variants(recipe: Recipe) -> dict[str, Parts]:
@@ -88,12 +88,12 @@ class Bench:
 
     def step(self, parts: Parts) -> np_edit.Step:
         """A fresh one."""
-        return np_edit.Step(self.stage.settings, parts, parts.net("student", 0), self.stage.updates, 0)
+        return np_edit.Step(self.stage.settings, parts, parts.create_trainable("student", 0), self.stage.updates, 0)
 
     def two_transitions(self, update: int) -> int:
         """The next update whose draft makes two transitions, as three in four do."""
         times = torch.ones(self.stage.settings.steps)
-        while len(training_times(times, seeded(0, "times", update))) < 2:
+        while len(sample_training_times(times, seeded_generator(0, "times", update))) < 2:
             update += 1
         return update
 
@@ -105,7 +105,7 @@ class Bench:
 
 def held(step: np_edit.Step) -> int:
     """Bytes that stay between updates: all nets, frozen ones too, averages, the optimizer's state."""
-    modules = [m for name in ("text", "vae", "critic") for m in step.parts.modules(name)]
+    modules = [m for name in ("text", "vae", "critic") for m in step.parts.frozen_modules(name)]
     modules += [step.parts.family.base, *(learner.net for learner in step.learners.values())]
     state = [t for learner in step.learners.values() for t in learner.state()[0].values()]
     return storages([*state, *(t for m in modules for t in (*m.parameters(), *m.buffers()))])

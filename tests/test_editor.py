@@ -28,7 +28,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def editor(family):
-    return Editor(family, family.net(), 2, [(32, 32), (16, 32)])
+    return Editor(family, family.trainable_net(), 2, [(32, 32), (16, 32)])
 
 
 def noise(mode, size, seed=0):
@@ -41,7 +41,7 @@ def folder(tmp_path_factory, family):
     """A base model and an editor as they lie on disk."""
     root = tmp_path_factory.mktemp("models")
     family.pipe.save_pretrained(root / "base")
-    net = family.net()
+    net = family.trainable_net()
     with torch.no_grad():
         net.proj_out.weight.mul_(1.5)
     net.save_pretrained(root / "run" / "final" / "transformer")
@@ -79,7 +79,7 @@ def test_seed_steps_and_instruction_matter_and_the_same_repeats(editor):
 
 
 def test_the_net_is_what_edits(family, editor):
-    other = family.net()
+    other = family.trainable_net()
     with torch.no_grad():
         other.proj_out.weight.mul_(2)
     changed = Editor(family, other, 2, [(32, 32)])
@@ -206,7 +206,7 @@ def test_a_run_and_its_final_folder_open_alike(folder, family):
     refs = torch.rand(2, 3, 32, 32)
     assert run.steps == 2 and run.sizes == ((32, 32),)
     assert torch.equal(run.edit_tensor(refs, ["a", "b"]), final.edit_tensor(refs, ["a", "b"]))
-    untouched = Editor(family, family.net(), 2, [(32, 32)])
+    untouched = Editor(family, family.trainable_net(), 2, [(32, 32)])
     assert not torch.allclose(run.edit_tensor(refs, ["a", "b"]), untouched.edit_tensor(refs, ["a", "b"]))
 
 

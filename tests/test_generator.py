@@ -8,7 +8,7 @@ from torch import Tensor
 
 from npedit import flow
 from npedit.families.flux import Flux
-from npedit.generator import draft, edit, fresh_noise, seeded, training_times
+from npedit.generator import edit_images, generate_few_step, sample_noise, sample_training_times, seeded_generator
 
 WORDS = ["paint the circle red", "remove the dog", "do nothing"]
 
@@ -52,14 +52,14 @@ def test_training_unrolls_the_very_transitions_of_use(family, monkeypatch, k):
     """Fault 2. Use's k-th transition from a given draft, and training's, call the net with the very same tensors."""
     times = flow.few_step_times(4, family.shift(16, 24)).tolist()
     seen = Recorder(family, monkeypatch)
-    edit(family, family.base, references(1), WORDS[:1], seeds=[7], steps=4)
+    edit_images(family, family.base, references(1), WORDS[:1], seeds=[7], steps=4)
     used = list(seen.calls)
     assert [float(c["t"]) for c in used] == pytest.approx(times)
 
     latents, text = family.encode(references(1)), family.encode_text(WORDS[:1])
-    noise = fresh_noise(latents, 4, seeded("edit", 7))  # the noise that use has drawn
+    noise = sample_noise(latents, 4, seeded_generator("edit", 7))  # the noise that use has drawn
     seen.calls.clear()
-    draft(family, family.base, text, latents, times[: k + 1], noise[: k + 1])
+    generate_few_step(family, family.base, text, latents, times[: k + 1], noise[: k + 1])
     for ours, theirs in zip(seen.calls, used):
         assert_same_call(ours, theirs)
     assert len(seen.calls) == k + 1
@@ -74,12 +74,17 @@ def test_training_unrolls_the_very_transitions_of_use(family, monkeypatch, k):
 def test_training_with_two_times_is_use_with_these_two(family, monkeypatch):
     seen = Recorder(family, monkeypatch)
     monkeypatch.setattr(flow, "few_step_times", lambda steps, shift: torch.tensor([1.0, 0.4]))
-    image = edit(family, family.base, references(1), WORDS[:1], seeds=[3], steps=2)
+    image = edit_images(family, family.base, references(1), WORDS[:1], seeds=[3], steps=2)
     used = list(seen.calls)
     seen.calls.clear()
-    latents, net = family.encode(references(1)), family.net()
-    x0 = draft(
-        family, net, family.encode_text(WORDS[:1]), latents, [1.0, 0.4], fresh_noise(latents, 2, seeded("edit", 3))
+    latents, net = family.encode(references(1)), family.trainable_net()
+    x0 = generate_few_step(
+        family,
+        net,
+        family.encode_text(WORDS[:1]),
+        latents,
+        [1.0, 0.4],
+        sample_noise(latents, 2, seeded_generator("edit", 3)),
     )
     assert x0.requires_grad  # training's: with gradient
     for ours, theirs in zip(seen.calls, used):
@@ -91,8 +96,8 @@ def test_training_with_two_times_is_use_with_these_two(family, monkeypatch):
 def test_the_first_call_sees_pure_noise(family, monkeypatch):
     seen = Recorder(family, monkeypatch)
     latents = family.encode(references())
-    noise = fresh_noise(latents, 1, seeded("x"))
-    x0 = draft(family, family.base, family.encode_text(WORDS), latents, [1.0], noise)
+    noise = sample_noise(latents, 1, seeded_generator("x"))
+    x0 = generate_few_step(family, family.base, family.encode_text(WORDS), latents, [1.0], noise)
     assert torch.equal(seen.calls[0]["x"], noise[0])
     torch.testing.assert_close(x0, noise[0] - seen.calls[0]["v"])  # x0 = eps - v
 
@@ -100,7 +105,7 @@ def test_the_first_call_sees_pure_noise(family, monkeypatch):
 def test_each_transition_has_fresh_noise(family, monkeypatch):
     """Fault 2 again: neither the first noise once more, nor what the net predicts to be the noise."""
     seen = Recorder(family, monkeypatch)
-    edit(family, family.base, references(1), WORDS[:1], seeds=[1], steps=4)
+    edit_images(family, family.base, references(1), WORDS[:1], seeds=[1], steps=4)
     times = [float(c["t"]) for c in seen.calls]
     added = [seen.calls[0]["x"]]
     for before, here, then, now in zip(seen.calls, seen.calls[1:], times, times[1:]):
@@ -132,7 +137,7 @@ def test_an_exported_scheduler_makes_the_same_transitions(family):
             x = scheduler.step(v, t, x, generator=generator, return_dict=False)[0]
         generator.set_state(state)
         noise += [torch.randn(latents.shape, generator=generator) for _ in times[1:]]
-        wanted = draft(family, family.base, text, latents, times.tolist(), noise)
+        wanted = generate_few_step(family, family.base, text, latents, times.tolist(), noise)
     torch.testing.assert_close(x, wanted, atol=1e-5, rtol=0)
 
 
@@ -141,7 +146,7 @@ def test_an_exported_scheduler_makes_the_same_transitions(family):
 
 def test_training_times_are_those_of_the_schedule():
     times = flow.few_step_times(4, 3.0)
-    drawn = [training_times(times, seeded("t", i)) for i in range(400)]
+    drawn = [sample_training_times(times, seeded_generator("t", i)) for i in range(400)]
     assert all(d[0] == 1.0 for d in drawn)
     assert {tuple(d) for d in drawn} == {(1.0,), *((1.0, float(t)) for t in times[1:])}
     shares = [sum(len(d) == 1 for d in drawn), *(sum(d[1:] == [float(t)] for d in drawn) for t in times[1:])]
@@ -151,20 +156,20 @@ def test_training_times_are_those_of_the_schedule():
 def test_training_times_are_equal_for_equal_seeds():
     """All ranks seed with the same words, so that all unroll the same way."""
     times = flow.few_step_times(4, 3.0)
-    ways = [[training_times(times, seeded(0, "times", u)) for u in range(20)] for _ in range(2)]
+    ways = [[sample_training_times(times, seeded_generator(0, "times", u)) for u in range(20)] for _ in range(2)]
     assert ways[0] == ways[1]
-    assert ways[0] != [training_times(times, seeded(1, "times", u)) for u in range(20)]
+    assert ways[0] != [sample_training_times(times, seeded_generator(1, "times", u)) for u in range(20)]
 
 
 def test_one_step_is_always_the_first():
-    assert training_times(flow.few_step_times(1, 3.0), seeded(0)) == [1.0]
+    assert sample_training_times(flow.few_step_times(1, 3.0), seeded_generator(0)) == [1.0]
 
 
 def test_noise_levels_are_independent_and_leave_the_global_stream_alone():
     torch.manual_seed(0)
     wanted = torch.rand(3)
     torch.manual_seed(0)
-    a, b = fresh_noise(torch.zeros(2, 4, 16, 16, dtype=torch.bfloat16), 2, seeded("n"))
+    a, b = sample_noise(torch.zeros(2, 4, 16, 16, dtype=torch.bfloat16), 2, seeded_generator("n"))
     assert torch.equal(torch.rand(3), wanted)
     assert a.dtype is torch.bfloat16
     a, b = a.float(), b.float()
@@ -174,21 +179,22 @@ def test_noise_levels_are_independent_and_leave_the_global_stream_alone():
 
 def test_seeds_depend_on_every_word():
     streams = [
-        torch.rand(1, generator=seeded(*k)).item() for k in ((0, "a"), (0, "b"), (1, "a"), ("0", "a"), (0, "a", 0))
+        torch.rand(1, generator=seeded_generator(*k)).item()
+        for k in ((0, "a"), (0, "b"), (1, "a"), ("0", "a"), (0, "a", 0))
     ]
     assert len(set(streams)) == len(streams)
-    assert torch.rand(1, generator=seeded(0, "a")).item() == streams[0]
+    assert torch.rand(1, generator=seeded_generator(0, "a")).item() == streams[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- gradient
 
 
 def test_gradient_reaches_the_net_through_every_call(family):
-    latents, text, net = family.encode(references(1)), family.encode_text(WORDS[:1]), family.net()
-    times, noise = [1.0, 0.6], fresh_noise(latents, 2, seeded("g"))
-    draft(family, net, text, latents, times, noise).square().sum().backward()
+    latents, text, net = family.encode(references(1)), family.encode_text(WORDS[:1]), family.trainable_net()
+    times, noise = [1.0, 0.6], sample_noise(latents, 2, seeded_generator("g"))
+    generate_few_step(family, net, text, latents, times, noise).square().sum().backward()
 
-    nets = [family.net(), family.net()]  # the same weights, one net a call
+    nets = [family.trainable_net(), family.trainable_net()]  # the same weights, one net a call
     x0 = torch.zeros_like(latents)
     for one, time, eps in zip(nets, times, noise):
         x = (1 - time) * x0 + time * eps
@@ -200,17 +206,19 @@ def test_gradient_reaches_the_net_through_every_call(family):
         assert one.proj_out.weight.grad.norm() > 1e-6
 
 
-def test_the_drafts_gradient_is_the_finite_difference(family):
-    latents, text, net = family.encode(references(1)), family.encode_text(WORDS[:1]), family.net()
-    times, noise = [1.0, 0.6], fresh_noise(latents, 2, seeded("g"))
+def test_the_few_step_gradient_is_the_finite_difference(family):
+    latents, text, net = family.encode(references(1)), family.encode_text(WORDS[:1]), family.trainable_net()
+    times, noise = [1.0, 0.6], sample_noise(latents, 2, seeded_generator("g"))
     weight = net.proj_out.weight
-    (gradient,) = torch.autograd.grad(draft(family, net, text, latents, times, noise).square().sum(), weight)
+    (gradient,) = torch.autograd.grad(
+        generate_few_step(family, net, text, latents, times, noise).square().sum(), weight
+    )
     way, step = gradient / gradient.norm(), 1e-2
     with torch.no_grad():
         values = []
         for sign in (1, -1):
             weight += sign * step * way
-            values.append(float(draft(family, net, text, latents, times, noise).double().square().sum()))
+            values.append(float(generate_few_step(family, net, text, latents, times, noise).double().square().sum()))
             weight -= sign * step * way
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float((gradient * way).sum()), rel=1e-2)
 
@@ -220,37 +228,37 @@ def test_the_drafts_gradient_is_the_finite_difference(family):
 
 def test_a_batch_of_three_is_its_images_one_by_one(family):
     images = references()
-    together = edit(family, family.base, images, WORDS, seeds=[4, 5, 6])
+    together = edit_images(family, family.base, images, WORDS, seeds=[4, 5, 6])
     assert together.shape == images.shape
     for i in range(3):
-        alone = edit(family, family.base, images[i : i + 1], WORDS[i : i + 1], seeds=[4 + i])
+        alone = edit_images(family, family.base, images[i : i + 1], WORDS[i : i + 1], seeds=[4 + i])
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
-    shuffled = edit(family, family.base, images.flip(0), WORDS[::-1], seeds=[6, 5, 4])
+    shuffled = edit_images(family, family.base, images.flip(0), WORDS[::-1], seeds=[6, 5, 4])
     torch.testing.assert_close(shuffled.flip(0), together, atol=1e-5, rtol=0)
 
 
 def test_equal_seeds_edit_equally_and_others_otherwise(family):
     images = references(1)
-    first = edit(family, family.base, images, WORDS[:1], seeds=1)
+    first = edit_images(family, family.base, images, WORDS[:1], seeds=1)
     torch.manual_seed(99)
-    assert torch.equal(first, edit(family, family.base, images, WORDS[:1], seeds=[1]))
-    assert not torch.allclose(first, edit(family, family.base, images, WORDS[:1], seeds=2), atol=1e-3)
+    assert torch.equal(first, edit_images(family, family.base, images, WORDS[:1], seeds=[1]))
+    assert not torch.allclose(first, edit_images(family, family.base, images, WORDS[:1], seeds=2), atol=1e-3)
 
 
 def test_one_seed_serves_all_images(family):
-    twice = edit(family, family.base, references(1).expand(2, -1, -1, -1), WORDS[:1] * 2, seeds=3)
+    twice = edit_images(family, family.base, references(1).expand(2, -1, -1, -1), WORDS[:1] * 2, seeds=3)
     torch.testing.assert_close(twice[0], twice[1], atol=1e-5, rtol=0)
 
 
 def test_instruction_and_reference_matter(family):
     images = references(2)
-    base = edit(family, family.base, images[:1], WORDS[:1])
-    assert (base - edit(family, family.base, images[:1], WORDS[1:2])).abs().max() > 1e-5
-    assert (base - edit(family, family.base, images[1:], WORDS[:1])).abs().max() > 1e-5
+    base = edit_images(family, family.base, images[:1], WORDS[:1])
+    assert (base - edit_images(family, family.base, images[:1], WORDS[1:2])).abs().max() > 1e-5
+    assert (base - edit_images(family, family.base, images[1:], WORDS[:1])).abs().max() > 1e-5
 
 
 def test_edited_images_are_pictures(family):
-    net = family.net()
-    images = edit(family, net, references(), WORDS, steps=2)
+    net = family.trainable_net()
+    images = edit_images(family, net, references(), WORDS, steps=2)
     assert images.dtype is torch.float32 and not images.requires_grad
     assert float(images.min()) >= 0 and float(images.max()) <= 1

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from npedit import flow
 from npedit.families import _decode
 from npedit.families.base import Family, Text
-from npedit.nets.distributed import own, whole
+from npedit.nets.distributed import global_batch_size, local_slice
 
 
-def seeded(*key: object) -> torch.Generator:
+def seeded_generator(*key: object) -> torch.Generator:
     """A CPU generator whose stream depends on the key alone, so that a resumed run repeats itself on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def draft(
+def generate_few_step(
     family: Family,
     net: nn.Module,
     text: Text,
@@ -41,27 +41,27 @@ def draft(
     x0 = torch.zeros_like(noise[0])
     for time, eps in zip(times, noise, strict=True):
         t = torch.full((len(eps),), float(time), device=eps.device)
-        x = flow.noised(x0, eps, t)
-        x0 = flow.clean(x, family.velocity(net, x, t, text, (references,)), t)
+        x = flow.add_noise(x0, eps, t)
+        x0 = flow.predict_x0(x, family.velocity(net, x, t, text, (references,)), t)
     return x0
 
 
-def training_times(times: Float[Tensor, "steps"], generator: torch.Generator) -> list[float]:
+def sample_training_times(times: Float[Tensor, "steps"], generator: torch.Generator) -> list[float]:
     """Which transitions a training step unrolls: k of the schedule drawn evenly; the first alone for k = 1, else the
     first and the k-th. The caller seeds the generator equally on all ranks."""
     k = int(torch.randint(len(times), (), generator=generator))
     return [float(times[0])] if k == 0 else [float(times[0]), float(times[k])]
 
 
-def fresh_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Generator) -> list[Tensor]:
+def sample_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Generator) -> list[Tensor]:
     """`count` independent noises in the shape, type and place of `like`, drawn on the CPU. Of several processes, each
     draws the whole batch's noise and keeps its rows."""
-    shape = (whole(len(like)), *like.shape[1:])
-    return [own(torch.randn(shape, generator=generator)).to(like) for _ in range(count)]
+    shape = (global_batch_size(len(like)), *like.shape[1:])
+    return [local_slice(torch.randn(shape, generator=generator)).to(like) for _ in range(count)]
 
 
 @torch.no_grad()
-def draw(
+def generate_images(
     family: Family,
     captions: Sequence[str],
     noise: Float[Tensor, "b c h w"],
@@ -82,7 +82,7 @@ def draw(
 
 
 @torch.no_grad()
-def edit(
+def edit_images(
     family: Family,
     net: nn.Module,
     references: Float[Tensor, "b 3 H W"],
@@ -98,8 +98,8 @@ def edit(
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()
     latents = family.encode(references.to(family.device))
-    generators = [seeded("edit", seed) for seed in seeds]
+    generators = [seeded_generator("edit", seed) for seed in seeds]
     shape = latents[:1].shape
     noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
-    x0 = draft(family, net, family.encode_text(instructions), latents, times, noise)
-    return _decode.decode(family, x0, tile).clamp(0, 1).float()
+    x0 = generate_few_step(family, net, family.encode_text(instructions), latents, times, noise)
+    return _decode.decode_latents(family, x0, tile).clamp(0, 1).float()

@@ -38,8 +38,8 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
     family = Flux.tiny(0)
     family.pipe.save_pretrained(root / "base")
-    LlavaOnevision.new(vocabulary()[4:], 0, vision=(32, 64, 1), text=(48, 96, 1)).save(root / "critic")
-    family.net().save_pretrained(root / "editor" / "transformer")
+    LlavaOnevision.untrained(vocabulary()[4:], 0, vision=(32, 64, 1), text=(48, 96, 1)).save(root / "critic")
+    family.trainable_net().save_pretrained(root / "editor" / "transformer")
     facts = {"format": 1, "family": "flux", "base": "embedded", "steps": 2, "sizes": [[32, 32]]}
     (root / "editor" / "npedit.json").write_text(json.dumps(facts))
     return root

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from npedit.critics._bits import WHOLE, bytes_a_weight, is_quantised, quantised_weights
+from npedit.critics._bits import WHOLE, bytes_per_weight, is_quantised, quantisable_weights
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.recipe.config import find_class, make_recipe, pick_device
@@ -41,7 +41,7 @@ def recipe(folder: Path, bits: int, **changes):
 def test_what_is_quantised_is_the_language_model(name):
     """All of its layers but the one that makes logits, and nothing of the part that sees."""
     model = find_class("critics", name).tiny(0).model
-    chosen = {id(w) for w in quantised_weights(model)}
+    chosen = {id(w) for w in quantisable_weights(model)}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     inside = {n for n, m in linear.items() if id(m.weight) in chosen}
     assert inside == {n for n in linear if "language_model" in n or "text_model" in n} != set()
@@ -67,9 +67,9 @@ def test_the_recipe_hands_it_on_and_other_numbers_are_refused(folder):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_estimate_counts_them_by_hand(folder, bits):
     whole, few = (estimate(recipe(folder, b)).peak.held["critic"] for b in (0, bits))
-    numbers = sum(w.numel() for w in quantised_weights(LlavaOnevision.tiny(0).model))
-    assert whole - few == pytest.approx(numbers * (4 - bytes_a_weight(bits)), rel=1e-6)
-    assert bytes_a_weight(4) == 0.5625 and bytes_a_weight(8) == 1
+    numbers = sum(w.numel() for w in quantisable_weights(LlavaOnevision.tiny(0).model))
+    assert whole - few == pytest.approx(numbers * (4 - bytes_per_weight(bits)), rel=1e-6)
+    assert bytes_per_weight(4) == 0.5625 and bytes_per_weight(8) == 1
 
 
 def test_such_a_critic_stays_where_it_is_when_others_rest(folder):
@@ -78,9 +78,9 @@ def test_such_a_critic_stays_where_it_is_when_others_rest(folder):
     held = [next(p.held.get("critic", 0) for p in found if p.name == "np_edit: fake") for found in (asleep, awake)]
     assert held[0] == 0 < held[1]
     made = parts()
-    assert made.modules("critic") == [made.critic.model] and not is_quantised(made.critic.model)
+    assert made.frozen_modules("critic") == [made.critic.model] and not is_quantised(made.critic.model)
     made.critic.model.is_quantized = True
-    assert made.modules("critic") == []
+    assert made.frozen_modules("critic") == []
 
 
 @pytest.mark.gpu
@@ -91,12 +91,14 @@ def test_on_a_gpu_the_answer_stays_near_and_the_gradient_flows(name, bits, tmp_p
     kind, device = find_class("critics", name), pick_device()
     kind.tiny(0).save(tmp_path)
     tiny = kind.tiny(0).model
-    wanted = {n for n, m in tiny.named_modules() if any(getattr(m, "weight", 0) is w for w in quantised_weights(tiny))}
+    wanted = {
+        n for n, m in tiny.named_modules() if any(getattr(m, "weight", 0) is w for w in quantisable_weights(tiny))
+    }
     margins = []
     for held in (0, bits):
         critic = kind.load(tmp_path, torch.float32, device, bits=held)
         pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-        margin = critic.margin(["is it a dog?"], [critic.see(pictures)])
+        margin = critic.margin(["is it a dog?"], [critic.encode_images(pictures)])
         (gradient,) = torch.autograd.grad(margin.sum(), pictures)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
         assert is_quantised(critic.model) == bool(held) and not any(p.requires_grad for p in critic.model.parameters())

@@ -46,18 +46,18 @@ def listed(critic, tmp_path_factory):
 
 
 def test_the_margin_is_the_members_mean(critic):
-    a, b = critic.see(images(2))
+    a, b = critic.encode_images(images(2))
     asked, looks = [LONG, SHORT], [[a, b], [b]]
     each = []
     for member in (LlavaOnevision.tiny(0), SmolVLM.tiny(0)):
-        c, d = member.see(images(2))
+        c, d = member.encode_images(images(2))
         each.append(member.margin(asked, [[c, d], [d]]))
     torch.testing.assert_close(critic.margins(asked, looks), torch.stack(each))
     torch.testing.assert_close(critic.margin(asked, looks), sum(each) / 2)
 
 
 def test_over_its_two_words_both_losses_are_one(critic):
-    a, b = critic.see(images(2))
+    a, b = critic.encode_images(images(2))
     logits, answer = critic.logits([LONG, SHORT], [[a, b], [b]]), torch.tensor([1, -1])
     assert logits.shape == (2, 2) and (critic.yes, critic.no) == (0, 1)
     two_way = answer_loss(critic.margin([LONG, SHORT], [[a, b], [b]]), answer)
@@ -66,11 +66,11 @@ def test_over_its_two_words_both_losses_are_one(critic):
 
 def test_gradient_is_the_members_mean(critic):
     pictures = images(2).requires_grad_()
-    a, b = critic.see(pictures)
+    a, b = critic.encode_images(pictures)
     (ours,) = torch.autograd.grad(critic.margin([LONG], [[a, b]]).sum(), pictures)
     each = []
     for member in critic.members:
-        seen = member.see(pictures)
+        seen = member.encode_images(pictures)
         each += torch.autograd.grad(member.margin([LONG], [seen]).sum(), pictures)
     torch.testing.assert_close(ours, sum(each) / 2)
     assert all(g.abs().sum() > 0 for g in each)
@@ -78,9 +78,9 @@ def test_gradient_is_the_members_mean(critic):
 
 def test_a_reference_is_seen_once_without_gradient(critic):
     with torch.no_grad():
-        (kept,) = critic.see(images(1))
+        (kept,) = critic.encode_images(images(1))
     edited = images(1, 1).requires_grad_()
-    critic.margin([LONG], [[kept, *critic.see(edited)]]).sum().backward()
+    critic.margin([LONG], [[kept, *critic.encode_images(edited)]]).sum().backward()
     assert not any(t.requires_grad for t in kept) and edited.grad.abs().sum() > 0
 
 
@@ -92,10 +92,12 @@ def test_its_model_is_all_members(critic):
 
 def test_it_opens_what_a_file_lists(critic, listed):
     loaded = Ensemble.load(listed, torch.float32, CPU)
-    margins = [c.margins([LONG], [c.see(images(2))]) for c in (critic, loaded)]
+    margins = [c.margins([LONG], [c.encode_images(images(2))]) for c in (critic, loaded)]
     torch.testing.assert_close(*margins, atol=1e-6, rtol=0)
     assert loaded.device == CPU
-    assert loaded.write([SHORT], [[images(1)[0]]], 3) == critic.members[0].write([SHORT], [[images(1)[0]]], 3)
+    assert loaded.generate_text([SHORT], [[images(1)[0]]], 3) == critic.members[0].generate_text(
+        [SHORT], [[images(1)[0]]], 3
+    )
 
 
 def test_a_recipe_names_it_and_the_file(listed):
@@ -134,13 +136,15 @@ def test_no_list_and_a_common_resolution_are_refused(tmp_path, listed):
 
 def test_a_training_step_logs_what_each_member_says(critic):
     frozen = replace(parts(), critic=critic)
-    step = Step(NpEditSettings(ramp_updates=0, dmd_weight=0), frozen, frozen.net("student", 0), updates=2, seed=0)
+    step = Step(
+        NpEditSettings(ramp_updates=0, dmd_weight=0), frozen, frozen.create_trainable("student", 0), updates=2, seed=0
+    )
     given = [batch(0, 1, 2) for _ in range(step.batches_per_update(step.settings))]
     logged = step.step(given, 0)
     assert critic.names == ["0-LlavaOnevision", "1-SmolVLM"]
     for name in critic.names:
         wanted = [q.answer for kind, words, thing in zip(given[0].edit_types, given[0].instructions, given[0].objects)
                   for q in questions_for(kind, words, thing, frozen.wording)]  # fmt: skip
-        said = (critic.said[name] * torch.tensor(wanted)).sigmoid().mean()
+        said = (critic.member_margins[name] * torch.tensor(wanted)).sigmoid().mean()
         assert logged[f"critic/p_of/{name}"] == pytest.approx(float(said))
     assert logged["critic/p_of/0-LlavaOnevision"] != logged["critic/p_of/1-SmolVLM"]

@@ -29,7 +29,7 @@ class TestInternVL(ChatCriticChecks):
         )  # fmt: skip
 
     def test_an_image_is_one_tile_of_four_tokens(self, critic):
-        assert [s.shape for s in critic.see(images(2, 64, 160))] == [(4, 48)] * 2
+        assert [s.shape for s in critic.encode_images(images(2, 64, 160))] == [(4, 48)] * 2
 
     @pytest.mark.parametrize("side", [16, 48, 64])
     def test_another_resolution_is_the_plain_models_at_that_size(self, critic, side):
@@ -41,7 +41,9 @@ class TestInternVL(ChatCriticChecks):
         assert inputs["pixel_values"].shape[-2:] == (side, side)
         with torch.no_grad():
             wanted = critic.model(**inputs).logits[:, -1]
-        torch.testing.assert_close(other.logits([LONG], [other.see(tensor(array))]), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            other.logits([LONG], [other.encode_images(tensor(array))]), wanted, atol=1e-5, rtol=1e-5
+        )
         scaled = photo(40, 56, 1)
         theirs = critic.processor(Image.fromarray(scaled), size=size, return_tensors="pt")["pixel_values"]
         std = torch.tensor(critic.processor.image_std)[:, None, None]

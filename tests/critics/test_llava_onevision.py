@@ -121,9 +121,9 @@ def hf_logits(critic: LlavaOnevision, question: str, pictures: Tensor) -> Tensor
 def test_logits_about_several_images_are_the_plain_models(critic, question, count):
     pictures = images(count, seed=count)
     wanted = hf_logits(critic, question, pictures)
-    ours = critic.logits([question], [critic.see(pictures)])[0]
+    ours = critic.logits([question], [critic.encode_images(pictures)])[0]
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-    margin = critic.margin([question], [critic.see(pictures)])
+    margin = critic.margin([question], [critic.encode_images(pictures)])
     torch.testing.assert_close(margin[0], wanted[critic.yes] - wanted[critic.no], atol=1e-5, rtol=1e-5)
 
 
@@ -132,22 +132,22 @@ def test_yes_and_no_are_the_tokens_of_those_words(critic):
 
 
 def test_order_of_images_and_words_matter(critic):
-    a, b = critic.see(images(2))
+    a, b = critic.encode_images(images(2))
     margins = critic.margin([LONG, LONG, SHORT], [[a, b], [b, a], [a, b]])
     assert len({round(float(m), 6) for m in margins}) == 3
 
 
 def test_seeing_an_image_does_not_depend_on_its_company(critic):
     pictures = images(3)
-    together = critic.see(pictures)
+    together = critic.encode_images(pictures)
     assert together[0].shape == (17, 48)
     for i in range(3):
-        torch.testing.assert_close(critic.see(pictures[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
+        torch.testing.assert_close(critic.encode_images(pictures[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
 
 
 def test_a_mixed_batch_is_its_questions_one_by_one(critic):
     """Faults 14 and 17: one-image and two-image questions of different lengths, padded together."""
-    a, b, c = critic.see(images(3))
+    a, b, c = critic.encode_images(images(3))
     asked = [(SHORT, [a]), (LONG, [a, b]), (SHORT, [b, c]), (LONG, [c]), (LONG + " " + LONG, [c, b, a])]
     together = critic.logits([q for q, _ in asked], [s for _, s in asked])
     for row, (question, seen) in zip(together, asked):
@@ -161,7 +161,7 @@ def test_every_question_can_be_asked(critic):
         q for kind, thing in [("recolour", ""), ("remove", "dog"), ("nothing", "")]
         for q in questions_for(kind, "paint it blue", thing)
     ]  # fmt: skip
-    seen = dict(zip(("reference", "edited"), critic.see(images(2))))
+    seen = dict(zip(("reference", "edited"), critic.encode_images(images(2))))
     margins = critic.margin([q.text for q in asked], [[seen[name] for name in q.looks_at] for q in asked])
     assert margins.shape == (5,) and torch.isfinite(margins).all()
 
@@ -177,12 +177,14 @@ def test_the_gradient_is_the_finite_difference(size):
 
     def exact(x: Tensor) -> Tensor:
         """The margin, without its last rounding to float32."""
-        hidden, last = critic.hidden([LONG], [[*critic.see(other), *critic.see(x)]])
+        hidden, last = critic.hidden_states([LONG], [[*critic.encode_images(other), *critic.encode_images(x)]])
         logits = critic.model.lm_head(hidden[-1][0, last[0]])
         return logits[critic.yes] - logits[critic.no]
 
     x = picture.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(critic.margin([LONG], [[*critic.see(other), *critic.see(x)]]).sum(), x)
+    (gradient,) = torch.autograd.grad(
+        critic.margin([LONG], [[*critic.encode_images(other), *critic.encode_images(x)]]).sum(), x
+    )
     assert gradient.norm() > 1e-3
     # transformers computes its norms in float32, so the step must be large against that rounding.
     step, generator = 3e-4, torch.Generator().manual_seed(3)
@@ -194,7 +196,7 @@ def test_the_gradient_is_the_finite_difference(size):
 
 def test_gradient_reaches_the_looked_at_images_and_nothing_else(critic):
     pictures = images(3).requires_grad_()
-    a, b, _ = critic.see(pictures)
+    a, b, _ = critic.encode_images(pictures)
     critic.margin([LONG, SHORT], [[a, b], [b]]).sum().backward()
     reached = pictures.grad.abs().amax((1, 2, 3))
     assert reached[0] > 0 and reached[1] > 0 and reached[2] == 0
@@ -266,7 +268,7 @@ def test_an_answer_that_melts_into_the_prompt_is_refused(critic):
 
 def test_a_model_without_yes_is_refused():
     with pytest.raises(ValueError, match="'Yes' to be one token"):
-        LlavaOnevision.new(["no", "answer", "is", "it"], 0, vision=(32, 64, 1), text=(48, 96, 1))
+        LlavaOnevision.untrained(["no", "answer", "is", "it"], 0, vision=(32, 64, 1), text=(48, 96, 1))
 
 
 def test_a_template_that_forgets_an_image_is_refused(critic):
@@ -290,7 +292,7 @@ def folder(critic, tmp_path_factory):
 def test_a_saved_critic_answers_the_same(critic, folder):
     loaded = LlavaOnevision.load(folder, torch.float32, torch.device("cpu"))
     pictures = images(2)
-    a, b = (c.margin([LONG, SHORT], [s, s[:1]]) for c in (critic, loaded) for s in [c.see(pictures)])
+    a, b = (c.margin([LONG, SHORT], [s, s[:1]]) for c in (critic, loaded) for s in [c.encode_images(pictures)])
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert loaded.template == critic.template
     assert not any(p.requires_grad for p in loaded.model.parameters())
@@ -310,7 +312,7 @@ def test_the_folder_is_an_ordinary_transformers_folder(critic, folder):
 def test_bfloat16_answers_and_passes_gradient(folder):
     critic = LlavaOnevision.load(folder, torch.bfloat16, torch.device("cpu"))
     pictures = images(2).requires_grad_()
-    margin = critic.margin([LONG], [critic.see(pictures)])
+    margin = critic.margin([LONG], [critic.encode_images(pictures)])
     assert margin.dtype is torch.float32
     margin.sum().backward()
     assert pictures.grad.dtype is torch.float32 and pictures.grad.abs().sum() > 0
@@ -326,17 +328,17 @@ def test_folders_that_are_no_critic(tmp_path):
 
 def test_it_writes_text(critic):
     prompts, pictures = [LONG, SHORT], [[*images(2)], [images(1, 40, 20)[0]]]
-    texts = critic.write(prompts, pictures, max_tokens=5)
+    texts = critic.generate_text(prompts, pictures, max_tokens=5)
     assert len(texts) == 2 and all(isinstance(t, str) for t in texts)
-    assert texts == critic.write(prompts, pictures, max_tokens=5)
-    assert texts == [critic.write([p], [q], max_tokens=5)[0] for p, q in zip(prompts, pictures)]
+    assert texts == critic.generate_text(prompts, pictures, max_tokens=5)
+    assert texts == [critic.generate_text([p], [q], max_tokens=5)[0] for p, q in zip(prompts, pictures)]
     assert all(len(t.split()) <= 5 for t in texts)
 
 
 def test_written_words_are_the_likeliest(critic):
     pictures = images(2)
     logits = hf_logits(critic, LONG, pictures)
-    (text,) = critic.write([LONG], [[*pictures]], max_tokens=1)
+    (text,) = critic.generate_text([LONG], [[*pictures]], max_tokens=1)
     assert text == critic.tokenizer.decode([int(logits.argmax())], skip_special_tokens=True)
 
 
@@ -344,8 +346,8 @@ def test_written_words_are_the_likeliest(critic):
 def test_kept_keys_and_values_change_no_word(critic):
     """Against reading everything again for each word."""
     pictures = images(2)
-    seen, ids = critic.see(pictures), []
-    row = critic._ids(LONG, tuple(len(s) for s in seen))
+    seen, ids = critic.encode_images(pictures), []
+    row = critic._prompt_ids(LONG, tuple(len(s) for s in seen))
     for _ in range(8):
         embedded = critic.model.get_input_embeddings()(torch.tensor([row + ids]))
         holes = torch.tensor([row + ids]) == critic.model.config.image_token_id
@@ -356,7 +358,7 @@ def test_kept_keys_and_values_change_no_word(critic):
         ids.append(int(scores.argmax()))
         if ids[-1] == critic.tokenizer.eos_token_id:
             break
-    assert critic.write([LONG], [[*pictures]], 8) == [critic.tokenizer.decode(ids, skip_special_tokens=True)]
+    assert critic.generate_text([LONG], [[*pictures]], 8) == [critic.tokenizer.decode(ids, skip_special_tokens=True)]
 
 
 def test_equal_seeds_make_equal_critics():

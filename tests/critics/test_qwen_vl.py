@@ -32,22 +32,22 @@ class QwenChecks(ChatCriticChecks):
 
     def test_visual_tokens_keep_their_grid(self, critic):
         layers = 3 if self.kind == "qwen3_vl" else 1
-        assert [s.shape for s in critic.see(images(2, 40, 60))] == [(2, 4, 48 * layers)] * 2
+        assert [s.shape for s in critic.encode_images(images(2, 40, 60))] == [(2, 4, 48 * layers)] * 2
 
     def test_images_of_other_shapes_in_one_batch_are_the_plain_models(self, critic):
         """Two grids of equally many tokens, and a larger one: the positions must be each image's own."""
         wide, tall, large = photo(32, 48, 0), photo(48, 32, 1), photo(48, 48, 2)
         questions, arrays = [LONG, SHORT, SHORT, LONG], [[wide, tall], [tall, wide], [large], [large, wide]]
-        ours = critic.logits(questions, [self.see(critic, looks) for looks in arrays])
+        ours = critic.logits(questions, [self.encode_images(critic, looks) for looks in arrays])
         torch.testing.assert_close(ours, self.hf_logits(critic, questions, arrays), atol=1e-5, rtol=1e-5)
 
     def test_positions_are_the_plain_models(self, critic):
-        seen = self.see(critic, [photo(32, 48, 0), photo(48, 32, 1)])
-        ids = torch.tensor([critic._ids(LONG, seen)])
+        seen = self.encode_images(critic, [photo(32, 48, 0), photo(48, 32, 1)])
+        ids = torch.tensor([critic._prompt_ids(LONG, seen)])
         kinds = (ids == critic.model.config.image_token_id).int()
         grid = torch.tensor([[1, 4, 6], [1, 6, 4]])
         wanted, _ = critic.model.model.get_rope_index(ids, kinds, image_grid_thw=grid)
-        assert torch.equal(critic._positions(ids[0].tolist(), iter(seen)), wanted[:, 0])
+        assert torch.equal(critic._rope_positions(ids[0].tolist(), iter(seen)), wanted[:, 0])
 
     @pytest.mark.parametrize("side", [16, 32, 40, 80])
     def test_resolution_is_the_root_of_the_area(self, critic, side):
@@ -59,7 +59,7 @@ class QwenChecks(ChatCriticChecks):
             patches, grid = other.patches(other.pixels(tensor(array)))
             assert torch.equal(grid, theirs["image_grid_thw"])
             assert patches.shape == theirs["pixel_values"].shape
-        (seen,) = other.see(images(1, 64, 64))
+        (seen,) = other.encode_images(images(1, 64, 64))
         assert seen.shape[:2] == (max(1, side // 16),) * 2
 
     def test_a_square_picture_gets_the_whole_resolution(self, critic):
@@ -74,7 +74,7 @@ class QwenChecks(ChatCriticChecks):
 
     def test_a_picture_that_is_a_line_is_refused(self, critic):
         with pytest.raises(ValueError, match="aspect ratio"):
-            critic.see(images(1, 2, 500))
+            critic.encode_images(images(1, 2, 500))
 
 
 class TestQwen25(QwenChecks):
@@ -85,6 +85,6 @@ class TestQwen3(QwenChecks):
     kind, hf = "qwen3_vl", Qwen3VLProcessor
 
     def test_deepstack_reaches_the_answer(self, critic):
-        (seen,) = critic.see(images(1))
+        (seen,) = critic.encode_images(images(1))
         bare = torch.cat([seen[..., :48], torch.zeros_like(seen[..., 48:])], -1)
         assert (critic.logits([SHORT], [[seen]]) - critic.logits([SHORT], [[bare]])).abs().max() > 1e-3

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from npedit.critics.smolvlm import SmolVLM, lanczos
+from npedit.critics.smolvlm import SmolVLM, resize_lanczos
 from tests.support.chat_critics import SHORT, ChatCriticChecks, images
 
 
@@ -45,11 +45,11 @@ class TestSmolVLM(ChatCriticChecks):
                 self.test_pixels_are_the_processors(critic, size, edges)
 
     def test_an_image_is_four_tokens(self, critic):
-        assert [s.shape for s in critic.see(images(2, 64, 160))] == [(4, 48)] * 2
+        assert [s.shape for s in critic.encode_images(images(2, 64, 160))] == [(4, 48)] * 2
 
     def test_an_evenly_grey_image_is_seen(self, critic):
         """transformers' own get_image_features takes it for padding."""
-        grey = critic.see(torch.full((2, 3, 32, 32), 0.5))
+        grey = critic.encode_images(torch.full((2, 3, 32, 32), 0.5))
         assert torch.equal(grey[0], grey[1]) and torch.isfinite(critic.margin([SHORT], [grey])).all()
 
     def test_another_resolution_is_refused(self, critic):
@@ -58,5 +58,5 @@ class TestSmolVLM(ChatCriticChecks):
 
     def test_lanczos_keeps_an_even_picture_and_does_nothing_at_its_own_size(self):
         even = torch.full((1, 3, 17, 40), 0.7, dtype=torch.float64)
-        torch.testing.assert_close(lanczos(even, 23, 9), torch.full((1, 3, 23, 9), 0.7, dtype=torch.float64))
-        assert torch.equal(lanczos(images(1), 32, 32), images(1))
+        torch.testing.assert_close(resize_lanczos(even, 23, 9), torch.full((1, 3, 23, 9), 0.7, dtype=torch.float64))
+        assert torch.equal(resize_lanczos(images(1), 32, 32), images(1))

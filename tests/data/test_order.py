@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npedit.data import imagefolder, toy
-from npedit.questions import NOTHING
+from npedit.questions import IDENTITY_EDIT
 from npedit.toy import edits
 from tests.support.photo_sets import SMALL, opened, plain, row, save, write_metadata
 
@@ -161,12 +161,12 @@ def test_the_fingerprint_follows_the_data_and_not_the_place(many, tmp_path_facto
 def test_some_items_have_nothing_to_do(many):
     source = opened(many, nothing_share=0.25)
     items = [b for index in range(100) for b in zip(*_columns(source.batch(index, 4)), strict=True)]
-    nothing = [i for i in items if i[1] == NOTHING]
+    nothing = [i for i in items if i[1] == IDENTITY_EDIT]
     assert 0.18 < len(nothing) / len(items) < 0.32
     for instruction, _, thing, caption in nothing:
-        assert instruction in imagefolder.NOTHING_PHRASES
+        assert instruction in imagefolder.IDENTITY_INSTRUCTIONS
         assert (thing, caption) == ("", "a plain picture"), "described by its own caption, not by the edit's"
-    assert {i[3] for i in items if i[1] != NOTHING} == {"blue"}
+    assert {i[3] for i in items if i[1] != IDENTITY_EDIT} == {"blue"}
 
 
 def _columns(batch):
@@ -180,7 +180,7 @@ def test_without_a_caption_of_its_own_no_item_is_turned(tmp_path):
     assert source.batch(0, 4).edit_types == ("recolour",) * 4
     bare = {"file_name": "a.png", "instruction": "make it blue"}
     source = opened(write_metadata(tmp_path, [bare]), nothing_share=1.0)
-    assert source.batch(0, 4).edit_types == (NOTHING,) * 4
+    assert source.batch(0, 4).edit_types == (IDENTITY_EDIT,) * 4
 
 
 def test_nothing_to_do_can_stand_in_the_data(tmp_path):
@@ -188,8 +188,8 @@ def test_nothing_to_do_can_stand_in_the_data(tmp_path):
     rows = [{"file_name": "a.png", "instruction": "leave it", "edit_type": "do_nothing", "source_caption": "a wall"}]
     source = opened(write_metadata(tmp_path, rows))
     assert source.has_target_captions
-    assert _columns(source.batch(0, 1)) == (("leave it",), (NOTHING,), ("",), ("a wall",))
+    assert _columns(source.batch(0, 1)) == (("leave it",), (IDENTITY_EDIT,), ("",), ("a wall",))
 
 
 def test_the_phrases_are_known_to_the_toy():
-    assert imagefolder.NOTHING_PHRASES == edits.NOTHING
+    assert imagefolder.IDENTITY_INSTRUCTIONS == edits.IDENTITY_INSTRUCTIONS

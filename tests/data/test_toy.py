@@ -10,7 +10,7 @@ from PIL import Image
 
 from npedit.data import toy
 from npedit.errors import UserError
-from npedit.questions import NOTHING
+from npedit.questions import IDENTITY_EDIT
 from npedit.toy import edits as language
 from npedit.toy import oracle, world
 from npedit.toy.dataset import write_dataset
@@ -85,10 +85,10 @@ def test_the_toys_fingerprint_does_not_hang_on_the_last_bit_of_a_pixel_but_on_al
 
 def test_the_toy_has_items_with_nothing_to_do():
     batch = toy.Source(toy.Settings(nothing_share=0.2), 0).batch(0, 500)
-    turned = [i for i, t in enumerate(batch.edit_types) if t == NOTHING]
+    turned = [i for i, t in enumerate(batch.edit_types) if t == IDENTITY_EDIT]
     assert 60 < len(turned) < 140
     for i in turned:
-        assert batch.instructions[i] in language.NOTHING
+        assert batch.instructions[i] in language.IDENTITY_INSTRUCTIONS
         assert batch.target_captions[i] == batch.source_captions[i]
 
 
@@ -136,7 +136,7 @@ def test_the_paired_toy_has_edited_images_that_training_never_opens(tmp_path, ca
         edit = language.sample_edit(random.Random(f"0/{i}"))
         with Image.open(folder / line["edited_file_name"]) as image:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        assert oracle.judge(edit, oracle.read_scene(pixels)[0]) == (True, True)
+        assert oracle.judge_edit(edit, oracle.read_scene(pixels)[0]) == (True, True)
     files_opened.clear()
     source = opened(folder, sizes=((32, 32),))
     source.batch(0, 9)

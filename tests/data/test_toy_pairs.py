@@ -9,10 +9,10 @@ import torch
 
 from npedit.data import PairedBatch, toy, toy_pairs
 from npedit.errors import UserError
-from npedit.questions import NOTHING
+from npedit.questions import IDENTITY_EDIT
 from npedit.recipe.config import check
 from npedit.toy.edits import sample_edit
-from npedit.toy.oracle import judge, read_scene
+from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
 
 
@@ -26,7 +26,7 @@ def test_items_are_those_of_toy_without_do_nothing() -> None:
     assert torch.equal(pairs.references, plain.references)
     for name in ("ids", "instructions", "edit_types", "objects", "source_captions", "target_captions"):
         assert getattr(pairs, name) == getattr(plain, name), name
-    assert NOTHING not in source(3).batch(0, 300).edit_types
+    assert IDENTITY_EDIT not in source(3).batch(0, 300).edit_types
 
 
 def test_the_edited_images_are_the_true_edits() -> None:
@@ -37,7 +37,7 @@ def test_the_edited_images_are_the_true_edits() -> None:
     assert given.edited.shape == given.references.shape == (6, 3, 32, 32)
     assert not torch.equal(given.edited, given.references)
     for edit, reading in zip(edits, read_scene(given.edited), strict=True):
-        assert judge(edit, reading) == (True, True)
+        assert judge_edit(edit, reading) == (True, True)
 
 
 def test_ranks_are_disjoint_and_make_up_the_whole() -> None:

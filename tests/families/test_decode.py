@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from npedit.editor import Editor, Facts
 from npedit.errors import UserError
-from npedit.families._decode import FEWEST, decode
+from npedit.families._decode import FEWEST, decode_latents
 from npedit.families.base import Family
 from npedit.families.sana import Sana
-from npedit.generator import edit
+from npedit.generator import edit_images
 from npedit.recipe.config import find_class, make_recipe, names
 from npedit.steps.base import Parts
 from npedit.steps.np_edit import NpEditSettings, Step
@@ -45,7 +45,7 @@ def decoded(family: Family, x: Tensor, **how) -> tuple[Tensor, Tensor, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        image = decode(family, x, **how)
+        image = decode_latents(family, x, **how)
     (gradient,) = torch.autograd.grad(image.square().sum(), x)
     return image.detach(), gradient, sum(kept.values())
 
@@ -72,7 +72,7 @@ def test_tiles_have_the_pictures_size_and_pass_gradient_to_every_latent(family: 
     for tile in (0, 11 * facts.stride, 4096):  # no longer than the tile: not cut
         whole, gradient, _ = decoded(family, x, tile=tile)
         assert torch.equal(whole, plain) and torch.equal(gradient, wanted)
-    assert decode(family, x, tile=7 * facts.stride).shape == plain.shape  # cut along one side alone
+    assert decode_latents(family, x, tile=7 * facts.stride).shape == plain.shape  # cut along one side alone
 
 
 @pytest.mark.parametrize("tile", [1, 4 * 4 - 1])
@@ -81,7 +81,7 @@ def test_tiles_too_small_to_overlap_are_refused(tile: int) -> None:
     made = parts(critic=False)
     assert made.family.facts.stride == 4
     with pytest.raises(UserError, match=least):
-        decode(made.family, latents(made.family, 8, 8), tile=tile)
+        decode_latents(made.family, latents(made.family, 8, 8), tile=tile)
     with pytest.raises(UserError, match=least):
         parts(critic=False, decode_tile=tile)
     with pytest.raises(UserError, match=least):
@@ -119,11 +119,11 @@ def test_seams_of_convolutions_do_not_show(convolutional: Family) -> None:
     tile = 16 * far
     x = latents(convolutional, tile // stride + 3, 5, items=1)
     whole = convolutional.decode(x)
-    torch.testing.assert_close(decode(convolutional, x, tile=tile), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode_latents(convolutional, x, tile=tile), whole, atol=1e-5, rtol=1e-5)
 
     x = latents(convolutional, 5, 56, items=1)  # two tiles of 32 latents, from 0 and from 24
     whole = convolutional.decode(x)
-    off = (decode(convolutional, x, tile=32 * stride) - whole).abs().amax((0, 1, 2)) / whole.std()
+    off = (decode_latents(convolutional, x, tile=32 * stride) - whole).abs().amax((0, 1, 2)) / whole.std()
     near = torch.zeros(len(off), dtype=torch.bool)
     near[32 * stride - far : 24 * stride + far] = True
     assert off[~near].max() < 1e-5
@@ -136,7 +136,7 @@ def test_seams_of_convolutions_do_not_show(convolutional: Family) -> None:
 def trained(**memory) -> tuple[Parts, Tensor]:
     """Parts, and the student's weights after an update."""
     made = parts(**memory)
-    step = Step(NpEditSettings(fake_updates=1, steps=2), made, made.net("student", 0), 10, 0)
+    step = Step(NpEditSettings(fake_updates=1, steps=2), made, made.create_trainable("student", 0), 10, 0)
     step.step([batch(0, 1)], 0)
     return made, torch.cat([p.detach().flatten() for p in step.learners["student"].net.parameters()])
 
@@ -153,7 +153,7 @@ def test_an_update_is_the_same_with_blocks_computed_again_and_another_in_tiles()
 def test_editor_and_training_decode_the_same_way(tmp_path: Path) -> None:
     made = parts(critic=False, decode_tile=16)
     family, x = made.family, torch.rand(1, 3, 32, 40)
-    plain, tiled = (edit(family, family.base, x, ["a"], steps=1, tile=tile) for tile in (0, 16))
+    plain, tiled = (edit_images(family, family.base, x, ["a"], steps=1, tile=tile) for tile in (0, 16))
     editor = Editor(family, family.base, 1, [(32, 40)], made.memory.decode_tile)
     assert torch.equal(editor.edit_tensor(x, ["a"]), tiled) and not torch.equal(tiled, plain)
     facts = {"format": 1, "family": "flux", "base": "embedded", "steps": 2, "sizes": [[32, 32]]}
@@ -218,7 +218,7 @@ def test_a_run_that_goes_on_with_an_empty_cache_repeats_itself() -> None:
     ends: list[Tensor] = []
     for lost in (False, True):
         made = parts(cached_latents=3)
-        step = Step(NpEditSettings(fake_updates=1, steps=2), made, made.net("student", 0), 10, 0)
+        step = Step(NpEditSettings(fake_updates=1, steps=2), made, made.create_trainable("student", 0), 10, 0)
         step.step([batch(0, 1)], 0)
         assert len(made.latents) == 2
         if lost:

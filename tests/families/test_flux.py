@@ -123,10 +123,10 @@ def test_text_depends_on_the_prompt_and_is_padded_to_one_length(families):
 
 def test_texts_can_be_taken_apart_and_put_together(families):
     text = families[0].encode_text(PROMPTS)
-    swapped = text.take([1, 0])
+    swapped = text.select([1, 0])
     assert len(swapped) == 2
     assert torch.equal(swapped.parts[1][0], text.parts[1][1])
-    again = Text.cat([swapped.take([1]), swapped.take([0])])
+    again = Text.cat([swapped.select([1]), swapped.select([0])])
     assert all(torch.equal(a, b) for a, b in zip(again.parts, text.parts))
 
 
@@ -186,7 +186,7 @@ def test_several_references_of_several_sizes_in_order(families):
 
 
 def test_gradient_flows_to_everything(families):
-    family, net = families[1], families[1].net()
+    family, net = families[1], families[1].trainable_net()
     x, t, text = latents(family, 1).requires_grad_(), torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
     references = [latents(family, 1, seed=s).requires_grad_() for s in (1, 2)]
     family.velocity(net, x, t, text, references).square().sum().backward()
@@ -205,7 +205,7 @@ def test_a_batch_is_its_items_one_by_one(families):
     with torch.no_grad():
         together = family.velocity(family.base, x, t, text, (ref,))
         apart = [
-            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.take([i]), (ref[i : i + 1],))
+            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.select([i]), (ref[i : i + 1],))
             for i in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
@@ -265,9 +265,9 @@ def test_latents_of_a_bfloat16_vae_are_float32():
     assert mean.dtype is torch.bfloat16 and x0.dtype is torch.float32
     assert torch.equal(x0, (mean.float() - config.shift_factor) * config.scaling_factor)
     eps, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.3)
-    x = flow.noised(x0, eps, t)
+    x = flow.add_noise(x0, eps, t)
     assert x.dtype is torch.float32 and not torch.equal(x, x.bfloat16().float())
-    v = family.velocity(family.net(), x, t, family.encode_text(["a", "b"]), (x0,))
+    v = family.velocity(family.trainable_net(), x, t, family.encode_text(["a", "b"]), (x0,))
     assert v.dtype is torch.float32 and family.decode(x0).isfinite().all()
 
 
@@ -297,7 +297,7 @@ def test_facts_are_those_of_the_parts(families):
 
 
 def test_a_net_is_a_trainable_copy(families):
-    family, net = families[0], families[0].net()
+    family, net = families[0], families[0].trainable_net()
     assert net.training and all(p.requires_grad for p in net.parameters())
     before = [p.clone() for p in family.base.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
@@ -308,7 +308,7 @@ def test_a_net_is_a_trainable_copy(families):
 
 
 def test_a_net_is_saved_and_opened(families, tmp_path):
-    family, net = families[1], families[1].net()
+    family, net = families[1], families[1].trainable_net()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.01)
@@ -345,7 +345,7 @@ def test_a_folder_is_loaded_in_another_type(folder):
     family = Flux.load(folder, torch.bfloat16, torch.device("cpu"))
     image = family.decode(family.encode(pictures(1)))
     assert {p.dtype for p in family.base.parameters()} == {torch.bfloat16} and image.dtype is torch.bfloat16
-    net = family.net().float()  # what a learner makes of it
+    net = family.trainable_net().float()  # what a learner makes of it
     x = latents(family, 1)
     v = family.velocity(net, x, torch.tensor([0.5]), family.encode_text(PROMPTS[:1]), (x,))
     assert v.dtype is torch.float32

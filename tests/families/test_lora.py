@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from npedit.families.sana import REFERENCES, Sana
-from npedit.nets.lora import Adapter, checkpoint_gradients, linear_layers
+from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing, linear_layer_names
 from npedit.recipe.config import find_class, names
 from tests.support.parts import nudge, trained
 
@@ -23,7 +23,7 @@ def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
         return family.velocity(net, x, t, text, references)
 
     untouched = velocity(family.base)
-    adapters = {role: Adapter.new(family.lora_base(), role, 2, 2.0, 0) for role in ("student", "fake")}
+    adapters = {role: LoraAdapter.create(family.lora_base(), role, 2, 2.0, 0) for role in ("student", "fake")}
     net = adapters["student"]
     torch.testing.assert_close(velocity(net).detach(), untouched, atol=1e-6, rtol=0)
     assert torch.equal(velocity(net, reference), velocity(adapters["fake"], reference))
@@ -31,7 +31,7 @@ def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
     found = []
     for again in (False, True):
         if again:
-            checkpoint_gradients(net)
+            enable_gradient_checkpointing(net)
         v = velocity(net, reference)
         velocity(adapters["fake"])  # as in a training step, another role is called before the backward pass
         found.append([v, *torch.autograd.grad(v.square().sum(), trained(net), allow_unused=True)])
@@ -48,11 +48,11 @@ def test_every_layer_that_mixes_channels_is_adapted(name: str) -> None:
     convolutions stay."""
     base = find_class("families", name).tiny(0).lora_base()
     matrices = [n for n, p in base.named_parameters() if p.ndim > 1 and p.shape[0] > 1 and p.shape[1] > 1]
-    layers = linear_layers(base)
+    layers = linear_layer_names(base)
     kept = {n for n in matrices if n.rpartition(".")[0] not in layers}
     assert all("table" in n or "pos_embed" in n for n in kept), kept
-    Adapter.new(base, "student", 2, 2.0, 0)
-    assert sorted(linear_layers(base)) == sorted(layers)  # the next role's are the same
+    LoraAdapter.create(base, "student", 2, 2.0, 0)
+    assert sorted(linear_layer_names(base)) == sorted(layers)  # the next role's are the same
 
 
 def test_sanas_wider_net_is_one_and_shares_the_bases_weights() -> None:

@@ -37,7 +37,7 @@ def texts(families) -> list[Text]:
 @pytest.fixture(scope="module")
 def reader(families) -> torch.nn.Module:
     """A net that has learnt to look at its references; a new one has zero weights for them."""
-    net = families[0].net().requires_grad_(False)
+    net = families[0].trainable_net().requires_grad_(False)
     torch.nn.init.normal_(net.patch_embed.proj.weight, generator=torch.Generator().manual_seed(0))
     return net
 
@@ -76,7 +76,7 @@ def walk(family: Sana, net: torch.nn.Module, x: Tensor, text: Text, steps: int, 
         v = family.velocity(net, x, t, text)
         if blank is not None:
             scale = torch.full((len(x),), family.facts.guidance)
-            v = dmd.guided(v, family.velocity(net, x, t, blank), scale)
+            v = dmd.classifier_free_guidance(v, family.velocity(net, x, t, blank), scale)
         x = scheduler.step(v, step, x, return_dict=False)[0]
     return x
 
@@ -109,7 +109,7 @@ def test_sampling_is_the_pipelines_own(families, texts, seed, kind, monkeypatch)
             torch.testing.assert_close(a[name], b[name].float(), atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(x, wanted, atol=1e-4, rtol=0)
     assert (x - eps).abs().max() > 0.1  # the net did something
-    torch.testing.assert_close(walk(family, family.net(), eps, texts[seed], 4), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(walk(family, family.trainable_net(), eps, texts[seed], 4), wanted, atol=1e-4, rtol=0)
 
 
 def test_guided_sampling_and_decoding_are_the_pipelines_own(families, texts):
@@ -129,7 +129,7 @@ def test_a_timestep_scale_and_a_predicted_variance_are_the_pipelines_own():
     eps, text = latents(family, 2), family.encode_text(PROMPTS)
     wanted = sampled(family, eps, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
     torch.testing.assert_close(walk(family, family.base, eps, text, 3), wanted, atol=1e-4, rtol=0)
-    net = family.net()
+    net = family.trainable_net()
     assert net.config.out_channels == 8
     torch.testing.assert_close(walk(family, net, eps, text, 3), wanted, atol=1e-4, rtol=0)
 
@@ -155,13 +155,13 @@ def test_texts_can_be_taken_apart_and_put_together(families, texts):
     """Whatever their lengths, and whoever was encoded beside them."""
     family, text = families[0], texts[0]
     alone = [family.encode_text([p]) for p in PROMPTS]
-    joined = Text.cat([alone[1], text.take([0]), alone[0]])
+    joined = Text.cat([alone[1], text.select([0]), alone[0]])
     assert len(joined) == 3
     x, t = latents(family, 3), torch.tensor([0.9, 0.5, 0.3])
     with torch.no_grad():
         a = family.velocity(family.base, x, t, joined)
-        b = family.velocity(family.base, x, t, text.take([1, 0, 0]))
-        other = family.velocity(family.base, x, t, text.take([0, 1, 1]))
+        b = family.velocity(family.base, x, t, text.select([1, 0, 0]))
+        other = family.velocity(family.base, x, t, text.select([0, 1, 1]))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert (a - other).abs().max() > 1e-4
 
@@ -172,7 +172,7 @@ def test_texts_can_be_taken_apart_and_put_together(families, texts):
 @both_kinds
 def test_a_new_net_is_the_base_until_it_learns_to_look(families, texts, seed):
     """It starts as the base exactly; one update opens the slot that was used, and no other."""
-    family, net = families[seed], families[seed].net()
+    family, net = families[seed], families[seed].trainable_net()
     x, t, text = latents(family, 2), torch.tensor([0.7, 0.2]), texts[seed]
     ref, other = latents(family, 2, seed=1), latents(family, 2, seed=2)
     v = family.velocity(net, x, t, text, (ref,))
@@ -215,11 +215,11 @@ def test_more_references_than_slots_are_refused(families, texts, reader):
 
 @both_kinds
 def test_gradient_flows_to_everything(families, texts, seed):
-    family, net = families[seed], families[seed].net()
+    family, net = families[seed], families[seed].trainable_net()
     torch.nn.init.normal_(net.patch_embed.proj.weight)
     x, t = latents(family, 1).requires_grad_(), torch.tensor([0.5])
     references = [latents(family, 1, seed=1).requires_grad_(), latents(family, 1, 16, 16, seed=2).requires_grad_()]
-    family.velocity(net, x, t, texts[seed].take([1]), references).square().sum().backward()
+    family.velocity(net, x, t, texts[seed].select([1]), references).square().sum().backward()
     for tensor in (x, *references):
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
@@ -235,7 +235,7 @@ def test_a_batch_is_its_items_one_by_one(families, texts, reader, count):
     with torch.no_grad():
         together = family.velocity(reader, x, t, text, refs)
         apart = [
-            family.velocity(reader, x[i : i + 1], t[i : i + 1], text.take([i]), [r[i : i + 1] for r in refs])
+            family.velocity(reader, x[i : i + 1], t[i : i + 1], text.select([i]), [r[i : i + 1] for r in refs])
             for i in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
@@ -279,7 +279,7 @@ def test_decoding_undoes_the_scaling_passes_gradient_and_is_not_clamped(families
 def test_facts_are_those_of_the_parts(families, texts, reader):
     """Sizes of `multiple` go all the way; of half of it, they do not."""
     family, t = families[0], torch.tensor([0.5])
-    facts, text = family.facts, texts[0].take([0])
+    facts, text = family.facts, texts[0].select([0])
     for height, width in ((1, 3), (5, 2)):
         image = pictures(1, height * facts.multiple, width * facts.multiple)
         x = family.encode(image)
@@ -303,7 +303,7 @@ def folder(families, tmp_path_factory):
 
 
 def test_a_net_is_a_trainable_copy_saved_and_opened(families, texts, tmp_path):
-    family, net = families[1], families[1].net()
+    family, net = families[1], families[1].trainable_net()
     before = [p.clone() for p in family.base.parameters()]
     assert net.training and all(p.requires_grad for p in net.parameters())
     assert family.base.config.in_channels == 4 and net.config.in_channels == 4 * (1 + REFERENCES)
@@ -314,7 +314,7 @@ def test_a_net_is_a_trainable_copy_saved_and_opened(families, texts, tmp_path):
     net.save_pretrained(tmp_path / "transformer")
     opened = family.open_net(tmp_path / "transformer")
     plain = SanaTransformer2DModel.from_pretrained(tmp_path / "transformer")  # diffusers alone opens it too
-    x, t, text = latents(family, 1), torch.tensor([0.5]), texts[1].take([0])
+    x, t, text = latents(family, 1), torch.tensor([0.5]), texts[1].select([0])
     with torch.no_grad():
         outs = [family.velocity(n, x, t, text, (x,)) for n in (net, opened, plain)]
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -326,7 +326,7 @@ def test_a_folder_is_loaded(families, texts, folder):
     x, t = latents(family, 1), torch.tensor([0.5])
     with torch.no_grad():
         a = loaded.velocity(loaded.base, x, t, loaded.encode_text(PROMPTS[:1]))
-        b = family.velocity(family.base, x, t, texts[1].take([0]))
+        b = family.velocity(family.base, x, t, texts[1].select([0]))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     for part in (loaded.base, loaded.pipe.vae, loaded.pipe.text_encoder):
         assert not part.training and not any(p.requires_grad for p in part.parameters())
@@ -336,7 +336,7 @@ def test_a_folder_is_loaded_in_another_type(folder):
     """Latents and velocities stay in float32, so that neither x_t nor DMD's gap is rounded to 8 bits."""
     family = Sana.load(folder, torch.bfloat16, torch.device("cpu"))
     x = family.encode(pictures(1))
-    low_net, net = family.net(), family.net().float()  # the second is what a learner makes of it
+    low_net, net = family.trainable_net(), family.trainable_net().float()  # the second is what a learner makes of it
     assert {p.dtype for p in low_net.parameters()} == {torch.bfloat16}
     assert family.decode(x).dtype is torch.bfloat16 and x.dtype is torch.float32
     text, t = family.encode_text(PROMPTS[:1]), torch.tensor([0.5])

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 
 from npedit import flow
-from npedit.families.sd3 import SD3, _corners
+from npedit.families.sd3 import SD3, _place_references
 from tests.support.family_checks import (
     GRID,
     HEIGHT,
@@ -79,7 +79,7 @@ class TestSD3(FamilyChecks):
         posterior, generator = family.pipe.vae.encode(image).latent_dist, seeded(0)
         from_mean, eps = (torch.randn(posterior.mean.shape, generator=generator) for _ in range(2))
         x0 = family.encode(pictures(1)) + posterior.std * from_mean * family.pipe.vae.config.scaling_factor
-        torch.testing.assert_close(flow.noised(x0, eps, time / 1000), theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(flow.add_noise(x0, eps, time / 1000), theirs, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("size", [(24, 40), (64, 32), (16, 16)])
     @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ class TestSD3(FamilyChecks):
     def test_references_enter_as_one_canvas_would_hold_them(self, family):
         """A picture and its reference are what the net's own forward makes of both on one canvas, when that canvas is
         given the codes of the same places: only the codes are ours."""
-        net, t, text = family.net().eval(), torch.tensor([0.6]), family.encode_text(PROMPTS[:1])
+        net, t, text = family.trainable_net().eval(), torch.tensor([0.6]), family.encode_text(PROMPTS[:1])
         x, r = latents(family, 1), latents(family, 1, seed=1)
         table, wide = net.config.pos_embed_max_size, WIDTH // family.facts.multiple
         grid = net.pos_embed.pos_embed.view(table, table, -1)
@@ -121,12 +121,12 @@ class TestSD3(FamilyChecks):
 
     def test_a_reference_lies_on_the_first_side_with_room(self):
         same = (4, 6)
-        assert _corners(4, 6, [same] * 4, 24) == [(10, 15), (14, 9), (10, 3), (6, 9)]
-        assert _corners(4, 6, [(2, 2)], 24) == [(11, 15)]
-        assert _corners(4, 10, [(4, 10)], 24) == [(14, 7)]  # no room on the right
+        assert _place_references(4, 6, [same] * 4, 24) == [(10, 15), (14, 9), (10, 3), (6, 9)]
+        assert _place_references(4, 6, [(2, 2)], 24) == [(11, 15)]
+        assert _place_references(4, 10, [(4, 10)], 24) == [(14, 7)]  # no room on the right
         for sizes in ([same] * 5, [(4, 30)], [(25, 1)]):
             with pytest.raises(ValueError, match="24 x 24.*smaller pictures or fewer"):
-                _corners(4, 6, sizes, 24)
+                _place_references(4, 6, sizes, 24)
 
     def test_too_many_references_leave_the_net_as_it_was(self, family):
         x, t, text = latents(family, 1), torch.tensor([0.6]), family.encode_text(PROMPTS[:1])

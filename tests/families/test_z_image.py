@@ -60,7 +60,9 @@ def euler(family: ZImage, x: Tensor, text: Text, references: tuple[Tensor, ...] 
         v = family.velocity(family.base, x, now.expand(len(x)), text, references)
         if blank is not None:
             scale = torch.full((len(x),), family.facts.guidance)
-            v = dmd.guided(v, family.velocity(family.base, x, now.expand(len(x)), blank, references), scale)
+            v = dmd.classifier_free_guidance(
+                v, family.velocity(family.base, x, now.expand(len(x)), blank, references), scale
+            )
         x = x + (then - now) * v
     return x
 
@@ -123,12 +125,12 @@ def test_text_is_the_pipelines_own(family):
 def test_texts_can_be_taken_apart_and_put_together(family):
     """Whatever their lengths, and whoever was encoded beside them."""
     text, alone = family.encode_text(PROMPTS), [family.encode_text([p]) for p in PROMPTS]
-    joined = Text.cat([alone[1], text.take([0]), alone[0]])
+    joined = Text.cat([alone[1], text.select([0]), alone[0]])
     assert len(joined) == 3
     x, t = latents(family, 3), torch.tensor([0.9, 0.5, 0.3])
     with torch.no_grad():
         a = family.velocity(family.base, x, t, joined)
-        b = family.velocity(family.base, x, t, text.take([1, 0, 0]))
+        b = family.velocity(family.base, x, t, text.select([1, 0, 0]))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert (family.encode_text(["a dog"]).parts[0] - family.encode_text(["a cat"]).parts[0]).abs().max() > 1e-3
 
@@ -219,7 +221,7 @@ def test_references_are_clean_whatever_the_time(family):
 
 
 def test_gradient_flows_to_everything(family):
-    net = family.net()
+    net = family.trainable_net()
     x, t, text = latents(family, 1).requires_grad_(), torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
     references = [latents(family, 1, seed=s).requires_grad_() for s in (1, 2)]
     family.velocity(net, x, t, text, references).square().sum().backward()
@@ -239,7 +241,7 @@ def test_a_batch_is_its_items_one_by_one(family, sizes):
     with torch.no_grad():
         together = family.velocity(family.base, x, t, text, refs)
         apart = [
-            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.take([i]), [r[i : i + 1] for r in refs])
+            family.velocity(family.base, x[i : i + 1], t[i : i + 1], text.select([i]), [r[i : i + 1] for r in refs])
             for i in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
@@ -248,7 +250,7 @@ def test_a_batch_is_its_items_one_by_one(family, sizes):
 def test_other_numbers_are_refused(family):
     x, t, text = latents(family, 2), torch.tensor([0.5, 0.5]), family.encode_text(PROMPTS)
     with pytest.raises(ValueError, match="expected 2 of each; got 1 prompts"):
-        family.velocity(family.base, x, t, text.take([0]))
+        family.velocity(family.base, x, t, text.select([0]))
     with pytest.raises(ValueError, match=r"references for \[1\] items"):
         family.velocity(family.base, x, t, text, (x[:1],))
 
@@ -317,7 +319,7 @@ def folder(family, tmp_path_factory):
 
 
 def test_a_net_is_a_trainable_copy_saved_and_opened(family, tmp_path):
-    net, before = family.net(), [p.clone() for p in family.base.parameters()]
+    net, before = family.trainable_net(), [p.clone() for p in family.base.parameters()]
     assert net.training and all(p.requires_grad for p in net.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     with torch.no_grad():
@@ -349,7 +351,7 @@ def test_a_folder_is_loaded_in_another_type(folder):
     assert {p.dtype for p in family.base.parameters()} == {torch.bfloat16}
     assert family.decode(x).dtype is torch.bfloat16 and x.dtype is torch.float32
     text, t = family.encode_text(PROMPTS[:1]), torch.tensor([0.5])
-    nets = family.base, family.net().float()  # the second is what a learner makes of it
+    nets = family.base, family.trainable_net().float()  # the second is what a learner makes of it
     with torch.no_grad():
         low, high = (family.velocity(net, x, t, text, (x,)) for net in nets)
     assert low.dtype is high.dtype is torch.float32

@@ -46,7 +46,7 @@ def taught(seed: int) -> SmolVLM:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     said = critic.tokenizer(SAID, add_special_tokens=False).input_ids
-    words = [critic._ids("is it ?", [])[-1], *said, critic.tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
+    words = [critic._prompt_ids("is it ?", [])[-1], *said, critic.tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
     assert len(set(words)) == len(words) and critic.tokenizer.unk_token_id not in words
     with torch.no_grad():
         embedded = model.get_input_embeddings()(torch.tensor([words[:-1]]))
@@ -116,8 +116,8 @@ def test_scores_from_logits_are_the_models_own_probabilities(tmp_path):
     found = json.loads(judge.ask("is it ?", [image], DIGITS).text)["probabilities"]
     critic: Critic = judge.critic
     pixels = critic.processor(image, do_image_splitting=False, return_tensors="pt")["pixel_values"]
-    seen = critic.see(torch.zeros(1, 3, 32, 32))
-    row = torch.tensor([critic._ids("is it ?", seen)])
+    seen = critic.encode_images(torch.zeros(1, 3, 32, 32))
+    row = torch.tensor([critic._prompt_ids("is it ?", seen)])
     with torch.no_grad():
         logits = critic.model(input_ids=row, pixel_values=pixels).logits[0, -1].double()
     spoken = {w: critic.answer_id(w) for w in DIGITS.options}

@@ -17,7 +17,7 @@ from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.nets.learner import Learner, LearnerSettings
-from npedit.nets.lora import FILE, Adapter
+from npedit.nets.lora import WEIGHTS_FILE, LoraAdapter
 from npedit.recipe.config import LoraChoice, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.base import Parts
@@ -43,7 +43,7 @@ def gradients(made: Parts, net: nn.Module) -> list[Tensor]:
     second = made.family.velocity(net, latents() - first, torch.tensor([0.6, 0.6]), text)
     with torch.no_grad():
         velocity(made, made.family.base)
-        velocity(made, made.net("fake", 1))
+        velocity(made, made.create_trainable("fake", 1))
     return list(torch.autograd.grad(second.square().mean(), trained(net)))
 
 
@@ -55,7 +55,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     made = parts(critic=False, lora=True)
     made.family.base.to(dtype)
     untouched = velocity(made, made.family.base)
-    student = made.net("student", 0)
+    student = made.create_trainable("student", 0)
     assert torch.equal(velocity(made, student), untouched)
     assert torch.equal(velocity(made, made.family.base), untouched)
     assert {p.dtype for p in trained(student)} == {torch.float32}  # master weights, whatever the base's type
@@ -71,12 +71,14 @@ def test_the_teacher_stays_whatever_the_others_learn() -> None:
     made = parts(lora=True, gradient_checkpointing=True)
     untouched, before = velocity(made, made.family.base), weights(made.family.base)
     rates = {"student": LearnerSettings(lr=0.05), "fake": LearnerSettings(lr=0.05)}
-    step = Step(NpEditSettings(fake_updates=2, critic_weight=0.5, **rates), made, made.net("student", 0), 10, 0)
+    step = Step(
+        NpEditSettings(fake_updates=2, critic_weight=0.5, **rates), made, made.create_trainable("student", 0), 10, 0
+    )
     seen = {"teacher": untouched}
     for update in range(2):
         step.step([batch(0, 1), batch(2, 3)], update)
     for name, learner in step.learners.items():
-        with learner.average() as net:
+        with learner.use_ema_weights() as net:
             seen[name] = velocity(made, net)
     assert torch.equal(velocity(made, made.family.base), untouched)
     assert torch.equal(weights(made.family.base), before)
@@ -86,7 +88,7 @@ def test_the_teacher_stays_whatever_the_others_learn() -> None:
 
 def test_gradient_reaches_the_own_adapter_alone() -> None:
     made = parts(critic=False, lora=True)
-    nets = {"student": made.net("student", 0), "fake": made.net("fake", 0)}
+    nets = {"student": made.create_trainable("student", 0), "fake": made.create_trainable("fake", 0)}
     for seed, net in enumerate(nets.values()):
         nudge(net, seed)
     for name, net in nets.items():
@@ -102,22 +104,22 @@ def test_gradient_reaches_the_own_adapter_alone() -> None:
 
 def test_another_adapter_of_a_role_replaces_it() -> None:
     made = parts(critic=False, lora=True)
-    student, old = made.net("student", 0), made.net("fake", 0)
+    student, old = made.create_trainable("student", 0), made.create_trainable("fake", 0)
     nudge(student)
     nudge(old)
     wanted = velocity(made, student)
-    new = made.net("fake", 1)
+    new = made.create_trainable("fake", 1)
     assert torch.equal(velocity(made, student), wanted)
     assert torch.equal(velocity(made, new), velocity(made, made.family.base))
     with pytest.raises(RuntimeError, match="fake.*replaced"):
         velocity(made, old)
-    again = parts(critic=False, lora=True).net("fake", 1)
+    again = parts(critic=False, lora=True).create_trainable("fake", 1)
     assert torch.equal(weights(new), weights(again)) and not torch.equal(weights(new), weights(student))
 
 
 def test_an_error_within_leaves_the_teacher_alone() -> None:
     made = parts(critic=False, lora=True)
-    student, untouched = made.net("student", 0), velocity(made, made.family.base)
+    student, untouched = made.create_trainable("student", 0), velocity(made, made.family.base)
     nudge(student)
     with pytest.raises(RuntimeError):
         made.family.velocity(student, latents(), torch.zeros(2), made.family.encode_text(["a", "b", "c"]))
@@ -132,7 +134,7 @@ def test_gradient_checkpointing_changes_no_gradient(lora: bool) -> None:
     found, counts = [], []
     for on in (False, True):
         made = parts(critic=False, lora=lora, gradient_checkpointing=on)
-        net, calls = made.net("student", 0), []
+        net, calls = made.create_trainable("student", 0), []
         block = net.single_transformer_blocks[0]
         block.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         nudge(net)
@@ -145,7 +147,7 @@ def test_gradient_checkpointing_changes_no_gradient(lora: bool) -> None:
 def test_a_checkpoint_blind_to_adapters_would_be_found() -> None:
     """Upside down: the model's own checkpointing runs the blocks again under whichever adapter is on by then."""
     made = parts(critic=False, lora=True)
-    net = made.net("student", 0)
+    net = made.create_trainable("student", 0)
     nudge(net)
     net.enable_gradient_checkpointing()
     with pytest.raises(CheckpointError):
@@ -156,7 +158,7 @@ def test_a_model_without_gradient_checkpointing_is_told_so() -> None:
     made = parts(critic=False, gradient_checkpointing=True)
     made.family.base._supports_gradient_checkpointing = False
     with pytest.raises(UserError, match="memory.gradient_checkpointing.*set it to false"):
-        made.net("student", 0)
+        made.create_trainable("student", 0)
 
 
 def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,14 +166,14 @@ def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
     real = made.family.encode_text
     monkeypatch.setattr(made.family, "encode_text", lambda prompts: asked.append(list(prompts)) or real(prompts))
     words = ["a", "", "a", "b"]
-    text, again = made.text(words), made.text(["b", "", "a"])
+    text, again = made.encode_text(words), made.encode_text(["b", "", "a"])
     assert asked == [["a"], [""], ["b"]]
     for part, swapped, plain in zip(text.parts, again.parts, real(words).parts):
         torch.testing.assert_close(part, plain, atol=1e-5, rtol=1e-4)
         assert torch.equal(part[[3, 1, 0]], swapped)
-    made.text(["", "c"])  # one too many: the prompt that was not asked for longest goes
+    made.encode_text(["", "c"])  # one too many: the prompt that was not asked for longest goes
     assert len(made.prompts) == 3 and list(made.prompts) == ["a", "", "c"]
-    made.text(["1", "2", "3", "4", "1"])
+    made.encode_text(["1", "2", "3", "4", "1"])
     assert len(made.prompts) == 3
     assert len(parts(critic=False).prompts) == 0
 
@@ -185,7 +187,7 @@ def test_frozen_parts_are_awake_while_they_are_used_and_at_no_other_time(monkeyp
 
     def note(name: str) -> None:
         used.add(name)
-        if name not in made.woken:
+        if name not in made.names_on_device:
             wrong.append(name)
 
     for name, modules in inner.items():
@@ -195,13 +197,13 @@ def test_frozen_parts_are_awake_while_they_are_used_and_at_no_other_time(monkeyp
     made.critic.model.lm_head.register_full_backward_hook(lambda *args: note("critic"))
     real = nn.Module.to
     monkeypatch.setattr(nn.Module, "to", lambda self, *args: moves.append((self, *args)) or real(self, *args))
-    step = Step(NpEditSettings(fake_updates=2), made, made.net("student", 0), 10, 0)
+    step = Step(NpEditSettings(fake_updates=2), made, made.create_trainable("student", 0), 10, 0)
     moves.clear()
     step.step([batch(0, 1), batch(2, 3)], 0)
-    assert used == {"text", "vae", "critic"} and not wrong and not made.woken
+    assert used == {"text", "vae", "critic"} and not wrong and not made.names_on_device
     assert {id(m) for m, *_ in moves} == {id(m) for m in (*inner["text"], pipe.vae, made.critic.model)}
     plain = parts()
-    other = Step(NpEditSettings(fake_updates=2), plain, plain.net("student", 0), 10, 0)
+    other = Step(NpEditSettings(fake_updates=2), plain, plain.create_trainable("student", 0), 10, 0)
     other.step([batch(0, 1), batch(2, 3)], 0)
     assert torch.equal(weights(step.learners["student"].net), weights(other.learners["student"].net))
 
@@ -268,7 +270,7 @@ def test_a_run_goes_on_bit_for_bit(whole: Path, base: Path, tmp_path: Path) -> N
     train(base, tmp_path / "run")
     ours, wanted = state(tmp_path / "run", 3), state(whole, 3)
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in wanted)
-    ours, wanted = (load_file(run / "final" / FILE) for run in (tmp_path / "run", whole))
+    ours, wanted = (load_file(run / "final" / WEIGHTS_FILE) for run in (tmp_path / "run", whole))
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in wanted)
 
 
@@ -290,34 +292,36 @@ def opened_by_diffusers(base: Path, final: Path) -> Iterator[nn.Module]:
     pipe.load_lora_weights(final)
     yield pipe.transformer
     pipe = FluxPipeline.from_pretrained(base)
-    pipe.transformer.load_lora_adapter(final, prefix="transformer", weight_name=FILE)
+    pipe.transformer.load_lora_adapter(final, prefix="transformer", weight_name=WEIGHTS_FILE)
     yield pipe.transformer
 
 
 def test_the_final_adapter_opens_in_diffusers_and_in_the_editor(whole: Path, base: Path) -> None:
     final, end = whole / "final", state(whole, 3)
-    assert {p.name for p in final.iterdir()} == {FILE, "scheduler", "npedit.json", "README.md"}
-    assert FILE in (final / "README.md").read_text()
+    assert {p.name for p in final.iterdir()} == {WEIGHTS_FILE, "scheduler", "npedit.json", "README.md"}
+    assert WEIGHTS_FILE in (final / "README.md").read_text()
     editor = Editor.open(whole, device="cpu")
     fresh = Parts(Flux.load(base, torch.float32, torch.device("cpu")), None, "short", torch.device("cpu"),
                   LoraChoice(rank=4, alpha=6.0))  # fmt: skip
-    student = fresh.net("student", 0)
+    student = fresh.create_trainable("student", 0)
     with torch.no_grad():
         for name, p in student.named_parameters():
             if p.requires_grad:
                 p.copy_(end[f"student/ema.{name}"])
     wanted, untouched = velocity(fresh, student).detach(), velocity(fresh, fresh.family.base)
     assert (wanted - untouched).abs().max() > 1e-4
-    assert isinstance(editor.net, Adapter) and not trained(editor.net)
+    assert isinstance(editor.net, LoraAdapter) and not trained(editor.net)
     torch.testing.assert_close(velocity(fresh, editor.net), wanted, atol=1e-6, rtol=0)
     for net in opened_by_diffusers(base, final):
         torch.testing.assert_close(velocity(fresh, net), wanted, atol=1e-6, rtol=0)
-    assert torch.equal(velocity(fresh, editor.family.net()), untouched)  # "the start", which the demo compares with
+    assert torch.equal(
+        velocity(fresh, editor.family.trainable_net()), untouched
+    )  # "the start", which the demo compares with
 
 
 def test_a_file_without_an_adapter_is_refused(whole: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "final", tmp_path / "final")
-    save_file({"other": torch.zeros(1)}, tmp_path / "final" / FILE)
+    save_file({"other": torch.zeros(1)}, tmp_path / "final" / WEIGHTS_FILE)
     with pytest.raises(UserError, match="expected keys that begin with transformer"):
         Editor.open(tmp_path / "final", device="cpu")
 

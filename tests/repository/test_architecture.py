@@ -28,7 +28,7 @@ LONG = {
     "src/npedit/toy_models/fit.py::fit": "one training loop, read from top to bottom",
     "src/npedit/toy_models/critic.py::loss": "the loss inside it",
     "tests/steps/test_np_edit.py": "one step, many proofs; split it when it grows again",
-    "src/npedit/toy_models/critic.py::teach_critic": "one loss with its helping heads, read from top to bottom",
+    "src/npedit/toy_models/critic.py::train_critic": "one loss with its helping heads, read from top to bottom",
 }
 
 # Outside packages stay in their place: here, and nowhere else in the package.
@@ -295,9 +295,9 @@ def test_shapes_are_checked() -> None:
     from npedit import flow
 
     x0, t = torch.zeros(2, 3, 4, 4), torch.zeros(2)
-    assert flow.noised(x0, x0, t).shape == x0.shape
+    assert flow.add_noise(x0, x0, t).shape == x0.shape
     with pytest.raises(TypeCheckError, match="eps"):
-        flow.noised(x0, torch.zeros(2, 3, 4, 1), t)  # plain torch would broadcast it
+        flow.add_noise(x0, torch.zeros(2, 3, 4, 1), t)  # plain torch would broadcast it
 
 
 @pytest.mark.parametrize("method", ["connect", "connect_ex"])

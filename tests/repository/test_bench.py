@@ -56,7 +56,7 @@ def test_a_critic_unshared_answers_the_same_and_looks_more_often(bench) -> None:
     looks = [(0,), (0, 1), (1, 0)]
     answers, seen = [], []
     for one in (critic, Unshared(critic)):
-        tokens = one.see(pictures)
+        tokens = one.encode_images(pictures)
         hook = critic.model.model.vision_tower.register_forward_pre_hook(
             lambda m, a, k: seen.append(1), with_kwargs=True
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from npedit.data import Batch, Example, PairedBatch, imagefolder, toy
-from npedit.generator import edit
+from npedit.generator import edit_images
 from npedit.steps import np_edit, reference_copy
 from npedit.toy import world
 from npedit.toy.dataset import write_dataset
@@ -53,7 +53,7 @@ def train(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         (reference_copy, reference_copy.CopySettings()),
         (np_edit, np_edit.NpEditSettings(fake_updates=1, critic_weight=1.0)),
     ):
-        step = module.Step(settings, frozen, frozen.family.net(), 2, 0)
+        step = module.Step(settings, frozen, frozen.family.trainable_net(), 2, 0)
         each = step.batches_per_update(settings)
         for update in range(2):
             step.step([source.batch(update * each + i, 3) for i in range(each)], update)
@@ -113,10 +113,10 @@ def test_the_toy_never_draws_an_edited_scene(monkeypatch):
         monkeypatch.setattr(module, "render", noted)
     source, frozen = toy.Source(toy.Settings(), 3), parts()
     settings = np_edit.NpEditSettings(fake_updates=1)
-    step = np_edit.Step(settings, frozen, frozen.family.net(), 1, 0)
+    step = np_edit.Step(settings, frozen, frozen.family.trainable_net(), 1, 0)
     given = [source.batch(i, 4) for i in range(2)]
     step.step(given, 0)
-    edit(frozen.family, step.learners["student"].net, given[0].references, given[0].instructions, steps=2)
+    edit_images(frozen.family, step.learners["student"].net, given[0].references, given[0].instructions, steps=2)
     edits = [sample_edit(random.Random(f"3/{i}")) for i in range(8)]
     assert drawn == [e.reference for e in edits]
     assert all(e.target != e.reference for e in edits)
@@ -128,7 +128,7 @@ def test_a_paired_source_is_not_looked_at():
     found = []
     for edited in (None, torch.full((2, 3, 16, 16), torch.nan)):
         frozen, settings = parts(), np_edit.NpEditSettings(fake_updates=1)
-        step = np_edit.Step(settings, frozen, frozen.family.net(), 1, 0)
+        step = np_edit.Step(settings, frozen, frozen.family.trainable_net(), 1, 0)
         given = [batch(0, 1), batch(2, 3)]
         step.step(given if edited is None else [PairedBatch(**vars(b), edited=edited) for b in given], 0)
         found.append(weights(step.learners["student"].net))
@@ -138,4 +138,4 @@ def test_a_paired_source_is_not_looked_at():
 def test_no_field_could_hold_an_edited_image():
     pictures = [f.name for kind in (Example, Batch) for f in dataclasses.fields(kind) if "Tensor" in str(f.type)]
     assert pictures == ["reference", "references"]
-    assert not [f for f in imagefolder.FIELDS if imagefolder.TARGET_LIKE.fullmatch(f)]
+    assert not [f for f in imagefolder.FIELDS if imagefolder.EDITED_COLUMN.fullmatch(f)]

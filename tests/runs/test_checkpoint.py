@@ -173,7 +173,7 @@ def test_an_old_run_is_refused_where_a_new_one_is_wanted(tmp_path: Path) -> None
 
 def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
     with checkpoint.claimed(tmp_path / "run", recipe(), True):
-        with pytest.raises(UserError, match="another process"), checkpoint.claimed(tmp_path / "run", recipe(), True):
+        with pytest.raises(UserError, match="held by process"), checkpoint.claimed(tmp_path / "run", recipe(), True):
             pass
     with checkpoint.claimed(tmp_path / "run", recipe(), True):
         pass
@@ -205,7 +205,7 @@ def test_rows(tmp_path: Path) -> None:
 
 def test_the_final_folder_opens_in_diffusers(tmp_path: Path) -> None:
     family = Flux.tiny(0)
-    net, scheduler = family.net(), family.few_step_scheduler(6.0)
+    net, scheduler = family.trainable_net(), family.few_step_scheduler(6.0)
     for _ in range(2):  # the second replaces the first
         folder = checkpoint.write_final(tmp_path, recipe(), net, scheduler, [1, 0.9474, 0.8571, 0.6667], [(32, 48)])
     opened = FluxTransformer2DModel.from_pretrained(folder / "transformer")

@@ -24,12 +24,15 @@ def test_it_is_the_probability_of_the_wanted_answers(critic: LlavaOnevision) -> 
     wanted = []
     for i in range(3):
         for q in questions_for(given.edit_types[i], given.instructions[i], given.objects[i], "short"):
-            see = {"reference": critic.see(given.references[i : i + 1])[0], "edited": critic.see(edited[i : i + 1])[0]}
+            see = {
+                "reference": critic.encode_images(given.references[i : i + 1])[0],
+                "edited": critic.encode_images(edited[i : i + 1])[0],
+            }
             margin = critic.margin([q.text], [[see[n] for n in q.looks_at]])
             wanted.append((q.answer * margin).sigmoid())
     torch.testing.assert_close(found.p, torch.cat(wanted).detach(), atol=1e-5, rtol=1e-5)
     joint = torch.tensor([found.p[0] * found.p[1], found.p[2] * found.p[3], found.p[4]])
-    torch.testing.assert_close(found.joint(), joint)
+    torch.testing.assert_close(found.joint_probability(), joint)
 
 
 def test_it_can_ask_in_chunks_and_holds_pictures_to_the_range(critic: LlavaOnevision) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npedit.generator import seeded
+from npedit.generator import seeded_generator
 from npedit.steps import np_edit
-from npedit.steps.base import Clock
+from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
 from tests.support.parts import batch, parts
 
@@ -19,7 +19,7 @@ def frozen():
 
 def make(frozen, **settings) -> Step:
     chosen = NpEditSettings(**{"critic_weight": 0.5, "fake_updates": 1, "ramp_updates": 0, **settings})
-    return Step(chosen, frozen, frozen.family.net(), updates=10, seed=0)
+    return Step(chosen, frozen, frozen.family.trainable_net(), updates=10, seed=0)
 
 
 def shown(step: Step, *batches: tuple[float, float]) -> list[float]:
@@ -33,7 +33,7 @@ def shown(step: Step, *batches: tuple[float, float]) -> list[float]:
         return {}
 
     step.learners["student"].update = update
-    step._student_update([], 0, Clock())
+    step._update_student([], 0, Timers())
     return found
 
 
@@ -41,8 +41,8 @@ def test_balance_brings_the_critic_to_its_share_of_dmd(frozen):
     given = batch(0, 1, 2)
     x0 = frozen.family.encode(given.references) + 0.1
     plain, matched = make(frozen, critic_weight=0.25), make(frozen, critic_weight=0.25, balance="match")
-    _, before = plain._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
-    _, after = matched._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    _, before = plain._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
+    _, after = matched._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
     assert after["grad_norm/from_dmd"] == before["grad_norm/from_dmd"]
     assert after["grad_norm/from_critic"] == pytest.approx(0.25 * after["grad_norm/from_dmd"], rel=1e-4)
     assert before["grad_norm/from_critic"] != pytest.approx(0.25 * before["grad_norm/from_dmd"], rel=0.1)
@@ -63,25 +63,25 @@ def test_accumulated_batches_move_the_sizes_once(frozen):
     for step, batches in ((one, [(3.0, 4.0)]), (two, [(2.0, 5.0), (4.0, 3.0)])):
         shown(step, (1.0, 2.0))
         shown(step, *batches)
-    torch.testing.assert_close(two.sizes, torch.tensor([1.1, 2.1]))
-    torch.testing.assert_close(two.sizes, one.sizes)
+    torch.testing.assert_close(two.running_norms, torch.tensor([1.1, 2.1]))
+    torch.testing.assert_close(two.running_norms, one.running_norms)
 
 
 def test_a_whole_update_of_two_batches_moves_the_sizes_once(frozen):
     step = make(frozen, balance="match")
     step.step([batch(0, 1)], 0)
-    start, seen = step.sizes.clone(), []
+    start, seen = step.running_norms.clone(), []
     norms, real = [], step._critic_scale
 
     def noted(from_critic, from_dmd):
         norms.append(torch.stack([from_critic.norm() / step.settings.critic_weight, from_dmd.norm()]))
-        seen.append(step.sizes.clone())
+        seen.append(step.running_norms.clone())
         return real(from_critic, from_dmd)
 
     step._critic_scale = noted
     step.step([batch(i, i + 1) for i in range(2)], 1)
     assert len(norms) == 2 and all(torch.equal(s, start) for s in seen)
-    torch.testing.assert_close(step.sizes, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
+    torch.testing.assert_close(step.running_norms, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
 
 
 def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
@@ -90,8 +90,8 @@ def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
     x0 = frozen.family.encode(given.references) + 0.1
     plain, by_item = make(frozen), make(frozen, critic_weight=0.25, balance="item")
     before, wrong, _ = plain._critic_gradient(given, x0, 0)
-    from_dmd = make(frozen, critic_weight=0.0)._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())[0]
-    both, _ = by_item._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    from_dmd = make(frozen, critic_weight=0.0)._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())[0]
+    both, _ = by_item._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
     after = both - from_dmd
     assert ((wrong > 0) & (wrong < 1)).all()
     sizes = after.flatten(1).norm(dim=1)
@@ -103,13 +103,13 @@ def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
 def test_by_item_two_processes_weigh_as_one(frozen, monkeypatch):
     """And they keep the same sizes, so that a run may go on with another number of processes."""
     one, two = make(frozen, balance="item"), make(frozen, balance="item")
-    critic, half = torch.ones(4, 3), torch.randn(2, 3, generator=seeded("d"))
+    critic, half = torch.ones(4, 3), torch.randn(2, 3, generator=seeded_generator("d"))
     alone = one._critic_scale(critic, torch.cat([half, half]) / 4)
-    monkeypatch.setattr(np_edit, "whole", lambda size: 2 * size)
-    monkeypatch.setattr(np_edit, "whole_norm", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2)  # both alike
+    monkeypatch.setattr(np_edit, "global_batch_size", lambda size: 2 * size)
+    monkeypatch.setattr(np_edit, "global_norm", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2)  # both alike
     each = two._critic_scale(critic[:2], half / 2)
     assert each / 2 == pytest.approx(alone)  # the learner takes the mean of the two gradients
-    torch.testing.assert_close(two._sizes_now(), one._sizes_now())
+    torch.testing.assert_close(two._updated_norms(), one._updated_norms())
 
 
 def test_how_wrong_an_item_is_is_the_mean_over_its_questions(frozen):

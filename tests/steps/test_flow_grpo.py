@@ -13,9 +13,9 @@ from npedit.data import PairedBatch
 from npedit.errors import UserError
 from npedit.recipe.config import Recipe, check, make_recipe
 from npedit.runs import checkpoint
-from npedit.scoring.critic_scores import Verdict, verdict
+from npedit.scoring.critic_scores import CriticScores, verdict
 from npedit.steps.base import Parts
-from npedit.steps.flow_grpo import FlowGrpoSettings, Samples, Step
+from npedit.steps.flow_grpo import FlowGrpoSettings, Step, Trajectories
 from npedit.training import trainer
 from tests.support.parts import batch, nets, nudge, parts, trained, weights
 
@@ -28,10 +28,10 @@ def frozen() -> Parts:
 
 
 def make(frozen: Parts, seed: int = 0, **settings) -> Step:
-    return Step(FlowGrpoSettings(**(SMALL | settings)), frozen, frozen.net("student", 0), 10, seed)
+    return Step(FlowGrpoSettings(**(SMALL | settings)), frozen, frozen.create_trainable("student", 0), 10, seed)
 
 
-def sampled(step: Step, numbers: tuple[int, ...] = (0, 1), update: int = 0) -> tuple[Samples, list[dict]]:
+def sampled(step: Step, numbers: tuple[int, ...] = (0, 1), update: int = 0) -> tuple[Trajectories, list[dict]]:
     metrics: list[dict] = []
     return step._sample(batch(*numbers), update, 0, metrics), metrics
 
@@ -69,7 +69,7 @@ def test_trajectories_are_the_sdes_with_the_editors_own_reading_of_references(fr
             x, t, after = found.states[k][rows], found.times[k], found.times[k + 1]
             with torch.no_grad():
                 v = family.velocity(net, x, torch.full((2,), t), text, (latents,))
-            mean, std = grpo.transition(x, v, t, after, 0.7)
+            mean, std = grpo.sde_step(x, v, t, after, 0.7)
             noise = (found.states[k + 1][rows] - mean) / std
             assert noise.std() == pytest.approx(1, abs=0.2)
             wanted = Normal(mean, std).log_prob(found.states[k + 1][rows]).mean((1, 2, 3))
@@ -90,7 +90,7 @@ def test_the_reward_is_the_product_of_the_critics_answers_on_what_the_last_step_
     with torch.no_grad():
         v = family.velocity(step.learners["student"].net, x, torch.full((6,), t), found.text, (found.references,))
     torch.testing.assert_close(x0, x - t * v, atol=1e-5, rtol=1e-5)
-    wanted = [verdict(frozen.critic, "short", given, real(x0[i : i + 2])).joint() for i in (0, 2, 4)]
+    wanted = [verdict(frozen.critic, "short", given, real(x0[i : i + 2])).joint_probability() for i in (0, 2, 4)]
     assert rewards["reward/mean"] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)
     torch.testing.assert_close(found.advantages.view(3, 2), grpo.advantages(torch.stack(wanted)), atol=0.02, rtol=0.02)
     assert set(said) == {"critic/p_edit", "critic/p_identity", "critic/p_yes/recolour", "critic/p_yes/remove"}
@@ -107,9 +107,9 @@ def test_the_gradient_is_the_written_out_one(frozen: Parts) -> None:
     def written(k: int) -> torch.Tensor:
         x, t = found.states[k], torch.full((6,), found.times[k])
         step_to = (found.times[k], found.times[k + 1], 0.7)
-        mean, std = grpo.transition(x, family.velocity(net, x, t, found.text, (found.references,)), *step_to)
+        mean, std = grpo.sde_step(x, family.velocity(net, x, t, found.text, (found.references,)), *step_to)
         with torch.no_grad():
-            other = grpo.transition(x, family.velocity(start, x, t, found.text, (found.references,)), *step_to)[0]
+            other = grpo.sde_step(x, family.velocity(start, x, t, found.text, (found.references,)), *step_to)[0]
         now = Normal(mean, std).log_prob(found.states[k + 1]).mean((1, 2, 3))
         kl = torch.distributions.kl_divergence(Normal(mean, std), Normal(other, std)).mean()
         return -(found.advantages * now).mean() + 0.5 * kl
@@ -126,7 +126,7 @@ def test_the_reference_policy_is_the_start_and_stays_it(frozen: Parts) -> None:
     for mean, (state, t, after) in zip(first.reference, zip(first.states, first.times, first.times[1:])):
         with torch.no_grad():
             v = step._velocity(state, t, first.text, first.references)
-        torch.testing.assert_close(mean, grpo.transition(state, v, t, after, 0.7)[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(mean, grpo.sde_step(state, v, t, after, 0.7)[0], atol=1e-6, rtol=1e-6)
     before = weights(step.learners["student"].net)
     nudge(step.learners["student"].net)
     away = weights(step.learners["student"].net)
@@ -135,13 +135,13 @@ def test_the_reference_policy_is_the_start_and_stays_it(frozen: Parts) -> None:
     metrics: list[dict] = []
     assert float(step._loss(second, 0, metrics).detach()) != 0 and metrics[0]["loss/kl"] > 0
     kept = torch.cat([p.double().flatten() for p in step.start.values()])
-    assert torch.equal(kept, torch.cat([p.double().flatten() for p in trained(frozen.family.net())]))
+    assert torch.equal(kept, torch.cat([p.double().flatten() for p in trained(frozen.family.trainable_net())]))
     assert not torch.equal(before, away)
 
 
 def test_equal_rewards_move_nothing(frozen: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     def same(critic, wording, given, edited):
-        return Verdict(tuple(range(len(given))), ("edit",) * len(given), torch.full((len(given),), 0.3))
+        return CriticScores(tuple(range(len(given))), ("edit",) * len(given), torch.full((len(given),), 0.3))
 
     monkeypatch.setattr("npedit.steps.flow_grpo.verdict", same)
     step = make(frozen)
@@ -156,7 +156,7 @@ def test_the_policy_finds_what_the_reward_pays_for(monkeypatch: pytest.MonkeyPat
 
     def bright(critic, wording, given, edited):
         p = (4 * (edited.mean((1, 2, 3)) - 0.5)).sigmoid()
-        return Verdict(tuple(range(len(given))), ("edit",) * len(given), p)
+        return CriticScores(tuple(range(len(given))), ("edit",) * len(given), p)
 
     monkeypatch.setattr("npedit.steps.flow_grpo.verdict", bright)
     gained = {}

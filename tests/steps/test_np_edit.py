@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from npedit import dmd, flow
 from npedit.critics.base import answer_loss
 from npedit.errors import UserError
-from npedit.generator import seeded
+from npedit.generator import seeded_generator
 from npedit.questions import WORDINGS, questions_for
 from npedit.recipe.config import check
 from npedit.steps import np_edit
-from npedit.steps.base import Clock
+from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
 from tests.support.parts import batch, nets, nudge, parts, trained, weights
 
@@ -34,7 +34,7 @@ def frozen(request):
 
 def make(frozen, seed: int = 0, **settings) -> Step:
     chosen = NpEditSettings(**{**WHOLE, **settings})
-    return Step(chosen, frozen, frozen.net("student", seed), updates=10, seed=seed)
+    return Step(chosen, frozen, frozen.create_trainable("student", seed), updates=10, seed=seed)
 
 
 def batches(step: Step, accumulate: int = 1):
@@ -61,7 +61,7 @@ def still_noise(monkeypatch) -> None:
         one = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(5)).to(like)
         return [one.expand(like.shape) for _ in range(count)]
 
-    monkeypatch.setattr(np_edit, "fresh_noise", same)
+    monkeypatch.setattr(np_edit, "sample_noise", same)
 
 
 def student_gradient(step: Step, given, update: int = 0) -> list[Tensor]:
@@ -75,7 +75,7 @@ def student_gradient(step: Step, given, update: int = 0) -> list[Tensor]:
         return {}
 
     step.learners["student"].update = collect
-    step._fake_update = lambda *args: {}
+    step._update_fake_score = lambda *args: {}
     step.step(given, update)
     return [p.grad.clone() for p in trained(step.learners["student"].net)]
 
@@ -150,9 +150,9 @@ def written_out(step: Step, given, update: int) -> Tensor:
     numbers."""
     s, family, critic = step.settings, step.parts.family, step.parts.critic
     student, fake, teacher = step.learners["student"].net, step.learners["fake"].net, family.base
-    b, generator = len(given), seeded(step.seed, "student", update, 0)
+    b, generator = len(given), seeded_generator(step.seed, "student", update, 0)
     references = family.encode(given.references)
-    k = int(torch.randint(4, (), generator=seeded(step.seed, "times", update)))
+    k = int(torch.randint(4, (), generator=seeded_generator(step.seed, "times", update)))
     schedule = flow.few_step_times(4, family.shift(16, 16)).tolist()
     x0, words = None, family.encode_text(given.instructions)
     for time in schedule[:1] + ([schedule[k]] if k else []):
@@ -178,7 +178,7 @@ def written_out(step: Step, given, update: int) -> Tensor:
     for i in range(b):
         pictures = {"reference": given.references[i], "edited": images[i]}
         for q in questions_for(given.edit_types[i], given.instructions[i], given.objects[i], "short"):
-            seen = [critic.see(pictures[name][None])[0] for name in q.looks_at]
+            seen = [critic.encode_images(pictures[name][None])[0] for name in q.looks_at]
             p = torch.sigmoid(q.answer * ramp * critic.margin([q.text], [seen]))
             total = total - s.critic_weight * (1.0 if q.kind == "edit" else s.identity_weight) * p.log().sum() / b
         if given.edit_types[i] == "nothing":
@@ -204,7 +204,7 @@ def test_the_students_gradient_is_that_of_the_written_out_loss(frozen, update):
 
 def test_both_unrollings_are_met(frozen):
     """The updates above draw different transitions, the first call alone among them."""
-    lengths = {int(torch.randint(4, (), generator=seeded(0, "times", u))) for u in (0, 1, 3, 4, 5, 6)}
+    lengths = {int(torch.randint(4, (), generator=seeded_generator(0, "times", u))) for u in (0, 1, 3, 4, 5, 6)}
     assert len(lengths) >= 3
 
 
@@ -213,7 +213,7 @@ def test_the_vocabulary_loss_is_used_when_asked_for(frozen):
     x0 = frozen.family.encode(given.references)
     for answer in ("two_way", "vocabulary"):
         step = make(frozen, answer=answer, dmd_weight=0.0)
-        gradient, metrics = step._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+        gradient, metrics = step._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
         gradients.append((gradient, metrics["loss/critic_edit"]))
     assert gradients[1][1] > gradients[0][1]  # the other words take probability
     assert not torch.allclose(gradients[0][0], gradients[1][0], rtol=0.1)
@@ -229,11 +229,14 @@ def test_a_constant_margin_gives_no_gradient(frozen):
     given = batch(0, 1, 2)
     x0 = frozen.family.encode(given.references)
     step = make(frozen, dmd_weight=0.0)
-    gradient, metrics = step._gradient_at_draft(given, x0, x0 + 0.1, 0, seeded("g"), Clock())
+    gradient, metrics = step._gradient_at_x0(given, x0, x0 + 0.1, 0, seeded_generator("g"), Timers())
     assert metrics["grad_norm/from_critic"] == 0 and not gradient.any()
     assert metrics["loss/critic_edit"] > 0
     with_eyes = make(parts(), dmd_weight=0.0)
-    assert with_eyes._gradient_at_draft(given, x0, x0 + 0.1, 0, seeded("g"), Clock())[1]["grad_norm/from_critic"] > 1e-6
+    assert (
+        with_eyes._gradient_at_x0(given, x0, x0 + 0.1, 0, seeded_generator("g"), Timers())[1]["grad_norm/from_critic"]
+        > 1e-6
+    )
 
 
 def test_do_nothing_items_get_the_identity_question_alone(frozen, monkeypatch):
@@ -254,9 +257,11 @@ def test_do_nothing_items_get_the_identity_question_alone(frozen, monkeypatch):
 
 def test_the_removal_question_looks_at_the_edit_alone(frozen, monkeypatch):
     step, given, looks = make(frozen, dmd_weight=0.0), batch(1), []
-    real, real_see = frozen.critic.logits, frozen.critic.see
+    real, real_encode = frozen.critic.logits, frozen.critic.encode_images
     seen_images = []
-    monkeypatch.setattr(frozen.critic, "see", lambda images: seen_images.append(real_see(images)) or seen_images[-1])
+    monkeypatch.setattr(
+        frozen.critic, "encode_images", lambda images: seen_images.append(real_encode(images)) or seen_images[-1]
+    )
     monkeypatch.setattr(frozen.critic, "logits", lambda q, seen: looks.extend(seen) or real(q, seen))
     step.step([given], 0)
     reference, edited = seen_images[0][0], seen_images[1][0]
@@ -270,24 +275,27 @@ def test_the_copy_loss_is_for_do_nothing_items_only(frozen):
     references = frozen.family.encode(given.references)
     step = make(frozen, critic_weight=0.0, dmd_weight=0.0, copy_weight=2.0)
     x0 = references + 1
-    gradient, metrics = step._gradient_at_draft(given, references, x0, 0, seeded("g"), Clock())
+    gradient, metrics = step._gradient_at_x0(given, references, x0, 0, seeded_generator("g"), Timers())
     assert not gradient[0].any() and not gradient[2].any()
     torch.testing.assert_close(gradient[1], torch.full_like(gradient[1], 2.0 * 2 / references.numel()))
     assert metrics["loss/copy"] == pytest.approx(1)
-    assert "loss/copy" not in step._gradient_at_draft(batch(0, 2), references[:2], x0[:2], 0, seeded("g"), Clock())[1]
+    assert (
+        "loss/copy"
+        not in step._gradient_at_x0(batch(0, 2), references[:2], x0[:2], 0, seeded_generator("g"), Timers())[1]
+    )
 
 
 def test_logged_answers_are_those_of_the_critic(frozen):
     given = batch(0, 1, 2)
     x0 = frozen.family.encode(given.references)
     step = make(frozen, dmd_weight=0.0)
-    _, metrics = step._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())
+    _, metrics = step._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
     images, critic = frozen.family.decode(x0), frozen.critic
     margins = {}
     for i, kind in enumerate(given.edit_types):
         for q in questions_for(kind, given.instructions[i], given.objects[i], "short"):
             pictures = {"reference": given.references[i], "edited": images[i]}
-            seen = [critic.see(pictures[n][None])[0] for n in q.looks_at]
+            seen = [critic.encode_images(pictures[n][None])[0] for n in q.looks_at]
             margins[kind, q.kind] = (float(critic.margin([q.text], [seen])), q.answer)
     for kind in given.edit_types:
         margin, answer = margins[kind, "edit"]
@@ -306,12 +314,14 @@ def test_the_critics_logits_start_soft(frozen):
     x0 = frozen.family.encode(given.references)
     step, seen = make(frozen, dmd_weight=0.0, ramp_from=0.2, ramp_updates=10), {}
     for update in (0, 5, 10, 1000):
-        _, metrics = step._gradient_at_draft(given, x0, x0, update, seeded("g"), Clock())
+        _, metrics = step._gradient_at_x0(given, x0, x0, update, seeded_generator("g"), Timers())
         seen[update] = (metrics["critic/inverse_temperature"], metrics["grad_norm/from_critic"])
     assert [seen[u][0] for u in (0, 5, 10, 1000)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
     assert seen[0][1] < 0.4 * seen[10][1]
     at_once = make(frozen, dmd_weight=0.0, ramp_updates=0)
-    assert at_once._gradient_at_draft(given, x0, x0, 0, seeded("g"), Clock())[1]["critic/inverse_temperature"] == 1
+    assert (
+        at_once._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())[1]["critic/inverse_temperature"] == 1
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the DMD
@@ -338,9 +348,9 @@ def test_teacher_and_fake_see_the_caption_and_no_reference(frozen, monkeypatch):
 def test_the_first_fake_update_takes_the_students_own_draft(frozen, monkeypatch):
     """The second takes a draft of a further batch; both unroll the same transitions in one update."""
     step, taught, made = make(frozen), [], []
-    calls, real, drafts = watched(frozen, monkeypatch), dmd.fake_loss, step._draft
-    monkeypatch.setattr(dmd, "fake_loss", lambda v, x0, eps: taught.append(x0) or real(v, x0, eps))
-    step._draft = lambda *given: made.append(drafts(*given)) or made[-1]
+    calls, real, generate = watched(frozen, monkeypatch), dmd.fake_score_loss, step._generate
+    monkeypatch.setattr(dmd, "fake_score_loss", lambda v, x0, eps: taught.append(x0) or real(v, x0, eps))
+    step._generate = lambda *given: made.append(generate(*given)) or made[-1]
     step.step(batches(step), 2)
     assert len(made) == len(taught) == 2
     for draft, lesson in zip(made, taught):
@@ -350,8 +360,8 @@ def test_the_first_fake_update_takes_the_students_own_draft(frozen, monkeypatch)
 
 
 def test_guidance_follows_the_edit_type(frozen, monkeypatch):
-    step, scales, real = make(frozen, guidance=2.0, guidance_by_type={"remove": 7.5}), [], dmd.guided
-    monkeypatch.setattr(dmd, "guided", lambda c, u, scale: scales.append(scale) or real(c, u, scale))
+    step, scales, real = make(frozen, guidance=2.0, guidance_by_type={"remove": 7.5}), [], dmd.classifier_free_guidance
+    monkeypatch.setattr(dmd, "classifier_free_guidance", lambda c, u, scale: scales.append(scale) or real(c, u, scale))
     step.step(batches(step), 0)
     assert scales[0].tolist() == [2.0, 7.5, 2.0]  # recolour, remove, add
 
@@ -426,12 +436,12 @@ def test_a_batch_of_three_is_its_items_one_by_one(frozen, monkeypatch):
     still_noise(monkeypatch)
     step = make(frozen, t_min=0.5, t_max=0.5, guidance_by_type={"remove": 6.0})
     given = batch(0, 1, 2, nothing=(2,))
-    x0 = frozen.family.encode(given.references) + 0.2 * torch.randn(3, 4, 4, 4, generator=seeded("away"))
+    x0 = frozen.family.encode(given.references) + 0.2 * torch.randn(3, 4, 4, 4, generator=seeded_generator("away"))
     references = frozen.family.encode(given.references)
-    together, _ = step._gradient_at_draft(given, references, x0, 0, seeded("g"), Clock())
+    together, _ = step._gradient_at_x0(given, references, x0, 0, seeded_generator("g"), Timers())
     for i in range(3):
         one = batch(i, nothing=(2,))
-        alone, _ = step._gradient_at_draft(one, references[i : i + 1], x0[i : i + 1], 0, seeded("g"), Clock())
+        alone, _ = step._gradient_at_x0(one, references[i : i + 1], x0[i : i + 1], 0, seeded_generator("g"), Timers())
         assert alone.norm() > 1e-5
         torch.testing.assert_close(3 * together[i], alone[0], rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
 
@@ -459,8 +469,8 @@ def test_accumulation_gives_every_batch_one_place(frozen):
             return real(losses)
 
         learner.update = update
-    real = step._draft
-    step._draft = lambda one, *rest: taken.append(one) or real(one, *rest)
+    real = step._generate
+    step._generate = lambda one, *rest: taken.append(one) or real(one, *rest)
     step.step(given, 0)
     assert used == [("student", 2), ("fake", 2), ("fake", 2)]
     assert sorted(map(id, taken)) == sorted(map(id, given))

@@ -19,7 +19,7 @@ def frozen():
 
 
 def make(frozen, seed: int = 0, updates: int = 10, **settings) -> Step:
-    return Step(CopySettings(**settings), frozen, frozen.family.net(), updates, seed)
+    return Step(CopySettings(**settings), frozen, frozen.family.trainable_net(), updates, seed)
 
 
 def watched(frozen, monkeypatch) -> list[dict]:

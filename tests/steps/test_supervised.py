@@ -10,7 +10,7 @@ import torch
 from npedit import flow
 from npedit.data import PairedBatch
 from npedit.errors import UserError
-from npedit.generator import fresh_noise, seeded, training_times
+from npedit.generator import sample_noise, sample_training_times, seeded_generator
 from npedit.recipe.config import Recipe, check, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.supervised import Step, SupervisedSettings
@@ -24,7 +24,7 @@ def frozen():
 
 
 def make(frozen, **settings) -> Step:
-    return Step(SupervisedSettings(**settings), frozen, frozen.family.net(), 10, 7)
+    return Step(SupervisedSettings(**settings), frozen, frozen.family.trainable_net(), 10, 7)
 
 
 def paired(*numbers: int) -> PairedBatch:
@@ -45,9 +45,9 @@ def recipe(step: str, data: str) -> Recipe:
 def test_the_loss_is_the_written_out_one(frozen, update: int) -> None:
     step, given, family = make(frozen), paired(0, 1, 2), frozen.family
     schedule = flow.few_step_times(4, family.shift(16, 16))
-    times = training_times(schedule, seeded(7, "times", update))
+    times = sample_training_times(schedule, seeded_generator(7, "times", update))
     references, wanted = family.encode(given.references), family.encode(given.edited)
-    noise = fresh_noise(references, len(times), seeded(7, "supervised", update, 0))
+    noise = sample_noise(references, len(times), seeded_generator(7, "supervised", update, 0))
     text, net = family.encode_text(given.instructions), step.learners["student"].net
     with torch.no_grad():
         x0 = noise[0] - family.velocity(net, noise[0], torch.ones(3), text, (references,))
@@ -71,8 +71,8 @@ def test_flow_matching_is_the_written_out_one(frozen, monkeypatch: pytest.Monkey
     monkeypatch.setattr(family, "velocity", noted)
     loss = step.step([given], 0)["loss/supervised"]
     ((x, t, (latents,), v),) = calls
-    even = torch.rand(3, generator=seeded(7, "supervised", 0, 0))
-    torch.testing.assert_close(t, flow.shifted(even, family.shift(16, 16)))
+    even = torch.rand(3, generator=seeded_generator(7, "supervised", 0, 0))
+    torch.testing.assert_close(t, flow.shift_times(even, family.shift(16, 16)))
     assert torch.equal(latents, family.encode(given.references))
     wanted, s = family.encode(given.edited), t.view(-1, 1, 1, 1)
     eps = (x - (1 - s) * wanted) / s
@@ -82,7 +82,7 @@ def test_flow_matching_is_the_written_out_one(frozen, monkeypatch: pytest.Monkey
 
 def test_both_unrollings_are_met_above(frozen) -> None:
     schedule = flow.few_step_times(4, frozen.family.shift(16, 16))
-    assert {len(training_times(schedule, seeded(7, "times", u))) for u in range(5)} == {1, 2}
+    assert {len(sample_training_times(schedule, seeded_generator(7, "times", u))) for u in range(5)} == {1, 2}
 
 
 @pytest.mark.parametrize("loss", ["unrolled", "flow"])

@@ -19,7 +19,7 @@ from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe
 from npedit.study import page as study_page
 from npedit.study import study
 from npedit.study.file import Study, load_study, variant_recipe
-from npedit.toy_models.build import graded_critic
+from npedit.toy_models.build import train_graded_critic
 
 TINY = {
     "name": "tiny",
@@ -65,11 +65,11 @@ def test_the_difference_is_newcombes():
     ],
 )
 def test_verdicts(claim, a, b, word):
-    assert f"**{word}**" in study_page.verdict(claim, rates(a, b, 100))
+    assert f"**{word}**" in study_page.judge_claim(claim, rates(a, b, 100))
 
 
 def test_level_needs_the_interval_within_a_tenth():
-    assert "**holds**" in study_page.verdict("a ~ b", rates(500, 505, 1000))
+    assert "**holds**" in study_page.judge_claim("a ~ b", rates(500, 505, 1000))
 
 
 def test_chance_in_training_is_pooled_over_the_rows_with_several_seeds():
@@ -86,9 +86,9 @@ def test_chance_in_training_widens_a_claims_interval():
     assert apart == pytest.approx(stats.t.ppf(0.975, 8) * 0.02 * (1 / 3 + 1) ** 0.5, rel=1e-4)
     d, low, _ = study_page.difference(scores["a"]["both"], scores["b"]["both"])
     assert low > 0 > d - ((d - low) ** 2 + apart**2) ** 0.5
-    assert "**holds**" in study_page.verdict("a > b", scores)
-    assert "**open**" in study_page.verdict("a > b", scores, (0.02, 8))
-    assert study_page.verdict("a > c", scores, (0.02, 8)) == study_page.verdict("a > c", scores)
+    assert "**holds**" in study_page.judge_claim("a > b", scores)
+    assert "**open**" in study_page.judge_claim("a > b", scores, (0.02, 8))
+    assert study_page.judge_claim("a > c", scores, (0.02, 8)) == study_page.verdict("a > c", scores)
 
 
 def test_students_t():
@@ -102,7 +102,7 @@ def test_seeds_do_not_narrow_what_the_scenes_leave_open():
     """Three seeds on the same scenes: their mean, and the interval of one."""
     one = {"n": 900, "by_type": {}, "copy_rate": 0.1, "run": "a", "alarms": [], "seconds": 60, "passes": {}}
     one |= {"critic_right": None, "applied": wilson(600, 900), "preserved": wilson(600, 900)}
-    found = study_page.pooled([one | {"both": wilson(h, 900)} for h in (440, 450, 460)])
+    found = study_page.pool_seeds([one | {"both": wilson(h, 900)} for h in (440, 450, 460)])
     assert found["both"] == wilson(450, 900) and found["each"] == [440 / 900, 0.5, 460 / 900]
 
 
@@ -126,8 +126,8 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     assert counted.read_text() == passes
 
     with pytest.raises(UserError, match=r"ends in \.md"):
-        study_page.publish(results, tmp_path / "docs")
-    page = study_page.publish(results, tmp_path / "docs" / "r.md")
+        study_page.publish_results(results, tmp_path / "docs")
+    page = study_page.publish_results(results, tmp_path / "docs" / "r.md")
     links = re.findall(r"\]\(([^)]*)\)", page.read_text())
     assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
     kept, told_of = (
@@ -191,7 +191,7 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
     said = [r for r in read_rows(tmp_path / "s" / "two-0" / METRICS) if "critic/p_of/1-LlavaOnevision" in r]
     assert said and (tmp_path / "s" / "1.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="expected a critic of 2 batches"):
-        graded_critic(tmp_path / "s" / "critics" / "weak-1", 2, 9)
+        train_graded_critic(tmp_path / "s" / "critics" / "weak-1", 2, 9)
     edited = check(
         Study, TINY | {"variants": variants, "tables": tables, "critics": critics | {"weak": {"batches": 2}}}, ""
     )
@@ -216,7 +216,7 @@ def test_the_published_study_is_what_its_numbers_say(tmp_path):
     assert page == (docs / "results.md").read_text()
     for name, score in scores.items():
         runs = [docs / "results" / run for run in score["runs"]]
-        assert score == study_page.pooled([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
+        assert score == study_page.pool_seeds([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
         for run in [] if made.variants[name].of else runs:
             stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
             same_recipe(run, stated)
@@ -268,7 +268,7 @@ def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_
     assert not (tmp_path / "s" / "full-0").exists() and "(dmd_only-0/manifest.json)" in words
     (tmp_path / "s" / "full-0").mkdir()  # begun elsewhere, and not finished
     (tmp_path / "s" / "full-0" / "manifest.json").write_text("{}")
-    study_page.publish(tmp_path / "s" / "results.md", tmp_path / "r.md")
+    study_page.publish_results(tmp_path / "s" / "results.md", tmp_path / "r.md")
     assert [p.parent.name for p in (tmp_path / "r").glob("*/manifest.json")] == ["dmd_only-0"]
     shutil.rmtree(tmp_path / "s" / "full-0")
     words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["full"]).read_text()

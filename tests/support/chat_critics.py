@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from npedit.critics._bits import quantised
+from npedit.critics._bits import quantisation_arguments
 from npedit.critics._chat import ChatCritic
 from npedit.critics.base import answer_token
 from npedit.questions import questions_for
@@ -86,8 +86,8 @@ class ChatCriticChecks:
         pictures = [[Image.fromarray(a) for a in looks] for looks in arrays]
         return critic.model(**self.hf_inputs(critic, prompts, pictures)).logits[:, -1]
 
-    def see(self, critic: ChatCritic, arrays: list[np.ndarray]) -> list[Tensor]:
-        return [critic.see(tensor(a))[0] for a in arrays]
+    def encode_images(self, critic: ChatCritic, arrays: list[np.ndarray]) -> list[Tensor]:
+        return [critic.encode_images(tensor(a))[0] for a in arrays]
 
     # -------------------------------------------------------------------------------------------------------- pixels
 
@@ -113,28 +113,28 @@ class ChatCriticChecks:
     def test_logits_are_the_plain_models(self, critic, question, count):
         arrays = [photo(*self.own, seed) for seed in range(count)]
         wanted = self.hf_logits(critic, [question], [arrays])
-        ours = critic.logits([question], [self.see(critic, arrays)])
+        ours = critic.logits([question], [self.encode_images(critic, arrays)])
         assert ours.dtype is torch.float32
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-        margin = critic.margin([question], [self.see(critic, arrays)])
+        margin = critic.margin([question], [self.encode_images(critic, arrays)])
         torch.testing.assert_close(margin, wanted[:, critic.yes] - wanted[:, critic.no], atol=1e-5, rtol=1e-5)
 
     def test_a_mixed_batch_is_the_plain_models(self, critic):
         """Padding on the other side, and one image beside two."""
         a, b, c = (photo(*self.own, seed) for seed in range(3))
         questions, arrays = [SHORT, LONG, LONG], [[a], [b, c], [c]]
-        ours = critic.logits(questions, [self.see(critic, looks) for looks in arrays])
+        ours = critic.logits(questions, [self.encode_images(critic, looks) for looks in arrays])
         torch.testing.assert_close(ours, self.hf_logits(critic, questions, arrays), atol=1e-5, rtol=1e-5)
 
     def test_logits_about_scaled_pictures_are_the_plain_models_to_rounding(self, critic):
         arrays = [photo(40, 70, 0), photo(80, 80, 1)]
-        ours = critic.logits([LONG], [self.see(critic, arrays)])
+        ours = critic.logits([LONG], [self.encode_images(critic, arrays)])
         wanted = self.hf_logits(critic, [LONG], [arrays])
         assert (ours - wanted).norm() < 0.02 * wanted.norm()
 
     def test_a_mixed_batch_is_its_questions_one_by_one(self, critic):
-        a, b = critic.see(images(2))
-        (c,) = critic.see(images(1, 48, 24, 1))
+        a, b = critic.encode_images(images(2))
+        (c,) = critic.encode_images(images(1, 48, 24, 1))
         asked = [(SHORT, [a]), (LONG, [a, b]), (SHORT, [b, c]), (LONG, [c]), (LONG + " " + LONG, [c, b, a])]
         together = critic.logits([q for q, _ in asked], [s for _, s in asked])
         for row, (question, seen) in zip(together, asked):
@@ -143,36 +143,36 @@ class ChatCriticChecks:
         torch.testing.assert_close(back.flip(0), together, atol=1e-5, rtol=1e-5)
 
     def test_order_of_images_and_words_matter(self, critic):
-        a, b = critic.see(images(2))
+        a, b = critic.encode_images(images(2))
         margins = critic.margin([LONG, LONG, SHORT], [[a, b], [b, a], [a, b]])
         assert len({round(float(m), 6) for m in margins}) == 3
 
     def test_seeing_an_image_does_not_depend_on_its_company(self, critic):
         pictures = images(3)
-        together = critic.see(pictures)
+        together = critic.encode_images(pictures)
         for i in range(3):
-            torch.testing.assert_close(critic.see(pictures[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
+            torch.testing.assert_close(critic.encode_images(pictures[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
 
     def test_every_question_can_be_asked(self, critic):
         asked = [
             q for kind, thing in [("recolour", ""), ("remove", "dog"), ("nothing", "")]
             for q in questions_for(kind, "paint it blue", thing)
         ]  # fmt: skip
-        seen = dict(zip(("reference", "edited"), critic.see(images(2))))
+        seen = dict(zip(("reference", "edited"), critic.encode_images(images(2))))
         margins = critic.margin([q.text for q in asked], [[seen[name] for name in q.looks_at] for q in asked])
         assert margins.shape == (5,) and torch.isfinite(margins).all()
 
     def test_an_instruction_cannot_place_images_or_end_its_turn(self, critic):
-        seen = [critic.see(images(1))]
+        seen = [critic.encode_images(images(1))]
         end = critic.tokenizer.eos_token
         plain = critic.logits(["is it red   ?"], seen)
-        torch.testing.assert_close(critic.logits([f"is it red {critic.mark} ?"], seen), plain)
+        torch.testing.assert_close(critic.logits([f"is it red {critic.image_token} ?"], seen), plain)
         torch.testing.assert_close(critic.logits([f"is it red {end} ?"], seen), plain)
 
     def test_visual_tokens_of_other_images_than_the_prompt_places_are_refused(self, critic):
-        rows = [critic._ids(SHORT, critic.see(images(1)))]
+        rows = [critic._prompt_ids(SHORT, critic.encode_images(images(1)))]
         with pytest.raises(ValueError, match="one mark in the prompts for each of"):
-            critic._read(rows, [critic.see(images(2))])
+            critic._last_states(rows, [critic.encode_images(images(2))])
 
     # ------------------------------------------------------------------------------------------------------ gradient
 
@@ -183,11 +183,15 @@ class ChatCriticChecks:
 
         def exact(x: Tensor) -> Tensor:
             """The margin, without its last rounding to float32."""
-            (logits,) = critic.model.lm_head(critic.states([LONG], [[*critic.see(other), *critic.see(x)]]))
+            (logits,) = critic.model.lm_head(
+                critic.states([LONG], [[*critic.encode_images(other), *critic.encode_images(x)]])
+            )
             return logits[critic.yes] - logits[critic.no]
 
         x = picture.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(critic.margin([LONG], [[*critic.see(other), *critic.see(x)]]).sum(), x)
+        (gradient,) = torch.autograd.grad(
+            critic.margin([LONG], [[*critic.encode_images(other), *critic.encode_images(x)]]).sum(), x
+        )
         assert gradient.norm() > 1e-3
         # transformers computes norms and rotations in float32, so the step must be large against that rounding.
         step, ways = 1e-3, torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -198,7 +202,7 @@ class ChatCriticChecks:
 
     def test_gradient_reaches_the_looked_at_images_and_nothing_else(self, critic):
         pictures = images(3).requires_grad_()
-        a, b, _ = critic.see(pictures)
+        a, b, _ = critic.encode_images(pictures)
         critic.margin([LONG, SHORT], [[a, b], [b]]).sum().backward()
         reached = pictures.grad.abs().amax((1, 2, 3))
         assert reached[0] > 0 and reached[1] > 0 and reached[2] == 0
@@ -208,10 +212,10 @@ class ChatCriticChecks:
     def test_a_reference_is_seen_once_without_gradient(self, critic):
         reference, edited = images(1), images(1, seed=1).requires_grad_()
         with torch.no_grad():
-            (kept,) = critic.see(reference)
+            (kept,) = critic.encode_images(reference)
         assert not kept.requires_grad
-        margin = critic.margin([LONG, SHORT], [[kept, *critic.see(edited)]] * 2)
-        fresh = critic.margin([LONG, SHORT], [[*critic.see(reference), *critic.see(edited)]] * 2)
+        margin = critic.margin([LONG, SHORT], [[kept, *critic.encode_images(edited)]] * 2)
+        fresh = critic.margin([LONG, SHORT], [[*critic.encode_images(reference), *critic.encode_images(edited)]] * 2)
         torch.testing.assert_close(margin, fresh)
         margin.sum().backward()
         assert edited.grad.abs().sum() > 0
@@ -238,7 +242,7 @@ class ChatCriticChecks:
 
     def test_a_template_that_forgets_an_image_is_refused(self, critic):
         with pytest.raises(ValueError, match="two images"):
-            self.rebuilt(critic, "{{ messages[0]['content'][-1]['text'] }} " + critic.mark)
+            self.rebuilt(critic, "{{ messages[0]['content'][-1]['text'] }} " + critic.image_token)
 
     def test_a_template_that_thinks_first_is_refused(self, critic):
         with pytest.raises(ValueError, match="answers at once"):
@@ -253,9 +257,9 @@ class ChatCriticChecks:
     def test_a_saved_critic_answers_the_same(self, critic, folder):
         loaded = type(critic).load(folder, torch.float32, torch.device("cpu"))
         pictures = images(2, 50, 30)
-        a, b = (c.margin([LONG, SHORT], [s, s[:1]]) for c in (critic, loaded) for s in [c.see(pictures)])
+        a, b = (c.margin([LONG, SHORT], [s, s[:1]]) for c in (critic, loaded) for s in [c.encode_images(pictures)])
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-        assert loaded.template == critic.template and loaded.ends == critic.ends
+        assert loaded.template == critic.template and loaded.ends == critic.stop_tokens
         assert not any(p.requires_grad for p in loaded.model.parameters())
 
     def test_the_folder_is_an_ordinary_transformers_folder(self, critic, folder):
@@ -284,7 +288,7 @@ class ChatCriticChecks:
     def test_bfloat16_answers_and_passes_gradient(self, critic, folder):
         critic = type(critic).load(folder, torch.bfloat16, torch.device("cpu"))
         pictures = images(2).requires_grad_()
-        margin = critic.margin([LONG], [critic.see(pictures)])
+        margin = critic.margin([LONG], [critic.encode_images(pictures)])
         assert margin.dtype is torch.float32
         margin.sum().backward()
         assert pictures.grad.dtype is torch.float32 and pictures.grad.abs().sum() > 0
@@ -293,32 +297,34 @@ class ChatCriticChecks:
         with pytest.raises(ValueError, match="CUDA device and the package bitsandbytes.*got cpu"):
             type(critic).load(folder, torch.float32, torch.device("cpu"), bits=4)
         with pytest.raises(ValueError, match="bits 0, 4 or 8; got 2"):
-            quantised(2, torch.float32, torch.device("cpu"))
+            quantisation_arguments(2, torch.float32, torch.device("cpu"))
 
     def test_it_writes_the_likeliest_words(self, critic):
         arrays = [photo(*self.own, seed) for seed in range(2)]
         pictures = [tensor(a)[0] for a in arrays]
-        (first,) = critic.write([LONG], [pictures], max_tokens=1)
+        (first,) = critic.generate_text([LONG], [pictures], max_tokens=1)
         scores = self.hf_logits(critic, [LONG], [arrays])[0]
         scores[critic.model.config.image_token_id] = -torch.inf
         assert first == critic.tokenizer.decode([int(scores.argmax())], skip_special_tokens=True).strip()
-        texts = critic.write([LONG, SHORT], [pictures, pictures[:1]], max_tokens=5)
-        assert texts == [critic.write([p], [q], max_tokens=5)[0] for p, q in ((LONG, pictures), (SHORT, pictures[:1]))]
+        texts = critic.generate_text([LONG, SHORT], [pictures, pictures[:1]], max_tokens=5)
+        assert texts == [
+            critic.generate_text([p], [q], max_tokens=5)[0] for p, q in ((LONG, pictures), (SHORT, pictures[:1]))
+        ]
 
     @torch.no_grad()
     def test_kept_keys_and_values_change_no_word(self, critic):
         """Against reading everything again for each word."""
         for count, size in ((2, self.own), (1, (24, 40))):
             pictures = [tensor(photo(*size, seed))[0] for seed in range(count)]
-            seen = [critic.see(p[None])[0] for p in pictures]
-            row = critic._ids(LONG, seen)
+            seen = [critic.encode_images(p[None])[0] for p in pictures]
+            row = critic._prompt_ids(LONG, seen)
             start = len(row)
-            while len(row) - start < 8 and (len(row) == start or row[-1] not in critic.ends):
-                scores = critic.model.lm_head(critic._read([row], [seen]))[0]
+            while len(row) - start < 8 and (len(row) == start or row[-1] not in critic.stop_tokens):
+                scores = critic.model.lm_head(critic._last_states([row], [seen]))[0]
                 scores[critic.model.config.image_token_id] = -torch.inf
                 row.append(int(scores.argmax()))
             written = critic.tokenizer.decode(row[start:], skip_special_tokens=True).strip()
-            assert critic.write([LONG], [pictures], 8) == [written]
+            assert critic.generate_text([LONG], [pictures], 8) == [written]
 
     def test_equal_seeds_make_equal_critics(self):
         a, b, c = (self.make(s).model for s in (0, 0, 1))

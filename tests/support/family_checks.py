@@ -106,10 +106,10 @@ class FamilyChecks:
                     for i in range(3)
                 ]
             )
-            texts = (together, Text.cat(alone), Text.cat([together.take([0]), *alone[1:]]))
+            texts = (together, Text.cat(alone), Text.cat([together.select([0]), *alone[1:]]))
             got = [family.velocity(family.base, x, t, text, references) for text in texts]
             order = torch.tensor([2, 0, 1])
-            turned = family.velocity(family.base, x[order], t[order], together.take(order), (references[0][order],))
+            turned = family.velocity(family.base, x[order], t[order], together.select(order), (references[0][order],))
         for v in (*got, turned[torch.tensor([1, 2, 0])]):
             torch.testing.assert_close(v, wanted, atol=1e-5, rtol=0)
 
@@ -144,7 +144,7 @@ class FamilyChecks:
         assert (one - other).abs().max() > 1e-5
 
     def test_gradient_flows_to_everything(self, family):
-        net = family.net()
+        net = family.trainable_net()
         x, t, text = latents(family, 1).requires_grad_(), torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
         references = [latents(family, 1, seed=s).requires_grad_() for s in (1, 2)]
         family.velocity(net, x, t, text, references).square().sum().backward()
@@ -159,7 +159,7 @@ class FamilyChecks:
 
     def test_a_gradient_with_respect_to_a_reference_is_right(self, family):
         """Its length, against a finite difference along it."""
-        net = family.net().double()
+        net = family.trainable_net().double()
         x, t, text = latents(family, 1).double(), torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
         reference = latents(family, 1, seed=1).double().requires_grad_()
 
@@ -173,7 +173,7 @@ class FamilyChecks:
         torch.testing.assert_close(gradient.norm(), measured, rtol=2e-2, atol=0)
 
     def test_checkpointing_changes_nothing(self, family):
-        net, text = family.net(), family.encode_text(PROMPTS)
+        net, text = family.trainable_net(), family.encode_text(PROMPTS)
         x, t, references = latents(family, 2), torch.tensor([0.5, 0.9]), (latents(family, 2, seed=1),)
         found = []
         for on in (False, True):
@@ -225,7 +225,7 @@ class FamilyChecks:
     # -------------------------------------------------------------------------------------------- nets and folders
 
     def test_a_net_is_a_trainable_copy(self, family):
-        net = family.net()
+        net = family.trainable_net()
         assert net.training and all(p.requires_grad for p in net.parameters())
         before = [p.clone() for p in family.base.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
@@ -235,7 +235,7 @@ class FamilyChecks:
         assert all(torch.equal(a, b) for a, b in zip(before, family.base.parameters()))
 
     def test_a_net_is_saved_and_opened(self, family, tmp_path):
-        net = family.net()
+        net = family.trainable_net()
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(0.01)
@@ -271,7 +271,7 @@ class FamilyChecks:
         assert next(family.base.parameters()).dtype is torch.bfloat16 and z.dtype is torch.float32
         assert family.decode(z).dtype is torch.bfloat16 and family.decode(z).isfinite().all()
         t, text = torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
-        net = family.net().float()  # what a learner makes of it
+        net = family.trainable_net().float()  # what a learner makes of it
         with torch.no_grad():
             low, high = (family.velocity(n, z, t, text, (z,)) for n in (family.base, net))
         assert low.dtype is high.dtype is torch.float32

@@ -106,7 +106,7 @@ def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -121,7 +121,7 @@ def write_gedit(folder: Path, sizes: dict[str, int] | None = None, languages: tu
             for k in range((sizes or {}).get(task, 1)):
                 row = {"task_type": task, "key": f"{k:032x}", "instruction": f"edit {k} of {task}"}
                 row |= {"instruction_language": language, "Intersection_exist": k % 2 == 0}
-                image = {"bytes": png(picture(1000 * t + k)), "path": None}
+                image = {"bytes": encode_png(picture(1000 * t + k)), "path": None}
                 rows.append({**row, "input_image": image, "input_image_raw": image})
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")

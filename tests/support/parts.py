@@ -34,7 +34,7 @@ def example(number: int, side: int = 16) -> Example:
 
 def batch(*numbers: int, nothing: tuple[int, ...] = ()) -> Batch:
     """These items; those in `nothing` are to be left alone."""
-    return collate([example(n).doing_nothing("do nothing") if n in nothing else example(n) for n in numbers])
+    return collate([example(n).as_identity_edit("do nothing") if n in nothing else example(n) for n in numbers])
 
 
 def nets(of: Parts) -> dict[str, nn.Module]:

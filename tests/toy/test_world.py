@@ -12,7 +12,7 @@ from npedit.questions import questions_for
 from npedit.toy import edits as language
 from npedit.toy import oracle, world
 from npedit.toy.edits import EDIT_TYPES, sample_edit
-from npedit.toy.oracle import judge, read_scene, reading_of
+from npedit.toy.oracle import expected_reading, judge_edit, read_scene
 from npedit.toy.world import render, sample_scene, sample_thing
 
 EACH = 60  # edits of each type
@@ -29,7 +29,7 @@ def targets(edits):
 
 
 def verdicts(edits, images):
-    return [judge(e, r) for e, r in zip(edits, read_scene(images), strict=True)]
+    return [judge_edit(e, r) for e, r in zip(edits, read_scene(images), strict=True)]
 
 
 def share(answers):
@@ -84,7 +84,7 @@ def test_accepts_every_true_edit(edits, targets):
 def test_reads_every_scene(edits):
     scenes = [e.reference for e in edits]
     for scene, reading in zip(scenes, read_scene(render(scenes)), strict=True):
-        assert replace(reading, residual=0.0) == reading_of(scene)
+        assert replace(reading, residual=0.0) == expected_reading(scene)
 
 
 def test_tolerates_noise(edits, targets):
@@ -250,10 +250,10 @@ def test_outside_change_counts_only_the_rest(edits, targets):
     references = render([e.reference for e in edits])
     for edit, a, b in zip(edits, references, targets, strict=True):
         if edit.edit_type in ("background", "style"):
-            assert oracle.outside_change(edit, b, a) is None
+            assert oracle.change_outside_edit(edit, b, a) is None
         else:
-            assert oracle.outside_change(edit, b, a) == 0
-            assert oracle.outside_change(edit, b + 0.1, a) == pytest.approx(0.1, abs=1e-5)
+            assert oracle.change_outside_edit(edit, b, a) == 0
+            assert oracle.change_outside_edit(edit, b + 0.1, a) == pytest.approx(0.1, abs=1e-5)
 
 
 # ---- language
@@ -299,8 +299,8 @@ def test_captions_leave_things_out_and_never_lie(edits):
     """Shares over many scenes. If captions told all, distribution matching alone would solve the toy."""
     rng = random.Random(0)
     scenes = [sample_scene(rng) for _ in range(1500)]
-    captions = [language.caption_for(s, rng) for s in scenes]
-    assert all(oracle.described(c, reading_of(s)) for c, s in zip(captions, scenes, strict=True))
+    captions = [language.sample_caption(s, rng) for s in scenes]
+    assert all(oracle.matches_caption(c, expected_reading(s)) for c, s in zip(captions, scenes, strict=True))
     told = [sum(c.split().count(shape) for shape in world.SHAPES) for c in captions]
     several = [(t, len(s.filled)) for t, s in zip(told, scenes, strict=True) if len(s.filled) > 1]
     assert 0.1 < share(t < n for t, n in several) < 0.5
@@ -314,8 +314,8 @@ def test_captions_leave_things_out_and_never_lie(edits):
 
 def test_an_edits_captions_are_true_and_the_targets_tells_of_the_edit(edits):
     for edit in edits:
-        assert oracle.described(edit.source_caption, reading_of(edit.reference))
-        assert oracle.described(edit.target_caption, reading_of(edit.target))
+        assert oracle.matches_caption(edit.source_caption, expected_reading(edit.reference))
+        assert oracle.matches_caption(edit.target_caption, expected_reading(edit.target))
         if edit.edit_type in ("recolour", "replace", "background", "pattern") and edit.value not in ("solid",):
             assert edit.value in edit.target_caption.split()
         if edit.edit_type == "style" and edit.value != "day":
@@ -326,9 +326,9 @@ def test_captions_have_paraphrases_and_some_are_held_out():
     """Training never sees the last phrasing of each part, and evaluation of captions sees nothing else."""
     rng = random.Random(1)
     scenes = [sample_scene(rng) for _ in range(600)]
-    usual = [language.caption_for(s, rng) for s in scenes] + [language.full_caption(s, rng) for s in scenes]
-    held_out = [language.caption_for(s, rng, held_out=True) for s in scenes]
-    assert all(oracle.described(c, reading_of(s)) for c, s in zip(held_out, scenes, strict=True))
+    usual = [language.sample_caption(s, rng) for s in scenes] + [language.sample_full_caption(s, rng) for s in scenes]
+    held_out = [language.sample_caption(s, rng, held_out=True) for s in scenes]
+    assert all(oracle.matches_caption(c, expected_reading(s)) for c, s in zip(held_out, scenes, strict=True))
     for part, templates in language.CAPTIONS.items():
         for template in templates:
             words = re.escape(template).replace(r"\{x\}", "").replace(r"\{b\}", rf"(?:{'|'.join(world.BACKGROUNDS)})")
@@ -346,13 +346,13 @@ def test_described_sees_a_false_caption(edits):
     back = next(b for b in world.BACKGROUNDS if b != scene.background)
     place = next(p for i, p in enumerate(world.PLACES) if i not in scene.filled)
     name = f"{thing.colour} {thing.shape}"
-    assert oracle.described(f"a {name}", reading_of(scene))
+    assert oracle.matches_caption(f"a {name}", expected_reading(scene))
     lies = (f"a {other} {thing.shape}", f"a {name} on a {back} background", f"a {name} at the {place}")
     for lie in (*lies, f"a {name} and a {name}"):
-        assert not oracle.described(lie, reading_of(scene)), lie
+        assert not oracle.matches_caption(lie, expected_reading(scene)), lie
     for style, words in (("night", " at night"), ("fog", " in fog")):
-        assert oracle.described(f"a {name}{words}", reading_of(replace(scene, style=style)))
-        assert not oracle.described(f"a {name}{words}", reading_of(replace(scene, style="day")))
+        assert oracle.matches_caption(f"a {name}{words}", expected_reading(replace(scene, style=style)))
+        assert not oracle.matches_caption(f"a {name}{words}", expected_reading(replace(scene, style="day")))
 
 
 def test_every_edit_can_be_asked_about(edits):

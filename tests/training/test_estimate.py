@@ -18,7 +18,7 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.recipe.config import Recipe, load_recipe, make_recipe
 from npedit.steps.np_edit import NpEditSettings, Step
-from npedit.training.estimate import PUBLISHED, WORDS, Estimate, configs, estimate, open_hollow, table, verdict
+from npedit.training.estimate import PUBLISHED, WORDS, Estimate, configs, estimate, open_without_weights, table, verdict
 from npedit.training.parts import build_parts
 
 SIDE, ITEMS = 32, 4
@@ -89,7 +89,7 @@ def test_weights_averages_and_moments_are_counted_exactly(plain, models) -> None
 def measured(of: Recipe) -> int:
     """The most bytes that an update of np_edit has on a CPU beside those from before it, by torch's profiler."""
     parts = build_parts(of)
-    step = Step(NpEditSettings(fake_updates=2), parts, parts.net("student", 0), 1, 0)
+    step = Step(NpEditSettings(fake_updates=2), parts, parts.create_trainable("student", 0), 1, 0)
     words, kinds = (WORDS,) * ITEMS, ("replace",) * ITEMS
     items = Batch(words, torch.rand(ITEMS, 3, SIDE, SIDE), words, kinds, words, words, words)
     most = 0
@@ -174,7 +174,7 @@ def test_configs_that_are_not_at_hand(models, tmp_path) -> None:
         ({"critic": {"name": "ensemble", "weights": "x.yaml"}}, "expected a single critic"),
     ):
         with pytest.raises(UserError, match=said):
-            open_hollow(recipe(models, **changes))
+            open_without_weights(recipe(models, **changes))
 
 
 # --------------------------------------------------------------------------------------------------- the recipes
@@ -192,7 +192,7 @@ def test_a_recipe_builds_its_models_without_weights(name: str) -> None:
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     of = load_recipe(path)
     assert of.name == name and not of.uses_pairs() and [s.step for s in of.stages] == ["reference_copy", "np_edit"]
-    family, critic = open_hollow(of)
+    family, critic = open_without_weights(of)
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     text = [m for n, m in pipe.items() if n.startswith("text_encoder")]
     sizes = [

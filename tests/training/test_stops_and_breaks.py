@@ -115,7 +115,7 @@ def test_broken_weights_of_the_base(base: Path, tmp_path: Path, harm, part: str)
 
 @pytest.mark.parametrize("harm", [cut, reshape])
 def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
-    Flux.tiny(0).net().save_pretrained(tmp_path / "transformer")
+    Flux.tiny(0).trainable_net().save_pretrained(tmp_path / "transformer")
     facts = f'{{"format": 1, "family": "flux", "base": "{base}", "steps": 1, "sizes": [[32, 32]]}}'
     (tmp_path / "npedit.json").write_text(facts)
     Editor.open(tmp_path, "cpu")
@@ -165,7 +165,7 @@ def test_parts_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         save_pretrained = fail
 
     with pytest.raises(UserError, match="expected (room|a place)"):
-        models._lay_down(Part(), tmp_path / "part")
+        models._write_folder(Part(), tmp_path / "part")
     net = nn.Linear(1, 1)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="expected (room|a place)"):

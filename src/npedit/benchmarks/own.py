@@ -22,19 +22,19 @@ from rich.table import Table
 
 from npedit.benchmarks._outputs import Job, Told, opener
 from npedit.data._photos import BadImage
-from npedit.data.imagefolder import find_metadata, json_rows, photo_path, to_row
+from npedit.data.imagefolder import find_metadata, parse_row, read_json_lines, resolve_photo_path
 from npedit.errors import UserError
 from npedit.scoring.encoders import Absent, Clip, Dino
 from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import (
     TARGET,
-    feature_measures,
-    outside_measures,
-    perceptual_measures,
-    pixel_measures,
-    text_measures,
+    feature_metrics,
+    metrics_outside_mask,
+    perceptual_metrics,
+    pixel_metrics,
+    text_metrics,
 )  # fmt: skip
-from npedit.scoring.results import Measures, Row, Undefined
+from npedit.scoring.results import Metrics, Row, UndefinedMetric
 from npedit.scoring.statistics import mean
 
 MASK, WANTED = "mask_file_name", "edited_file_name"
@@ -68,10 +68,10 @@ def read(folder: str) -> tuple[list[Item], str]:
         UserError: with file and line, for what training refuses too, and for an id that comes twice or is too long.
     """
     metadata, items, seen = find_metadata(folder), [], set()
-    for line, value in json_rows(metadata):
-        row, where = to_row(value, line, metadata, {}), f"{metadata}:{line}"
+    for line, value in read_json_lines(metadata):
+        row, where = parse_row(value, line, metadata, {}), f"{metadata}:{line}"
         try:
-            reference = photo_path(metadata.parent, row.file_name)
+            reference = resolve_photo_path(metadata.parent, row.file_name)
             mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
         except (BadImage, TypeError) as error:
             raise UserError(f"{where}: {error}; correct the name") from None
@@ -91,7 +91,7 @@ def _named(folder: Path, name: object, column: str) -> Path | None:
         return None
     if not isinstance(name, str):
         raise TypeError(f"expected a file's name in {column!r}; got {name!r}")
-    return photo_path(folder, name)
+    return resolve_photo_path(folder, name)
 
 
 def jobs(items: Sequence[Item], seed: int) -> list[Job]:
@@ -116,7 +116,7 @@ def score(
     )
     rows = []
     for item in items:
-        rows.append(Row.of(item.id, item.task, _measures(item, edited, dino, clip, lpips, parts)))
+        rows.append(Row.from_metrics(item.id, item.task, _measures(item, edited, dino, clip, lpips, parts)))
         told(len(rows), len(items))
     return rows
 
@@ -130,31 +130,31 @@ class _Parts:
 
 def _measures(
     item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent, lpips: Lpips | None, parts: _Parts
-) -> Measures:
+) -> Metrics:
     reference, edited = opener(item.reference, "reference"), opener(folder / item.file, "edited picture")
-    found = dict(pixel_measures(reference, edited)) | dict(feature_measures(reference, edited, dino, clip))
+    found = dict(pixel_metrics(reference, edited)) | dict(feature_metrics(reference, edited, dino, clip))
     if lpips:
-        found |= perceptual_measures(reference, edited, lpips)
+        found |= perceptual_metrics(reference, edited, lpips)
     if parts.masks:
-        found |= outside_measures(reference, edited, _given(item.mask, "mask"), dino, clip, lpips)
+        found |= metrics_outside_mask(reference, edited, _given(item.mask, "mask"), dino, clip, lpips)
     wanted: dict[str, Callable[[], float]] = {}
     copy: dict[str, Callable[[], float]] = {}
     if parts.targets:
         target = _given(item.target, "target")
         for out, picture in ((wanted, edited), (copy, reference)):
-            out |= pixel_measures(target, picture, TARGET)
-            out |= feature_measures(target, picture, dino, clip, TARGET)
-            out |= perceptual_measures(target, picture, lpips, TARGET) if lpips else {}
+            out |= pixel_metrics(target, picture, TARGET)
+            out |= feature_metrics(target, picture, dino, clip, TARGET)
+            out |= perceptual_metrics(target, picture, lpips, TARGET) if lpips else {}
     if parts.captions:
         words = (item.source_caption, item.target_caption, clip)
-        wanted |= text_measures(reference, edited, *words)
-        copy |= {k: v for k, v in text_measures(reference, reference, *words).items() if k.startswith("clip_t")}
+        wanted |= text_metrics(reference, edited, *words)
+        copy |= {k: v for k, v in text_metrics(reference, reference, *words).items() if k.startswith("clip_t")}
     return found | wanted | {f"copy/{name}": measure for name, measure in copy.items()}
 
 
 def _given(path: Path | None, what: str) -> Callable[[], Image.Image]:
     def nothing() -> Image.Image:
-        raise Undefined(f"no {what} is given")
+        raise UndefinedMetric(f"no {what} is given")
 
     return opener(path, what) if path else nothing
 

@@ -2,7 +2,7 @@
 
 `applied`: the edit was carried out. `preserved`: all else is as in the reference. `both`: the two together, the
 figure to quote. Each is a share of the items with a Wilson 95 % interval. `copy_rate` is the share of
-outputs that show the very scene of the reference; `outside_change` the mean absolute pixel change in the cells that an
+outputs that show the very scene of the reference; `change_outside_edit` the mean absolute pixel change in the cells that an
 edit must not touch.
 
 Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses, and instructions from the
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
-from npedit.toy.oracle import described, judge, outside_change, read_scene, reading_of
+from npedit.toy.oracle import change_outside_edit, expected_reading, judge_edit, matches_caption, read_scene
 from npedit.toy.world import SIDE, render
 
 EditFn = Callable[[Tensor, list[str]], Tensor]
@@ -52,7 +52,7 @@ class TypeScores(TypedDict):
 
 
 class Scores(TypedDict):
-    """What `score` returns: plain numbers, ready for JSON. `outside_change` is in [0, 1] units of pixel value."""
+    """What `score` returns: plain numbers, ready for JSON. `change_outside_edit` is in [0, 1] units of pixel value."""
 
     n: int
     applied: Rate
@@ -60,7 +60,7 @@ class Scores(TypedDict):
     both: Rate
     by_type: dict[str, TypeScores]
     copy_rate: float
-    outside_change: float
+    change_outside_edit: float
     not_finite: int
 
 
@@ -155,10 +155,10 @@ def score(
         finite = edited.flatten(1).isfinite().all(1).tolist()
         edited = torch.nan_to_num(edited, 0.0, 1.0, 0.0).clamp(0, 1)
         for e, fine, reading, image, reference in zip(part, finite, read_scene(edited), edited, references):
-            rows.append(judge(e, reading) if fine else (False, False))
+            rows.append(judge_edit(e, reading) if fine else (False, False))
             broken += not fine
-            copies += fine and replace(reading, residual=0.0) == reading_of(e.reference)
-            change = outside_change(e, image, reference) if fine else None
+            copies += fine and replace(reading, residual=0.0) == expected_reading(e.reference)
+            change = change_outside_edit(e, image, reference) if fine else None
             outside += [] if change is None else [change]
         kept += list(zip(references, edited))[: max(0, save - len(kept))] if save_to else []
         if on_progress:
@@ -175,7 +175,7 @@ def score(
             if t in kinds
         },
         "copy_rate": copies / len(rows),
-        "outside_change": sum(outside) / len(outside) if outside else 0.0,
+        "change_outside_edit": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
     }
 
@@ -195,8 +195,8 @@ def blame(items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn:
     }
     readings = read_scene(edited), read_scene(drawn)
     for e, seen, other, happy in zip(items, *readings, content, strict=True):
-        able = described(e.target_caption, other)
-        fault = "right" if all(judge(e, seen)) else "critic" if happy else "student" if able else "teacher"
+        able = matches_caption(e.target_caption, other)
+        fault = "right" if all(judge_edit(e, seen)) else "critic" if happy else "student" if able else "teacher"
         counts[e.edit_type][fault] += 1
         counts[e.edit_type]["n"] += 1
     return counts
@@ -250,7 +250,7 @@ def table(after: Scores, before: Scores | None = None, title: str = "") -> Table
         shown.add_row(*cells, percent(row["both"]))
     shown.caption = (
         f"both = applied and preserved, with 95 % interval; mere copies {100 * after['copy_rate']:.1f} %, "
-        f"pixel change outside the edit {after['outside_change']:.3f}"
+        f"pixel change outside the edit {after['change_outside_edit']:.3f}"
     )
     return shown
 

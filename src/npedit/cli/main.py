@@ -44,7 +44,7 @@ DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: stages.0.updates=100")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
 def exit_on_user_error(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,7 +97,7 @@ def demo(
         float, typer.Option(help="Length of training: the updates grow in proportion; 10 is meant for two CPU cores.")
     ] = 10.0,
     items: Annotated[int, typer.Option(help="Held-out scenes for the table at the end.", min=1)] = DEMO_ITEMS,
-    fresh: Fresh = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Train a tiny editor without pairs on this computer and show what it learnt.
 
@@ -133,7 +133,7 @@ def score_before_and_after(run: Path, recipe: Any, items: int) -> tuple[Any, Any
     from npedit.runs.checkpoint import write_text
 
     trained = Editor.open(run)
-    start = Editor(trained.family, trained.family.net(), trained.steps, trained.sizes, trained.tile)
+    start = Editor(trained.family, trained.family.trainable_net(), trained.steps, trained.sizes, trained.tile)
     before = score_toy(start, items, HELD_OUT_SEED, "the start")
     after = score_toy(trained, items, HELD_OUT_SEED, "the result", save_to=run / "evaluation")
     write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")
@@ -182,7 +182,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package (demo, toy).")],
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option("--out", help="The run's folder; runs/NAME if not given.")] = None,
-    fresh: Fresh = False,
+    fresh: FreshOption = False,
     processes: Annotated[
         int, typer.Option(help="Processes on this machine; 0: one per visible GPU. They share each batch.", min=0)
     ] = 0,
@@ -248,7 +248,7 @@ def study(
 ) -> None:
     """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
     from npedit.study.file import load_study
-    from npedit.study.page import publish
+    from npedit.study.page import publish_results
     from npedit.study.study import run_study
 
     loaded = load_study(recipe_path(path))
@@ -256,7 +256,7 @@ def study(
     names = [name.strip() for name in only.split(",") if name.strip()]
     results = run_study(loaded, folder, recipe_path, lambda line: out.print(f"[bold]{escape(line)}[/]"), quick, names)
     if page is not None:
-        results = publish(results, page)
+        results = publish_results(results, page)
     out.print(f"Results: [bold]{escape(str(results.resolve()))}[/]")
 
 
@@ -277,7 +277,7 @@ def curves(
     picture: Annotated[Path, typer.Option("--out", "-o", help="A PNG.")] = Path("curves.png"),
 ) -> None:
     """Draw the curves of several runs over each other: what went another way, and when."""
-    from npedit.report.plots import overlaid
+    from npedit.report.plots import plot_runs
     from npedit.runs.checkpoint import METRICS, read_rows, require_run
 
     same = len({run.resolve().name for run in runs}) < len(runs)  # names; then only the whole paths tell them apart
@@ -285,7 +285,7 @@ def curves(
     if empty := [name for name, logged in rows.items() if len(logged) < 2]:
         raise UserError(f"expected runs that have logged updates; got {', '.join(empty)}; leave out, or train first")
     with explain_write_errors(picture):
-        picture.write_bytes(overlaid(rows))
+        picture.write_bytes(plot_runs(rows))
     out.print(f"Curves: {escape(str(picture.resolve()))}")
 
 
@@ -342,10 +342,10 @@ def convert_released(
 @exit_on_user_error
 def doctor() -> None:
     """Look at this installation: versions, device, embedded weights, one edit."""
-    from npedit.cli.doctor import checks
+    from npedit.cli.doctor import run_checks
 
     bad = 0
-    for name, fine, words in checks():
+    for name, fine, words in run_checks():
         bad += not fine
         out.print(f"{'[green]ok     [/]' if fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
     if bad:
@@ -371,7 +371,7 @@ def toy_data(
 
 @toy_app.command("build")
 @exit_on_user_error
-def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: Fresh = False) -> None:
+def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: FreshOption = False) -> None:
     """Teach the toy's VAE, text-to-image model and critic from nothing. The same command goes on after a stop."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder to work in; {folder} is a file; choose another")
@@ -379,7 +379,7 @@ def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fr
 
     if fresh:
         move_aside(folder)
-    models.build(folder)
+    models.build_toy_models(folder)
 
 
 @toy_app.command("sheet")
@@ -390,7 +390,7 @@ def toy_sheet(
 ) -> None:
     """Draw one random scene of every edit type, its instruction and the true result."""
     from npedit.cli.edit import save_pictures
-    from npedit.report.report import sheet
+    from npedit.report.report import draw_toy_sheet
 
-    save_pictures([(sheet(seed), picture)])
+    save_pictures([(draw_toy_sheet(seed), picture)])
     out.print(f"Sheet: {escape(str(picture))}")

@@ -14,11 +14,18 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-WHOLE = ("lm_head", "vision_tower", "visual", "vision_model", "multi_modal_projector", "connector")  # not quantised
-BLOCK = 64  # weights of 4 bits that share a scale
+NOT_QUANTISED = (
+    "lm_head",
+    "vision_tower",
+    "visual",
+    "vision_model",
+    "multi_modal_projector",
+    "connector",
+)  # not quantised
+BLOCK_SIZE = 64  # weights of 4 bits that share a scale
 
 
-def quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def quantisation_arguments(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is told to hold weights in 8 or 4 bits; nothing for 0.
 
     Raises:
@@ -37,14 +44,14 @@ def quantised(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
-        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in WHOLE],  # wherever in the model it stands
+        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in NOT_QUANTISED],  # wherever in the model it stands
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
+def freeze_on(model: nn.Module, device: torch.device) -> nn.Module:
     """The model frozen and on its device, where quantised weights were put as they were opened."""
     model.requires_grad_(False).eval()
     return model if is_quantised(model) else model.to(device)
@@ -55,15 +62,15 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def quantised_weights(model: nn.Module) -> list[torch.Tensor]:
+def quantisable_weights(model: nn.Module) -> list[torch.Tensor]:
     """The weights that would be quantised, of a model that was opened whole."""
     return [
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not set(WHOLE) & set(name.split("."))
+        if isinstance(module, nn.Linear) and not set(NOT_QUANTISED) & set(name.split("."))
     ]
 
 
-def bytes_a_weight(bits: int) -> float:
+def bytes_per_weight(bits: int) -> float:
     """Of a quantised weight, with the scales of 4 bits; those of 8 bits, one a row, are too few to count."""
-    return 1.0 if bits == 8 else 0.5 + 4 / BLOCK
+    return 1.0 if bits == 8 else 0.5 + 4 / BLOCK_SIZE

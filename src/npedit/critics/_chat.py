@@ -1,7 +1,7 @@
 """What critics with a chat template share: opening, the prompt with its images, answers, and text.
 
-A family adds how its images become visual tokens (`pixels`, `see`), which text stands for one image (`_marks`), and
-what else its language model is told (`_extras`). Rows of a batch are padded on the right: under causal attention the
+A family adds how its images become visual tokens (`pixels`, `encode_images`), which text stands for one image (`_image_placeholder`), and
+what else its language model is told (`_decoder_inputs`). Rows of a batch are padded on the right: under causal attention the
 padding cannot reach the answer position, so no mask is needed.
 """
 
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.image_processing_backends import PilBackend
 from transformers.utils import cached_file
 
-from npedit.critics._bits import placed, quantised
+from npedit.critics._bits import freeze_on, quantisation_arguments
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -48,30 +48,30 @@ class ChatCritic(Critic):
         device: torch.device,
         resolution: int = 0,
     ):
-        self.model = placed(model, device)
+        self.model = freeze_on(model, device)
         self.tokenizer, self.processor, self.template, self.device = tokenizer, processor, template, device
         if processor.resample != self.resample:
             raise ValueError(
                 f"expected an image processor with Pillow's filter {self.resample}; got {processor.resample}. "
                 "Its images would be scaled in another way than the model has learned."
             )
-        self._scale_to(resolution)
+        self._set_resolution(resolution)
         image = model.config.image_token_id
-        self.mark = tokenizer.convert_ids_to_tokens(image)
+        self.image_token = tokenizer.convert_ids_to_tokens(image)
         if tokenizer(self._prompt("is it?", 2), add_special_tokens=False).input_ids.count(image) != 2:
             raise ValueError("expected the chat template to place two images for a question about two; it does not")
         prompt = self._prompt("is it?", 1)
-        self.yes, self.no = (answer_token(tokenizer, prompt, self._spoken(prompt, word)) for word in ("Yes", "No"))
+        self.yes, self.no = (answer_token(tokenizer, prompt, self._answer_text(prompt, word)) for word in ("Yes", "No"))
         ends = model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self.stop_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @classmethod
     def load(
         cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
     ) -> Self:
         """Open a Hub id or a local folder. Errors as in `Critic.load`."""
-        how = quantised(bits, dtype, device)
-        kind = model_kind(weights, cls.kinds)
+        how = quantisation_arguments(bits, dtype, device)
+        kind = read_model_type(weights, cls.kinds)
         tokenizer = AutoTokenizer.from_pretrained(weights)
         processor = cls.image_processor.from_pretrained(weights)
         template = chat_template(weights, tokenizer)
@@ -83,18 +83,20 @@ class ChatCritic(Critic):
         """(n, 3, H, W) in [0, 1] -> what the image processor makes of it, differentiable: scaled and normalised."""
 
     @abstractmethod
-    def _scale_to(self, resolution: int) -> None:
+    def _set_resolution(self, resolution: int) -> None:
         """Note the side in pixels that images are scaled to; 0 is the model's own. ValueError if it cannot be."""
 
     @abstractmethod
-    def _marks(self, seen: Tensor) -> str:
+    def _image_placeholder(self, seen: Tensor) -> str:
         """The text that stands for one image: `mark` once for each visual token, and what the model has around it."""
 
-    def _tokens(self, seen: Tensor) -> Tensor:
+    def _visual_tokens(self, seen: Tensor) -> Tensor:
         """The visual tokens (tokens, dim) of one image that take the place of its marks."""
         return seen
 
-    def _extras(self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    def _decoder_inputs(
+        self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]
+    ) -> dict[str, Any]:
         """What the language model is told beside the embeddings. `holes` (b, length) is true where marks are."""
         return {}
 
@@ -104,49 +106,47 @@ class ChatCritic(Critic):
 
     def states(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """The language model's last hidden state at each question's answer position, (b, dim)."""
-        return self._read([self._ids(q, looks) for q, looks in zip(questions, seen)], seen)
+        return self._last_states([self._prompt_ids(q, looks) for q, looks in zip(questions, seen)], seen)
 
     def answer_id(self, word: str) -> int:
         """See `Critic.answer_id`."""
         prompt = self._prompt("is it?", 1)
-        return answer_token(self.tokenizer, prompt, self._spoken(prompt, word))
+        return answer_token(self.tokenizer, prompt, self._answer_text(prompt, word))
 
-    def _read(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def _last_states(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """The last hidden state at the last token of each row of token ids, (b, dim)."""
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
-        embedded, extras = self._embedded(rows, seen)
+        embedded, extras = self._embed(rows, seen)
         hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
         return hidden[torch.arange(len(rows), device=self.device), last]
 
-    def _embedded(
-        self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _embed(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
         """Embeddings (b, length, dim) of rows of token ids, visual tokens in place, and what goes with them."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
         holes = ids == self.model.config.image_token_id
-        visual = torch.cat([self._tokens(s) for looks in seen for s in looks]).to(embedded.dtype)
+        visual = torch.cat([self._visual_tokens(s) for looks in seen for s in looks]).to(embedded.dtype)
         marks = sum(row.count(self.model.config.image_token_id) for row in rows)
         if marks != len(visual):
             raise ValueError(f"expected one mark in the prompts for each of {len(visual)} visual tokens; got {marks}")
-        return embedded.masked_scatter(holes[:, :, None], visual), self._extras(rows, holes, seen)
+        return embedded.masked_scatter(holes[:, :, None], visual), self._decoder_inputs(rows, holes, seen)
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+    def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """Greedy text, one prompt after the other."""
         texts = []
         for prompt, pictures in zip(prompts, images):
-            seen = [self.see(p[None].to(self.device))[0] for p in pictures]
-            words = self._continued(self._ids(prompt, seen), seen, max_tokens)
+            seen = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
+            words = self._generate(self._prompt_ids(prompt, seen), seen, max_tokens)
             texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
         return texts
 
-    def _continued(self, row: Sequence[int], seen: Sequence[Tensor], max_tokens: int) -> list[int]:
+    def _generate(self, row: Sequence[int], seen: Sequence[Tensor], max_tokens: int) -> list[int]:
         """The likeliest tokens after a row, one by one up to an end; keys and values of what was read are kept."""
         words: list[int] = []
         kept = None
-        embedded, extras = self._embedded([row], [seen])
-        while len(words) < max_tokens and not (words and words[-1] in self.ends):
+        embedded, extras = self._embed([row], [seen])
+        while len(words) < max_tokens and not (words and words[-1] in self.stop_tokens):
             decoder = self.model.get_decoder()
             out = decoder(inputs_embeds=embedded, past_key_values=kept, use_cache=True, **extras)
             kept = out.past_key_values
@@ -154,10 +154,10 @@ class ChatCritic(Critic):
             scores[self.model.config.image_token_id] = -torch.inf  # a mark is no word
             words.append(int(scores.argmax()))
             embedded = self.model.get_input_embeddings()(torch.tensor([words[-1:]], device=self.device))
-            extras = self._next(extras)
+            extras = self._next_decoder_inputs(extras)
         return words
 
-    def _next(self, extras: dict[str, Any]) -> dict[str, Any]:
+    def _next_decoder_inputs(self, extras: dict[str, Any]) -> dict[str, Any]:
         """What the language model is told with one more word, after it was told `extras`."""
         return {}
 
@@ -171,14 +171,14 @@ class ChatCritic(Critic):
     def _prompt(self, question: str, images: int) -> str:
         for mark in self.tokenizer.get_added_vocab():  # an instruction must not place images nor end its turn
             question = question.replace(mark, " ")
-        return self._chat([_turn("user", question, images)], add_generation_prompt=True)
+        return self._chat([_chat_turn("user", question, images)], add_generation_prompt=True)
 
     def _chat(self, turns: list[dict[str, Any]], **options: bool) -> str:
         return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
 
-    def _spoken(self, prompt: str, word: str) -> str:
+    def _answer_text(self, prompt: str, word: str) -> str:
         """An answer as the template writes it after its own prompt for "is it?": with the space before it, if any."""
-        whole = self._chat([_turn("user", "is it?", 1), _turn("assistant", word, 0)])
+        whole = self._chat([_chat_turn("user", "is it?", 1), _chat_turn("assistant", word, 0)])
         before, found, _ = whole.removeprefix(prompt).partition(word)
         if not (whole.startswith(prompt) and found) or before.strip():
             raise ValueError(
@@ -188,18 +188,18 @@ class ChatCritic(Critic):
             )
         return before + word
 
-    def _ids(self, question: str, looks: Sequence[Tensor]) -> list[int]:
+    def _prompt_ids(self, question: str, looks: Sequence[Tensor]) -> list[int]:
         """Token ids of the prompt about these images' visual tokens."""
-        first, *others = self._prompt(question, len(looks)).split(self.mark)
-        text = first + "".join(self._marks(s) + piece for s, piece in zip(looks, others))
+        first, *others = self._prompt(question, len(looks)).split(self.image_token)
+        text = first + "".join(self._image_placeholder(s) + piece for s, piece in zip(looks, others))
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _turn(role: str, text: str, images: int) -> dict[str, Any]:
+def _chat_turn(role: str, text: str, images: int) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def model_kind(weights: str | Path, known: Mapping[str, type]) -> str:
+def read_model_type(weights: str | Path, known: Mapping[str, type]) -> str:
     """The model_type in config.json of a folder or Hub id.
 
     Raises:
@@ -234,7 +234,7 @@ def at_least_float32(images: Tensor) -> Tensor:
     return images.clamp(0, 1).to(torch.promote_types(images.dtype, torch.float32))
 
 
-def bicubic(images: Tensor, height: int, width: int) -> Tensor:
+def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
     """(n, 3, H, W) in [0, 1] -> (n, 3, height, width), bicubic with antialias, differentiable.
 
     As Pillow does it: the width first, then the height, each result held to [0, 1]. (From version 13 on, Pillow takes
@@ -247,14 +247,14 @@ def bicubic(images: Tensor, height: int, width: int) -> Tensor:
     return images
 
 
-def normalised(images: Tensor, processor: PilBackend) -> Tensor:
+def normalise(images: Tensor, processor: PilBackend) -> Tensor:
     """(n, 3, H, W) less each channel's mean, divided by its deviation."""
     mean = torch.tensor(processor.image_mean, device=images.device)[:, None, None]
     std = torch.tensor(processor.image_std, device=images.device)[:, None, None]
     return (images - mean) / std
 
 
-def tiny_tokenizer(special: Sequence[str], eos: str, named: Mapping[str, str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(special: Sequence[str], eos: str, named: Mapping[str, str]) -> PreTrainedTokenizerFast:
     """A tokenizer for tests with one token a word, the space before it included, as real ones have it.
 
     `special` are tokens of their own, the first one for padding; `named` makes some known by a name.

@@ -39,7 +39,7 @@ class Member(Settings):
 
 
 class Ensemble(Critic):
-    """See `critics/base.py` for the contract. `see` gives a tuple an image: the visual tokens of each member."""
+    """See `critics/base.py` for the contract. `encode_images` gives a tuple an image: the visual tokens of each member."""
 
     yes, no = 0, 1
 
@@ -75,9 +75,9 @@ class Ensemble(Critic):
         """Two members of different families."""
         return cls([find_class("critics", name).tiny(seed) for name in ("llava_onevision", "smolvlm")])
 
-    def see(self, images: Tensor) -> list[tuple]:
+    def encode_images(self, images: Tensor) -> list[tuple]:
         """(n, 3, H, W) in [0, 1] -> n tuples, what each member sees of the image."""
-        return list(zip(*(m.see(images) for m in self.members)))
+        return list(zip(*(m.encode_images(images) for m in self.members)))
 
     def margins(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]]) -> Tensor:
         """Each member's margin, (members, b), float32."""
@@ -88,7 +88,7 @@ class Ensemble(Critic):
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]]) -> Tensor:
         """(b, 2): plus and minus half the mean margin."""
         margins = self.margins(questions, seen)
-        self.said = dict(zip(self.names, margins.detach(), strict=True))
+        self.member_margins = dict(zip(self.names, margins.detach(), strict=True))
         half = margins.mean(0) / 2
         return torch.stack([half, -half], 1)
 
@@ -98,6 +98,6 @@ class Ensemble(Critic):
             raise ValueError(f"expected Yes or No, the words that all members share; got {word!r}")
         return self.yes if word == "Yes" else self.no
 
-    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+    def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """The first member writes."""
-        return self.members[0].write(prompts, images, max_tokens)
+        return self.members[0].generate_text(prompts, images, max_tokens)

@@ -15,7 +15,7 @@ from torch.nn.init import normal_
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from npedit.critics._chat import ChatCritic, bicubic, normalised, tiny_tokenizer
+from npedit.critics._chat import ChatCritic, normalise, resize_bicubic, word_tokenizer
 
 TINY_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 TINY_TEMPLATE = (
@@ -37,7 +37,7 @@ class InternVL(ChatCritic):
         """Random weights: vision tower of 2 layers on 32 x 32 pixels, language model of 2 layers, words as tokens."""
         torch.manual_seed(seed)
         named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-        tokenizer = tiny_tokenizer(TINY_MARKS, "<|im_end|>", named | {"video_token": "<video>"})
+        tokenizer = word_tokenizer(TINY_MARKS, "<|im_end|>", named | {"video_token": "<video>"})
         tower = InternVLVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
             patch_size=8,
@@ -57,19 +57,19 @@ class InternVL(ChatCritic):
         )
         return cls(model, tokenizer, processor, TINY_TEMPLATE, torch.device("cpu"))
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] -> n tensors (tokens, dim)."""
         return list(self.model.model.get_image_features(self.pixels(images), return_dict=True).pooler_output)
 
     def pixels(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] -> (n, 3, side, side), scaled and normalised."""
-        return normalised(bicubic(images, self.side, self.side), self.processor)
+        return normalise(resize_bicubic(images, self.side, self.side), self.processor)
 
-    def _scale_to(self, resolution: int) -> None:
+    def _set_resolution(self, resolution: int) -> None:
         unit = round(self.model.config.vision_config.patch_size[0] / self.model.config.downsample_ratio)
         if resolution % unit:
             raise ValueError(f"expected resolution 0 or a multiple of {unit}, one token's side; got {resolution}")
         self.side = resolution or self.processor.size["height"]
 
-    def _marks(self, seen: Tensor) -> str:
-        return self.tokenizer.start_image_token + self.mark * len(seen) + self.tokenizer.end_image_token
+    def _image_placeholder(self, seen: Tensor) -> str:
+        return self.tokenizer.start_image_token + self.image_token * len(seen) + self.tokenizer.end_image_token

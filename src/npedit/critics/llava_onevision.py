@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.utils import cached_file
 
-from npedit.critics._bits import placed, quantised
+from npedit.critics._bits import freeze_on, quantisation_arguments
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -55,7 +55,7 @@ class LlavaOnevision(Critic):
         device: torch.device,
         resolution: int = 0,
     ):
-        self.model = placed(model, device)
+        self.model = freeze_on(model, device)
         self.tokenizer = tokenizer
         self.processor = processor
         self.template = template
@@ -66,7 +66,7 @@ class LlavaOnevision(Critic):
         self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         prompt = self._prompt("is it?", 1)
         self.yes, self.no = answer_token(tokenizer, prompt, "Yes"), answer_token(tokenizer, prompt, "No")
-        if self._ids("is it?", (1, 1)).count(model.config.image_token_id) != 2:
+        if self._prompt_ids("is it?", (1, 1)).count(model.config.image_token_id) != 2:
             raise ValueError("expected the chat template to place two images for a question about two; it does not")
 
     @classmethod
@@ -74,7 +74,7 @@ class LlavaOnevision(Critic):
         cls, weights: str | Path, dtype: torch.dtype, device: torch.device, resolution: int = 0, bits: int = 0
     ) -> Self:
         """Open a Hub id or a local folder. Errors as in `Critic.load`."""
-        how = quantised(bits, dtype, device)
+        how = quantisation_arguments(bits, dtype, device)
         if Path(weights).is_dir():
             config = Path(weights) / "config.json"
             if not config.is_file():
@@ -87,7 +87,7 @@ class LlavaOnevision(Critic):
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype, **how)
         tokenizer = AutoTokenizer.from_pretrained(weights)
         processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights)
-        return cls(model, tokenizer, processor, _template(weights, tokenizer), device, resolution)
+        return cls(model, tokenizer, processor, _load_chat_template(weights, tokenizer), device, resolution)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -98,7 +98,9 @@ class LlavaOnevision(Critic):
         )
 
     @classmethod
-    def new(cls, words: Sequence[str], seed: int, vision: tuple[int, int, int], text: tuple[int, int, int]) -> Self:
+    def untrained(
+        cls, words: Sequence[str], seed: int, vision: tuple[int, int, int], text: tuple[int, int, int]
+    ) -> Self:
         """An untrained model for 32 x 32 pixels in patches of 8, with one token a word (lower case, no punctuation).
 
         `vision` and `text` are (width, feed-forward width, layers), four heads each. The chat template puts the
@@ -137,7 +139,7 @@ class LlavaOnevision(Critic):
         model = LlavaOnevisionForConditionalGeneration(config)
         return cls(model, tokenizer, processor, QUESTION_FIRST, torch.device("cpu"))
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] -> n tensors (tokens, dim): one per patch and the newline."""
         pixels = self.pixels(images).to(self.model.dtype)
         sizes = torch.full((len(pixels), 2), self.side, device=pixels.device)
@@ -162,12 +164,14 @@ class LlavaOnevision(Critic):
 
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
-        hidden, last = self.hidden(questions, seen)
+        hidden, last = self.hidden_states(questions, seen)
         return self.model.lm_head(hidden[-1][torch.arange(len(last)), last]).float()
 
-    def hidden(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def hidden_states(
+        self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Hidden states of every layer, each (b, length, dim), and each question's answer position (b,)."""
-        rows = [torch.tensor(self._ids(q, tuple(len(s) for s in looks))) for q, looks in zip(questions, seen)]
+        rows = [torch.tensor(self._prompt_ids(q, tuple(len(s) for s in looks))) for q, looks in zip(questions, seen)]
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0).to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
@@ -182,12 +186,12 @@ class LlavaOnevision(Critic):
         return answer_token(self.tokenizer, self._prompt("is it?", 1), word)
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
+    def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """Greedy text, one prompt after the other; keys and values of what was read are kept."""
         texts, embed = [], self.model.get_input_embeddings()
         for prompt, pictures in zip(prompts, images):
-            seen = [self.see(p[None].to(self.device))[0] for p in pictures]
-            row = torch.tensor([self._ids(prompt, tuple(len(s) for s in seen))], device=self.device)
+            seen = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
+            row = torch.tensor([self._prompt_ids(prompt, tuple(len(s) for s in seen))], device=self.device)
             holes = row == self.model.config.image_token_id
             embedded = embed(row)
             embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
@@ -218,7 +222,7 @@ class LlavaOnevision(Critic):
             chat, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
 
-    def _ids(self, question: str, visual_tokens: tuple[int, ...]) -> list[int]:
+    def _prompt_ids(self, question: str, visual_tokens: tuple[int, ...]) -> list[int]:
         """Token ids of the prompt with each image's mark repeated for its visual tokens."""
         ids, image = [], 0
         for token in self.tokenizer(self._prompt(question, len(visual_tokens)), add_special_tokens=False).input_ids:
@@ -230,7 +234,7 @@ class LlavaOnevision(Critic):
         return ids
 
 
-def _template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
+def _load_chat_template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """The processor's chat template, which knows images, before the tokenizer's own."""
     for name in ("chat_template.jinja", "chat_template.json"):
         path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)

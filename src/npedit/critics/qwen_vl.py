@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from npedit.critics._chat import ChatCritic, bicubic, normalised, tiny_tokenizer
+from npedit.critics._chat import ChatCritic, normalise, resize_bicubic, word_tokenizer
 
 TINY_MARKS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -37,7 +37,7 @@ TINY_TEMPLATE = (
 
 
 class QwenVL(ChatCritic):
-    """One frozen model; see `critics/base.py` for the contract. `see` gives (rows, columns, dim) an image."""
+    """One frozen model; see `critics/base.py` for the contract. `encode_images` gives (rows, columns, dim) an image."""
 
     kinds = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
     image_processor = Qwen2VLImageProcessorPil
@@ -48,7 +48,7 @@ class QwenVL(ChatCritic):
         """Random weights: vision tower of 3 layers, language model of 3 layers, words as tokens, 16 pixels a visual
         token, up to 48 x 48 pixels an image. `kind` is one of `kinds`."""
         torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer(TINY_MARKS, "<|im_end|>", {"image_token": "<|image_pad|>"})
+        tokenizer = word_tokenizer(TINY_MARKS, "<|im_end|>", {"image_token": "<|image_pad|>"})
         tower = {
             "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48,
@@ -77,7 +77,7 @@ class QwenVL(ChatCritic):
         processor = Qwen2VLImageProcessorPil(size=size, patch_size=8, merge_size=2, temporal_patch_size=2)
         return cls(model, tokenizer, processor, TINY_TEMPLATE, torch.device("cpu"))
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] -> n tensors (rows, columns, dim), `dim` with the features for DeepStack, if any."""
         patches, grid = self.patches(self.pixels(images))
         out = self.model.model.get_image_features(patches, grid, return_dict=True)
@@ -88,7 +88,7 @@ class QwenVL(ChatCritic):
     def pixels(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] -> (n, 3, height, width), scaled and normalised."""
         height, width = smart_resize(*images.shape[-2:], self.unit, self.least, self.most)
-        return normalised(bicubic(images, height, width), self.processor)
+        return normalise(resize_bicubic(images, height, width), self.processor)
 
     def patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 3, height, width) -> the vision tower's input (n * patches, numbers in one) and its grids (n, 3).
@@ -103,7 +103,7 @@ class QwenVL(ChatCritic):
         grid = torch.tensor([[1, height // p, width // p]] * n, device=pixels.device)
         return cut.reshape(-1, channels * frames * p * p), grid
 
-    def _scale_to(self, resolution: int) -> None:
+    def _set_resolution(self, resolution: int) -> None:
         self.unit = self.processor.patch_size * self.processor.merge_size
         if resolution and resolution < self.unit:
             raise ValueError(f"expected resolution 0 or at least {self.unit}, one token's side; got {resolution}")
@@ -112,30 +112,32 @@ class QwenVL(ChatCritic):
         if resolution:  # half a pixel either way, so that rounding does not take a token from an exact square
             self.least, self.most = resolution**2 - 0.5, resolution**2 + 0.5
 
-    def _marks(self, seen: Tensor) -> str:
-        return self.mark * (seen.shape[0] * seen.shape[1])
+    def _image_placeholder(self, seen: Tensor) -> str:
+        return self.image_token * (seen.shape[0] * seen.shape[1])
 
-    def _tokens(self, seen: Tensor) -> Tensor:
-        return self._layers(seen)[0]
+    def _visual_tokens(self, seen: Tensor) -> Tensor:
+        return self._split_deepstack(seen)[0]
 
-    def _layers(self, seen: Tensor) -> tuple[Tensor, ...]:
+    def _split_deepstack(self, seen: Tensor) -> tuple[Tensor, ...]:
         """The tokens' own features and those for DeepStack, each (tokens, dim of the language model)."""
         return seen.flatten(0, 1).split(self.model.config.text_config.hidden_size, dim=1)
 
-    def _extras(self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    def _decoder_inputs(
+        self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]
+    ) -> dict[str, Any]:
         ids = torch.zeros(3, *holes.shape, dtype=torch.long)
         for i, (row, looks) in enumerate(zip(rows, seen)):
-            ids[:, i, : len(row)] = self._positions(row, iter(looks))
+            ids[:, i, : len(row)] = self._rope_positions(row, iter(looks))
         extras: dict[str, Any] = {"position_ids": ids.to(self.device)}
-        _, *deep = zip(*(self._layers(s) for looks in seen for s in looks))
+        _, *deep = zip(*(self._split_deepstack(s) for looks in seen for s in looks))
         if deep:
             extras |= {"visual_pos_masks": holes, "deepstack_visual_embeds": [torch.cat(layer) for layer in deep]}
         return extras
 
-    def _next(self, extras: dict[str, Any]) -> dict[str, Any]:
+    def _next_decoder_inputs(self, extras: dict[str, Any]) -> dict[str, Any]:
         return {"position_ids": (extras["position_ids"].amax() + 1).expand(3, 1, 1)}
 
-    def _positions(self, row: Sequence[int], looks: Iterator[Tensor]) -> Tensor:
+    def _rope_positions(self, row: Sequence[int], looks: Iterator[Tensor]) -> Tensor:
         """Positions (3, length) in time, rows and columns. Words count on from the largest number so far; an image is
         one moment of rows and columns that begin there."""
         parts, start, at = [], 0, 0

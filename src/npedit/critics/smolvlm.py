@@ -20,7 +20,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     get_resize_output_image_size,
 )
 
-from npedit.critics._chat import ChatCritic, at_least_float32, normalised, tiny_tokenizer
+from npedit.critics._chat import ChatCritic, at_least_float32, normalise, word_tokenizer
 
 AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 TINY_MARKS = ("<|im_end|>", "<|im_start|>", "<end_of_utterance>", AROUND, GLOBAL, "<image>")
@@ -43,7 +43,7 @@ class SmolVLM(ChatCritic):
     def tiny(cls, seed: int) -> Self:
         """Random weights: vision tower of 2 layers on 32 x 32 pixels, language model of 2 layers, words as tokens."""
         torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer(TINY_MARKS, "<end_of_utterance>", {})
+        tokenizer = word_tokenizer(TINY_MARKS, "<end_of_utterance>", {})
         tower = SmolVLMVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
             patch_size=8,
@@ -59,7 +59,7 @@ class SmolVLM(ChatCritic):
         processor = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
         return cls(model, tokenizer, processor, TINY_TEMPLATE, torch.device("cpu"))
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] -> n tensors (tokens, dim)."""
         inner = self.model.model  # its own get_image_features takes an evenly grey image for padding and drops it
         hidden = inner.vision_model(self.pixels(images).to(self.model.dtype), return_dict=True).last_hidden_state
@@ -68,33 +68,33 @@ class SmolVLM(ChatCritic):
     def pixels(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] -> (n, 3, side, side), scaled twice and normalised."""
         longest = self.processor.size["longest_edge"]
-        images = lanczos(at_least_float32(images), *get_resize_output_image_size(images, longest))
-        return normalised(lanczos(images, self.side, self.side), self.processor)
+        images = resize_lanczos(at_least_float32(images), *get_resize_output_image_size(images, longest))
+        return normalise(resize_lanczos(images, self.side, self.side), self.processor)
 
-    def _scale_to(self, resolution: int) -> None:
+    def _set_resolution(self, resolution: int) -> None:
         self.side = self.processor.max_image_size["longest_edge"]
         if resolution not in (0, self.side):
             raise ValueError(f"expected resolution 0 or {self.side}, the vision tower's own; got {resolution}")
 
-    def _marks(self, seen: Tensor) -> str:
-        return AROUND + GLOBAL + self.mark * len(seen) + AROUND
+    def _image_placeholder(self, seen: Tensor) -> str:
+        return AROUND + GLOBAL + self.image_token * len(seen) + AROUND
 
 
-def lanczos(images: Tensor, height: int, width: int) -> Tensor:
+def resize_lanczos(images: Tensor, height: int, width: int) -> Tensor:
     """(n, 3, H, W) in [0, 1] -> (n, 3, height, width), differentiable.
 
     As Pillow does it: the width first, then the height, each result held to [0, 1]. (From version 13 on, Pillow takes
     some tall pictures' height first; that differs where a hard edge overshoots.)
     """
     if images.shape[-1] != width:
-        images = (images @ _weights(images.shape[-1], width).T.to(images)).clamp(0, 1)
+        images = (images @ _lanczos_weights(images.shape[-1], width).T.to(images)).clamp(0, 1)
     if images.shape[-2] != height:
-        images = (_weights(images.shape[-2], height).to(images) @ images).clamp(0, 1)
+        images = (_lanczos_weights(images.shape[-2], height).to(images) @ images).clamp(0, 1)
     return images
 
 
 @lru_cache(maxsize=32)
-def _weights(old: int, new: int) -> Tensor:
+def _lanczos_weights(old: int, new: int) -> Tensor:
     """Pillow's coefficients (new, old) for a line of `old` pixels scaled to `new`, float64.
 
     Lanczos' window has three lobes each way, widened where the line gets shorter; pixels that lie outside of the line

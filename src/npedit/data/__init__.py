@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npedit.questions import NOTHING
+from npedit.questions import IDENTITY_EDIT
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Example:
     source_caption: str
     target_caption: str
 
-    def doing_nothing(self, instruction: str) -> Example:
+    def as_identity_edit(self, instruction: str) -> Example:
         """The same picture with an instruction to leave it alone; its wanted result is described by its own caption."""
         return Example(
             self.id,
             self.reference,
             instruction,
-            NOTHING,
+            IDENTITY_EDIT,
             "",
             self.source_caption,
             self.source_caption or self.target_caption,

@@ -24,7 +24,7 @@ class BadImage(Exception):
     """A picture that cannot be trained on; the message is the reason."""
 
 
-def photo_size(path: Path, max_pixels: int) -> tuple[int, int]:
+def read_photo_size(path: Path, max_pixels: int) -> tuple[int, int]:
     """(H, W) of a photo as it is shown, read from its header.
 
     Raises:
@@ -101,7 +101,7 @@ def open_whole(path: Path, max_pixels: int = 80_000_000) -> Image.Image:
     Raises:
         BadImage: missing, too large, or it cannot be decoded.
     """
-    photo_size(path, max_pixels)
+    read_photo_size(path, max_pixels)
     try:
         with Image.open(path) as image:
             return flatten(ImageOps.exif_transpose(image))

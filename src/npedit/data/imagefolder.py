@@ -33,18 +33,18 @@ from pydantic import Field
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
-from npedit.data._photos import BadImage, open_photo, photo_size
+from npedit.data._photos import BadImage, open_photo, read_photo_size
 from npedit.errors import BadRowsError, UserError, did_you_mean
 from npedit.questions import IDENTITY_EDIT, normalise_edit_type
 from npedit.recipe.config import Settings as Base
 
 log = logging.getLogger(__name__)
 
-NOTHING_PHRASES = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
+IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 FIELDS = ("file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id")
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
-TARGET_LIKE = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
-SOURCE_LIKE = re.compile(rf"(source|src|input|reference|ref|original|before|image|img|photo|picture){_FILE}", re.I)
+EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
+REFERENCE_COLUMN = re.compile(rf"(source|src|input|reference|ref|original|before|image|img|photo|picture){_FILE}", re.I)
 NOT_FILES = {"edit", "edits"}  # elsewhere the name of an instruction
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 
@@ -97,7 +97,7 @@ def find_metadata(path: str) -> Path:
     raise UserError(f"{wanted}, where there is no metadata.jsonl; write one, a line of JSON an image")
 
 
-def json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
+def read_json_lines(metadata: Path) -> Iterator[tuple[int, dict]]:
     """(line number, JSON object) of each line that is not blank."""
     try:
         with metadata.open("rb") as file:
@@ -123,14 +123,14 @@ def _check_columns(settings: Settings, seen: set[str], metadata: Path) -> set[st
                 f"data.columns.{field}: expected a column of {metadata}; got {column!r}.{did_you_mean(column, seen)} "
                 f"Its columns are: {', '.join(sorted(seen))}"
             )
-    edited = {c for c in seen if TARGET_LIKE.fullmatch(c) and c not in NOT_FILES}
+    edited = {c for c in seen if EDITED_COLUMN.fullmatch(c) and c not in NOT_FILES}
     photo = settings.columns.get("file_name", "file_name")
     if photo in edited:
         raise UserError(
             f"data.columns.file_name: expected a column of reference images; got {photo!r}, which by its name holds "
             "edited images, and those are never opened; name the column of the originals, or rename this one"
         )
-    sources = sorted(c for c in seen if SOURCE_LIKE.fullmatch(c))
+    sources = sorted(c for c in seen if REFERENCE_COLUMN.fullmatch(c))
     if photo not in seen and sources and edited:
         raise UserError(
             f"{metadata}: expected a column file_name; got {', '.join(sources)} and {', '.join(sorted(edited))}, of "
@@ -139,7 +139,7 @@ def _check_columns(settings: Settings, seen: set[str], metadata: Path) -> set[st
     return edited
 
 
-def to_row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> Row:
+def parse_row(value: dict, line: int, metadata: Path, columns: dict[str, str]) -> Row:
     """A line's JSON object as a row; `columns` are our fields that have another name there.
 
     Raises:
@@ -182,16 +182,16 @@ def read_rows(metadata: Path, settings: Settings) -> list[Row]:
         UserError: with file and line, for a line that is not JSON, lacks a field, has an edit type that nothing is
             asked about or a removal of nothing; for columns that need a mapping; for a file without rows.
     """
-    values = list(json_rows(metadata))
+    values = list(read_json_lines(metadata))
     if not values:
         raise UserError(f"expected at least one row; got an empty {metadata}; write one line of JSON an image")
     edited = _check_columns(settings, {column for _, value in values for column in value}, metadata)
     if edited:
         log.warning("%s: ignored, never opened: the edited images in %s", metadata, ", ".join(sorted(edited)))
-    return [to_row(value, line, metadata, settings.columns) for line, value in values]
+    return [parse_row(value, line, metadata, settings.columns) for line, value in values]
 
 
-def photo_path(folder: Path, file_name: str) -> Path:
+def resolve_photo_path(folder: Path, file_name: str) -> Path:
     """Where a file of a data folder lies. Only the name is checked: a link inside the folder is followed.
 
     Raises:
@@ -203,7 +203,7 @@ def photo_path(folder: Path, file_name: str) -> Path:
     return folder / file_name
 
 
-def some(rows: list[Row], share: float) -> list[Row]:
+def subsample(rows: list[Row], share: float) -> list[Row]:
     """This share of the rows, at least one, in their order. Whatever the seed, a smaller share is part of a larger."""
     lots = list(range(len(rows)))
     random.Random("share").shuffle(lots)
@@ -226,14 +226,14 @@ class Source:
         self.settings = settings
         self.seed = seed
         self.metadata = find_metadata(settings.path)
-        self.rows = some(read_rows(self.metadata, settings), settings.share)
+        self.rows = subsample(read_rows(self.metadata, settings), settings.share)
         self.has_target_captions = all(row.target_caption for row in self.rows)
         self.has_source_captions = all(row.source_caption for row in self.rows)
         self._bad: dict[int, dict] = {}
         self._lock = threading.Lock()
-        self._buckets, self._bytes = self._scan()
-        self._order = lru_cache(2 * len(self._buckets) + 2)(self._new_order)
-        self._plan = lru_cache(4)(self._new_plan)
+        self._buckets, self._bytes = self._scan_photos()
+        self._order = lru_cache(2 * len(self._buckets) + 2)(self._shuffled_order)
+        self._plan = lru_cache(4)(self._shuffled_plan)
         self._ahead: dict[tuple[int, int, int, int], Future[Batch]] = {}
         self._pool = ThreadPoolExecutor(settings.prefetch, "photos") if settings.prefetch else None
 
@@ -268,27 +268,27 @@ class Source:
         """
         if size < 1 or index < 0 or not 0 <= rank < world:
             raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
-        self._check_share()  # of what batches made ahead have met
+        self._check_bad_share()  # of what batches made ahead have met
         if self._pool is None:
-            return self._make(index, size, rank, world)
+            return self._make_batch(index, size, rank, world)
         wanted = [(i, size, rank, world) for i in range(index, index + 1 + self.settings.prefetch)]
         for key in self._ahead.keys() - set(wanted):
             self._ahead.pop(key).cancel()
         for key in wanted:
             if key not in self._ahead:
-                self._ahead[key] = self._pool.submit(self._make, *key)
+                self._ahead[key] = self._pool.submit(self._make_batch, *key)
         return self._ahead.pop(wanted[0]).result()
 
     # ---- rows
 
-    def _record(self, row: Row, reason: str) -> None:
+    def _record_bad_row(self, row: Row, reason: str) -> None:
         with self._lock:
             if row.line in self._bad:
                 return  # another thread met it at the same time
             self._bad[row.line] = {"id": row.id, "file": row.file_name, "line": row.line, "reason": reason}
         log.warning("bad row: %s:%d: %s: %s", self.metadata, row.line, row.file_name, reason)
 
-    def _check_share(self) -> None:
+    def _check_bad_share(self) -> None:
         bad, share = self.bad_rows, self.settings.max_bad_share
         if len(bad) > share * len(self.rows) or len(bad) == len(self.rows):
             first = "; ".join(f"{self.metadata}:{b['line']}: {b['file']}: {b['reason']}" for b in bad[:3])
@@ -298,7 +298,7 @@ class Source:
                 bad,
             )
 
-    def _scan(self) -> tuple[list[tuple[tuple[int, int], list[int]]], list[int]]:
+    def _scan_photos(self) -> tuple[list[tuple[tuple[int, int], list[int]]], list[int]]:
         """The buckets that have rows, as (size, rows), and the size in bytes of each photo (-1: none)."""
         buckets: dict[tuple[int, int], list[int]] = {size: [] for size in self.settings.sizes}
         sizes_in_bytes = []
@@ -307,51 +307,51 @@ class Source:
             for number, row in enumerate(self.rows):
                 sizes_in_bytes.append(-1)
                 try:
-                    path = photo_path(self.metadata.parent, row.file_name)
-                    height, width = photo_size(path, self.settings.max_pixels)
+                    path = resolve_photo_path(self.metadata.parent, row.file_name)
+                    height, width = read_photo_size(path, self.settings.max_pixels)
                 except BadImage as error:
-                    self._record(row, str(error))
+                    self._record_bad_row(row, str(error))
                     continue
                 sizes_in_bytes[-1] = path.stat().st_size
                 aspect = math.log(width / height)
                 buckets[min(buckets, key=lambda s: abs(math.log(s[1] / s[0]) - aspect))].append(number)
-        self._check_share()
+        self._check_bad_share()
         return [(size, rows) for size, rows in buckets.items() if rows], sizes_in_bytes
 
     # ---- batches
 
-    def _new_order(self, bucket: int, epoch: int) -> list[int]:
+    def _shuffled_order(self, bucket: int, epoch: int) -> list[int]:
         order = list(self._buckets[bucket][1])
         random.Random(f"{self.seed}/{bucket}/{epoch}").shuffle(order)
         return order
 
-    def _due(self, epoch: int, size: int) -> list[int]:
+    def _batches_before(self, epoch: int, size: int) -> list[int]:
         """How many batches of `size` rows each bucket has given before this epoch begins."""
         return [epoch * len(rows) // size for _, rows in self._buckets]
 
-    def _new_plan(self, epoch: int, size: int) -> list[tuple[int, int]]:
+    def _shuffled_plan(self, epoch: int, size: int) -> list[tuple[int, int]]:
         """The batches of one epoch, mixed: (bucket, number of the batch in its bucket)."""
-        spans = zip(self._due(epoch, size), self._due(epoch + 1, size), strict=True)
+        spans = zip(self._batches_before(epoch, size), self._batches_before(epoch + 1, size), strict=True)
         plan = [(bucket, k) for bucket, (start, end) in enumerate(spans) for k in range(start, end)]
         random.Random(f"{self.seed}/plan/{epoch}").shuffle(plan)
         return plan
 
-    def _locate(self, index: int, size: int) -> tuple[int, int]:
+    def _locate_batch(self, index: int, size: int) -> tuple[int, int]:
         """(bucket, number of the batch in it) of the index-th batch of `size` rows over all ranks."""
         low, high = 0, 1  # the epoch sought is in [low, high)
-        while sum(self._due(high, size)) <= index:
+        while sum(self._batches_before(high, size)) <= index:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if sum(self._due(middle, size)) > index else (middle, high)
-        return self._plan(low, size)[index - sum(self._due(low, size))]
+            low, high = (low, middle) if sum(self._batches_before(middle, size)) > index else (middle, high)
+        return self._plan(low, size)[index - sum(self._batches_before(low, size))]
 
-    def _make(self, index: int, size: int, rank: int, world: int) -> Batch:
-        bucket, number = self._locate(index, size * world)
+    def _make_batch(self, index: int, size: int, rank: int, world: int) -> Batch:
+        bucket, number = self._locate_batch(index, size * world)
         first = number * size * world + rank * size
-        return collate([self._example(bucket, position) for position in range(first, first + size)])
+        return collate([self._example_at(bucket, position) for position in range(first, first + size)])
 
-    def _example(self, bucket: int, position: int) -> Example:
+    def _example_at(self, bucket: int, position: int) -> Example:
         """What stands at a position of a bucket's endless stream; a bad row's place is taken by the next good one."""
         size, rows = self._buckets[bucket]
         epoch, place = divmod(position, len(rows))
@@ -362,15 +362,15 @@ class Source:
             if row.line in self._bad:
                 continue
             try:
-                picture = open_photo(photo_path(self.metadata.parent, row.file_name), size)
+                picture = open_photo(resolve_photo_path(self.metadata.parent, row.file_name), size)
             except BadImage as error:
-                self._record(row, str(error))
-                self._check_share()
+                self._record_bad_row(row, str(error))
+                self._check_bad_share()
                 continue
-            return self._item(row, picture, random.Random(f"{self.seed}/nothing/{bucket}/{position}"))
+            return self._make_example(row, picture, random.Random(f"{self.seed}/nothing/{bucket}/{position}"))
         raise UserError(f"expected at least one readable photo in {self.metadata.parent}; got none; mend the data")
 
-    def _item(self, row: Row, picture: Tensor, rng: random.Random) -> Example:
+    def _make_example(self, row: Row, picture: Tensor, rng: random.Random) -> Example:
         """A row as an example, now and then with nothing to do; never where the only caption is that of the edit, which
         would contradict it."""
         item = Example(
@@ -378,5 +378,5 @@ class Source:
         )
         fits = bool(row.source_caption) or not row.target_caption
         if fits and rng.random() < self.settings.nothing_share:
-            return item.doing_nothing(rng.choice(NOTHING_PHRASES))
+            return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
         return item

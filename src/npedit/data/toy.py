@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Settings as Base
-from npedit.toy.edits import NOTHING, Edit, sample_edit
+from npedit.toy.edits import IDENTITY_INSTRUCTIONS, Edit, sample_edit
 from npedit.toy.world import BACKGROUNDS, COLOURS, SIDE, STYLES, render
 
 
@@ -39,7 +39,7 @@ class Source:
     def __init__(self, settings: Settings, seed: int):
         self.settings = settings
         self.seed = seed
-        self._order = lru_cache(4)(self._new_order)
+        self._order = lru_cache(4)(self._shuffled_order)
 
     def __len__(self) -> int:
         return self.settings.items or sys.maxsize
@@ -59,7 +59,7 @@ class Source:
 
         Not of pixels: many lie halfway between two bytes, where a sum's last bit, which is the processor's, decides.
         """
-        edits = [sample_edit(rng) for _, rng in self._items(0, 32)]
+        edits = [sample_edit(rng) for _, rng in self._numbered_generators(0, 32)]
         facts = (self.settings, edits, SIDE, COLOURS, BACKGROUNDS, STYLES)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -73,24 +73,24 @@ class Source:
         """
         if size < 1 or index < 0 or not 0 <= rank < world:
             raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
-        numbers, rngs = zip(*self._items((index * world + rank) * size, size), strict=True)
+        numbers, rngs = zip(*self._numbered_generators((index * world + rank) * size, size), strict=True)
         edits = [sample_edit(rng) for rng in rngs]
         pictures = render([e.reference for e in edits])
-        return collate([self._example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
+        return collate([self._make_example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
 
-    def _items(self, first: int, size: int) -> list[tuple[int, random.Random]]:
+    def _numbered_generators(self, first: int, size: int) -> list[tuple[int, random.Random]]:
         """Which items stand at these positions of the stream, each with its own source of chance."""
         count, places = self.settings.items, range(first, first + size)
         numbers = [self._order(i // count)[i % count] for i in places] if count else places
         numbers = [self.settings.first + i for i in numbers]
         return [(i, random.Random(f"{self.seed}/{i}")) for i in numbers]
 
-    def _new_order(self, epoch: int) -> list[int]:
+    def _shuffled_order(self, epoch: int) -> list[int]:
         order = list(range(self.settings.items))
         random.Random(f"{self.seed}/pass/{epoch}").shuffle(order)
         return order
 
-    def _example(self, number: int, edit: Edit, picture: Tensor, rng: random.Random) -> Example:
+    def _make_example(self, number: int, edit: Edit, picture: Tensor, rng: random.Random) -> Example:
         item = Example(
             id=f"{self.seed}/{number}",
             reference=picture,
@@ -100,4 +100,8 @@ class Source:
             source_caption=edit.source_caption,
             target_caption=edit.target_caption,
         )
-        return item.doing_nothing(rng.choice(NOTHING)) if rng.random() < self.settings.nothing_share else item
+        return (
+            item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
+            if rng.random() < self.settings.nothing_share
+            else item
+        )

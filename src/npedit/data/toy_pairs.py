@@ -30,5 +30,5 @@ class Source(ToySource):
     def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> PairedBatch:
         """The index-th batch of this rank, with edited images (size, 3, 32, 32) in [0, 1]."""
         batch = super().batch(index, size, rank, world)
-        edits = [sample_edit(rng) for _, rng in self._items((index * world + rank) * size, size)]
+        edits = [sample_edit(rng) for _, rng in self._numbered_generators((index * world + rank) * size, size)]
         return PairedBatch(**vars(batch), edited=render([e.target for e in edits]))

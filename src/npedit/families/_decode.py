@@ -31,11 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from npedit.errors import UserError
 from npedit.families.base import Facts, Family
 
-FEWEST = 4  # latents along a tile's side: fewer leave no overlap
+MIN_TILE_LATENTS = 4  # latents along a tile's side: fewer leave no overlap
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a frozen decoder draws nothing
 
 
-def decode(family: Family, latents: Tensor, tile: int = 0, again: bool = False) -> Tensor:
+def decode_latents(family: Family, latents: Tensor, tile: int = 0, again: bool = False) -> Tensor:
     """The family's `decode` of (b, c, h, w) to (b, 3, H, W), not clamped, with gradient.
 
     `tile` is the side of the tiles in pixels, rounded down to whole latents, and 0 the whole at once; a side of the
@@ -49,7 +49,7 @@ def decode(family: Family, latents: Tensor, tile: int = 0, again: bool = False) 
     def run(part: Tensor) -> Tensor:
         if not again:
             return family.decode(part)
-        with _computed_again(family.pipe.vae.decoder):
+        with _gradient_checkpointing(family.pipe.vae.decoder):
             return family.decode(part)
 
     stride, size = family.facts.stride, tuple(latents.shape[2:])
@@ -57,7 +57,7 @@ def decode(family: Family, latents: Tensor, tile: int = 0, again: bool = False) 
     if tuple(sides) == size:
         return run(latents)
     (rows, down), (columns, across) = (
-        _axis(side, length, stride, latents.device) for side, length in zip(size, sides, strict=True)
+        _tile_layout(side, length, stride, latents.device) for side, length in zip(size, sides, strict=True)
     )
     out = latents.new_zeros(len(latents), 3, *(stride * side for side in size), dtype=torch.float32)
     for top, high in zip(rows, down, strict=True):
@@ -72,17 +72,17 @@ def check_tile(facts: Facts, tile: int) -> None:
     """Refuse tiles that a family cannot overlap.
 
     Raises:
-        UserError: the side in pixels is neither 0 nor at least `FEWEST` latents.
+        UserError: the side in pixels is neither 0 nor at least `MIN_TILE_LATENTS` latents.
     """
-    least = FEWEST * facts.stride
+    least = MIN_TILE_LATENTS * facts.stride
     if tile and tile < least:
         raise UserError(
-            f"expected tiles of at least {least} pixels, {FEWEST} of this family's latents, or 0 for the whole; "
+            f"expected tiles of at least {least} pixels, {MIN_TILE_LATENTS} of this family's latents, or 0 for the whole; "
             f"got {tile}; change memory.decode_tile (or --tile)"
         )
 
 
-def _axis(side: int, length: int, stride: int, device: torch.device) -> tuple[list[int], list[Tensor]]:
+def _tile_layout(side: int, length: int, stride: int, device: torch.device) -> tuple[list[int], list[Tensor]]:
     """Where tiles of `length` latents begin along a side of `side` latents, and the weight of each tile's pixels
     (length * stride,) in float32; at every pixel the weights sum to 1."""
     if length == side:
@@ -100,7 +100,7 @@ def _axis(side: int, length: int, stride: int, device: torch.device) -> tuple[li
     return starts, [w / total[s * stride : (s + length) * stride] for s, w in zip(starts, weights, strict=True)]
 
 
-def _blocks(decoder: nn.Module) -> Iterator[nn.Module]:
+def _decoder_blocks(decoder: nn.Module) -> Iterator[nn.Module]:
     """The residual, attention and upsampling blocks of a decoder: what is in its stages' lists, or in a stage that is
     itself a sequence."""
     middle = [decoder.mid_block] if hasattr(decoder, "mid_block") else []
@@ -110,9 +110,9 @@ def _blocks(decoder: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _computed_again(decoder: nn.Module) -> Iterator[None]:
+def _gradient_checkpointing(decoder: nn.Module) -> Iterator[None]:
     """Inside the block, a call of one of the decoder's blocks keeps its input alone for the backward pass."""
-    blocks = list(_blocks(decoder))
+    blocks = list(_decoder_blocks(decoder))
     for block in blocks:
         block.forward = partial(recompute, block.forward)
     try:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
 
-def check_folder(
+def check_pipeline_folder(
     weights: str | Path, family: str, pipeline: str, parts: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, None]:
     """Look at a local diffusers folder before it is opened; a Hub id is left to diffusers. Returns those of the
@@ -50,20 +50,20 @@ def schedule_shift(config: Mapping[str, Any], tokens: int) -> float:
     return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
 
-def packed(x: Tensor) -> Tensor:
+def pack_latents(x: Tensor) -> Tensor:
     """Latents (b, c, h, w) -> tokens (b, h/2 * w/2, 4c), row by row."""
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-def unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
+def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `packed`: tokens (b, rows * columns, 4c) -> (b, c, 2 rows, 2 columns)."""
     b, _, d = tokens.shape
     x = tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, d // 4, 2 * rows, 2 * columns)
 
 
-def without_padding(sequence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+def trim_padding(sequence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Drop the places of (b, length, ...) where no item of mask (b, length) has a word. The mask is None when nothing
     is left to hide, so that attention may use its fast kernel."""
     kept = mask.any(0)
@@ -72,23 +72,23 @@ def without_padding(sequence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | No
 
 
 @torch.no_grad()
-def encode_qwen(vae: AutoencoderKLQwenImage, images: Tensor) -> Tensor:
+def encode_with_qwen_vae(vae: AutoencoderKLQwenImage, images: Tensor) -> Tensor:
     """Images (b, 3, H, W) in [0, 1] as one-frame films -> latents (b, c, h, w), the posterior's mean, normalised per
     channel. Float32 whatever the VAE's type."""
     mean = vae.encode((images * 2 - 1).to(vae.dtype).unsqueeze(2)).latent_dist.mean[:, :, 0].float()
-    middle, deviation = _statistics(vae, mean)
+    middle, deviation = _latent_statistics(vae, mean)
     return (mean - middle) / deviation
 
 
-def decode_qwen(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+def decode_with_qwen_vae(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
     """Latents (b, c, h, w) -> images (b, 3, H, W), not clamped. `vae.decode` clamps, and a clamp stops the gradient, so
     this calls what stands before it. One frame needs none of the decoder's memory of earlier frames."""
-    middle, deviation = _statistics(vae, latents)
+    middle, deviation = _latent_statistics(vae, latents)
     frame = (latents * deviation + middle).to(vae.dtype).unsqueeze(2)
     return (vae.decoder(vae.post_quant_conv(frame))[:, :, 0] + 1) / 2
 
 
-def _statistics(vae: AutoencoderKLQwenImage, like: Tensor) -> tuple[Tensor, Tensor]:
+def _latent_statistics(vae: AutoencoderKLQwenImage, like: Tensor) -> tuple[Tensor, Tensor]:
     """The latents' mean and standard deviation in the data (1, c, 1, 1)."""
     mean, deviation = (torch.tensor(s) for s in (vae.config.latents_mean, vae.config.latents_std))
     return mean.to(like).view(1, -1, 1, 1), deviation.to(like).view(1, -1, 1, 1)

@@ -38,7 +38,7 @@ class Text:
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    def take(self, index: Sequence[int] | Tensor) -> Text:
+    def select(self, index: Sequence[int] | Tensor) -> Text:
         """The prompts at these positions."""
         index = torch.as_tensor(index, device=self.parts[0].device)
         return Text(tuple(p[index] for p in self.parts))
@@ -73,7 +73,7 @@ class Family(ABC):
         """The same real classes at toy size with random weights, for tests."""
 
     @abstractmethod
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
 
     def lora_base(self) -> nn.Module:

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from npedit.families._shared import check_folder, packed, schedule_shift, unpacked
+from npedit.families._shared import check_pipeline_folder, pack_latents, schedule_shift, unpack_latents
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -55,7 +55,7 @@ class Flux(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a FluxPipeline. Errors as in `Family.load`."""
-        check_folder(weights, "flux", "FluxPipeline", PARTS)
+        check_pipeline_folder(weights, "flux", "FluxPipeline", PARTS)
         return cls(FluxPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -86,7 +86,7 @@ class Flux(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
@@ -126,8 +126,8 @@ class Flux(Family):
         """v (b, c, h, w); see the head of this file."""
         sequence, pooled = text.parts
         planes = [x, *references]
-        tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
-        ids = torch.cat([_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
+        tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
+        ids = torch.cat([_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
         guidance = None
         config: Any = net.config
         if config.guidance_embeds:
@@ -144,14 +144,14 @@ class Flux(Family):
             return_dict=False,
         )[0]
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        return unpacked(out[:, : rows * columns], rows, columns).to(x.dtype)
+        return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
-def _ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:
+def _position_ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:
     ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
     ids[..., 0] = frame
     ids[..., 1] = torch.arange(rows, device=like.device)[:, None]

@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from npedit.families._shared import (
-    check_folder,
-    decode_qwen,
-    encode_qwen,
-    packed,
+    check_pipeline_folder,
+    decode_with_qwen_vae,
+    encode_with_qwen_vae,
+    pack_latents,
     schedule_shift,
-    unpacked,
-    without_padding,
+    trim_padding,
+    unpack_latents,
 )
 from npedit.families.base import Facts, Family, Text
 
@@ -71,7 +71,7 @@ class Krea2(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a Krea2Pipeline. Errors as in `Family.load`."""
-        check_folder(weights, "krea2", "Krea2Pipeline", PARTS)
+        check_pipeline_folder(weights, "krea2", "Krea2Pipeline", PARTS)
         return cls(Krea2Pipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -107,7 +107,7 @@ class Krea2(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
@@ -130,18 +130,18 @@ class Krea2(Family):
 
     def encode(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [0, 1] -> (b, c, h, w), normalised per channel as Qwen-Image does, in float32."""
-        return encode_qwen(self.pipe.vae, images)
+        return encode_with_qwen_vae(self.pipe.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
-        return decode_qwen(self.pipe.vae, latents)
+        return decode_with_qwen_vae(self.pipe.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
-        states, mask = without_padding(*text.parts)
+        states, mask = trim_padding(*text.parts)
         planes = [x, *references]
-        tokens = torch.cat([packed(p.to(x.dtype)) for p in planes], 1)
-        ids = [_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
+        tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
+        ids = [_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
         dtype = next(net.parameters()).dtype
         out = net(
             hidden_states=tokens.to(dtype),
@@ -152,14 +152,14 @@ class Krea2(Family):
             return_dict=False,
         )[0]
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        return unpacked(out[:, : rows * columns], rows, columns).to(x.dtype)
+        return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
-def _ids(rows: int, columns: int, frame: int, device: torch.device) -> Tensor:
+def _position_ids(rows: int, columns: int, frame: int, device: torch.device) -> Tensor:
     ids = torch.zeros(rows, columns, 3, device=device)
     ids[..., 0] = frame
     ids[..., 1] = torch.arange(rows, device=device)[:, None]

@@ -11,7 +11,7 @@
   reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
   counterpart there. A trial with one seed, six untrained blocks taught to return 6 x 6 latents of unit variance at
   t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; 1 is that of the blind.
-  So `net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student starts as the base
+  So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student starts as the base
   model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
   picture's grid, so encode it at the picture's size if you can. The base itself has no slot and refuses references.
   Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not open them,
@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from npedit.families._shared import check_folder
+from npedit.families._shared import check_pipeline_folder
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 300  # the pipeline's own
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-REFERENCES = 4  # slots of a net that `net()` makes
+REFERENCES = 4  # slots of a net that `trainable_net()` makes
 
 
 class Sana(Family):
@@ -69,7 +69,7 @@ class Sana(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a SanaPipeline. Errors as in `Family.load`."""
-        check_folder(weights, "sana", "SanaPipeline", PARTS)
+        check_pipeline_folder(weights, "sana", "SanaPipeline", PARTS)
         return cls(SanaPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -101,17 +101,17 @@ class Sana(Family):
         )
         return cls(pipe, torch.device("cpu"))
 
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer, its input widened for references."""
-        return _widened(copy.deepcopy(self.base)).requires_grad_(True).train()
+        return _widen_input(copy.deepcopy(self.base)).requires_grad_(True).train()
 
     def lora_base(self) -> nn.Module:
         """The base with its input widened for references, frozen; all other weights are the base's own."""
-        return self._wide
+        return self._widened_base
 
     @cached_property
-    def _wide(self) -> nn.Module:
-        return _widened(copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})).requires_grad_(False)
+    def _widened_base(self) -> nn.Module:
+        return _widen_input(copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})).requires_grad_(False)
 
     def open_net(self, folder: Path) -> nn.Module:
         """A transformer saved with `save_pretrained`, in the base's dtype."""
@@ -160,10 +160,10 @@ class Sana(Family):
         slots = config.in_channels // x.shape[1] - 1
         if len(references) > slots:
             raise ValueError(
-                f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of `net()` "
+                f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of `trainable_net()` "
                 f"have {REFERENCES}."
             )
-        planes = [x, *(_fitted(reference, x) for reference in references)]
+        planes = [x, *(_resampled_reference(reference, x) for reference in references)]
         planes += [torch.zeros_like(x)] * (slots - len(references))
         dtype = next(net.parameters()).dtype
         sequence, mask = text.parts
@@ -182,7 +182,7 @@ class Sana(Family):
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
-def _widened(net: Any) -> nn.Module:
+def _widen_input(net: Any) -> nn.Module:
     """The net, in place, with REFERENCES further slots of zero weights in its input."""
     old = net.patch_embed.proj
     width = old.in_channels * (1 + REFERENCES)
@@ -197,7 +197,7 @@ def _widened(net: Any) -> nn.Module:
     return net
 
 
-def _fitted(reference: Tensor, x: Tensor) -> Tensor:
+def _resampled_reference(reference: Tensor, x: Tensor) -> Tensor:
     if reference.shape[2:] == x.shape[2:]:
         return reference.to(x.dtype)
     return F.interpolate(reference.to(x.dtype), x.shape[2:], mode="bilinear", antialias=True)

@@ -38,7 +38,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from npedit.families._shared import check_folder, schedule_shift
+from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -70,7 +70,7 @@ class SD3(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a StableDiffusion3Pipeline. Errors as in `Family.load`."""
-        absent = check_folder(weights, "sd3", "StableDiffusion3Pipeline", PARTS, T5)
+        absent = check_pipeline_folder(weights, "sd3", "StableDiffusion3Pipeline", PARTS, T5)
         return cls(StableDiffusion3Pipeline.from_pretrained(weights, dtype=dtype, **absent), device)
 
     @classmethod
@@ -106,7 +106,7 @@ class SD3(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
@@ -149,7 +149,7 @@ class SD3(Family):
         """
         sequence, pooled = text.parts
         dtype = next(net.parameters()).dtype
-        with _beside(net, x, [r.to(dtype) for r in references]):
+        with _attach_references(net, x, [r.to(dtype) for r in references]):
             out = net(
                 hidden_states=x.to(dtype),
                 timestep=1000 * t.float(),
@@ -165,7 +165,7 @@ class SD3(Family):
 
 
 @contextmanager
-def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator[None]:
+def _attach_references(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator[None]:
     """Inside the block, a call of the net on x (b, c, h, w) sees the references (b, c, h', w') beside it; see the
     module's head."""
     embed: Any = net.pos_embed
@@ -173,7 +173,7 @@ def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator
     config: Any = net.config
     patch = config.patch_size
     rows, columns = x.shape[2] // patch, x.shape[3] // patch
-    corners = _corners(rows, columns, [(r.shape[2] // patch, r.shape[3] // patch) for r in references],
+    corners = _place_references(rows, columns, [(r.shape[2] // patch, r.shape[3] // patch) for r in references],
                        embed.pos_embed_max_size)  # fmt: skip
 
     def append(_: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _beside(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator
             hook.remove()
 
 
-def _corners(rows: int, columns: int, sizes: Sequence[tuple[int, int]], table: int) -> list[tuple[int, int]]:
+def _place_references(rows: int, columns: int, sizes: Sequence[tuple[int, int]], table: int) -> list[tuple[int, int]]:
     """Where in the table of places (a square of so many patches) each reference's top left patch lies; the picture of
     rows x columns is in the middle. Each reference takes the first side of it that is free and has room.
 

@@ -13,7 +13,7 @@
   checkpoint sees beside the latents, are left out: Z-Image and Turbo have no weights for them.
 - frames: a net that `npedit convert` made from NP-Edit's public reimplementation was taught otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
-  thought at the prompt's end. `open_net` and `velocity` follow it; see `_framed`.
+  thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
 - guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 in `dmd.guided`. Turbo is
   distilled and wants none: give a recipe `guidance: 1.0`.
 """
@@ -32,7 +32,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from npedit.families._shared import check_folder, schedule_shift
+from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -67,7 +67,7 @@ class ZImage(Family):
     @classmethod
     def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
         """Open a Hub id or a local folder of a ZImagePipeline. Errors as in `Family.load`."""
-        check_folder(weights, "z_image", "ZImagePipeline", PARTS)
+        check_pipeline_folder(weights, "z_image", "ZImagePipeline", PARTS)
         return cls(ZImagePipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
@@ -101,7 +101,7 @@ class ZImage(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def net(self) -> nn.Module:
+    def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
@@ -125,13 +125,13 @@ class ZImage(Family):
                 list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
             )
         else:
-            ragged = self._without_thought(prompts)
+            ragged = self._encode_without_thinking(prompts)
         padded = ragged[0].new_zeros(len(ragged), TEXT_LENGTH, ragged[0].shape[1])
         for row, states in zip(padded, ragged):
             row[: len(states)] = states
         return Text((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
 
-    def _without_thought(self, prompts: Sequence[str]) -> list[Tensor]:
+    def _encode_without_thinking(self, prompts: Sequence[str]) -> list[Tensor]:
         """The states of each prompt as the pipeline takes them, but behind a template with an empty thought."""
         tokenizer, turn = self.pipe.tokenizer, {"add_generation_prompt": True, "enable_thinking": False}
         texts = [
@@ -178,7 +178,7 @@ class ZImage(Family):
                     f"expected one reference of shape {tuple(x.shape)}, as this net was taught; got {sizes}"
                 )
             films = [torch.cat(item, 1) for item in zip(*frames)]
-            with _framed(net, x.shape[2] * x.shape[3] // 4, t):
+            with _modulate_frames(net, x.shape[2] * x.shape[3] // 4, t):
                 out = [o[:, 1:] for o in net(x=films, t=1 - t.float(), cap_feats=captions, return_dict=False)[0]]
         elif references:
             out = net(
@@ -198,17 +198,17 @@ class ZImage(Family):
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
-def framed_net(base: str | Path) -> nn.Module:
+def empty_frames_net(base: str | Path) -> nn.Module:
     """A net like that of the base (a Hub id or a folder), without weights, on the meta device; its config says that it
     takes frames. Errors as in `Family.load`."""
-    check_folder(base, "z_image", "ZImagePipeline", ("scheduler", "transformer"))
+    check_pipeline_folder(base, "z_image", "ZImagePipeline", ("scheduler", "transformer"))
     with torch.device("meta"):
         net = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(base, subfolder="transformer"))
     net.register_to_config(**FRAMES)
     return net
 
 
-def scheduler_of(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
+def load_base_scheduler(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
     """The base's own scheduler (a Hub id or a folder)."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
@@ -218,23 +218,23 @@ def _takes_frames(net: Any) -> bool:
 
 
 @contextmanager
-def _framed(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
+def _modulate_frames(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
     """Inside the block, a call of the net modulates each film's first `tokens` tokens, the reference's, with the clean
     time, and all others with the film's own: what the omni mode does for an image of its own. For use, not for training
     with blocks that are computed again."""
     model: Any = net  # diffusers sets these attributes at run time
     clean = model.t_embedder(torch.ones_like(t, dtype=torch.float32) * model.t_scale)
 
-    def told(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def modulation(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noisy = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         noisy[:, :tokens] = 0
         return noisy, own, clean.to(own)
 
     def block(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return *args[:4], *told(args[0], args[3])
+        return *args[:4], *modulation(args[0], args[3])
 
     def last(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask, own, free = told(args[0], kwargs["c"])
+        mask, own, free = modulation(args[0], kwargs["c"])
         return args, {"noise_mask": mask, "c_noisy": own, "c_clean": free}
 
     hooks = [layer.register_forward_pre_hook(block) for layer in (*model.noise_refiner, *model.layers)]

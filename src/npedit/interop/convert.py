@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from npedit.editor import FACTS_FILE, FORMAT
 from npedit.errors import UserError, explain_write_errors
 from npedit.families._shared import schedule_shift
-from npedit.families.z_image import framed_net, scheduler_of
+from npedit.families.z_image import empty_frames_net, load_base_scheduler
 from npedit.flow import few_step_times
 from npedit.runs.checkpoint import write_text
 
@@ -56,15 +56,15 @@ def convert(source: Path, run: Path, base: str) -> Path:
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"expected a new or empty folder; got {run}, which is not; choose another")
-    weights = _read(source)
+    weights = _read_weights(source)
     try:
-        net, scheduler = framed_net(base), scheduler_of(base)
+        net, scheduler = empty_frames_net(base), load_base_scheduler(base)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--base: expected a Z-Image that opens; got {base!r} ({error}); correct it") from None
-    _check(source, weights, net)
+    _check_weights(source, weights, net)
     net.load_state_dict(weights, assign=True)
     shift = schedule_shift(scheduler.config, SIZES[0][0] * SIZES[0][1] // PATCH**2)
-    few = type(scheduler)(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+    few_step = type(scheduler)(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
     facts = {
         "format": FORMAT,
         "family": "z_image",
@@ -80,7 +80,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
         with explain_write_errors(run):
             aside.mkdir(parents=True)
             net.save_pretrained(aside / "transformer")
-            few.save_pretrained(aside / "scheduler")
+            few_step.save_pretrained(aside / "scheduler")
             write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
             write_text(aside / "README.md", CARD.format(name=source.name, steps=STEPS, base=base))
             os.rename(aside, run / "final")
@@ -89,7 +89,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
     return run
 
 
-def _read(source: Path) -> dict[str, Tensor]:
+def _read_weights(source: Path) -> dict[str, Tensor]:
     """The file's tensors by their names in the transformer; read as data, never run."""
     wanted = "expected the released checkpoint, a mapping from names to tensors that torch.load reads as weights alone"
     try:
@@ -106,13 +106,15 @@ def _read(source: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{wanted}; got {source}, which holds {kinds}; give the released .pt, not a training checkpoint"
         )
-    foreign = [str(name) for name in found if not str(name).startswith(PREFIX)]
-    if foreign:
-        raise UserError(f"{wanted}, each name with {PREFIX}; got {_some(foreign)} in {source}; give the released .pt")
+    unprefixed = [str(name) for name in found if not str(name).startswith(PREFIX)]
+    if unprefixed:
+        raise UserError(
+            f"{wanted}, each name with {PREFIX}; got {_first_names(unprefixed)} in {source}; give the released .pt"
+        )
     return {name.removeprefix(PREFIX): value for name, value in found.items()}
 
 
-def _check(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
+def _check_weights(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
     """Refuse weights that are not exactly the net's."""
     own = net.state_dict()
     shapes = [
@@ -127,7 +129,7 @@ def _check(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
         "has of another shape": shapes,
         "mixes types": sorted(kinds) if len(kinds) > 1 or not kinds <= {"float32", "bfloat16", "float16"} else [],
     }
-    said = "; ".join(f"it {what} {_some(names)}" for what, names in faults.items() if names)
+    said = "; ".join(f"it {what} {_first_names(names)}" for what, names in faults.items() if names)
     if said:
         raise UserError(
             f"expected the weights of a Z-Image like the base, in one floating-point type; got {source}: {said}; give "
@@ -135,6 +137,6 @@ def _check(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from npedit.critics._chat import model_kind
+from npedit.critics._chat import read_model_type
 from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.judges.base import OK, Judge, Manner, Reply
@@ -48,7 +48,7 @@ class LocalJudge(Judge):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             folder, revision = _located(weights)
-            family = _families()[model_kind(folder, _families())]
+            family = _families()[read_model_type(folder, _families())]
             critic = config.find_class("critics", family).load(folder, dtype, device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
@@ -77,12 +77,12 @@ class LocalJudge(Judge):
         start, pictures = time.monotonic(), [_tensor(im) for im in images]
         if manner.options:
             with torch.no_grad():
-                seen = [self.critic.see(p[None].to(self.critic.device))[0] for p in pictures]
+                seen = [self.critic.encode_images(p[None].to(self.critic.device))[0] for p in pictures]
                 chances = self.critic.logits([prompt], [seen])[0].double().softmax(0)
             found = {w: float(chances[i]) for w, i in zip(manner.options, self._option_ids(manner))}
             text = json.dumps({"probabilities": found})
         else:
-            (text,) = self.critic.write([prompt], [pictures], manner.max_tokens)
+            (text,) = self.critic.generate_text([prompt], [pictures], manner.max_tokens)
         return Reply(OK, text, detail=f"{time.monotonic() - start:.1f} s", served_by=self.name)
 
     def _option_ids(self, manner: Manner) -> list[int]:

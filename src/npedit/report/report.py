@@ -15,12 +15,12 @@ from npedit.benchmarks.toy import percent
 from npedit.errors import UserError
 from npedit.report import plots
 from npedit.runs.checkpoint import BLAME, CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
-from npedit.scoring.reward_hacking import HELD_OUT, alarms
+from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 
-SHOWN = 160  # CSS pixels of a picture's longer side
-ENLARGED = 320  # pixels up to which a small picture is enlarged by whole numbers
-MOST_ITEMS = 8
-FAULTS = {
+THUMBNAIL_SIDE = 160  # CSS pixels of a picture's longer side
+ENLARGED_SIDE = 320  # pixels up to which a small picture is enlarged by whole numbers
+MAX_ITEMS = 8
+FAILURE_CAUSES = {
     "right": "right",
     "critic": "wrong, and the critic content",
     "teacher": "the teacher cannot draw it",
@@ -66,24 +66,24 @@ def write_report(run: str | Path) -> Path:
         raise UserError(f"expected a run to report on; {run} is not one; give a folder that 'npedit train' made")
     rows = read_rows(run / METRICS)
     manifest = read_manifest(run)
-    scores = _scores(run)
+    scores = _read_scores(run)
     name = str(manifest.get("recipe", run.name))
     parts = [
-        f"<h1>{_e(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
-        f'<p class="soft">{_e(_summary(rows))} {_pairs(manifest)}</p>',
-        _alarms(rows, _evaluate_items(run)),
+        f"<h1>{_escape(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
+        f'<p class="soft">{_escape(_summary(rows))} {_pairs_sentence(manifest)}</p>',
+        _alarm_box(rows, _evaluate_items(run)),
         _headline(rows, scores),
         _scores_table(scores),
-        _blame_table(run),
+        _failure_table(run),
         _progress_pictures(run),
-        _curves(rows, _evaluate_items(run)),
+        _curves_section(rows, _evaluate_items(run)),
         _benchmark_pictures(run),
         "<h2>How it was made</h2>",
-        f"<details><summary>Recipe</summary><pre>{_e((run / CONFIG).read_text())}</pre></details>",
-        f"<details open><summary>Manifest</summary><pre>{_e(json.dumps(manifest, indent=2))}</pre></details>",
+        f"<details><summary>Recipe</summary><pre>{_escape((run / CONFIG).read_text())}</pre></details>",
+        f"<details open><summary>Manifest</summary><pre>{_escape(json.dumps(manifest, indent=2))}</pre></details>",
     ]
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>npedit: {_e(name)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>npedit: {_escape(name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n"
     )
@@ -91,11 +91,11 @@ def write_report(run: str | Path) -> Path:
     return run / "report.html"
 
 
-def _e(words: object) -> str:
+def _escape(words: object) -> str:
     return html.escape(str(words))
 
 
-def _pairs(manifest: dict[str, Any]) -> str:
+def _pairs_sentence(manifest: dict[str, Any]) -> str:
     return (
         "No edited image was used in training."
         if manifest["no_pairs"]
@@ -112,7 +112,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
     return f"{rows[-1]['step']} updates ({names}) in {seconds / 60:.1f} minutes of training."
 
 
-def _scores(run: Path) -> dict[str, Any]:
+def _read_scores(run: Path) -> dict[str, Any]:
     """The final table {"before", "after"} that `npedit demo` leaves; {} if there is none."""
     path = run / "evaluation.json"
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -124,16 +124,16 @@ def _evaluate_items(run: Path) -> int:
     return int(yaml.safe_load((run / CONFIG).read_text())["trainer"]["evaluate_items"])
 
 
-def _alarms(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
     """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
-    found = alarms(rows, evaluate_items)
+    found = reward_hacking_alarms(rows, evaluate_items)
     if found:
-        lines = "".join(f"<li>{_e(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
+        lines = "".join(f"<li>{_escape(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
         return (
             f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
             "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"
         )
-    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT)
+    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT_EDIT_KEYS)
     return (
         '<p class="soft">No sign of reward hacking: see <i>The critic against what is held out</i>.</p>' if both else ""
     )
@@ -150,7 +150,7 @@ def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
             return ""
         first, last = evaluated[0], evaluated[-1]
         found = [(f"right at update {r['step']}", f"{100 * r['eval/both']:.1f} %") for r in (first, last)]
-    return '<div class="figures">' + "".join(f"<div><b>{_e(v)}</b>{_e(k)}</div>" for k, v in found) + "</div>"
+    return '<div class="figures">' + "".join(f"<div><b>{_escape(v)}</b>{_escape(k)}</div>" for k, v in found) + "</div>"
 
 
 def _scores_table(scores: dict[str, Any]) -> str:
@@ -162,7 +162,7 @@ def _scores_table(scores: dict[str, Any]) -> str:
         earlier = before if kind == "all" else before["by_type"].get(kind)
         cells = [kind, row["n"], percent(earlier["both"]) if earlier else "-"]
         cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")] + [percent(row["both"])]
-        inside = "".join(f"<td>{_e(c)}</td>" for c in cells)
+        inside = "".join(f"<td>{_escape(c)}</td>" for c in cells)
         lines.append(f'<tr class="{"all" if kind == "all" else ""}">{inside}</tr>')
     head = ("edit type", "n", "both, before", "applied", "preserved", "both, after")
     return (
@@ -170,11 +170,11 @@ def _scores_table(scores: dict[str, Any]) -> str:
         "<i>Both</i>: the edit was applied and all else was preserved, with 95 % Wilson intervals.</p>"
         f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
         f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
-        f"the edit: {after['outside_change']:.3f} of the full range.</p>"
+        f"the edit: {after['change_outside_edit']:.3f} of the full range.</p>"
     )
 
 
-def _blame_table(run: Path) -> str:
+def _failure_table(run: Path) -> str:
     """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
     if not (run / BLAME).is_file():
         return ""
@@ -182,11 +182,11 @@ def _blame_table(run: Path) -> str:
     counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
     lines = []
     for kind, row in counts.items():
-        faults = "".join(f"<td>{row[k]} ({100 * row[k] / row['n']:.0f} %)</td>" for k in FAULTS)
+        faults = "".join(f"<td>{row[k]} ({100 * row[k] / row['n']:.0f} %)</td>" for k in FAILURE_CAUSES)
         lines.append(
-            f'<tr class="{"all" if kind == "all" else ""}"><td>{_e(kind)}</td><td>{row["n"]}</td>{faults}</tr>'
+            f'<tr class="{"all" if kind == "all" else ""}"><td>{_escape(kind)}</td><td>{row["n"]}</td>{faults}</tr>'
         )
-    heads = ("edit type", "n", *FAULTS.values())
+    heads = ("edit type", "n", *FAILURE_CAUSES.values())
     return (
         "<h2>Where it fails, and whose fault it is</h2><p>The last evaluation's edits. A wrong one is the "
         "<i>critic's</i> fault if the critic is content with it; else the <i>teacher's</i> if the base model, given "
@@ -196,58 +196,58 @@ def _blame_table(run: Path) -> str:
     )
 
 
-def _curves(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
-    figures = plots.figures(rows, evaluate_items)
+def _curves_section(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
+    figures = plots.draw_figures(rows, evaluate_items)
     if not figures:
         return ""
     blocks = []
     for title, caption, light, dark in figures:
         picture = (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-            f'<img src="{_data(light)}" alt="{_e(title)}"></picture>'
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+            f'<img src="{_data_uri(light)}" alt="{_escape(title)}"></picture>'
         )
-        blocks.append(f"<figure>{picture}<figcaption>{_e(caption)}</figcaption></figure>")
+        blocks.append(f"<figure>{picture}<figcaption>{_escape(caption)}</figcaption></figure>")
     return f"<h2>Curves</h2>{''.join(blocks)}"
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def _data(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _picture(path: Path, alt: str) -> str:
+def _img_tag(path: Path, alt: str) -> str:
     """An <img> with the picture inside; small ones are enlarged in whole pixel blocks."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
-    factor = max(1, ENLARGED // max(picture.size))
+    factor = max(1, ENLARGED_SIDE // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    if max(picture.size) > 2 * ENLARGED:
-        picture.thumbnail((2 * ENLARGED, 2 * ENLARGED))
-    scale = SHOWN / max(picture.size)
+    if max(picture.size) > 2 * ENLARGED_SIDE:
+        picture.thumbnail((2 * ENLARGED_SIDE, 2 * ENLARGED_SIDE))
+    scale = THUMBNAIL_SIDE / max(picture.size)
     w, h = round(picture.width * scale), round(picture.height * scale)
-    return f'<img src="{_data(plots.png(picture))}" width="{w}" height="{h}" alt="{_e(alt)}">'
+    return f'<img src="{_data_uri(plots.encode_png(picture))}" width="{w}" height="{h}" alt="{_escape(alt)}">'
 
 
-def _items(folder: Path) -> list[dict[str, Any]]:
+def _read_items(folder: Path) -> list[dict[str, Any]]:
     path = folder / "items.json"
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def _progress_pictures(run: Path) -> str:
     """The same references at the first, the middle and the last drawing of samples."""
-    folders = sorted(p for p in run.glob("samples/step-*") if _items(p))
+    folders = sorted(p for p in run.glob("samples/step-*") if _read_items(p))
     if not folders:
         return ""
     chosen = list(dict.fromkeys([folders[0], folders[len(folders) // 2], folders[-1]]))
     heads = ["reference", "instruction", *(f"update {int(p.name.removeprefix('step-'))}" for p in chosen)]
     lines = []
-    for i, item in enumerate(_items(chosen[0])[:MOST_ITEMS]):
-        cells = [f"<td>{_picture(chosen[0] / item['reference'], 'reference')}</td>"]
-        cells.append(f'<td class="words">{_e(item["instruction"])}</td>')
+    for i, item in enumerate(_read_items(chosen[0])[:MAX_ITEMS]):
+        cells = [f"<td>{_img_tag(chosen[0] / item['reference'], 'reference')}</td>"]
+        cells.append(f'<td class="words">{_escape(item["instruction"])}</td>')
         for folder in chosen:
-            cells.append(f"<td>{_picture(folder / _items(folder)[i]['file'], item['instruction'])}</td>")
+            cells.append(f"<td>{_img_tag(folder / _read_items(folder)[i]['file'], item['instruction'])}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         "<h2>The same pictures as training goes on</h2>"
@@ -258,17 +258,17 @@ def _progress_pictures(run: Path) -> str:
 
 def _benchmark_pictures(run: Path) -> str:
     """Pictures of the final evaluation with the oracle's verdict, two items of each edit type."""
-    items = _items(run / "evaluation")
+    items = _read_items(run / "evaluation")
     if not items:
         return ""
     lines = []
     for kind in dict.fromkeys(i["edit_type"] for i in items):
-        cells = [f"<td>{_e(kind)}</td>"]
+        cells = [f"<td>{_escape(kind)}</td>"]
         for item in [i for i in items if i["edit_type"] == kind][:2]:
-            verdict = ", ".join(_mark(name, item[name]) for name in ("applied", "preserved"))
-            cells.append(f"<td>{_picture(run / 'evaluation' / item['reference'], 'reference')}</td>")
-            cells.append(f'<td class="words">{_e(item["instruction"])}<br>{verdict}</td>')
-            cells.append(f"<td>{_picture(run / 'evaluation' / item['file'], item['instruction'])}</td>")
+            verdict = ", ".join(_verdict_span(name, item[name]) for name in ("applied", "preserved"))
+            cells.append(f"<td>{_img_tag(run / 'evaluation' / item['reference'], 'reference')}</td>")
+            cells.append(f'<td class="words">{_escape(item["instruction"])}<br>{verdict}</td>')
+            cells.append(f"<td>{_img_tag(run / 'evaluation' / item['file'], item['instruction'])}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "<th></th>" + "<th>reference</th><th>instruction, verdict</th><th>edited</th>" * 2
     return (
@@ -277,11 +277,11 @@ def _benchmark_pictures(run: Path) -> str:
     )
 
 
-def _mark(name: str, fine: bool) -> str:
+def _verdict_span(name: str, fine: bool) -> str:
     return f'<span class="{"yes" if fine else "no"}">{"" if fine else "not "}{name}</span>'
 
 
-def sheet(seed: int = 0) -> Image.Image:
+def draw_toy_sheet(seed: int = 0) -> Image.Image:
     """A picture for looking at the toy world: for each edit type a scene, its instruction and the true result."""
     import random
 
@@ -291,20 +291,20 @@ def sheet(seed: int = 0) -> Image.Image:
 
     edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]
     pictures = [tuple(to_pil(x) for x in render([e.reference, e.target])) for e in edits]
-    return _page([(*both, e.instruction, e.edit_type) for both, e in zip(pictures, edits, strict=True)])
+    return _draw_pairs([(*both, e.instruction, e.edit_type) for both, e in zip(pictures, edits, strict=True)])
 
 
-def results_sheet(folder: Path) -> Image.Image:
+def draw_results_sheet(folder: Path) -> Image.Image:
     """What `benchmarks.toy.score` left in a folder: reference, result, instruction and the oracle's verdict."""
     rows = []
-    for item in _items(folder):
+    for item in _read_items(folder):
         verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
         both = tuple(Image.open(folder / item[k]).convert("RGB") for k in ("reference", "file"))
         rows.append((*both, item["instruction"], f"{item['edit_type']}: {verdict}"))
-    return _page(rows)
+    return _draw_pairs(rows)
 
 
-def _page(rows: Sequence[tuple[Image.Image, Image.Image, str, str]]) -> Image.Image:
+def _draw_pairs(rows: Sequence[tuple[Image.Image, Image.Image, str, str]]) -> Image.Image:
     """Pairs of pictures with two lines of words each, three pairs in a row."""
     from PIL import ImageDraw, ImageFont
 

@@ -18,21 +18,21 @@ from npedit.questions import questions_for
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CriticScores:
     """One row a question: the item it is about, its kind, and P(wanted answer) in [0, 1] on the CPU."""
 
     items: tuple[int, ...]
     kinds: tuple[str, ...]
     p: Float[Tensor, "q"]
 
-    def joint(self) -> Float[Tensor, "b"]:
+    def joint_probability(self) -> Float[Tensor, "b"]:
         """P(all wanted answers) of each item: the product over its questions."""
         out = torch.ones(max(self.items) + 1)
         for item, p in zip(self.items, self.p):
             out[item] *= p
         return out
 
-    def content(self) -> list[bool]:
+    def is_accepted(self) -> list[bool]:
         """Whether every wanted answer is the likelier one, item by item."""
         out = [True] * (max(self.items) + 1)
         for item, p in zip(self.items, self.p.tolist()):
@@ -51,14 +51,16 @@ class Verdict:
 
 
 @torch.no_grad()
-def verdict(critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b 3 H W"], chunk: int = 64) -> Verdict:
+def verdict(
+    critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b 3 H W"], chunk: int = 64
+) -> CriticScores:
     """Ask all questions about edits of a batch's references; the images are held to [0, 1]. `chunk` items are asked
     about at a time."""
     items, kinds, found = [], [], []
     for start in range(0, len(batch), chunk):
         part = range(start, min(start + chunk, len(batch)))
-        before = critic.see(batch.references[start : start + chunk].to(critic.device))
-        after = critic.see(edited[start : start + chunk].to(critic.device).clamp(0, 1))
+        before = critic.encode_images(batch.references[start : start + chunk].to(critic.device))
+        after = critic.encode_images(edited[start : start + chunk].to(critic.device).clamp(0, 1))
         asked = [
             (i, q)
             for i in part
@@ -70,4 +72,4 @@ def verdict(critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b
         found.append((margin * answer).sigmoid())
         items += [i for i, _ in asked]
         kinds += [q.kind for _, q in asked]
-    return Verdict(tuple(items), tuple(kinds), torch.cat(found))
+    return CriticScores(tuple(items), tuple(kinds), torch.cat(found))

@@ -26,9 +26,9 @@ from npedit.errors import UserError
 from npedit.families import _decode
 from npedit.families.base import Family, Text
 from npedit.nets.learner import Learner
-from npedit.nets.lora import Adapter, checkpoint_gradients
-from npedit.nets.meta_device import is_counting
-from npedit.recipe.config import LoraChoice, MemorySettings, Settings, rest_device
+from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
+from npedit.nets.meta_device import current_part
+from npedit.recipe.config import LoraChoice, MemorySettings, Settings, offload_device
 
 
 @dataclass(frozen=True)
@@ -53,93 +53,93 @@ class Parts:
     prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded, the last used at the end
     latents: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)  # likewise, by what was encoded
     judge: Judge | None = None
-    woken: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
+    names_on_device: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
 
     def __post_init__(self) -> None:
         _decode.check_tile(self.family.facts, self.memory.decode_tile)
-        with self.awake("text", "vae", "critic", "judge"):
+        with self.on_device("text", "vae", "critic", "judge"):
             pass  # with `memory.offload` they rest from here on
 
-    def net(self, role: str, seed: int) -> nn.Module:
+    def create_trainable(self, role: str, seed: int) -> nn.Module:
         """A trainable net that starts as the base: an adapter of it, or a copy. With LoRA a role has one at a time.
 
         Raises:
             UserError: gradient checkpointing is asked for, and the model does not offer it.
         """
         if self.lora is None:
-            net = self.family.net().to(self.device)
+            net = self.family.trainable_net().to(self.device)
         else:
-            net = Adapter.new(self.family.lora_base(), role, self.lora.rank, self.lora.alpha, seed)
+            net = LoraAdapter.create(self.family.lora_base(), role, self.lora.rank, self.lora.alpha, seed)
         if self.memory.gradient_checkpointing:
             try:
-                checkpoint_gradients(net)
+                enable_gradient_checkpointing(net)
             except ValueError as error:
                 raise UserError(f"memory.gradient_checkpointing: {error}; set it to false") from None
         return net
 
-    def text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         """Encode prompts, each distinct one once while the cache (`memory.cached_prompts`) has room for it. Encoders
         are frozen, so the prompt alone is the key."""
         room = self.memory.cached_prompts
         if not room:
-            with self.awake("text"):
+            with self.on_device("text"):
                 return self.family.encode_text(prompts)
         here: dict[str, Text] = {}
         for prompt in dict.fromkeys(prompts):
-            found = _recall(self.prompts, room, prompt, partial(self._read, prompt))
+            found = _get_cached(self.prompts, room, prompt, partial(self._encode_prompt, prompt))
             here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
         return Text.cat([here[prompt] for prompt in prompts])
 
-    def _read(self, prompt: str) -> Text:
-        with self.awake("text"):
-            return Text(tuple(p.to(rest_device()) for p in self.family.encode_text([prompt]).parts))
+    def _encode_prompt(self, prompt: str) -> Text:
+        with self.on_device("text"):
+            return Text(tuple(p.to(offload_device()) for p in self.family.encode_text([prompt]).parts))
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """The family's `encode`, of each distinct picture once while the cache (`memory.cached_latents`) has room for
         it. The VAE is frozen and draws nothing, so the pixels that it is given are the key: their values, type and
         size, after cropping and scaling, and not the item's id."""
         room = self.memory.cached_latents
         if not room:
-            with self.awake("vae"):
+            with self.on_device("vae"):
                 return self.family.encode(images)
-        keys, here = [pixels_key(image) for image in images], {}
+        keys, here = [image_digest(image) for image in images], {}
         for key, image in dict(zip(keys, images)).items():
-            here[key] = _recall(self.latents, room, key, partial(self._look, image)).to(self.device)
+            here[key] = _get_cached(self.latents, room, key, partial(self._encode_image, image)).to(self.device)
         return torch.cat([here[key] for key in keys])
 
-    def _look(self, image: Tensor) -> Tensor:
-        with self.awake("vae"):
-            return self.family.encode(image[None]).to(rest_device())
+    def _encode_image(self, image: Tensor) -> Tensor:
+        with self.on_device("vae"):
+            return self.family.encode(image[None]).to(offload_device())
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """The family's `decode`, as `memory.decoder_checkpointing` and `memory.decode_tile` say. Call it, and end its
         backward pass, inside `awake("vae")`."""
-        return _decode.decode(self.family, latents, self.memory.decode_tile, self.memory.decoder_checkpointing)
+        return _decode.decode_latents(self.family, latents, self.memory.decode_tile, self.memory.decoder_checkpointing)
 
     @contextmanager
-    def awake(self, *names: str) -> Iterator[None]:
+    def on_device(self, *names: str) -> Iterator[None]:
         """Use the frozen parts of these names ("text", "vae", "critic", "judge") inside the block, where they are on
         the device. With `memory.offload` they rest in the CPU's memory outside of all such blocks; a backward pass
         through them must end inside."""
         if not self.memory.offload:
             yield
             return
-        mine = [name for name in names if name not in self.woken]
-        self.woken.update(mine)
+        mine = [name for name in names if name not in self.names_on_device]
+        self.names_on_device.update(mine)
         try:
-            self.move(mine, self.device)
+            self.move_modules(mine, self.device)
             yield
         finally:
-            self.move(mine, rest_device())
-            self.woken.difference_update(mine)
+            self.move_modules(mine, offload_device())
+            self.names_on_device.difference_update(mine)
 
-    def move(self, names: Sequence[str], device: torch.device) -> None:
+    def move_modules(self, names: Sequence[str], device: torch.device) -> None:
         """Take frozen parts elsewhere; the names are those of `awake`."""
         for name in names:
-            for module in self.modules(name):
+            for module in self.frozen_modules(name):
                 module.to(device)
 
-    def modules(self, name: str) -> list[nn.Module]:
+    def frozen_modules(self, name: str) -> list[nn.Module]:
         """The frozen modules behind a name of `awake`."""
         if name in ("critic", "judge"):
             critic = self.critic if name == "critic" else self.judge and self.judge.critic
@@ -152,7 +152,7 @@ class Parts:
 Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
 
 
-def _recall(cache: OrderedDict[Key, Value], room: int, key: Key, make: Callable[[], Value]) -> Value:
+def _get_cached(cache: OrderedDict[Key, Value], room: int, key: Key, make: Callable[[], Value]) -> Value:
     """What is kept under a key, made if it is not there; of more than `room`, the one not used for longest goes."""
     found = cache.pop(key) if key in cache else make()
     cache[key] = found
@@ -161,9 +161,9 @@ def _recall(cache: OrderedDict[Key, Value], room: int, key: Key, make: Callable[
     return found
 
 
-def pixels_key(image: Tensor) -> bytes:
+def image_digest(image: Tensor) -> bytes:
     """A digest of a tensor's values, type and shape."""
-    plain = image.detach().to(rest_device()).contiguous()
+    plain = image.detach().to(offload_device()).contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
     digest.update(plain.view(torch.uint8).numpy())
     return digest.digest()
@@ -202,7 +202,7 @@ class Step(ABC):
             raise ValueError(f"expected no state beside the learners'; got {', '.join(state)}")
 
 
-class Clock:
+class Timers:
     """Seconds spent in named parts of a step."""
 
     def __init__(self) -> None:
@@ -212,10 +212,10 @@ class Clock:
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time inside the block to `time/<part>`."""
         start = time.perf_counter()
-        before = is_counting.set(part)
+        before = current_part.set(part)
         try:
             yield
         finally:
-            is_counting.reset(before)
+            current_part.reset(before)
         key = f"time/{part}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from npedit import flow, grpo
 from npedit.data import Batch
 from npedit.families.base import Text
-from npedit.generator import fresh_noise, seeded
+from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
 from npedit.scoring.critic_scores import verdict
-from npedit.steps.base import Clock, Parts
+from npedit.steps.base import Parts, Timers
 from npedit.steps.base import Step as Base
 
 
@@ -54,7 +54,7 @@ class FlowGrpoSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Samples:
+class Trajectories:
     """What the policy did on one batch: n = group * b trajectories, sample g of item i in row g * b + i.
 
     `states` holds x (n, c, h, w) at each of `times`; `before` the log-probability (n,) of each step but the last, and
@@ -78,7 +78,7 @@ class Step(Base):
     def __init__(self, settings: FlowGrpoSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
         self.settings, self.parts, self.seed = settings, parts, seed
         self.learners = {"student": Learner(student, settings.student, updates * settings.policy_updates)}
-        self.start = {n: p.detach().clone() for n, p in self._trained() if settings.kl_weight}
+        self.start = {n: p.detach().clone() for n, p in self._trainable_parameters() if settings.kl_weight}
 
     @classmethod
     def needs(cls, settings: FlowGrpoSettings) -> frozenset[str]:
@@ -87,84 +87,84 @@ class Step(Base):
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """Sample, reward, and improve the policy on the samples."""
-        clock, metrics = Clock(), []
-        with clock("sample"):
+        timers, metrics = Timers(), []
+        with timers("sample"):
             taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
         losses = [partial(self._loss, s, k, metrics) for s in taken for k in range(len(s.before))]
-        with clock("student"):
+        with timers("student"):
             for _ in range(self.settings.policy_updates):
                 logged = self.learners["student"].update(losses)
         keys = sorted({k for m in metrics for k in m})
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in keys}
-        return means | {f"{k}/student": v for k, v in logged.items()} | clock.seconds
+        return means | {f"{k}/student": v for k, v in logged.items()} | timers.seconds
 
     # -------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def _sample(self, batch: Batch, update: int, micro: int, metrics: list[dict[str, float]]) -> Samples:
+    def _sample(self, batch: Batch, update: int, micro: int, metrics: list[dict[str, float]]) -> Trajectories:
         """Trajectories of a batch with the weights of now, their rewards and what the reference policy would do."""
-        s, generator = self.settings, seeded(self.seed, "flow_grpo", update, micro)
-        latents = self.parts.encode(batch.references)
+        s, generator = self.settings, seeded_generator(self.seed, "flow_grpo", update, micro)
+        latents = self.parts.encode_images(batch.references)
         rows = torch.arange(len(batch)).repeat(s.group)
-        text, references = self.parts.text(batch.instructions).take(rows), latents.repeat(s.group, 1, 1, 1)
+        text, references = self.parts.encode_text(batch.instructions).select(rows), latents.repeat(s.group, 1, 1, 1)
         shift = self.parts.family.shift(*batch.references.shape[-2:])
         times = (1.0, *flow.few_step_times(s.sampling_steps, shift)[1:].tolist())
-        x = torch.cat(fresh_noise(latents, s.group, generator))
+        x = torch.cat(sample_noise(latents, s.group, generator))
         states, before = [x], []
         for t, after in zip(times, times[1:]):
-            mean, std = grpo.transition(x, self._velocity(x, t, text, references), t, after, s.noise_level)
-            x = mean + std * torch.cat(fresh_noise(latents, s.group, generator))
+            mean, std = grpo.sde_step(x, self._velocity(x, t, text, references), t, after, s.noise_level)
+            x = mean + std * torch.cat(sample_noise(latents, s.group, generator))
             before.append(grpo.log_prob(x, mean, std))
             states.append(x)
         x0 = x - times[-1] * self._velocity(x, times[-1], text, references)
-        rewards = self._rewards(batch, x0, metrics)
+        rewards = self._compute_rewards(batch, x0, metrics)
         advantages = grpo.advantages(rewards, s.advantage_std == "batch")
-        found = Samples(text, references, times, tuple(states), tuple(before), (), advantages.flatten())
+        found = Trajectories(text, references, times, tuple(states), tuple(before), (), advantages.flatten())
         return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
 
     def _velocity(self, x: Tensor, t: float, text: Text, references: Tensor) -> Tensor:
         net, times = self.learners["student"].net, torch.full((len(x),), t, device=x.device)
         return self.parts.family.velocity(net, x, times, text, (references,)).float()
 
-    def _rewards(self, batch: Batch, x0: Tensor, metrics: list[dict[str, float]]) -> Tensor:
+    def _compute_rewards(self, batch: Batch, x0: Tensor, metrics: list[dict[str, float]]) -> Tensor:
         """P(all wanted answers) of each sample, (group, b)."""
         group = self.settings.group
-        with self.parts.awake("vae", "critic"):
-            edited = self.parts.decode(x0)
+        with self.parts.on_device("vae", "critic"):
+            edited = self.parts.decode_latents(x0)
             again = replace(
                 batch,
                 references=batch.references.repeat(group, 1, 1, 1),
                 **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
             )
             said = verdict(self.parts.critic, self.parts.wording, again, edited)
-        rewards = said.joint().view(group, -1).to(x0.device)
+        rewards = said.joint_probability().view(group, -1).to(x0.device)
         spread = float(rewards.std(0, unbiased=False).mean())
         metrics.append({"reward/mean": float(rewards.mean()), "reward/group_std": spread})
         metrics.append(said.means("critic", again.edit_types))
         return rewards
 
-    def _reference_means(self, samples: Samples) -> tuple[Tensor, ...]:
-        with self._at_start():
-            steps = [self._action(samples, k) for k in range(len(samples.before))]
+    def _reference_means(self, samples: Trajectories) -> tuple[Tensor, ...]:
+        with self._use_reference_weights():
+            steps = [self._policy_step(samples, k) for k in range(len(samples.before))]
         return tuple(mean for mean, _ in steps)
 
     # ---------------------------------------------------------------------------------------------------- update
 
-    def _action(self, samples: Samples, k: int) -> tuple[Tensor, float]:
+    def _policy_step(self, samples: Trajectories, k: int) -> tuple[Tensor, float]:
         """Mean and standard deviation that the net's present weights give the k-th SDE step."""
         x, (t, after) = samples.states[k], samples.times[k : k + 2]
         v = self._velocity(x, t, samples.text, samples.references)
-        return grpo.transition(x, v, t, after, self.settings.noise_level)
+        return grpo.sde_step(x, v, t, after, self.settings.noise_level)
 
-    def _loss(self, samples: Samples, k: int, metrics: list[dict[str, float]]) -> Tensor:
+    def _loss(self, samples: Trajectories, k: int, metrics: list[dict[str, float]]) -> Tensor:
         s = self.settings
-        mean, std = self._action(samples, k)
+        mean, std = self._policy_step(samples, k)
         now = grpo.log_prob(samples.states[k + 1], mean, std)
         loss = grpo.policy_loss(now, samples.before[k], samples.advantages, s.clip)
         far = (now.detach() - samples.before[k]).exp().sub(1).abs() > s.clip
         seen = {"loss/policy": float(loss.detach()), "policy/outside_clip": float(far.float().mean())}
         if s.kl_weight:
-            kl = grpo.divergence(mean, samples.reference[k], std)
+            kl = grpo.kl_divergence(mean, samples.reference[k], std)
             seen["loss/kl"] = float(kl.detach())
             loss = loss + s.kl_weight * kl
         metrics.append(seen)
@@ -172,22 +172,22 @@ class Step(Base):
 
     # ------------------------------------------------------------------------------------------- reference policy
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+    def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.learners["student"].net.named_parameters() if p.requires_grad]
 
     @contextmanager
-    def _at_start(self) -> Iterator[None]:
+    def _use_reference_weights(self) -> Iterator[None]:
         """Put the weights of the start into the student's net for the length of a `with` block."""
-        kept = {n: p.detach().clone() for n, p in self._trained()}
-        self._put(self.start)
+        kept = {n: p.detach().clone() for n, p in self._trainable_parameters()}
+        self._set_weights(self.start)
         try:
             yield
         finally:
-            self._put(kept)
+            self._set_weights(kept)
 
     @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, param in self._trained():
+    def _set_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, param in self._trainable_parameters():
             param.copy_(weights[name])
 
     def extra_state(self) -> dict[str, Tensor]:

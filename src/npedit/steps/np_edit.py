@@ -27,12 +27,12 @@ from npedit import dmd, flow
 from npedit.critics.base import answer_loss, vocabulary_loss
 from npedit.data import Batch
 from npedit.errors import did_you_mean
-from npedit.generator import generate_few_step, sample_noise, seeded_generator, sample_training_times
-from npedit.nets.distributed import local_slice, global_batch_size, global_norm
+from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
+from npedit.nets.distributed import global_batch_size, global_norm, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, questions_for
 from npedit.recipe.config import Settings
-from npedit.steps.base import Timers, Parts
+from npedit.steps.base import Parts, Timers
 from npedit.steps.base import Step as Base
 
 
@@ -65,7 +65,9 @@ class NpEditSettings(Settings):
             raise ValueError(f"expected t_min <= t_max; got {self.t_min} and {self.t_max}")
         for name in self.guidance_by_type:
             if name not in EDIT_TYPES:
-                raise ValueError(f"expected edit types in guidance_by_type; got {name!r}.{did_you_mean(name, EDIT_TYPES)}")
+                raise ValueError(
+                    f"expected edit types in guidance_by_type; got {name!r}.{did_you_mean(name, EDIT_TYPES)}"
+                )
         return self
 
 
@@ -78,10 +80,12 @@ class Step(Base):
         self.settings, self.parts, self.seed = settings, parts, seed
         self.learners = {"student": Learner(student, settings.student, updates)}
         if settings.dmd_weight:
-            self.learners["fake"] = Learner(parts.create_trainable("fake", seed), settings.fake, updates * settings.fake_updates)
-        self.sizes = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
-        self.met: list[Tensor] = []  # their sizes in the batches of the update under way
-        self.drafts: list[Tensor] = []  # the student's, in the update under way
+            self.learners["fake"] = Learner(
+                parts.create_trainable("fake", seed), settings.fake, updates * settings.fake_updates
+            )
+        self.running_norms = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
+        self.observed_norms: list[Tensor] = []  # their sizes in the batches of the update under way
+        self.student_x0: list[Tensor] = []  # the student's, in the update under way
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:
@@ -99,15 +103,15 @@ class Step(Base):
         """One update of everything; see the module's head."""
         per_update = self.batches_per_update(self.settings)
         groups = [batches[i::per_update] for i in range(per_update)]
-        clock, logged = Timers(), {}
-        with clock("student"):
-            logged |= self._update_student(groups[0], update, clock)
+        timers, logged = Timers(), {}
+        with timers("student"):
+            logged |= self._update_student(groups[0], update, timers)
         if self.settings.dmd_weight:
-            with clock("fake"):
+            with timers("fake"):
                 for i, group in enumerate(groups):
                     logged |= self._update_fake_score(group, update, i)
-        self.drafts = []
-        return logged | clock.seconds
+        self.student_x0 = []
+        return logged | timers.seconds
 
     # ------------------------------------------------------------------------------------------------ fake score
 
@@ -117,7 +121,7 @@ class Step(Base):
         def loss(batch: Batch, micro: int) -> Tensor:
             family, generator = self.parts.family, seeded_generator(self.seed, "fake", update, turn, micro)
             with torch.no_grad():
-                x0 = self.drafts[micro] if turn == 0 else self._generate(batch, update, generator)
+                x0 = self.student_x0[micro] if turn == 0 else self._generate(batch, update, generator)
             t = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator)).to(x0.device)
             (eps,) = sample_noise(x0, 1, generator)
             v = family.velocity(
@@ -132,26 +136,28 @@ class Step(Base):
 
     # --------------------------------------------------------------------------------------------------- student
 
-    def _update_student(self, batches: Sequence[Batch], update: int, clock: Timers) -> dict[str, float]:
+    def _update_student(self, batches: Sequence[Batch], update: int, timers: Timers) -> dict[str, float]:
         metrics: list[dict[str, float]] = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
             generator = seeded_generator(self.seed, "student", update, micro)
-            with clock("draft"):
+            with timers("draft"):
                 references = self.parts.encode_images(batch.references)
                 x0 = self._generate(batch, update, generator, references)
-            self.drafts.append(x0.detach())
-            gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, clock)
+            self.student_x0.append(x0.detach())
+            gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, timers)
             metrics.append(seen)
             return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
 
         logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
-        self.sizes, self.met = self._updated_norms(), []
+        self.running_norms, self.observed_norms = self._updated_norms(), []
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
         return means | {f"{k}/student": v for k, v in logged.items()}
 
-    def _generate(self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None) -> Tensor:
+    def _generate(
+        self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None
+    ) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
         if references is None:
             references = self.parts.encode_images(batch.references)
@@ -161,19 +167,19 @@ class Step(Base):
         return generate_few_step(family, net, text, references, times, sample_noise(references, len(times), generator))
 
     def _gradient_at_x0(
-        self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, clock: Timers
+        self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, timers: Timers
     ) -> tuple[Tensor, dict[str, float]]:
         """Sum of the weighted losses' gradients with respect to x0 (b, c, h, w), and what to log."""
         s = self.settings
         from_dmd, from_critic = torch.zeros_like(x0, dtype=torch.float32), torch.zeros_like(x0, dtype=torch.float32)
         metrics: dict[str, float] = {}
         if s.dmd_weight:
-            with clock("dmd"):
+            with timers("dmd"):
                 gap = self._dmd_gradient(batch, x0, generator)
             from_dmd = s.dmd_weight * gap / gap.numel()
             metrics["loss/dmd"] = float(0.5 * gap.square().mean())
         if s.critic_weight:
-            with clock("critic"), self.parts.on_device("vae", "critic"):
+            with timers("critic"), self.parts.on_device("vae", "critic"):
                 from_critic, wrong, answered = self._critic_gradient(batch, x0, update)
             metrics |= answered
             if s.balance == "item":
@@ -194,7 +200,9 @@ class Step(Base):
     @torch.no_grad()
     def _dmd_gradient(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> Tensor:
         s, family = self.settings, self.parts.family
-        t = local_slice(s.t_min + (s.t_max - s.t_min) * torch.rand(global_batch_size(len(batch)), generator=generator)).to(x0.device)
+        t = local_slice(
+            s.t_min + (s.t_max - s.t_min) * torch.rand(global_batch_size(len(batch)), generator=generator)
+        ).to(x0.device)
         (eps,) = sample_noise(x0, 1, generator)
         x = flow.add_noise(x0, eps, t)
         text = self.parts.encode_text(batch.target_captions)
@@ -213,8 +221,8 @@ class Step(Base):
         s, critic = self.settings, self.parts.critic
         latents = x0.detach().requires_grad_(True)
         with torch.no_grad():
-            references = critic.see(batch.references)
-        edited = critic.see(self.parts.decode_latents(latents))
+            references = critic.encode_images(batch.references)
+        edited = critic.encode_images(self.parts.decode_latents(latents))
         asked = [
             (i, q)
             for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
@@ -239,7 +247,9 @@ class Step(Base):
         wrong = torch.zeros(len(batch), device=right.device).index_add(0, rows, 1 - right.sigmoid())
         wrong = wrong / torch.bincount(rows, minlength=len(batch)).clamp_min(1)
         answered = self._answer_metrics(batch, asked, right, losses.detach(), ramp)
-        answered |= {f"critic/p_of/{k}": float((said * answer).sigmoid().mean()) for k, said in critic.said.items()}
+        answered |= {
+            f"critic/p_of/{k}": float((said * answer).sigmoid().mean()) for k, said in critic.member_margins.items()
+        }
         return s.critic_weight * gradient.float(), wrong, answered
 
     @staticmethod
@@ -277,22 +287,22 @@ class Step(Base):
         ours = all_wrong if s.balance == "item" else global_norm(from_critic) / s.critic_weight
         now = torch.stack([ours.cpu(), global_norm(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
-            self.met.append(now)
+            self.observed_norms.append(now)
         sizes = self._updated_norms()
         scale = float(sizes[1] / sizes[0].clamp_min(1e-12))
         return scale * processes if s.balance == "item" else scale  # the mean over processes divides it again
 
     def _updated_norms(self) -> Tensor:
         """The running sizes moved by the mean of what this update's batches have shown so far."""
-        if not self.met:
-            return self.sizes
-        now = torch.stack(self.met).mean(0)
-        return now if bool((self.sizes == 1).all()) else torch.lerp(self.sizes, now, 0.05)
+        if not self.observed_norms:
+            return self.running_norms
+        now = torch.stack(self.observed_norms).mean(0)
+        return now if bool((self.running_norms == 1).all()) else torch.lerp(self.running_norms, now, 0.05)
 
     def extra_state(self) -> dict[str, Tensor]:
         """The running sizes of the two gradients."""
-        return {"sizes": self.sizes}
+        return {"sizes": self.running_norms}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
-        self.sizes = state["sizes"].clone()
+        self.running_norms = state["sizes"].clone()

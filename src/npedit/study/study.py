@@ -25,20 +25,20 @@ from npedit.runs.checkpoint import METRICS, explain_write_errors, read_config, r
 from npedit.scoring.reward_hacking import reward_hacking_alarms
 from npedit.steps.base import Parts
 from npedit.study.file import Study, critic_weights, quick_study, variant_recipe
-from npedit.study.page import pooled, write_results
-from npedit.toy_models.build import graded_critic
+from npedit.study.page import pool_seeds, write_results
+from npedit.toy_models.build import train_graded_critic
 from npedit.training import trainer
 from npedit.training.parts import build_parts
 
 SCENES_SEED = 1  # held-out scenes of every study
-Event = Callable[[str], None]
+ReportProgress = Callable[[str], None]
 
 
 def run_study(
     study: Study,
     folder: Path,
     find: Callable[[str], Path],
-    told: Event,
+    report_progress: ReportProgress,
     quick: bool = False,
     only: Collection[str] = (),
 ) -> Path:
@@ -61,31 +61,31 @@ def run_study(
         for name in trained
         for seed in study.seeds_of(name)
     }
-    todo = {run: found for run, found in runs.items() if not _finished(run) and (not only or found[0] in only)}
+    todo = {run: found for run, found in runs.items() if not _is_finished(run) and (not only or found[0] in only)}
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for run, (_, _, recipe) in runs.items():
-        if _finished(run):
+        if _is_finished(run):
             same_recipe(run, recipe)
-    _teach_critics(study, folder, told, {name for name, _, _ in todo.values()})
+    _train_critics(study, folder, report_progress, {name for name, _, _ in todo.values()})
     for i, (run, (name, seed, recipe)) in enumerate(todo.items()):
-        if _finished(run):  # by another process in the meantime
+        if _is_finished(run):  # by another process in the meantime
             continue
-        told(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
-        _train(recipe, run)
+        report_progress(f"{i + 1} of {len(todo)}: {name}, seed {seed}, {recipe.total_updates()} updates")
+        _train_and_count_passes(recipe, run)
     scores = {}
     for name, variant in study.variants.items():
         places = {seed: folder / f"{variant.of or name}-{seed}" for seed in study.seeds_of(name)}
-        if done := [_scored(study, name, run, seed) for seed, run in places.items() if _finished(run)]:
-            scores[name] = pooled(done)
+        if done := [_score_run(study, name, run, seed) for seed, run in places.items() if _is_finished(run)]:
+            scores[name] = pool_seeds(done)
     return write_results(study, folder, scores)
 
 
-def _finished(run: Path) -> bool:
+def _is_finished(run: Path) -> bool:
     return (run / "passes.json").is_file()
 
 
-def _teach_critics(study: Study, folder: Path, told: Event, variants: Collection[str]) -> None:
+def _train_critics(study: Study, folder: Path, report_progress: ReportProgress, variants: Collection[str]) -> None:
     """Teach the study's own critics that these variants ask, if they are missing, and write down the ensembles."""
     asked = {study.variants[name].critic for name in variants} & set(study.critics)
     asked |= {m for name in asked for m in study.critics[name].members} & set(study.critics)
@@ -97,11 +97,11 @@ def _teach_critics(study: Study, folder: Path, told: Event, variants: Collection
                 (folder / "critics").mkdir(exist_ok=True)
             write_text(Path(critic_weights(study, name, folder)), yaml.safe_dump(members))
         else:
-            told(f"critic {name}, {critic.batches} batches")
-            _grade(study, name, folder)
+            report_progress(f"critic {name}, {critic.batches} batches")
+            _train_and_score_critic(study, name, folder)
 
 
-def _grade(study: Study, critic: str, folder: Path) -> float:
+def _train_and_score_critic(study: Study, critic: str, folder: Path) -> float:
     """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
     that want the same one, one teaches it and the others wait."""
     batches = 0 if critic == EMBEDDED else study.critics[critic].batches
@@ -110,43 +110,49 @@ def _grade(study: Study, critic: str, folder: Path) -> float:
         place.mkdir(parents=True, exist_ok=True)
         with open(place / "teaching.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return graded_critic(place, batches, study.items)
+            return train_graded_critic(place, batches, study.items)
 
 
-def _critic_right(study: Study, run: Path) -> float | None:
+def _critic_accuracy(study: Study, run: Path) -> float | None:
     """The share of questions that a run's critic answers right; None without one, of an ensemble, of a critic that is
     none of the study's, and of the embedded one where no table asks for it."""
     weights = (read_config(run)["critic"] or {}).get("weights")
     if weights == EMBEDDED:
-        return _grade(study, EMBEDDED, run.parent) if any(table.by_critic for table in study.tables) else None
-    single = [name for name, c in study.critics.items() if c.batches and weights == critic_weights(study, name, run.parent)]
-    return _grade(study, single[0], run.parent) if single else None
+        return (
+            _train_and_score_critic(study, EMBEDDED, run.parent)
+            if any(table.by_critic for table in study.tables)
+            else None
+        )
+    single = [
+        name for name, c in study.critics.items() if c.batches and weights == critic_weights(study, name, run.parent)
+    ]
+    return _train_and_score_critic(study, single[0], run.parent) if single else None
 
 
-def _train(recipe: Recipe, run: Path) -> None:
+def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
     """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update, the mean over
     all updates. Those of a run that was stopped are kept beside it, for when it goes on."""
     seen = {"generator": 0, "critic": 0}
     at_last, part = dict(seen), run / "passes.part.json"
     total = json.loads(part.read_text()) if part.is_file() else {"updates": 0, **seen}
 
-    def counted(recipe: Recipe) -> Parts:
+    def build_counting_parts(recipe: Recipe) -> Parts:
         parts = build_parts(recipe)
         velocity = parts.family.velocity
 
-        def counting(net: Any, x: Any, *rest: Any, **named: Any) -> Any:
+        def counted_velocity(net: Any, x: Any, *rest: Any, **named: Any) -> Any:
             seen["generator"] += len(x)
             return velocity(net, x, *rest, **named)
 
-        parts.family.velocity = counting
+        parts.family.velocity = counted_velocity
         if parts.critic is not None:
             logits, asked = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
 
-            def asking(texts: Any, *rest: Any, **named: Any) -> Any:
+            def counted_logits(texts: Any, *rest: Any, **named: Any) -> Any:
                 seen["critic"] += len(texts) * asked
                 return logits(texts, *rest, **named)
 
-            parts.critic.logits = asking
+            parts.critic.logits = counted_logits
         return parts
 
     def on_event(event: str, facts: Mapping[str, Any]) -> None:
@@ -156,12 +162,12 @@ def _train(recipe: Recipe, run: Path) -> None:
                 write_text(part, json.dumps(total) + "\n")
             at_last.update(seen)
 
-    trainer.train(recipe, run, on_event=on_event, parts=counted)
+    trainer.train(recipe, run, on_event=on_event, parts=build_counting_parts)
     means = {k: total[k] / total["updates"] if total["updates"] else None for k in seen}
     write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
 
 
-def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
+def _score_run(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
     """The scores of one run, kept beside it; with the seconds and passes that its training took."""
     kept, steps = run / f"score-{name}.json", study.variants[name].steps or None
     if kept.is_file():
@@ -181,8 +187,10 @@ def _scored(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         "run": run.name,
         "seconds": sum(r.get("time/update") or 0.0 for r in rows),
         "passes": json.loads((run / "passes.json").read_text()),
-        "alarms": [alarm.words() for alarm in reward_hacking_alarms(rows, read_config(run)["trainer"]["evaluate_items"])],
-        "critic_right": _critic_right(study, run),
+        "alarms": [
+            alarm.words() for alarm in reward_hacking_alarms(rows, read_config(run)["trainer"]["evaluate_items"])
+        ],
+        "critic_right": _critic_accuracy(study, run),
     }
     write_text(kept, json.dumps(whole) + "\n")
     return whole

@@ -16,7 +16,7 @@ from npedit.toy.edits import sample_edit
 from npedit.toy.world import render
 
 
-def _save(picture: Tensor, path: Path) -> None:
+def _save_picture(picture: Tensor, path: Path) -> None:
     pixels = (picture * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(path)
 
@@ -39,24 +39,24 @@ def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
             whole = Path(aside) / "data"
-            _write(whole, count, seed, pairs)
+            _write_items(whole, count, seed, pairs)
             os.replace(whole, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder
 
 
-def _write(folder: Path, count: int, seed: int, pairs: bool) -> None:
+def _write_items(folder: Path, count: int, seed: int, pairs: bool) -> None:
     for name in ("images", "edited") if pairs else ("images",):
         (folder / name).mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         for i in range(count):
             edit = sample_edit(random.Random(f"{seed}/{i}"))
             name = f"{i:06d}.png"
-            _save(render([edit.reference])[0], folder / "images" / name)
+            _save_picture(render([edit.reference])[0], folder / "images" / name)
             row = {"file_name": f"images/{name}"}
             if pairs:
-                _save(render([edit.target])[0], folder / "edited" / name)
+                _save_picture(render([edit.target])[0], folder / "edited" / name)
                 row["edited_file_name"] = f"edited/{name}"
             row |= {
                 "id": f"{seed}/{i}",

@@ -49,7 +49,7 @@ class Edit:
         return tuple(i for i in range(4) if self.reference.cells[i] != self.target.cells[i])
 
 
-def _name(scene: Scene, cell: int, rng: random.Random) -> str:
+def _describe_thing(scene: Scene, cell: int, rng: random.Random) -> str:
     """What an instruction calls a thing: enough words to tell it from the others in the scene."""
     thing = scene.thing(cell)
     others = [scene.thing(i) for i in scene.filled if i != cell]
@@ -104,23 +104,23 @@ CAPTIONS = {
     "fog": ("in fog", "in the mist", "in the fog"),
 }
 CAPTION_WORDS = 23  # no caption is longer
-NOTHING = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
+IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 
 
-def instruction_for(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:
+def sample_instruction(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:
     """An instruction from the training templates, or (`held_out`) from those kept out of training."""
     templates = INSTRUCTIONS["add_at" if edit_type == "add" and place else edit_type]
     chosen = rng.choice(templates[-HELD_OUT:] if held_out else templates[:-HELD_OUT])
     return chosen.format(x=name, v=value, p=place)
 
 
-def full_caption(scene: Scene, rng: random.Random) -> str:
+def sample_full_caption(scene: Scene, rng: random.Random) -> str:
     """A caption that tells of every thing and its place (of three things' places, not always all), as a dense captioner
     would; now and then of pattern and size."""
-    return caption_for(scene, rng, scene.filled, ("place",))
+    return sample_caption(scene, rng, scene.filled, ("place",))
 
 
-def caption_for(
+def sample_caption(
     scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = (), held_out: bool = False
 ) -> str:
     """A caption that leaves things out. `tell` are cells always told of; `also` facts always told ("background",
@@ -130,13 +130,13 @@ def caption_for(
     rng.shuffle(told)
     for attempt in range(1000):
         surely = tuple(f for f in also if attempt < 8 or f != "place" or len(tell) == 1)
-        caption = _caption(scene, rng, told, tell, surely, held_out)
+        caption = _draft_caption(scene, rng, told, tell, surely, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
     raise AssertionError(f"no caption of {scene} is short enough")
 
 
-def _caption(
+def _draft_caption(
     scene: Scene, rng: random.Random, told: list[int], tell: tuple[int, ...], also: tuple[str, ...], held_out: bool
 ) -> str:
     def phrased(part: str, **words: str) -> str:
@@ -182,7 +182,7 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
     told: tuple[int, ...] = (cell,)
     also: tuple[str, ...] = ()
     if cell >= 0:
-        thing, name = scene.thing(cell), _name(scene, cell, rng)
+        thing, name = scene.thing(cell), _describe_thing(scene, cell, rng)
     if kind == "add":
         to_cell, place = rng.choice(scene.empty), ""
         new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
@@ -198,10 +198,10 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
     elif kind == "remove":
         target, told = scene.with_cell(cell, None), ()
     elif kind == "replace":
-        value = rng.choice([s for s in SHAPES if s != thing.shape and _free(scene, cell, s, thing.colour)])
+        value = rng.choice([s for s in SHAPES if s != thing.shape and _is_unique(scene, cell, s, thing.colour)])
         target = scene.with_cell(cell, replace(thing, shape=value))
     elif kind == "recolour":
-        value = rng.choice([c for c in COLOURS if c != thing.colour and _free(scene, cell, thing.shape, c)])
+        value = rng.choice([c for c in COLOURS if c != thing.colour and _is_unique(scene, cell, thing.shape, c)])
         target = scene.with_cell(cell, replace(thing, colour=value))
     elif kind == "pattern":
         value = rng.choice([p for p in PATTERNS if p != thing.pattern])
@@ -228,13 +228,13 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         cell=cell,
         to_cell=to_cell,
         value=value,
-        instruction=instruction_for(kind, name, value, place, rng, held_out),
+        instruction=sample_instruction(kind, name, value, place, rng, held_out),
         object=name,
-        source_caption=caption_for(scene, rng),
-        target_caption=caption_for(target, rng, told, also),
+        source_caption=sample_caption(scene, rng),
+        target_caption=sample_caption(target, rng, told, also),
     )
 
 
-def _free(scene: Scene, cell: int, shape: str, colour: str) -> bool:
+def _is_unique(scene: Scene, cell: int, shape: str, colour: str) -> bool:
     """Would a thing of this shape and colour in this cell still be the only one of its kind?"""
     return all((scene.thing(i).shape, scene.thing(i).colour) != (shape, colour) for i in scene.filled if i != cell)

@@ -25,7 +25,7 @@ from npedit.toy.world import (
     STYLES,
     Scene,
     coverage,
-    whiteness,
+    white_share,
 )  # fmt: skip
 
 UNREADABLE = "unreadable"
@@ -46,7 +46,7 @@ class Reading:
 
 
 @lru_cache(maxsize=1)
-def _bank() -> tuple[Tensor, Tensor, list[tuple[str, str, str]]]:
+def _template_bank() -> tuple[Tensor, Tensor, list[tuple[str, str, str]]]:
     """Every mask of the oracle: coverage by paint (m, 256), coverage by white (m, 256), and (shape, pattern, size)."""
     paint, white, names = [], [], []
     for shape in SHAPES:
@@ -55,7 +55,7 @@ def _bank() -> tuple[Tensor, Tensor, list[tuple[str, str, str]]]:
             radius, dx, dy = grid.unbind(1)
             cover = coverage(shape, radius, dx, dy).flatten(1)
             for pattern in PATTERNS:
-                share = whiteness(pattern, radius, dx, dy).flatten(1)
+                share = white_share(pattern, radius, dx, dy).flatten(1)
                 paint.append(cover * (1 - share))
                 white.append(cover * share)
                 names += [(shape, pattern, size)] * len(grid)
@@ -67,7 +67,7 @@ def _fit_cells(pixels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns the mean squared residual (n,) and the template's index (n,): mask * len(COLOURS) + colour; -1 is empty.
     """
-    paint, white, _ = _bank()
+    paint, white, _ = _template_bank()
     d = pixels - background[:, :, None]
     power = d.square().sum((1, 2))
     on_paint = torch.einsum("ncp,mp->ncm", d, paint)
@@ -89,7 +89,7 @@ def _fit_cells(pixels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     return (power + gain.clamp(max=0)) / (3 * CELL * CELL), torch.where(empty, -1, index)
 
 
-def _ground() -> Tensor:
+def _corner_mask() -> Tensor:
     """The pixels (32, 32) that no thing can reach: the corners of the cells."""
     axis = (torch.arange(CELL) + 0.5 - CELL / 2).abs()
     corner = (axis[:, None] > 7) & (axis[None, :] > 7)
@@ -111,7 +111,7 @@ def read_scene(images: Tensor) -> list[Reading]:
 def _read_chunk(images: Tensor) -> list[Reading]:
     pairs = [(b, s) for b in BACKGROUNDS for s in STYLES]
     shades = torch.tensor([[STYLES[s][0] * v + o for v, o in zip(BACKGROUNDS[b], STYLES[s][1])] for b, s in pairs])
-    ground = images[:, :, _ground()].median(2).values
+    ground = images[:, :, _corner_mask()].median(2).values
     near = torch.cdist(ground, shades).topk(3, largest=False).indices
     cells = images.unfold(2, CELL, CELL).unfold(3, CELL, CELL).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4, 3, CELL * CELL)
     fits = []
@@ -124,7 +124,7 @@ def _read_chunk(images: Tensor) -> list[Reading]:
         total = (residual.view(-1, 4) * gain.view(-1, 1).square()).sum(1)
         fits.append((total, residual.view(-1, 4), index.view(-1, 4), chosen))
     best = torch.stack([f[0] for f in fits]).argmin(0).tolist()
-    _, _, names = _bank()
+    _, _, names = _template_bank()
     colours = tuple(COLOURS)
     readings = []
     for i, k in enumerate(best):
@@ -143,12 +143,12 @@ def _read_chunk(images: Tensor) -> list[Reading]:
     return readings
 
 
-def reading_of(scene: Scene) -> Reading:
+def expected_reading(scene: Scene) -> Reading:
     """The reading that the scene itself must give."""
     return Reading(tuple(t.look if t else None for t in scene.cells), scene.background, scene.style, 0.0)
 
 
-def _facts(reading: Reading) -> dict[str, object]:
+def _reading_facts(reading: Reading) -> dict[str, object]:
     """A reading as independent facts: `2.colour`, `background`, ... An unreadable cell gives facts that equal
     nothing."""
     facts: dict[str, object] = {"background": reading.background, "style": reading.style}
@@ -158,7 +158,7 @@ def _facts(reading: Reading) -> dict[str, object]:
     return facts
 
 
-def goal(edit: Edit, reading: Reading) -> Scene:
+def expected_scene(edit: Edit, reading: Reading) -> Scene:
     """The scene that the edit should have led to. Where an added thing may go anywhere, it is where the reading has
     it."""
     if edit.edit_type == "add" and edit.to_cell < 0:
@@ -169,22 +169,26 @@ def goal(edit: Edit, reading: Reading) -> Scene:
     return edit.target
 
 
-def judge(edit: Edit, reading: Reading) -> tuple[bool, bool]:
+def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool]:
     """(applied, preserved): was the edit carried out, and is all else as in the reference?
 
     Position is judged by cell. An added thing may have any size, and any empty cell where the instruction names none.
     """
-    undone, disturbed = faults(edit, reading)
+    undone, disturbed = find_faults(edit, reading)
     return not undone, not disturbed
 
 
-def faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:
+def find_faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:
     """What is wrong with an edited picture: facts asked for and not there, and facts that should have stayed.
 
     A fact is "background", "style", or a cell's "2.shape", "2.colour", "2.pattern", "2.size".
     """
-    target = goal(edit, reading)
-    wanted, seen, before = _facts(reading_of(target)), _facts(reading), _facts(reading_of(edit.reference))
+    target = expected_scene(edit, reading)
+    wanted, seen, before = (
+        _reading_facts(expected_reading(target)),
+        _reading_facts(reading),
+        _reading_facts(expected_reading(edit.reference)),
+    )
     if edit.edit_type == "add":
         (home,) = (i for i in range(4) if target.cells[i] != edit.reference.cells[i])
         asked = {f"{home}.shape", f"{home}.colour", f"{home}.pattern"}
@@ -200,7 +204,7 @@ def faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:
     return {k for k in asked if seen[k] != wanted[k]}, {k for k in rest if seen[k] != wanted[k]}
 
 
-def outside_change(edit: Edit, image: Tensor, reference: Tensor) -> float | None:
+def change_outside_edit(edit: Edit, image: Tensor, reference: Tensor) -> float | None:
     """Mean absolute pixel change in the cells that the edit does not touch; None where it touches all four."""
     cells = [i for i in range(4) if i not in edit.touched]
     if not cells:
@@ -226,7 +230,7 @@ def _caption_patterns() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], 
     )
 
 
-def described(caption: str, reading: Reading) -> bool:
+def matches_caption(caption: str, reading: Reading) -> bool:
     """Does the picture hold what the caption says: each thing it names, its pattern, size and place, background,
     style?"""
     opening, joint, styles, ground = _caption_patterns()

@@ -8,12 +8,19 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from npedit.questions import WORDINGS
-from npedit.toy.edits import CAPTIONS, INSTRUCTIONS, NOTHING
+from npedit.toy.edits import CAPTIONS, IDENTITY_INSTRUCTIONS, INSTRUCTIONS
 from npedit.toy.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, SIZES, STYLES
 
-MARKS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
+SPECIAL_TOKENS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
 SPARE = 24  # vocabulary rows left free for words to come
-SAME = {"color": "colour", "recolor": "recolour", "gray": "grey", "foggy": "fog", "violet": "purple", "daytime": "day"}
+SYNONYMS = {
+    "color": "colour",
+    "recolor": "recolour",
+    "gray": "grey",
+    "foggy": "fog",
+    "violet": "purple",
+    "daytime": "day",
+}
 
 VALUES = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, *STYLES, *PLACES, "")  # what an edit may ask for
 
@@ -23,7 +30,7 @@ def vocabulary() -> list[str]:
     text = [t for templates in INSTRUCTIONS.values() for t in templates]
     text += [t for templates in CAPTIONS.values() for t in templates]
     text += [
-        *NOTHING,
+        *IDENTITY_INSTRUCTIONS,
         *WORDINGS["short"].values(),
         *SHAPES,
         *COLOURS,
@@ -37,14 +44,14 @@ def vocabulary() -> list[str]:
         "a and on background at night in fog shape yes no answer the is there which what cell holds nothing from"
     )
     words = sorted({w for line in text for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", line))})
-    return [*MARKS, *words, *(f"<spare{i}>" for i in range(SPARE))]
+    return [*SPECIAL_TOKENS, *words, *(f"<spare{i}>" for i in range(SPARE))]
 
 
 def new_tokenizer(max_length: int, ends: bool) -> PreTrainedTokenizerFast:
     """A word-level tokenizer; with `ends` it closes each text with the end token, as T5 and CLIP do."""
     ids = {w: i for i, w in enumerate(vocabulary())}
     inner = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    same = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SAME.items()]
+    same = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SYNONYMS.items()]
     inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *same])
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
     if ends:

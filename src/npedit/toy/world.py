@@ -113,7 +113,7 @@ def coverage(shape: str, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def whiteness(pattern: str, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+def white_share(pattern: str, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     """Share of white paint (n, CELL, CELL) inside a thing: stripes of period 4 pixels, or one dot in the middle."""
     axis = torch.arange(CELL) + 0.5 - CELL / 2
     x = (axis[None, None, :] - dx[:, None, None]).expand(-1, CELL, CELL)
@@ -136,7 +136,7 @@ def render(scenes: list[Scene]) -> Tensor:
     for (shape, pattern), members in groups.items():
         radius, dx, dy = torch.tensor([[t.radius, t.dx, t.dy] for _, _, t in members]).unbind(1)
         cover = coverage(shape, radius, dx, dy)[:, None]
-        white = whiteness(pattern, radius, dx, dy)[:, None]
+        white = white_share(pattern, radius, dx, dy)[:, None]
         paint = torch.tensor([COLOURS[t.colour] for _, _, t in members])[:, :, None, None]
         paint = (1 - white) * paint + white
         for k, (b, cell, _) in enumerate(members):

@@ -15,19 +15,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from npedit import flow
 from npedit.families.base import Text
 from npedit.families.flux import Flux
-from npedit.generator import draw
-from npedit.toy.edits import EDIT_TYPES, Edit, caption_for, full_caption, sample_edit
-from npedit.toy.oracle import described, read_scene
+from npedit.generator import generate_images
+from npedit.toy.edits import EDIT_TYPES, Edit, sample_caption, sample_edit, sample_full_caption
+from npedit.toy.oracle import matches_caption, read_scene
 from npedit.toy.words import EOS, PAD, VALUES, new_tokenizer, vocabulary
 from npedit.toy.world import COLOURS, PATTERNS, PLACES, SHAPES, SIZES, Scene, render, sample_scene
 from npedit.toy_models.fit import fit
 
 TEXT_LENGTH = 24
 SHIFT = 2.0
-THING = (tuple(COLOURS), SHAPES, PATTERNS, tuple(SIZES), PLACES)  # what can be said of a thing
+THING_VALUES = (tuple(COLOURS), SHAPES, PATTERNS, tuple(SIZES), PLACES)  # what can be said of a thing
 
 
-def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
+def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     """An untrained pipeline around a VAE. The blocks start as the identity (adaLN-Zero, arXiv 2212.09748)."""
     words = vocabulary()
     marks = {"pad_token_id": words.index(PAD), "eos_token_id": words.index(EOS)}
@@ -70,7 +70,7 @@ def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     )
 
 
-class _Reader(nn.Module):
+class _TextHeads(nn.Module):
     """Throw-away heads that make the text encoders read: which words belong to one thing, and of an instruction which
     edit it asks for, of what, to what, where.
 
@@ -83,38 +83,40 @@ class _Reader(nn.Module):
         super().__init__()
         self.names = (EDIT_TYPES, ("", *COLOURS), ("", *SHAPES), ("", *PATTERNS), VALUES, ("", *PLACES))
         self.facts = nn.Linear(states + pooled, sum(map(len, self.names)))
-        self.thing = nn.Linear(states, sum(len(names) + 1 for names in THING))
+        self.thing = nn.Linear(states, sum(len(names) + 1 for names in THING_VALUES))
 
-    def asked(self, text: Text, edits: list[Edit]) -> Tensor:
+    def instruction_loss(self, text: Text, edits: list[Edit]) -> Tensor:
         """Cross-entropy of an instruction's facts, from its T5 states in the mean and CLIP's pooled vector."""
         states, pooled = text.parts
         out = self.facts(torch.cat([states.mean(1), pooled], 1)).split([len(n) for n in self.names], 1)
-        labels = torch.tensor([[n.index(f) for n, f in zip(self.names, self._facts(e))] for e in edits])
+        labels = torch.tensor([[n.index(f) for n, f in zip(self.names, self._instruction_facts(e))] for e in edits])
         return torch.stack([F.cross_entropy(o, labels[:, i]) for i, o in enumerate(out)]).mean()
 
-    def bound(self, text: Text, lines: list[str]) -> Tensor:
+    def binding_loss(self, text: Text, lines: list[str]) -> Tensor:
         """Cross-entropy, at each word said of a thing, of all that is said of this thing."""
-        rows, places, labels = [], [], []
+        rows: list[int] = []
+        places: list[int] = []
+        labels: list[list[int]] = []
         for row, line in enumerate(lines):
-            for start, end, said in things_said(line):
+            for start, end, said in parse_mentions(line):
                 rows += [row] * (end - start)
                 places += range(start, end)
                 labels += [said] * (end - start)
-        out = self.thing(text.parts[0][rows, places]).split([len(names) + 1 for names in THING], 1)
+        out = self.thing(text.parts[0][rows, places]).split([len(names) + 1 for names in THING_VALUES], 1)
         truth = torch.tensor(labels)
         return torch.stack([F.cross_entropy(o, truth[:, i]) for i, o in enumerate(out)]).mean()
 
     @staticmethod
-    def _facts(edit: Edit) -> tuple[str, ...]:
+    def _instruction_facts(edit: Edit) -> tuple[str, ...]:
         words = edit.object.split()
         object_words = [next((w for w in words if w in names), "") for names in (COLOURS, SHAPES, PATTERNS)]
         place = next((p for p in PLACES if edit.instruction.endswith(p)), "")
         return edit.edit_type, *object_words, edit.value, place
 
 
-def things_said(line: str) -> list[tuple[int, int, list[int]]]:
+def parse_mentions(line: str) -> list[tuple[int, int, list[int]]]:
     """The words said of each thing in a caption or an instruction: first word, word after the last, and what is said:
-    for colour, shape, pattern, size and place the number in `THING`, or the one after the last where nothing is."""
+    for colour, shape, pattern, size and place the number in `THING_VALUES`, or the one after the last where nothing is."""
     words, found = line.split(), []
     for i, word in enumerate(words):
         if word not in SHAPES and word != "shape":
@@ -124,35 +126,40 @@ def things_said(line: str) -> list[tuple[int, int, list[int]]]:
         place = " ".join(words[end + 2 : end + 4]) if words[end : end + 2] == ["at", "the"] else ""
         if place in PLACES:
             end += 4
-        said = [next((n for n, v in enumerate(vs) if v in words[start : i + 1]), len(vs)) for vs in THING[:4]]
+        said = [next((n for n, v in enumerate(vs) if v in words[start : i + 1]), len(vs)) for vs in THING_VALUES[:4]]
         found.append((start, end, [*said, PLACES.index(place) if place in PLACES else len(PLACES)]))
     return found
 
 
-def teach_text(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> None:
+def train_text_encoders(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> None:
     """Teach the text encoders to read, on captions and instructions alone; from then on they are frozen, as in FLUX.
 
     Together with the transformer, at its learning rate, T5's attention (which knows no 1 / sqrt(d)) hardens onto single
     words within a few hundred steps and never binds a colour to its shape.
     """
-    reader = _Reader(pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
+    reader = _TextHeads(pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
     learned = nn.ModuleDict({"t5": pipe.text_encoder_2, "clip": pipe.text_encoder, "reader": reader})
     learned.requires_grad_(True)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        captions = [rng.choice((caption_for, full_caption))(sample_scene(rng), rng) for _ in range(64)]
+        captions = [rng.choice((sample_caption, sample_full_caption))(sample_scene(rng), rng) for _ in range(64)]
         edits = [sample_edit(rng) for _ in range(64)]
         words = [e.instruction for e in edits]
-        told = _encode(pipe, words)
-        asked = reader.asked(told, edits)
-        bound = reader.bound(_encode(pipe, captions), captions) + reader.bound(told, words)
-        return asked + bound, {"asked": float(asked.detach()), "bound": float(bound.detach())}
+        told = _encode_with_gradient(pipe, words)
+        instruction_loss = reader.instruction_loss(told, edits)
+        binding_loss = reader.binding_loss(_encode_with_gradient(pipe, captions), captions) + reader.binding_loss(
+            told, words
+        )
+        return instruction_loss + binding_loss, {
+            "instruction_loss": float(instruction_loss.detach()),
+            "binding_loss": float(binding_loss.detach()),
+        }
 
     fit("text", learned, loss, folder, steps, lr=5e-4, betas=(0.9, 0.98), seed=seed, ema=0.995)
     learned.requires_grad_(False)
 
 
-def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
+def train_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
     """Text encoders on text alone, a sixth as many steps; then flow matching on captioned scenes for the transformer.
 
     Half of the captions tell all, 10 % of the texts nothing. Beside half of the pictures a request for an edit may
@@ -160,8 +167,8 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
     latents a hundred times too large, since what CLIP makes of it scales every block.
     """
     torch.manual_seed(seed)
-    pipe = new_pipeline(vae)
-    teach_text(folder, pipe, max(1, steps // 6), seed)
+    pipe = untrained_pipeline(vae)
+    train_text_encoders(folder, pipe, max(1, steps // 6), seed)
     family = Flux(pipe, torch.device("cpu"))
     rng = random.Random(f"base/{seed}")
     edits = [sample_edit(rng) for _ in range(scenes)]
@@ -171,28 +178,28 @@ def teach_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         chosen = [rng.randrange(scenes) for _ in range(64)]
-        captions = [_told(world[i], edits[i].instruction if i % 2 else "", rng) for i in chosen]
+        captions = [_sample_prompt(world[i], edits[i].instruction if i % 2 else "", rng) for i in chosen]
         x0 = latents[chosen]
         eps = torch.randn(x0.shape, generator=generator)
-        t = flow.shifted(torch.rand(len(x0), generator=generator), SHIFT)
-        v = family.velocity(net, flow.noised(x0, eps, t), t, family.encode_text(captions))
+        t = flow.shift_times(torch.rand(len(x0), generator=generator), SHIFT)
+        v = family.velocity(net, flow.add_noise(x0, eps, t), t, family.encode_text(captions))
         return F.mse_loss(v, flow.velocity(x0, eps)), {}
 
     fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999, again=True)
     return pipe
 
 
-def _told(scene: Scene, request: str, rng: random.Random) -> str:
+def _sample_prompt(scene: Scene, request: str, rng: random.Random) -> str:
     """A text beside a picture: nothing, the request if there is one, or a caption."""
     roll = rng.random()
     if roll < 0.1:
         return ""
     if request and roll < 0.3:
         return request
-    return rng.choice((caption_for, full_caption))(scene, rng)
+    return rng.choice((sample_caption, sample_full_caption))(scene, rng)
 
 
-def _encode(pipe: FluxPipeline, captions: list[str]) -> Text:
+def _encode_with_gradient(pipe: FluxPipeline, captions: list[str]) -> Text:
     """Like `Flux.encode_text`, with gradient to the text encoders."""
     ids = pipe.tokenizer(
         captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
@@ -201,23 +208,23 @@ def _encode(pipe: FluxPipeline, captions: list[str]) -> Text:
 
 
 @torch.no_grad()
-def sample(family: Flux, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
+def sample_images(family: Flux, captions: list[str], steps: int, guidance: float, seed: int) -> Tensor:
     """Text-to-image: Euler steps of the guided velocity. Images (b, 3, 32, 32), clamped to [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), family.facts.channels, 8, 8, generator=generator)
-    return draw(family, captions, noise, flow.few_step_times(steps, SHIFT).tolist(), guidance)
+    return generate_images(family, captions, noise, flow.few_step_times(steps, SHIFT).tolist(), guidance)
 
 
-def caption_score(
+def caption_accuracy(
     family: Flux, count: int, seed: int, steps: int = 20, guidance: float = 5.0, held_out: bool = False
 ) -> float:
     """Share of held-out scenes' captions whose picture holds all that the caption says, by the oracle. `held_out`
     takes the phrasings kept out of training."""
     rng = random.Random(f"held-out/base/{seed}")
-    captions = [caption_for(sample_scene(rng), rng, held_out=held_out) for _ in range(count)]
+    captions = [sample_caption(sample_scene(rng), rng, held_out=held_out) for _ in range(count)]
     right = 0
     for start in range(0, count, 64):
         some = captions[start : start + 64]
-        readings = read_scene(sample(family, some, steps, guidance, seed + start))
-        right += sum(described(c, r) for c, r in zip(some, readings))
+        readings = read_scene(sample_images(family, some, steps, guidance, seed + start))
+        right += sum(matches_caption(c, r) for c, r in zip(some, readings))
     return right / count

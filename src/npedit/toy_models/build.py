@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -25,40 +26,40 @@ from npedit.families.flux import Flux
 from npedit.recipe.config import embedded
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, sample_edit
-from npedit.toy.oracle import judge, read_scene
+from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
-from npedit.toy_models.base_model import caption_score, teach_base
-from npedit.toy_models.critic import examine, teach_critic
-from npedit.toy_models.vae import psnr, teach_vae
+from npedit.toy_models.base_model import caption_accuracy, train_base
+from npedit.toy_models.critic import evaluate_critic, train_critic
+from npedit.toy_models.vae import reconstruction_psnr, train_vae
 
 STEPS = {"vae": 1500, "base": 24000, "critic": 13500}  # batches; some three and a half hours on two CPU cores
 CPU = torch.device("cpu")
 
 
-def build(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
+def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
     """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json`
     holds."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     steps = STEPS | (steps or {})
     if not (folder / "vae").is_dir():
-        _lay_down(teach_vae(folder, steps["vae"], seed), folder / "vae")
+        _write_folder(train_vae(folder, steps["vae"], seed), folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     if not (folder / "base").is_dir():
-        pipe = copy.copy(teach_base(folder, vae, steps["base"], seed))
+        pipe = copy.copy(train_base(folder, vae, steps["base"], seed))
         for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
             part.half()  # half the size; opened as float32
-        _lay_down(pipe, folder / "base")
+        _write_folder(pipe, folder / "base")
     if not (folder / "critic").is_dir():
-        critic = teach_critic(folder, vae, steps["critic"], seed)
+        critic = train_critic(folder, vae, steps["critic"], seed)
         critic.model.half()
-        _lay_down(critic, folder / "critic")
-    measured = measure(folder)
+        _write_folder(critic, folder / "critic")
+    measured = measure_models(folder)
     write_text(folder / "parts.json", json.dumps({"steps": steps, "seed": seed, **measured}, indent=1) + "\n")
     return measured
 
 
-def _lay_down(part: object, folder: Path) -> None:
+def _write_folder(part: Any, folder: Path) -> None:
     """Save aside, then rename: a folder that is there is whole."""
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -75,7 +76,7 @@ def _lay_down(part: object, folder: Path) -> None:
     os.replace(aside, folder)
 
 
-def graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> float:
+def train_graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> float:
     """Teach a critic for so many batches, on the embedded VAE, into FOLDER/critic; none is taught for 0 batches, where
     the embedded critic is meant. Returns its share of right answers on clean, held-out images, the mean over kinds of
     question, kept in FOLDER/right.json. Resumable like `build`."""
@@ -85,11 +86,11 @@ def graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> floa
     if not kept.is_file():
         vae = AutoencoderKL.from_pretrained(embedded("base") / "vae").requires_grad_(False)
         if batches and not (folder / "critic").is_dir():
-            critic = teach_critic(folder, vae, batches, seed)
+            critic = train_critic(folder, vae, batches, seed)
             critic.model.half()
-            _lay_down(critic, folder / "critic")
+            _write_folder(critic, folder / "critic")
         critic = LlavaOnevision.load(folder / "critic" if batches else embedded("critic"), torch.float32, CPU)
-        right = examine(critic, vae, items, seed=1, damage=False)
+        right = evaluate_critic(critic, vae, items, seed=1, damage=False)
         write_text(kept, json.dumps({"batches": batches, "items": items, "right": right}, indent=1) + "\n")
     found = json.loads(kept.read_text())
     if found["batches"] != batches:
@@ -100,27 +101,27 @@ def graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> floa
 
 
 @torch.no_grad()
-def through_vae(family: Flux, items: int, seed: int) -> float:
+def vae_roundtrip_accuracy(family: Flux, items: int, seed: int) -> float:
     """Share of true edits that the oracle still accepts when they have been encoded and decoded: the editor's bound."""
     edits = [
         sample_edit(random.Random(f"held-out/vae/{seed}/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(items)
     ]
     images = render([e.target for e in edits])
     again = torch.cat([family.decode(family.encode(x)) for x in images.split(64)]).clamp(0, 1)
-    return sum(all(judge(e, r)) for e, r in zip(edits, read_scene(again), strict=True)) / items
+    return sum(all(judge_edit(e, r)) for e, r in zip(edits, read_scene(again), strict=True)) / items
 
 
-def measure(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
-    """Examine the parts as saved, on held-out scenes and phrasings: see `psnr`, `caption_score`, `examine`."""
+def measure_models(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
+    """Examine the parts as saved, on held-out scenes and phrasings: see `psnr`, `caption_accuracy`, `examine`."""
     family = Flux.load(folder / "base", torch.float32, CPU)
     critic = LlavaOnevision.load(folder / "critic", torch.float32, CPU)
     vae = family.pipe.vae
     return {
-        "vae_psnr_db": round(psnr(vae, 512, seed), 2),
-        "edits_right_through_the_vae": through_vae(family, 720, seed),
-        "captions_right_20_steps_guidance_5": caption_score(family, 512, seed),
-        "captions_right_held_out_phrasings": caption_score(family, 512, seed, held_out=True),
-        "critic_right_clean": examine(critic, vae, items, seed, damage=False),
-        "critic_right_damaged": examine(critic, vae, items, seed, damage=True),
+        "vae_psnr_db": round(reconstruction_psnr(vae, 512, seed), 2),
+        "edits_right_through_the_vae": vae_roundtrip_accuracy(family, 720, seed),
+        "captions_right_20_steps_guidance_5": caption_accuracy(family, 512, seed),
+        "captions_right_held_out_phrasings": caption_accuracy(family, 512, seed, held_out=True),
+        "critic_right_clean": evaluate_critic(critic, vae, items, seed, damage=False),
+        "critic_right_damaged": evaluate_critic(critic, vae, items, seed, damage=True),
         "items": items,
     }

@@ -70,7 +70,7 @@ def fit(
         module.train()
         for step in range(start, steps):
             for group in optimizer.param_groups:
-                group["lr"] = lr * share_of_rate(step, steps, again)
+                group["lr"] = lr * lr_factor(step, steps, again)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             value, figures = loss(step, random.Random(f"{seed}/{name}/{step}"), generator)
             optimizer.zero_grad(set_to_none=True)
@@ -95,7 +95,7 @@ def fit(
     return module.eval()
 
 
-def share_of_rate(step: int, steps: int, again: bool = False) -> float:
+def lr_factor(step: int, steps: int, again: bool = False) -> float:
     """What `fit` multiplies the learning rate with at a step."""
     first = steps - steps // 3 if again else steps
     top, begun, length = (1.0, 0, first) if step < first else (0.5, first, steps - first)

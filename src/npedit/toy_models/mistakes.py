@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -29,13 +30,18 @@ FIELDS = {"replace": "shape", "recolour": "colour", "pattern": "pattern", "resiz
 VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}
 
 
-def _with(thing: Thing, field: str, value: str, rng: random.Random) -> Thing:
+def _field(name: str, value: str) -> dict[str, Any]:
+    """The keyword argument of `replace` that sets one field."""
+    return {name: value}
+
+
+def _with_value(thing: Thing, field: str, value: str, rng: random.Random) -> Thing:
     """The thing with another value in one field; a size brings its radius along."""
-    changed = replace(thing, **{field: value})
+    changed = replace(thing, **_field(field, value))
     return replace(changed, radius=rng.uniform(*SIZES[value])) if field == "size" else changed
 
 
-def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scene:
+def _disturb(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scene:
     """The scene with one thing changed that no edit asked for, outside the cells in `spare` where that can be done."""
     open_cells = [i for i in range(4) if i not in spare]
     kind = (
@@ -53,20 +59,20 @@ def _disturbed(scene: Scene, rng: random.Random, spare: tuple[int, ...]) -> Scen
         return scene.with_cell(cell, sample_thing(rng) if thing is None else None)
     field = rng.choice(tuple(VALUES))
     value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
-    return scene.with_cell(cell, _with(thing, field, value, rng))
+    return scene.with_cell(cell, _with_value(thing, field, value, rng))
 
 
-def _near_miss(edit: Edit, rng: random.Random) -> Scene:
+def _wrong_edit(edit: Edit, rng: random.Random) -> Scene:
     """An edit of the same type gone wrong: another value, or another thing."""
     scene = edit.reference
     for _ in range(20):
-        other = _variant(edit, rng)
+        other = _random_variant(edit, rng)
         if other != edit.target and other != scene:
             return other
     return scene
 
 
-def _variant(edit: Edit, rng: random.Random) -> Scene:
+def _random_variant(edit: Edit, rng: random.Random) -> Scene:
     scene, kind = edit.reference, edit.edit_type
     if kind == "background":
         return replace(scene, background=rng.choice(tuple(BACKGROUNDS)))
@@ -74,37 +80,37 @@ def _variant(edit: Edit, rng: random.Random) -> Scene:
         return replace(scene, style=rng.choice(tuple(STYLES)))
     if kind == "add":
         (home,) = edit.touched
-        wanted = edit.target.cells[home]
+        wanted = edit.target.thing(home)
         field = rng.choice(("shape", "colour", "pattern"))
-        wrong = wanted if rng.random() < 0.25 else replace(wanted, **{field: rng.choice(VALUES[field])})
+        wrong = wanted if rng.random() < 0.25 else replace(wanted, **_field(field, rng.choice(VALUES[field])))
         return scene.with_cell(rng.choice(range(4)) if rng.random() < 0.4 else home, wrong)
     cell = edit.cell if rng.random() < 0.6 else rng.choice(scene.filled)
-    thing = scene.cells[cell]
+    thing = scene.thing(cell)
     if kind == "remove":
-        return _leftover(edit, rng) if rng.random() < 0.6 else scene.with_cell(cell, None)
+        return _incomplete_removal(edit, rng) if rng.random() < 0.6 else scene.with_cell(cell, None)
     if kind == "move":
         moved = scene.with_cell(rng.choice(scene.empty), thing)
         return moved if rng.random() < 0.5 else moved.with_cell(cell, None)
     value = edit.value if cell != edit.cell else rng.choice(VALUES[FIELDS[kind]])
-    return scene.with_cell(cell, _with(thing, FIELDS[kind], value, rng))
+    return scene.with_cell(cell, _with_value(thing, FIELDS[kind], value, rng))
 
 
-def _leftover(edit: Edit, rng: random.Random) -> Scene:
+def _incomplete_removal(edit: Edit, rng: random.Random) -> Scene:
     """A thing that should be gone and was only changed into another, or shrunk."""
-    thing = edit.reference.cells[edit.cell]
+    thing = edit.reference.thing(edit.cell)
     if rng.random() < 0.35:
         return edit.reference.with_cell(edit.cell, replace(thing, size="small", radius=rng.uniform(1.5, 4.0)))
     field = rng.choice(("shape", "shape", "colour", "pattern"))
-    return edit.reference.with_cell(edit.cell, replace(thing, **{field: rng.choice(VALUES[field])}))
+    return edit.reference.with_cell(edit.cell, replace(thing, **_field(field, rng.choice(VALUES[field]))))
 
 
-def _overdone(edit: Edit, rng: random.Random) -> Scene:
+def _overdo(edit: Edit, rng: random.Random) -> Scene:
     """The edit carried out, and more of it: other things changed alike, the new thing in several cells."""
     scene, kind = edit.target, edit.edit_type
     others = [i for i in scene.filled if i not in edit.touched]
     if kind in FIELDS and others:
         for cell in rng.sample(others, rng.randint(1, len(others))):
-            scene = scene.with_cell(cell, _with(scene.cells[cell], FIELDS[kind], edit.value, rng))
+            scene = scene.with_cell(cell, _with_value(scene.thing(cell), FIELDS[kind], edit.value, rng))
     elif kind in ("add", "move"):
         home = next(i for i in edit.touched if scene.cells[i] is not None)
         places = list(scene.empty) if rng.random() < 0.8 else others or list(scene.empty)
@@ -112,22 +118,22 @@ def _overdone(edit: Edit, rng: random.Random) -> Scene:
             scene = scene.with_cell(cell, scene.cells[home])
     elif kind == "remove" and others:
         scene = scene.with_cell(rng.choice(others), None)
-    return scene if scene != edit.target else _disturbed(scene, rng, ())
+    return scene if scene != edit.target else _disturb(scene, rng, ())
 
 
-def _otherwise(edit: Edit, rng: random.Random) -> Scene:
+def _change_edited_thing(edit: Edit, rng: random.Random) -> Scene:
     """The edit carried out, and something else about the very same thing changed with it."""
     scene = edit.target
     cells = [i for i in edit.touched if scene.cells[i] is not None]
     fields = [f for f in VALUES if f != FIELDS.get(edit.edit_type)]
     if edit.edit_type in ("add", "background", "style") or not cells:
-        return _overdone(edit, rng)
-    thing, field = scene.cells[cells[0]], rng.choice([*fields, *(["size"] if "size" in fields else [])])
+        return _overdo(edit, rng)
+    thing, field = scene.thing(cells[0]), rng.choice([*fields, *(["size"] if "size" in fields else [])])
     value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
-    return scene.with_cell(cells[0], _with(thing, field, value, rng))
+    return scene.with_cell(cells[0], _with_value(thing, field, value, rng))
 
 
-def candidate(edit: Edit, rng: random.Random) -> Scene:
+def sample_outcome(edit: Edit, rng: random.Random) -> Scene:
     """What an editor might return: right, nothing done, wrong, right but disturbed, overdone, ..."""
     roll = rng.random()
     if roll < 0.32:
@@ -135,15 +141,15 @@ def candidate(edit: Edit, rng: random.Random) -> Scene:
     elif roll < 0.41:
         scene = edit.reference
     elif roll < 0.60:
-        scene = _near_miss(edit, rng)
+        scene = _wrong_edit(edit, rng)
     elif roll < 0.73:
-        scene = _disturbed(edit.target, rng, edit.touched if edit.edit_type not in ("background", "style") else ())
+        scene = _disturb(edit.target, rng, edit.touched if edit.edit_type not in ("background", "style") else ())
     elif roll < 0.84:
-        scene = _overdone(edit, rng)
+        scene = _overdo(edit, rng)
     elif roll < 0.93:
-        scene = _otherwise(edit, rng)
+        scene = _change_edited_thing(edit, rng)
     elif roll < 0.97:
-        scene = _disturbed(edit.reference, rng, ())
+        scene = _disturb(edit.reference, rng, ())
     else:
         scene = sample_scene(rng)
     if rng.random() < 0.3:  # the same things, drawn anew a little aside
@@ -161,7 +167,7 @@ def candidate(edit: Edit, rng: random.Random) -> Scene:
 
 
 @torch.no_grad()
-def damaged(
+def degrade(
     images: Tensor, vae: AutoencoderKL, rng: random.Random, generator: torch.Generator, share: float = 0.6
 ) -> Tensor:
     """Some of the images as a generator might leave them: through the VAE with noisy latents, noisy, soft, off in

@@ -18,7 +18,7 @@ THING_WEIGHT = 5.0
 NOISE = 0.25  # on the latents, as a share of their standard deviation
 
 
-def new_vae() -> AutoencoderKL:
+def untrained_vae() -> AutoencoderKL:
     """An untrained VAE: images (b, 3, 32, 32) in [-1, 1], latents (b, 8, 8, 8)."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -35,20 +35,20 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def _scenes(rng: random.Random, count: int) -> list[Scene]:
+def _sample_scenes(rng: random.Random, count: int) -> list[Scene]:
     return [sample_scene(rng) if i % 4 else sample_edit(rng).target for i in range(count)]
 
 
-def psnr(vae: AutoencoderKL, count: int, seed: int) -> float:
+def reconstruction_psnr(vae: AutoencoderKL, count: int, seed: int) -> float:
     """Peak signal-to-noise ratio in dB, in the mean over `count` held-out scenes, through encoder mean and decoder."""
-    images = render(_scenes(random.Random(f"held-out/{seed}"), count)) * 2 - 1
+    images = render(_sample_scenes(random.Random(f"held-out/{seed}"), count)) * 2 - 1
     with torch.no_grad():
         again = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in images.split(64)]).clamp(-1, 1)
     error = ((images - again) / 2).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 
 
-def _weighted(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+def _render_weighted(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Pictures in [-1, 1] and the weight of each pixel (b, 1, 32, 32).
 
     Things count more than ground, and each scene by the contrast of its style: a plain pixel loss hardly sees the
@@ -61,17 +61,17 @@ def _weighted(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=torch.channels_last) * 2 - 1, weight / weight.mean()
 
 
-def teach_vae(folder: Path, steps: int, seed: int = 0) -> AutoencoderKL:
+def train_vae(folder: Path, steps: int, seed: int = 0) -> AutoencoderKL:
     """Train a VAE on scenes for `steps` batches of 64: weighted L1 + 2 MSE, a little KL, and noise on the latents.
 
     The noise is a share of the latents' own spread, so that all that matters is written LOUDLY: the velocity loss of
     the text-to-image model sees the strong directions first. The last third of the steps has less, for the outlines.
     """
     torch.manual_seed(seed)
-    vae = new_vae().to(memory_format=torch.channels_last)
+    vae = untrained_vae().to(memory_format=torch.channels_last)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        images, weight = _weighted(_scenes(rng, 64))
+        images, weight = _render_weighted(_sample_scenes(rng, 64))
         mean = vae.encode(images).latent_dist.mean
         noise = NOISE * min(1.0, 3 * (1 - step / steps)) * mean.detach().std()
         again = vae.decode(mean + noise * torch.randn(mean.shape, generator=generator)).sample
@@ -82,7 +82,7 @@ def teach_vae(folder: Path, steps: int, seed: int = 0) -> AutoencoderKL:
         return total, {"psnr": float(-10 * mse.log10()), "spread": float(spread.detach())}
 
     fit("vae", vae, loss, folder, steps, lr=3e-3, seed=seed, ema=0.995)
-    pictures = render(_scenes(random.Random("scale"), 1024)) * 2 - 1
+    pictures = render(_sample_scenes(random.Random("scale"), 1024)) * 2 - 1
     with torch.no_grad():
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in pictures.split(64)])
     vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from npedit.critics._bits import bytes_a_weight, quantised_weights
-from npedit.critics._hollow import hollow_critic
+from npedit.critics._bits import bytes_per_weight, quantisable_weights
+from npedit.critics._without_weights import critic_without_weights
 from npedit.critics.base import Critic
 from npedit.data import PairedBatch
 from npedit.errors import UserError
-from npedit.families._hollow import hollow_family
+from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
-from npedit.generator import edit, seeded, training_times
-from npedit.nets.meta_device import META, WORKING, Counted, is_counting
-from npedit.recipe.config import EMBEDDED, Recipe, find, find_class, rest_device, torch_dtype
+from npedit.generator import edit_images, sample_training_times, seeded_generator
+from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
+from npedit.recipe.config import EMBEDDED, Recipe, find, find_class, offload_device, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
 from npedit.training.parts import check_processes
@@ -39,9 +39,9 @@ from npedit.training.trainer import STAGE_SEEDS
 PUBLISHED = Path(__file__).parents[1] / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.awake` -> a column
-COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", WORKING)
+COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
 STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
-SHOWN = {STEPPING: WORKING, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
+SHOWN = {STEPPING: ACTIVATIONS, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
 SHARE_OF_8_BIT = 0.2539  # of float32: a byte a number, and a float32 for each 256 of them
 GIB = 2**30
 
@@ -82,11 +82,11 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
     """
     check_processes(recipe, processes)
     sliced = processes > 1 and recipe.trainer.shard != "none"
-    counted, phases = Counted(), []
+    counted, phases = MemoryCounter(), []
     with counted, _stepping(counted, at_once):
         parts = _open(recipe, counted, sliced)
         beside = _gathered(parts.family) if sliced else 0
-        student = parts.net("student", recipe.seed)
+        student = parts.create_trainable("student", recipe.seed)
         for i, stage in enumerate(recipe.stages):
             if sliced:
                 _slice(recipe, i, parts, processes)
@@ -140,33 +140,33 @@ def verdict(found: Estimate, gpu: str) -> str:
 class _Parts(Parts):
     """Parts on the meta device: adapters are made there, and what rests elsewhere is not counted."""
 
-    counted: Counted = field(default_factory=Counted)
+    counted: MemoryCounter = field(default_factory=MemoryCounter)
     sliced: bool = False
 
     def __post_init__(self) -> None:
         if self.memory.offload:
-            self.move(list(FROZEN), rest_device())  # they were counted where they were opened
+            self.move_modules(list(FROZEN), offload_device())  # they were counted where they were opened
 
-    def net(self, role: str, seed: int) -> nn.Module:
+    def create_trainable(self, role: str, seed: int) -> nn.Module:
         with META:
-            net = super().net(role, seed)
+            net = super().create_trainable(role, seed)
         if self.sliced and self.lora is None:
             net.float = lambda: net  # it computes in the family's type; its slices in float32 are arithmetic
         return net
 
-    def move(self, names: Sequence[str], device: torch.device) -> None:
+    def move_modules(self, names: Sequence[str], device: torch.device) -> None:
         for name in names:
-            tensors = (t for module in self.modules(name) for t in _tensors(module))
+            tensors = (t for module in self.frozen_modules(name) for t in _tensors(module))
             size = _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
-            self.counted.add(FROZEN[name], size if device == META else -size)
+            self.counted.add_bytes(FROZEN[name], size if device == META else -size)
 
 
-def open_hollow(recipe: Recipe) -> tuple[Family, Critic | None]:
+def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
     """The recipe's family, and its critic if it names one, without weights. Errors as in `estimate`."""
     chosen, judge = recipe.family, recipe.critic
     try:
         kind, folder = find_class("families", chosen.name), configs("family", chosen.weights, chosen.folder)
-        family = hollow_family(kind, folder, torch_dtype(chosen.dtype))
+        family = family_without_weights(kind, folder, torch_dtype(chosen.dtype))
         if recipe.judge is not None:
             raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
         if judge is None:
@@ -174,7 +174,7 @@ def open_hollow(recipe: Recipe) -> tuple[Family, Critic | None]:
         if judge.name == "ensemble":
             raise UserError("critic.name: expected a single critic; got an ensemble; estimate its largest member")
         kind, folder = find_class("critics", judge.name), configs("critic", judge.weights, judge.folder)
-        return family, hollow_critic(kind, folder, torch_dtype(judge.dtype), judge.resolution)
+        return family, critic_without_weights(kind, folder, torch_dtype(judge.dtype), judge.resolution)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"expected the recipe's models by their configs; got: {error}; correct the recipe") from error
 
@@ -197,18 +197,18 @@ def configs(part: str, weights: str, folder: Any) -> Path:
     )
 
 
-def _open(recipe: Recipe, counted: Counted, sliced: bool) -> _Parts:
-    (family, critic), chosen = open_hollow(recipe), recipe.critic
+def _open(recipe: Recipe, counted: MemoryCounter, sliced: bool) -> _Parts:
+    (family, critic), chosen = open_without_weights(recipe), recipe.critic
     used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
-    counted.name("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
+    counted.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
-    counted.name("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
-    counted.name("VAE", _tensors(pipe["vae"]))
+    counted.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
+    counted.label("VAE", _tensors(pipe["vae"]))
     if used:
-        counted.name("critic", _tensors(critic.model))
+        counted.label("critic", _tensors(critic.model))
         if chosen.bits:
-            counted.share[FEW_BITS] = bytes_a_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
-            counted.name(FEW_BITS, quantised_weights(critic.model))
+            counted.share[FEW_BITS] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
+            counted.label(FEW_BITS, quantisable_weights(critic.model))
             critic.model.is_quantized = True  # so it is not moved
     wording = chosen.wording if chosen else "plain"
     return _Parts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
@@ -236,7 +236,7 @@ def _slice(recipe: Recipe, i: int, parts: _Parts, processes: int) -> None:
         parts.counted.share[EIGHT_BIT] = share * SHARE_OF_8_BIT
     if i + 1 == len(recipe.stages):
         parts.counted.share["base"] = 1 / processes
-        parts.counted.name("base", _tensors(parts.family.base))
+        parts.counted.label("base", _tensors(parts.family.base))
 
 
 def _gathered(family: Family) -> int:
@@ -251,15 +251,15 @@ def _gathered(family: Family) -> int:
 
 @contextmanager
 def _part(name: str) -> Iterator[None]:
-    token = is_counting.set(name)
+    token = current_part.set(name)
     try:
         yield
     finally:
-        is_counting.reset(token)
+        current_part.reset(token)
 
 
 @contextmanager
-def _stepping(counted: Counted, at_once: bool) -> Iterator[None]:
+def _stepping(counted: MemoryCounter, at_once: bool) -> Iterator[None]:
     """Count what optimizers make while they step apart from all else."""
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -268,7 +268,7 @@ def _stepping(counted: Counted, at_once: bool) -> Iterator[None]:
             group["foreach"] = at_once
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        counted.working = WORKING
+        counted.working = ACTIVATIONS
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -295,13 +295,13 @@ def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
     for role, learner in step.learners.items():
         trained = [p for p in learner.net.parameters() if p.requires_grad]
         for p in trained:
-            p.register_post_accumulate_grad_hook(lambda p: counted.name("gradients", [p.grad]))
+            p.register_post_accumulate_grad_hook(lambda p: counted.label("gradients", [p.grad]))
         with _part("first moments"):
             learner.update([lambda trained=trained: sum(p.mean() for p in trained)])
         optimizer = "optimizer" if kinds[role] == "adamw" else EIGHT_BIT
         names = {"net": role, "buffer": role, "ema": "averages", "optimizer": optimizer}
         for key, tensor in learner.state()[0].items():
-            counted.name(names[key.split(".")[0]], [tensor])
+            counted.label(names[key.split(".")[0]], [tensor])
     counted.peaks.pop("first moments", None)
     return step
 
@@ -310,7 +310,7 @@ def _update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
     """One update of a stage, with the largest pictures and the draft's two transitions."""
     stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
     times = torch.ones(recipe.trainer.steps)
-    drawn = (u for u in range(100) if len(training_times(times, seeded(seed, "times", u))) == 2)
+    drawn = (u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2)
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
     batch = _batch(recipe, stage.batch_size // processes)
     with _part("update"):
@@ -334,12 +334,12 @@ def _samples(recipe: Recipe, parts: _Parts, step: Step) -> None:
     """The pictures of a run under way, as the trainer edits them."""
     count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
     batch = _batch(recipe, count)
-    with step.learners["student"].average() as net, parts.awake("text", "vae"):
-        edit(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
+    with step.learners["student"].use_ema_weights() as net, parts.on_device("text", "vae"):
+        edit_images(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
              recipe.memory.decode_tile)  # fmt: skip
 
 
-def _phases(prefix: str, counted: Counted, beside: int) -> list[Phase]:
+def _phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Phase]:
     """What has been counted since the last call, by part of the step."""
     found = []
     for part, held in counted.peaks.items():

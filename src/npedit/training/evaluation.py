@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit.flow import few_step_times
-from npedit.generator import draw, edit, seeded
+from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find
 from npedit.runs.checkpoint import BLAME, write_text
@@ -49,12 +49,12 @@ class Evaluation:
             return {}
         began = time.monotonic()
         found: dict[str, float] = {}
-        with step.learners["student"].average() as net, self.parts.awake("text", "vae"):
+        with step.learners["student"].use_ema_weights() as net, self.parts.on_device("text", "vae"):
             mode = net.training
             net.eval()
             if sample:
                 edited = self._edit(net, self.shown.references, self.shown.instructions, 0)
-                if distributed.first():
+                if distributed.is_main_process():
                     folder = self.run / "samples" / f"step-{n:06d}"
                     write_samples(folder, self.shown.references, self.shown.instructions, edited)
                 self.on_event("sample", {"step": n})
@@ -67,15 +67,15 @@ class Evaluation:
     def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first: int) -> Tensor:
         """Edits on the CPU, made by all processes; item i has the seed `first` + i."""
         done: list[Tensor] = []
-        for start in range(0, len(references), CHUNK * distributed.world()):
+        for start in range(0, len(references), CHUNK * distributed.world_size()):
             mine = start + CHUNK * distributed.rank()
             k = mine if mine < len(references) else start  # a sharded net has to be called by all, as often by each
             part = references[k : k + CHUNK].to(self.parts.device)
             seeds = list(range(first + k, first + k + len(part)))
             words = list(instructions[k : k + CHUNK])
             steps, tile = self.recipe.trainer.steps, self.parts.memory.decode_tile
-            edited = edit(self.parts.family, net, part, words, steps=steps, seeds=seeds, tile=tile)
-            done += [e for e in distributed.gather(edited.float().cpu() if k == mine else None) if e is not None]
+            edited = edit_images(self.parts.family, net, part, words, steps=steps, seeds=seeds, tile=tile)
+            done += [e for e in distributed.all_gather(edited.float().cpu() if k == mine else None) if e is not None]
         return torch.cat(done)
 
     def _evaluate(self, net: nn.Module, n: int) -> dict[str, float]:
@@ -91,12 +91,12 @@ class Evaluation:
             scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
             found = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
             found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
-            found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
+            found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "change_outside_edit") if scores[k] is not None}
             self.success = f"success {found['eval/both']:.0%}"
         if judge := self.parts.judge:
             if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
                 made = [self._edit(net, self.asked.references, self.asked.instructions, 0)]
-            with self.parts.awake("judge"):
+            with self.parts.on_device("judge"):
                 said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
             found |= said.means("judge", self.asked.edit_types)
         if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic:
@@ -106,16 +106,16 @@ class Evaluation:
     def _blame(self, edited: Tensor) -> None:
         """Leave in `blame.json` whose fault the finished editor's wrong edits are; see `benchmarks.toy.blame`."""
         module, family, drawn = find("benchmarks", "toy"), self.parts.family, []
-        with self.parts.awake("critic"):
-            content = verdict(self.parts.critic, self.parts.wording, self.asked, edited, CHUNK).content()
+        with self.parts.on_device("critic"):
+            content = verdict(self.parts.critic, self.parts.wording, self.asked, edited, CHUNK).is_accepted()
         chosen = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
         times = few_step_times(DRAWING_STEPS, family.shift(*edited.shape[-2:])).tolist()
         for start in range(0, len(edited), CHUNK):
             captions = self.asked.target_captions[start : start + CHUNK]
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
-            noise = torch.randn(size, generator=seeded("blame", start)).to(self.parts.device)
-            drawn.append(draw(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
+            noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
+            drawn.append(generate_images(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
         items = module.sample_items(len(edited), self.recipe.seed)
         counts = module.blame(items, edited, content, torch.cat(drawn))
-        if distributed.first():
+        if distributed.is_main_process():
             write_text(self.run / BLAME, json.dumps(counts, indent=1) + "\n")

@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from npedit.critics._bits import quantised
+from npedit.critics._bits import quantisation_arguments
 from npedit.critics.base import Critic
 from npedit.editor import locate
 from npedit.errors import UserError
 from npedit.nets import distributed
-from npedit.nets.lora import Adapter
+from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import CriticChoice, Recipe, find, find_class, pick_device, torch_dtype
 from npedit.runs.checkpoint import read_config, require_run
 from npedit.steps.base import Judge, Parts
@@ -32,7 +32,7 @@ def build_parts(recipe: Recipe) -> Parts:
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
     for part, one in (("critic", recipe.critic if "critic" in wanted else None), ("judge", recipe.judge)):
         try:
-            quantised(one.bits if one else 0, torch.float32, device)
+            quantisation_arguments(one.bits if one else 0, torch.float32, device)
         except ValueError as error:
             raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
@@ -68,7 +68,7 @@ def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
             "change the recipe to fit, or start from another run"
         )
     with _loading("start", recipe.start):
-        if isinstance(student, Adapter):
+        if isinstance(student, LoraAdapter):
             student.take(folder)
         else:
             student.load_state_dict(parts.family.open_net(folder / "transformer").state_dict())
@@ -113,10 +113,10 @@ def check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
     Raises:
         UserError: names what is missing or of the wrong size.
     """
-    check_processes(recipe, distributed.world())
-    if distributed.world() > 1 and distributed.world() > len(data):
+    check_processes(recipe, distributed.world_size())
+    if distributed.world_size() > 1 and distributed.world_size() > len(data):
         raise UserError(
-            f"data: expected at least one item per process; got {len(data)} items and {distributed.world()} processes; "
+            f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} processes; "
             "start fewer, or add data"
         )
     for i, stage in enumerate(recipe.stages):

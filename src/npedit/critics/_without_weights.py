@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from npedit.critics.base import Critic
-from npedit.nets.meta_device import META, read_config
+from npedit.nets.meta_device import META, read_model_config
 
 
-def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
+def critic_without_weights(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
     """The critic `kind` as the configs in `folder` describe it; weights and tokenizer need not lie there.
 
     Raises:
@@ -20,7 +20,7 @@ def hollow_critic(kind: type[Critic], folder: Path, dtype: torch.dtype, resoluti
         ValueError: it describes a model of another kind.
     """
     like = kind.tiny(0)
-    raw, seen = read_config(folder / "config.json"), read_config(folder / "preprocessor_config.json")
+    raw, seen = read_model_config(folder / "config.json"), read_model_config(folder / "preprocessor_config.json")
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     config.image_token_id = like.model.config.image_token_id  # as the tokenizer here has it
     with META:

@@ -15,10 +15,10 @@ import transformers
 from torch import nn
 
 from npedit.families.base import Family
-from npedit.nets.meta_device import META, read_config
+from npedit.nets.meta_device import META, read_model_config
 
 
-def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:
+def family_without_weights(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:
     """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
 
     Raises:
@@ -26,7 +26,7 @@ def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Famil
         ValueError: it describes another family's pipeline.
     """
     like = kind.tiny(0).pipe
-    index = read_config(folder / "model_index.json")
+    index = read_model_config(folder / "model_index.json")
     if index["_class_name"] != type(like).__name__:
         raise ValueError(f"expected a {type(like).__name__} in {folder}; got {index['_class_name']}")
     parts: dict[str, Any] = {}
@@ -38,15 +38,19 @@ def hollow_family(kind: type[Family], folder: Path, dtype: torch.dtype) -> Famil
             parts[name] = like.components[name]
             limits = folder / name / "tokenizer_config.json"
             if limits.is_file():
-                parts[name].model_max_length = read_config(limits).get("model_max_length", parts[name].model_max_length)
+                parts[name].model_max_length = read_model_config(limits).get(
+                    "model_max_length", parts[name].model_max_length
+                )
         elif name == "scheduler":
-            parts[name] = getattr(diffusers, made_by).from_config(read_config(folder / name / "scheduler_config.json"))
+            parts[name] = getattr(diffusers, made_by).from_config(
+                read_model_config(folder / name / "scheduler_config.json")
+            )
         else:
-            parts[name] = _model(library, made_by, read_config(folder / name / "config.json"), dtype)
+            parts[name] = _empty_model(library, made_by, read_model_config(folder / name / "config.json"), dtype)
     return kind(type(like)(**parts), META)
 
 
-def _model(library: str, made_by: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _empty_model(library: str, made_by: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     with META:
         if library == "diffusers":
             model = getattr(diffusers, made_by).from_config(config)
