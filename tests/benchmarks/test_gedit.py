@@ -18,7 +18,7 @@ from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.cache import Cache
 from npedit.judges.server import ServerJudge
-from tests.support.judge_server import images_of, picture, png, serving, text_of, write_edited, write_gedit
+from tests.support.judge_server import encode_png, images_of, picture, serving, text_of, write_edited, write_gedit
 
 
 def found_in(tmp_path, sizes=None, languages=("en",)):
@@ -54,7 +54,7 @@ def test_items_come_in_the_official_order_with_whole_ids(tmp_path):
 
 def write_rows(folder, rows):
     folder.mkdir(exist_ok=True)
-    image = {"bytes": png(picture(0)), "path": None}
+    image = {"bytes": encode_png(picture(0)), "path": None}
     whole = [{"instruction_language": "en", "Intersection_exist": True, "input_image": image, **r} for r in rows]
     pq.write_table(pa.Table.from_pylist(whole), folder / "a.parquet")
     return folder

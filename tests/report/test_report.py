@@ -17,7 +17,7 @@ from npedit.benchmarks import toy
 from npedit.cli.main import app
 from npedit.errors import UserError
 from npedit.report import plots
-from npedit.report.report import sheet, write_report
+from npedit.report.report import draw_toy_sheet, write_report
 from npedit.runs.checkpoint import CONFIG, MANIFEST, METRICS, append_row
 from npedit.toy.edits import EDIT_TYPES
 from npedit.toy.world import render
@@ -108,7 +108,7 @@ def test_figures_are_drawn_for_light_and_dark(tmp_path):
     make_run(tmp_path / "r")
     from npedit.runs.checkpoint import read_rows
 
-    figures = plots.figures(read_rows(tmp_path / "r" / METRICS), 90)
+    figures = plots.draw_figures(read_rows(tmp_path / "r" / METRICS), 90)
     assert [f[0] for f in figures] == ["Success on held-out scenes", "The critic's P(yes)", "Losses", "Gradient norms"]
     for _, caption, light, dark in figures:
         assert caption and light != dark
@@ -152,17 +152,17 @@ def test_a_folder_that_is_no_run_is_told_so(tmp_path):
 
 
 def test_running_mean():
-    assert plots.smooth(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
+    assert plots.running_mean(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
     values = np.arange(100.0)
-    assert plots.smooth(values)[2:-2] == pytest.approx(values[2:-2])  # a straight line stays one
-    assert plots.smooth(np.array([1.0, 4.0])) == pytest.approx(np.array([2.5, 2.5]))
-    assert plots.smooth(np.random.default_rng(0).normal(size=400)).std() < 0.4
+    assert plots.running_mean(values)[2:-2] == pytest.approx(values[2:-2])  # a straight line stays one
+    assert plots.running_mean(np.array([1.0, 4.0])) == pytest.approx(np.array([2.5, 2.5]))
+    assert plots.running_mean(np.random.default_rng(0).normal(size=400)).std() < 0.4
 
 
 def test_the_sheet_shows_every_edit_type(tmp_path):
-    page = sheet(1)
+    page = draw_toy_sheet(1)
     assert page.size == (3 * 356, 12 + 3 * 216)
-    assert page.tobytes() == sheet(1).tobytes() != sheet(2).tobytes()
+    assert page.tobytes() == draw_toy_sheet(1).tobytes() != draw_toy_sheet(2).tobytes()
 
 
 def test_report_command(tmp_path):

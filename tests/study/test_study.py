@@ -88,7 +88,7 @@ def test_chance_in_training_widens_a_claims_interval():
     assert low > 0 > d - ((d - low) ** 2 + apart**2) ** 0.5
     assert "**holds**" in study_page.judge_claim("a > b", scores)
     assert "**open**" in study_page.judge_claim("a > b", scores, (0.02, 8))
-    assert study_page.judge_claim("a > c", scores, (0.02, 8)) == study_page.verdict("a > c", scores)
+    assert study_page.judge_claim("a > c", scores, (0.02, 8)) == study_page.judge_claim("a > c", scores)
 
 
 def test_students_t():

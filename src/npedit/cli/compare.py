@@ -212,7 +212,7 @@ def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path,
 
 
 def _draw(results: Sequence[Results], measures: Sequence[str], path: Path, seed: int) -> None:
-    from npedit.report.plots import comparison
+    from npedit.report.plots import plot_comparison
     from npedit.scoring import statistics
     from npedit.scoring.results import lower_is_better, shared
 
@@ -222,7 +222,7 @@ def _draw(results: Sequence[Results], measures: Sequence[str], path: Path, seed:
         means = [(statistics.mean(v, tasks), statistics.interval(v, tasks, seed)) for v in values]
         panels.append((f"{name} ({'lower' if lower_is_better(name) else 'higher'} is better)", means))
     with explain_write_errors(path):
-        path.write_bytes(comparison([r.name for r in results], panels))
+        path.write_bytes(plot_comparison([r.name for r in results], panels))
 
 
 def _with(value: float, ci: Interval, digits: int = 4) -> str:

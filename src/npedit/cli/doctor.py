@@ -25,7 +25,7 @@ PACKAGES = (
 Check = tuple[str, bool, str]
 
 
-def checks() -> Iterator[Check]:
+def run_checks() -> Iterator[Check]:
     """Each check as (name, is it fine, what was found or what to do)."""
     yield "python", True, f"{platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
@@ -41,7 +41,7 @@ def checks() -> Iterator[Check]:
     device = config.pick_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     yield "device", True, f"{device.type}: {name}"
-    yield _temporary_files()
+    yield _check_temporary_files()
     whole = True
     for kind in ("base", "critic", "editor"):
         try:
@@ -52,10 +52,10 @@ def checks() -> Iterator[Check]:
             whole = False
             yield f"embedded {kind}", False, str(error)
     if whole:
-        yield _one_edit()
+        yield _check_edits()
 
 
-def _temporary_files() -> Check:
+def _check_temporary_files() -> Check:
     try:
         with tempfile.TemporaryDirectory() as folder:
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 1e9
@@ -64,7 +64,7 @@ def _temporary_files() -> Check:
         return "temporary files", False, f"{error}; set TMPDIR to a folder that can be written"
 
 
-def _one_edit() -> Check:
+def _check_edits() -> Check:
     """Open the embedded editor and edit nine held-out scenes."""
     from npedit.benchmarks import toy
     from npedit.editor import Editor

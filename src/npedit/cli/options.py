@@ -33,7 +33,7 @@ LpipsOption = Annotated[
 ]
 
 # Of judged benchmarks.
-JudgedOption = Annotated[
+JudgedModelOption = Annotated[
     str,
     typer.Option(
         "--model",
@@ -49,26 +49,30 @@ JudgeOption = Annotated[
         "(http://localhost:8000/v1; its key in NPEDIT_JUDGE_KEY)."
     ),
 ]
-JudgeModel = Annotated[str, typer.Option("--judge-model", help="The model's name at the server.")]
-JudgeRevision = Annotated[str, typer.Option("--judge-revision", help="Which version of it the server runs; recorded.")]
-Workers = Annotated[int, typer.Option(help="Questions to the server at once.", min=1, max=256)]
-Edited = Annotated[
+JudgeModelOption = Annotated[str, typer.Option("--judge-model", help="The model's name at the server.")]
+JudgeRevisionOption = Annotated[
+    str, typer.Option("--judge-revision", help="Which version of it the server runs; recorded.")
+]
+WorkersOption = Annotated[int, typer.Option(help="Questions to the server at once.", min=1, max=256)]
+EditedOption = Annotated[
     Path | None, typer.Option(help="Score these pictures, in the official layout, and not an editor's.", exists=True)
 ]
-Scores = Annotated[
+ScoresOption = Annotated[
     Path | None, typer.Option("--scores", help="Take scores that the official scripts wrote; no judge.", exists=True)
 ]
-Prompts = Annotated[
+PromptsOption = Annotated[
     Path | None, typer.Option(help="Folder with the official texts, for official protocols.", exists=True)
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The result's folder. The same command goes on in it.")]
-First = Annotated[int | None, typer.Option("--items", help="Only so many, tasks in turn: a trial, no headline.", min=1)]
-Repeats = Annotated[int, typer.Option(help="How often each question is asked; the mean counts.", min=1)]
-Swap = Annotated[bool, typer.Option("--swap", help="Ask also with the two pictures exchanged; the mean counts.")]
-Coverage = Annotated[
+OutOption = Annotated[Path | None, typer.Option("--out", help="The result's folder. The same command goes on in it.")]
+ItemsOption = Annotated[
+    int | None, typer.Option("--items", help="Only so many, tasks in turn: a trial, no headline.", min=1)
+]
+RepeatsOption = Annotated[int, typer.Option(help="How often each question is asked; the mean counts.", min=1)]
+SwapOption = Annotated[bool, typer.Option("--swap", help="Ask also with the two pictures exchanged; the mean counts.")]
+CoverageOption = Annotated[
     float, typer.Option("--min-coverage", help="Least share of items with a score for a headline.", min=0, max=1)
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
 class ProgressBar:

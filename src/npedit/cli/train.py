@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.errors import UserError, npedit_command
+from npedit.errors import npedit_command
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -42,11 +40,12 @@ def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: b
 
 
 def move_aside(folder: Path) -> None:
-    """Rename a folder out of the way, if it is there."""
-    if folder.exists():
-        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            os.rename(folder, aside)
-        except OSError as error:
-            raise UserError(f"expected to move {folder} aside; got: {error}; use another folder") from None
+    """Rename a folder out of the way, if it is there.
+
+    Raises:
+        UserError: another process holds the folder, or the folder cannot be moved.
+    """
+    from npedit.runs import lock
+
+    if aside := lock.move_aside(folder):
         out.print(f"Moved the earlier {escape(str(folder))} to {escape(str(aside))}.")

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from npedit.benchmarks.toy import wilson
-from npedit.scoring.reward_hacking import HELD_OUT, JUDGES, alarms, critic_score
+from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, HELD_OUT_KEYS, critic_score, reward_hacking_alarms
 
 Rows = Sequence[dict[str, Any]]
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
@@ -38,57 +38,57 @@ NORMS = {
 }
 
 
-def figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
+def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
     """Every figure that the metrics have numbers for. `evaluate_items` is the n behind each evaluation."""
     out: list[Drawn] = []
     if series(rows, "eval/both"):
         out.append(
-            _twice(
+            _render_light_and_dark(
                 "Success on held-out scenes",
                 "What the oracle says of held-out scenes as training goes on. The band is the 95 % Wilson interval of "
                 f"'both' for the {evaluate_items} scenes of each evaluation. Right: 'both' by edit type.",
                 (11, 3.9),
-                lambda figure: _success(figure, rows, evaluate_items),
+                lambda figure: _plot_success(figure, rows, evaluate_items),
             )
         )
     answers = sorted({k for r in rows for k in r if k.startswith("critic/p_yes/")})
     if answers:
         out.append(
-            _twice(
+            _render_light_and_dark(
                 "The critic's P(yes)",
                 "The probability that the critic gives to the wanted answer to its question about the edit, by type "
                 "(running mean). That answer is Yes; for removal it is No to 'is it still there?'.",
                 (11, 3.9),
-                lambda figure: _answers(figure, rows, answers),
+                lambda figure: _plot_critic_answers(figure, rows, answers),
             )
         )
-    out += _held_out_figure(rows, evaluate_items)
+    out += _held_out_section(rows, evaluate_items)
     losses = [k for k in LOSSES if series(rows, k)]
     if losses:
         out.append(
-            _twice(
+            _render_light_and_dark(
                 "Losses",
                 "Faint: each update. Strong: running mean. Dotted lines part the stages.",
                 (11, 2.6 * -(-len(losses) // 2)),
-                lambda figure: _losses(figure, rows, losses),
+                lambda figure: _plot_losses(figure, rows, losses),
             )
         )
     norms = [k for k in NORMS if series(rows, k)]
     if norms:
         out.append(
-            _twice(
+            _render_light_and_dark(
                 "Gradient norms",
                 "Before clipping, on a logarithmic scale (running mean). Neither critic nor distribution "
                 "matching should drown the other.",
                 (11, 3.4),
-                lambda figure: _norms(figure, rows, norms),
+                lambda figure: _plot_gradient_norms(figure, rows, norms),
             )
         )
     return out
 
 
-def _held_out_figure(rows: Rows, evaluate_items: int) -> list[Drawn]:
-    steps = sorted({r["step"] for r in rows if any(k in r for k in HELD_OUT)})
+def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
+    steps = sorted({r["step"] for r in rows if any(k in r for k in HELD_OUT_EDIT_KEYS)})
     critic = [(n, s) for n in steps if (s := critic_score(rows, n)) is not None]
     if not critic:
         return []
@@ -98,9 +98,9 @@ def _held_out_figure(rows: Rows, evaluate_items: int) -> list[Drawn]:
         "evaluation and the latter has fallen by more than two standard errors."
     )
     return [
-        _twice(
+        _render_light_and_dark(
             "The critic against what is held out", caption, (11, 3.4),
-            lambda figure: _held_out(figure, rows, critic, evaluate_items),
+            lambda figure: _plot_held_out(figure, rows, critic, evaluate_items),
         )
     ]  # fmt: skip
 
@@ -110,7 +110,7 @@ def series(rows: Rows, key: str) -> list[tuple[int, float]]:
     return [(r["step"], float(r[key])) for r in rows if isinstance(r.get(key), int | float)]
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Running mean over about a twentieth of the values around each; the window is cut off at the ends."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -119,14 +119,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def png(picture: Image.Image) -> bytes:
+def encode_png(picture: Image.Image) -> bytes:
     """A picture as a PNG file's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def comparison(
+def plot_comparison(
     editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]], dots: Sequence[Sequence[float]] = ()
 ) -> bytes:
     """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none).
@@ -165,7 +165,7 @@ OVERLAID = {
 }
 
 
-def overlaid(runs: Mapping[str, Rows]) -> bytes:
+def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     """A PNG with a panel for each figure in `OVERLAID` that a run has numbers for, and a line for each run."""
     keys = [k for k in OVERLAID if any(series(rows, k) for rows in runs.values())]
     columns = min(2, len(keys))
@@ -179,12 +179,12 @@ def overlaid(runs: Mapping[str, Rows]) -> bytes:
                 if key.startswith("eval/"):
                     axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=name)
                 else:
-                    _line(axes, points, colour, name)
-        _finish(axes, (), OVERLAID[key], "")
+                    _plot_smoothed(axes, points, colour, name)
+        _label_axes(axes, (), OVERLAID[key], "")
         if key.startswith("grad_norm/"):
             axes.set_yscale("log")
         elif not key.startswith("loss/"):
-            _percent(axes)
+            _percent_axis(axes)
         axes.title.set_fontsize(9.5)
         axes.grid(axis="y", alpha=0.25)
     for axes in list(figure.axes)[len(keys) :]:
@@ -196,7 +196,7 @@ def overlaid(runs: Mapping[str, Rows]) -> bytes:
     return buffer.getvalue()
 
 
-def against(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
+def plot_points(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
     """A PNG of named points (name, x, mean and 95 % interval) with the axes' names."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -218,11 +218,13 @@ def against(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> 
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
-def _twice(title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Drawn:
-    return title, caption, _render(title, size, draw, "#1c2330"), _render(title, size, draw, "#e8eaee")
+def _render_light_and_dark(
+    title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
+) -> Drawn:
+    return title, caption, _render_figure(title, size, draw, "#1c2330"), _render_figure(title, size, draw, "#e8eaee")
 
 
-def _render(title: str, size: tuple[float, float], draw: Callable[[Figure], None], ink: str) -> bytes:
+def _render_figure(title: str, size: tuple[float, float], draw: Callable[[Figure], None], ink: str) -> bytes:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
@@ -247,14 +249,16 @@ def _render(title: str, size: tuple[float, float], draw: Callable[[Figure], None
     return buffer.getvalue()
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, label: str = "", faint: bool = False) -> None:
+def _plot_smoothed(
+    axes: Axes, points: Sequence[tuple[int, float]], colour: str, label: str = "", faint: bool = False
+) -> None:
     x, y = (np.array(v) for v in zip(*points, strict=True))
     if faint:
         axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(x, smooth(y), color=colour, linewidth=1.8, label=label)
+    axes.plot(x, running_mean(y), color=colour, linewidth=1.8, label=label)
 
 
-def _finish(axes: Axes, rows: Rows, title: str, ylabel: str) -> None:
+def _label_axes(axes: Axes, rows: Rows, title: str, ylabel: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel("update", fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -265,16 +269,16 @@ def _finish(axes: Axes, rows: Rows, title: str, ylabel: str) -> None:
             axes.axvline(step, color="#888888", linestyle=":", linewidth=1)
 
 
-def _percent(axes: Axes) -> None:
+def _percent_axis(axes: Axes) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _legend(axes: Axes) -> None:
+def _add_legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
 
 
-def _success(figure: Figure, rows: Rows, n: int) -> None:
+def _plot_success(figure: Figure, rows: Rows, n: int) -> None:
     left, right = figure.subplots(1, 2)
     both = series(rows, "eval/both")
     x = [s for s, _ in both]
@@ -291,61 +295,61 @@ def _success(figure: Figure, rows: Rows, n: int) -> None:
             left.plot(
                 *zip(*points, strict=True), style, color=colour, linewidth=width, marker="o", markersize=3, label=key
             )
-    _finish(left, rows, "all edit types", "share of scenes")
-    _percent(left)
-    _legend(left)
+    _label_axes(left, rows, "all edit types", "share of scenes")
+    _percent_axis(left)
+    _add_legend(left)
     kinds = sorted({k for r in rows for k in r if k.startswith("eval/by_type/")})
     for i, key in enumerate(kinds):
         points = series(rows, key)
         right.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=key.split("/")[-1])
-    _finish(right, rows, "both, by edit type", "share of scenes")
-    _percent(right)
+    _label_axes(right, rows, "both, by edit type", "share of scenes")
+    _percent_axis(right)
     if kinds:
-        _legend(right)
+        _add_legend(right)
 
 
-def _answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_critic_answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
     axes = figure.subplots()
     for i, key in enumerate(keys):
-        _line(axes, series(rows, key), COLOURS[i % len(COLOURS)], key.removeprefix("critic/p_yes/"))
-    _finish(axes, rows, "was the edit done?", "P(wanted answer)")
-    _percent(axes)
-    _legend(axes)
+        _plot_smoothed(axes, series(rows, key), COLOURS[i % len(COLOURS)], key.removeprefix("critic/p_yes/"))
+    _label_axes(axes, rows, "was the edit done?", "P(wanted answer)")
+    _percent_axis(axes)
+    _add_legend(axes)
 
 
-def _held_out(figure: Figure, rows: Rows, critic: list[tuple[int, float]], evaluate_items: int) -> None:
+def _plot_held_out(figure: Figure, rows: Rows, critic: list[tuple[int, float]], evaluate_items: int) -> None:
     axes = figure.subplots()
     axes.plot(*zip(*critic, strict=True), color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
-    for i, (name, keys) in enumerate(JUDGES.items()):
+    for i, (name, keys) in enumerate(HELD_OUT_KEYS.items()):
         both = [dict(series(rows, k)) for k in keys]
         points = [(n, (both[0][n] + both[1][n]) / 2) for n in both[0] if n in both[1]]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=2, marker="o", markersize=3, label=name)
-    found = [(a.step, a.held_out[1]) for a in alarms(rows, evaluate_items)]
+    found = [(a.step, a.held_out[1]) for a in reward_hacking_alarms(rows, evaluate_items)]
     if found:
         axes.plot(*zip(*found, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
-    _finish(axes, rows, "", "score")
-    _percent(axes)
-    _legend(axes)
+    _label_axes(axes, rows, "", "score")
+    _percent_axis(axes)
+    _add_legend(axes)
 
 
-def _losses(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_losses(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
     grid = list(figure.subplots(-(-len(keys) // 2), 2, squeeze=False).flat)
     for i, (axes, key) in enumerate(zip(grid, keys, strict=False)):
         points = series(rows, key)
-        _line(axes, points, COLOURS[i], faint=True)
+        _plot_smoothed(axes, points, COLOURS[i], faint=True)
         top = float(np.quantile([v for _, v in points], 0.995))
         axes.set_ylim(0, 1.1 * top if top > 0 else 1)
-        _finish(axes, rows, LOSSES[key], "loss")
+        _label_axes(axes, rows, LOSSES[key], "loss")
     for axes in grid[len(keys) :]:
         axes.remove()
 
 
-def _norms(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_gradient_norms(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
     axes = figure.subplots()
     for i, key in enumerate(keys):
         points = [(s, max(v, 1e-12)) for s, v in series(rows, key)]
-        _line(axes, points, COLOURS[i], NORMS[key])
+        _plot_smoothed(axes, points, COLOURS[i], NORMS[key])
     axes.set_yscale("log")
-    _finish(axes, rows, "", "norm")
-    _legend(axes)
+    _label_axes(axes, rows, "", "norm")
+    _add_legend(axes)

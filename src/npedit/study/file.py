@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
 
-CLAIM = re.compile(r"^(\S+) (>|~) (\S+)$")
-QUICK = 25  # how many times shorter a quick study is
+CLAIM_PATTERN = re.compile(r"^(\S+) (>|~) (\S+)$")
+QUICK_FACTOR = 25  # how many times shorter a quick study is
 
 
 class Variant(Settings):
@@ -41,13 +41,13 @@ class CriticVariant(Settings):
     members: list[str] = []
 
     @model_validator(mode="after")
-    def _either(self) -> Self:
+    def _check_kind(self) -> Self:
         if bool(self.batches) == bool(self.members):
             raise ValueError("expected a critic with batches (taught) or members (an ensemble); give one of them")
         return self
 
 
-class Comparison(Settings):
+class Table(Settings):
     """One table: variants beside each other, and what they should show."""
 
     title: str
@@ -68,16 +68,16 @@ class Study(Settings):
     items: int = Field(450, ge=9)
     critics: dict[str, CriticVariant] = {}
     variants: dict[str, Variant]
-    tables: list[Comparison]
+    tables: list[Table]
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _check_names(self) -> Self:
         """Refuse names of variants that are not there, and claims that cannot be read."""
         named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
         named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
         for table in self.tables:
             for claim in table.claims:
-                found = CLAIM.match(claim)
+                found = CLAIM_PATTERN.match(claim)
                 if not found:
                     raise ValueError(f"expected a claim such as 'full > dmd_only'; got {claim!r}")
                 named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
@@ -93,7 +93,9 @@ class Study(Settings):
             earlier += [] if variant.of else [name]
         for name, known, place in asked:
             if name not in known:
-                raise ValueError(f"{place}: expected one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}")
+                raise ValueError(
+                    f"{place}: expected one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}"
+                )
         for name, variant in self.variants.items():
             own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
             if variant.of and (own or self.variants[variant.of].of):
@@ -128,14 +130,14 @@ def quick_study(study: Study) -> Study:
     """A quick one, to see that all runs through: one seed a variant, a tenth of the items, and critics of a 25th of
     their batches. `variant_recipe` shortens the recipes."""
     critics = {
-        k: c.model_copy(update={"batches": max(1, c.batches // QUICK) if c.batches else 0})
+        k: c.model_copy(update={"batches": max(1, c.batches // QUICK_FACTOR) if c.batches else 0})
         for k, c in study.critics.items()
     }
     return study.model_copy(
         update={
             "name": f"{study.name}-quick",
-            "words": f"A quick study: a {QUICK}th of the updates and of the critics' batches, whatever a row's words "
-            "say. It shows that all runs through, and is too short to tell who is right.",
+            "words": f"A quick study: 1/{QUICK_FACTOR} of the updates and of the critics' batches, whatever a row's "
+            "description says. It shows that every part runs. It is too short to decide any claim.",
             "seeds": study.seeds[:1],
             "items": max(9, study.items // 10),
             "critics": critics,
@@ -162,8 +164,10 @@ def variant_recipe(
     if not quick:
         return recipe
     whole = recipe.as_dict()
-    whole["trainer"]["evaluate_items"] = max(1, whole["trainer"]["evaluate_items"] // QUICK)
-    return make_recipe({**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK)} for s in whole["stages"]]})
+    whole["trainer"]["evaluate_items"] = max(1, whole["trainer"]["evaluate_items"] // QUICK_FACTOR)
+    return make_recipe(
+        {**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK_FACTOR)} for s in whole["stages"]]}
+    )
 
 
 def critic_weights(study: Study, critic: str, folder: Path) -> str:

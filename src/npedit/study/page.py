@@ -2,7 +2,7 @@
 
 A claim "a > b" holds when the whole 95 % interval of the difference of `both` lies above zero, is refuted when it lies
 below, and else is left open; "a ~ b" asks for an interval within a tenth of zero. Two things are in that interval: the
-scenes, by Newcombe's of Wilson's (1998, method 10), and chance in training, by the standard deviation from seed to
+scenes, by Newcombe's of Wilson's (1998, method 10), and spread in training, by the standard deviation from seed to
 seed, pooled over the rows that have several (Student's t). All seeds are scored on the same scenes, so more of them
 narrow the second part alone. Rows that use the same runs differ by scenes alone.
 """
@@ -21,21 +21,21 @@ import numpy as np
 
 from npedit.benchmarks import toy
 from npedit.errors import UserError
-from npedit.report.plots import against, comparison
+from npedit.report.plots import plot_comparison, plot_points
 from npedit.runs.checkpoint import explain_write_errors, write_text
-from npedit.study.file import CLAIM, Comparison, Study
+from npedit.study.file import CLAIM_PATTERN, Study, Table
 
-KEPT = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
-MORE = ("score-*.json", "blame.json")  # where there are such
-_PLACE = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
+RUN_FILES = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
+OPTIONAL_RUN_FILES = ("score-*.json", "blame.json")  # where there are such
+_PROGRAM_PATH = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 # Student's t, .975, for 1, 2, ... degrees of freedom; beyond, the last is used, which is a little too wide
 _T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604,
          2.1448)  # fmt: skip
 Score = Mapping[str, Any]
-Chance = tuple[float, int]
+SeedSpread = tuple[float, int]
 
 
-def pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
+def pool_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Several seeds' scores as one: the means of their shares, over the scenes that all were scored on."""
     n, kinds = found[0]["n"], found[0]["by_type"]
     mean = lambda values: sum(values) / len(found)  # noqa: E731
@@ -53,7 +53,7 @@ def pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def seed_std(rows: Iterable[Sequence[float]]) -> Chance:
+def seed_std(rows: Iterable[Sequence[float]]) -> SeedSpread:
     """The standard deviation of `both` from seed to seed, pooled over all rows with several seeds, and its degrees of
     freedom; (0, 0) if no row has. A row is what each of its seeds reached; rows must not share runs."""
     several = [each for each in rows if len(each) > 1]
@@ -70,26 +70,26 @@ def difference(a: toy.Rate, b: toy.Rate) -> tuple[float, float, float]:
     return d, d - low, d + high
 
 
-def seed_margin(a: Score, b: Score, chance: Chance) -> float:
-    """How far two rows may lie apart by chance in training alone: half a 95 % interval; 0 for the same runs."""
+def seed_margin(a: Score, b: Score, spread: SeedSpread) -> float:
+    """How far two rows may lie apart by spread in training alone: half a 95 % interval; 0 for the same runs."""
     if a["runs"] == b["runs"]:
         return 0.0
-    return _half(chance) * math.sqrt(1 / len(a["each"]) + 1 / len(b["each"]))
+    return _half_interval(spread) * math.sqrt(1 / len(a["each"]) + 1 / len(b["each"]))
 
 
-def _half(chance: Chance) -> float:
+def _half_interval(spread: SeedSpread) -> float:
     """Half a 95 % interval of one run's `both`."""
-    deviation, freedom = chance
+    deviation, freedom = spread
     return _T975[min(freedom, len(_T975)) - 1] * deviation if freedom else 0.0
 
 
-def verdict(claim: str, scores: Mapping[str, Score], chance: Chance = (0.0, 0)) -> str:
+def judge_claim(claim: str, scores: Mapping[str, Score], spread: SeedSpread = (0.0, 0)) -> str:
     """One line on a claim: "holds", "refuted" or "open", with the difference that says so; or "not run"."""
-    first, sign, second = CLAIM.match(claim).groups()
+    first, sign, second = CLAIM_PATTERN.match(claim).groups()
     if missing := [name for name in (first, second) if name not in scores]:
         return f"`{claim}`: **not run** ({', '.join(missing)})"
     d, low, high = difference(scores[first]["both"], scores[second]["both"])
-    apart = seed_margin(scores[first], scores[second], chance)
+    apart = seed_margin(scores[first], scores[second], spread)
     low, high = d - math.hypot(d - low, apart), d + math.hypot(high - d, apart)
     if sign == ">":
         word = "holds" if low > 0 else "refuted" if high < 0 else "open"
@@ -100,26 +100,26 @@ def verdict(claim: str, scores: Mapping[str, Score], chance: Chance = (0.0, 0)) 
 
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]]) -> Path:
     """Tables, verdicts and plots of a study, as far as it has been run, into `folder`. Returns the page's path."""
-    chance = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
+    spread = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
     how = f"The oracle's judgement on {study.items} held-out scenes in held-out phrasings, the same for every row."
-    lines = [f"# {study.name}", "", how, "", _intervals(chance), *(["", study.words] if study.words else [])]
-    if missing := _missing(study, scores):
+    lines = [f"# {study.name}", "", how, "", _describe_intervals(spread), *(["", study.words] if study.words else [])]
+    if missing := _missing_runs(study, scores):
         lines += ["", f"Not run: {', '.join(missing)}."]
     for number, table in enumerate(study.tables, 1):
         rows = [row for row in table.rows if row in scores]
         picture = folder / f"{number}.png"
         if rows:
             with explain_write_errors(picture):
-                picture.write_bytes(_picture(table, rows, scores))
+                picture.write_bytes(_plot_table(table, rows, scores))
         lines += ["", f"## {table.title}", "", *([table.words, ""] if table.words else [])]
-        lines += [verdict(c, scores, chance) + "  " for c in table.claims]
+        lines += [judge_claim(c, scores, spread) + "  " for c in table.claims]
         if rows:
-            lines += ["", f"![{table.title}]({picture.name})", "", *_table(study, table, rows, scores)]
+            lines += ["", f"![{table.title}]({picture.name})", "", *_score_table(study, table, rows, scores)]
             lines += [
                 "",
                 "<details><summary>both, by edit type</summary>",
                 "",
-                *_by_type(rows, scores),
+                *_edit_type_table(rows, scores),
                 "",
                 "</details>",
             ]
@@ -130,21 +130,24 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     return folder / "results.md"
 
 
-def _intervals(chance: Chance) -> str:
-    deviation, freedom = chance
+def _describe_intervals(spread: SeedSpread) -> str:
+    """The sentences at the head of the results page that say what its intervals cover."""
+    deviation, freedom = spread
     if not freedom:
         return (
-            "Intervals are of 95 % and cover the scenes; chance in training is not in them: no row has several seeds."
+            "Intervals are 95 % and cover the choice of scenes only. Variation between training seeds is not included, "
+            "because no row has several seeds."
         )
+    apart = _half_interval(spread) * 2**0.5
     return (
-        "Intervals are of 95 %. In the tables and plots they cover the scenes; those of differences also chance in "
-        f"training: from seed to seed a row's `both` has a standard deviation of {deviation:.3f} ({freedom} degrees of "
-        f"freedom), so two rows of one seed each may lie {_half(chance) * 2**0.5:.3f} apart by that alone. The plots' "
-        "small dots are single seeds. Nothing is corrected for how many claims there are."
+        "Intervals are 95 %. In the tables and plots they cover the choice of scenes. Intervals of differences also "
+        f"cover variation between training seeds: the standard deviation of `both` from seed to seed is {deviation:.3f} "
+        f"({freedom} degrees of freedom), so two rows of one seed each may differ by {apart:.3f} for that reason alone. "
+        "The small dots in the plots are single seeds. Nothing is corrected for the number of claims."
     )
 
 
-def _missing(study: Study, scores: Mapping[str, Score]) -> list[str]:
+def _missing_runs(study: Study, scores: Mapping[str, Score]) -> list[str]:
     found = []
     for name, variant in study.variants.items():
         done = scores[name]["runs"] if name in scores else []
@@ -154,7 +157,7 @@ def _missing(study: Study, scores: Mapping[str, Score]) -> list[str]:
     return found
 
 
-def publish(results: Path, page: Path) -> Path:
+def publish_results(results: Path, page: Path) -> Path:
     """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and, of
     each run that they name, manifest, recipe and scores, where the page's links find them. Returns the page.
 
@@ -169,47 +172,52 @@ def publish(results: Path, page: Path) -> Path:
     study, target = results.parent, page.with_suffix("")
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
     with explain_write_errors(target):
-        files = [study / run / name for run in sorted(runs) for name in KEPT]
-        files += [path for run in sorted(runs) for found in MORE for path in sorted((study / run).glob(found))]
+        files = [study / run / name for run in sorted(runs) for name in RUN_FILES]
+        files += [
+            path for run in sorted(runs) for found in OPTIONAL_RUN_FILES for path in sorted((study / run).glob(found))
+        ]
         for path in [*study.glob("*.png"), study / "results.json", *files]:
             copy = target / path.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".png":
                 shutil.copyfile(path, copy)
             else:
-                text = _PLACE.sub(r"\1", path.read_text(encoding="utf-8"))
+                text = _PROGRAM_PATH.sub(r"\1", path.read_text(encoding="utf-8"))
                 write_text(copy, text.replace(f"{study}/", f"runs/{study.name}/") if study.is_absolute() else text)
     write_text(page, results.read_text(encoding="utf-8").replace("](", f"]({target.name}/"))
     return page
 
 
-def _picture(table: Comparison, rows: list[str], scores: Mapping[str, Score]) -> bytes:
+def _plot_table(table: Table, rows: list[str], scores: Mapping[str, Score]) -> bytes:
     means = [(scores[row]["both"]["value"], tuple(scores[row]["both"]["ci95"])) for row in rows]
     seeds = [scores[row]["each"] if len(scores[row]["each"]) > 1 else [] for row in rows]
     if not table.by_critic:
-        return comparison(rows, [(table.title, means)], seeds)
+        return plot_comparison(rows, [(table.title, means)], seeds)
     right = [scores[row]["critic_right"] for row in rows]
     points = [(name, x, mean) for name, x, mean in zip(rows, right, means) if x is not None]
-    return against("the critic's share of right answers, clean held-out images", "both", points)
+    return plot_points("the critic's share of right answers, clean held-out images", "both", points)
 
 
-def _table(study: Study, table: Comparison, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
+def _score_table(study: Study, table: Table, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
     names = ["variant", "both", "applied", "preserved", "copies", "each seed", "updates"]
     names += ["generator / critic passes an update", "minutes", "runs"]
-    return [*_head(names), *(_line(study, name, scores[name], table.by_critic) for name in rows)]
+    return [*_table_header(names), *(_table_row(study, name, scores[name], table.by_critic) for name in rows)]
 
 
-def _by_type(rows: list[str], scores: Mapping[str, Score]) -> list[str]:
+def _edit_type_table(rows: list[str], scores: Mapping[str, Score]) -> list[str]:
     kinds = list(scores[rows[0]]["by_type"])
     cells = {name: [f"{scores[name]['by_type'][k]:.2f}" for k in kinds] for name in rows}
-    return [*_head(["variant", *kinds]), *(f"| {' | '.join([name, *values])} |" for name, values in cells.items())]
+    return [
+        *_table_header(["variant", *kinds]),
+        *(f"| {' | '.join([name, *values])} |" for name, values in cells.items()),
+    ]
 
 
-def _head(names: list[str]) -> list[str]:
+def _table_header(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
 
 
-def _line(study: Study, name: str, s: Score, by_critic: bool) -> str:
+def _table_row(study: Study, name: str, s: Score, by_critic: bool) -> str:
     low, high = s["both"]["ci95"]
     passes = s["passes"]
     per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
