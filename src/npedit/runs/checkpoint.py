@@ -9,7 +9,6 @@ Whatever must be whole is written aside and renamed; a checkpoint without its ma
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -28,17 +27,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from npedit.errors import UserError, explain_write_errors, resume_command
-from npedit.nets import distributed
-from npedit.nets import sharded_checkpoint as shards
+from npedit.nets import distributed, sharded_checkpoint
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe, differences, make_recipe
+from npedit.runs.lock import LOCK_FILES, Lock, hold
 
 CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
     "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
 )  # fmt: skip
-LOCK = ".lock"
-UNBORN = {LOCK, MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS}  # all that a run ended at its birth leaves
+# what a run leaves that was ended before it began
+UNBORN = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS}
 FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds", "trainer.shard")  # may differ when a run goes on
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
@@ -62,7 +61,7 @@ def require_run(path: str | Path) -> Path:
 
 
 @contextmanager
-def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
     """Hold a run directory for one process, for the length of a `with` block; an old run must have the same recipe.
 
     Raises:
@@ -75,16 +74,8 @@ def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
             raise UserError(
                 f"expected a new or empty folder, or a run; got {run}, which holds other files; choose another"
             )
-        run.mkdir(parents=True, exist_ok=True)
-        (run / LOCK).touch()
-    with open(run / LOCK, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"expected {run} to be free; got one where another process trains; wait for it or stop it"
-            ) from None
-        yield
+    with hold(run, "train") as lock:
+        yield lock
 
 
 def same_recipe(run: Path, recipe: Recipe, resume: bool = True) -> None:
@@ -212,7 +203,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[s
                 _sweep(run)
                 aside.mkdir()
             distributed.all_gather(None)  # until the folder is there
-            shards.write(aside, tensors)
+            sharded_checkpoint.write_tensors(aside, tensors)
             if first:
                 _write_marks(aside, numbers)
                 os.rename(aside, folder)
@@ -256,14 +247,14 @@ def _sync_folder(folder: Path) -> None:
 def load(
     folder: Path, like: Callable[[str], Tensor | None] = lambda key: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` was given, the tensors as `shards.read` gives them.
+    """What `save` was given, the tensors as `sharded_checkpoint.read_tensors` gives them.
 
     Raises:
         UserError: the checkpoint is damaged in spite of its mark.
     """
     numbers = read_numbers(folder)
     try:
-        return shards.read(folder, like), numbers
+        return sharded_checkpoint.read_tensors(folder, like), numbers
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, error) from error
 
@@ -327,8 +318,8 @@ def write_final(
 ) -> Path:
     """Write `final/`: the editor as diffusers opens it, and `npedit.json` for `Editor.open`.
 
-    `net` is a diffusers model or an `LoraAdapter` of one, `scheduler` a diffusers object; `times` are the few-step times
-    for the first of `sizes` (H, W, pixels).
+    `net` is a diffusers model or a `LoraAdapter` of one, `scheduler` a diffusers object; `times` are the few-step
+    times for the first of `sizes` (H, W, pixels).
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -348,7 +339,7 @@ def write_final(
     shutil.rmtree(aside, ignore_errors=True)
     with explain_write_errors(folder):
         aside.mkdir()
-        if isinstance(net, Adapter):
+        if isinstance(net, LoraAdapter):
             net.save(aside)
         else:
             net.save_pretrained(aside / "transformer")
