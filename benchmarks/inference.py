@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import interleaved, middle, table
 from npedit import flow
 from npedit.editor import Editor
-from npedit.generator import draw, fresh_noise, seeded
+from npedit.generator import generate_images, sample_noise, seeded_generator
 
 BASE_STEPS, GUIDANCE = 20, 5.0  # as the toy's base model is measured
 WORDS = "paint the circle red"
@@ -27,15 +27,15 @@ def inference(repeats: int, sizes: Sequence[int] = (1, 16)) -> str:
 def _rows(editor: Editor, size: int, repeats: int) -> list[tuple[str, int, str, str]]:
     family, (height, width) = editor.family, editor.sizes[0]
     times = flow.few_step_times(BASE_STEPS, family.shift(height, width)).tolist()
-    references = torch.rand(size, 3, height, width, generator=seeded("bench", size)).to(family.device)
-    noise = fresh_noise(family.encode(references), 1, seeded("noise", size))[0]
+    references = torch.rand(size, 3, height, width, generator=seeded_generator("bench", size)).to(family.device)
+    noise = sample_noise(family.encode(references), 1, seeded_generator("noise", size))[0]
     base = f"base model, {BASE_STEPS} steps, guidance {GUIDANCE:g}"
 
     def edit(steps: int, turn: int) -> None:
         editor.edit_tensor(references, [WORDS] * size, turn, steps)
 
     calls = {f"edit, {n} step{'s' * (n > 1)}": partial(edit, n) for n in sorted({1, 2, editor.steps})}
-    calls[base] = lambda turn: draw(family, [WORDS] * size, noise, times, GUIDANCE)
+    calls[base] = lambda turn: generate_images(family, [WORDS] * size, noise, times, GUIDANCE)
     seconds = interleaved(calls, repeats)
     return [
         (name, size, f"{1000 * middle(taken) / size:.1f}", f"{middle(b / a for a, b in zip(taken, seconds[base])):.1f}")

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from npedit.recipe.config import pick_device
 from npedit.steps import np_edit
-from npedit.steps.base import Clock
+from npedit.steps.base import Timers
 
 MIB = 2**20
 MARK = "part of a step: "
@@ -50,7 +50,7 @@ def storages(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class _Marked(Clock):
+class _Marked(Timers):
     """The clock of a step, whose parts show in a profile."""
 
     @contextmanager
@@ -64,11 +64,11 @@ class _Marked(Clock):
 @contextmanager
 def marked() -> Iterator[None]:
     """Inside, NP-Edit's step waits for the device at the end of each part and marks the part for `peaks`."""
-    before, np_edit.Clock = np_edit.Clock, _Marked
+    before, np_edit.Timers = np_edit.Timers, _Marked
     try:
         yield
     finally:
-        np_edit.Clock = before
+        np_edit.Timers = before
 
 
 def peaks(call: Callable[[], object]) -> dict[str, int]:

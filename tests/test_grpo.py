@@ -30,9 +30,9 @@ def law(steps: int, noise_level: float, shift: float = 1.0, top: float = 1.0) ->
     variance, found = (1 - top) ** 2 * S**2 + top**2, []
     for t, after in zip(times, times[1:]):
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-        (high, std), (low, _) = (grpo.transition(x, velocity(x, t), t, after, noise_level) for x in (one, zero))
+        (high, std), (low, _) = (grpo.sde_step(x, velocity(x, t), t, after, noise_level) for x in (one, zero))
         variance = float(high - low) ** 2 * variance + std**2
-        mean = grpo.transition(mean, velocity(mean, t), t, after, noise_level)[0]
+        mean = grpo.sde_step(mean, velocity(mean, t), t, after, noise_level)[0]
         found.append((after, float(mean), variance))
     return found
 
@@ -61,12 +61,12 @@ def test_from_pure_noise_the_law_is_found_as_t_falls(noise_level: float) -> None
 
 def test_another_drift_has_another_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: noise alone, without the drift that takes it back."""
-    real = grpo.transition
+    real = grpo.sde_step
 
     def noise_alone(x, v, t, after, noise_level):
         return real(x, v, t, after, 0.0)[0], real(x, v, t, after, noise_level)[1]
 
-    monkeypatch.setattr(grpo, "transition", noise_alone)
+    monkeypatch.setattr(grpo, "sde_step", noise_alone)
     assert worst(law(400, 0.7)) > 0.2
 
 
@@ -74,13 +74,13 @@ def test_a_sampled_step_is_the_one_of_the_closed_form() -> None:
     x = torch.randn(50_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     times = [1.0, 0.8, 0.55, 0.3]
     for t, after in zip(times, times[1:]):
-        mean, std = grpo.transition(x, velocity(x, t), t, after, 0.7)
+        mean, std = grpo.sde_step(x, velocity(x, t), t, after, 0.7)
         x = mean + std * torch.randn(x.shape, generator=torch.Generator().manual_seed(int(100 * t)))
     t, mean, variance = 1.0, torch.zeros(1, 1, 1, 1), 1.0
     for t, after in zip(times, times[1:]):
-        slope = grpo.transition(torch.ones(1, 1, 1, 1), velocity(torch.ones(1, 1, 1, 1), t), t, after, 0.7)[0]
-        slope = slope - grpo.transition(torch.zeros(1, 1, 1, 1), velocity(torch.zeros(1, 1, 1, 1), t), t, after, 0.7)[0]
-        mean, std = grpo.transition(mean, velocity(mean, t), t, after, 0.7)
+        slope = grpo.sde_step(torch.ones(1, 1, 1, 1), velocity(torch.ones(1, 1, 1, 1), t), t, after, 0.7)[0]
+        slope = slope - grpo.sde_step(torch.zeros(1, 1, 1, 1), velocity(torch.zeros(1, 1, 1, 1), t), t, after, 0.7)[0]
+        mean, std = grpo.sde_step(mean, velocity(mean, t), t, after, 0.7)
         variance = float(slope) ** 2 * variance + std**2
     assert float(x.mean()) == pytest.approx(float(mean), abs=0.015)
     assert float(x.var()) == pytest.approx(variance, rel=0.03)
@@ -88,7 +88,7 @@ def test_a_sampled_step_is_the_one_of_the_closed_form() -> None:
 
 def test_without_noise_it_is_the_ode() -> None:
     x, v = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    mean, std = grpo.transition(x, v, 0.6, 0.4, 0.0)
+    mean, std = grpo.sde_step(x, v, 0.6, 0.4, 0.0)
     assert std == 0
     torch.testing.assert_close(mean, x - 0.2 * v)
 
@@ -96,7 +96,7 @@ def test_without_noise_it_is_the_ode() -> None:
 def test_the_first_step_is_finite_and_as_the_authors_code_has_it() -> None:
     """There sigma_1 = a sqrt(1 / (1 - t_1)), t_1 the second time."""
     x, v = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3)
-    mean, std = grpo.transition(x, v, 1.0, 0.9, 0.7)
+    mean, std = grpo.sde_step(x, v, 1.0, 0.9, 0.7)
     sigma = 0.7 * math.sqrt(1 / 0.1)
     torch.testing.assert_close(mean, x - 0.1 * (v + sigma**2 / 2 * x))
     assert std == pytest.approx(sigma * math.sqrt(0.1))
@@ -105,7 +105,7 @@ def test_the_first_step_is_finite_and_as_the_authors_code_has_it() -> None:
 @pytest.mark.parametrize(("t", "after"), [(0.5, 0.5), (0.4, 0.5), (1.1, 0.5), (0.5, -0.1)])
 def test_times_must_fall(t: float, after: float) -> None:
     with pytest.raises(ValueError, match="expected 0 <= after < t <= 1"):
-        grpo.transition(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), t, after, 0.7)
+        grpo.sde_step(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), t, after, 0.7)
 
 
 def test_log_probabilities_are_those_of_torch() -> None:
@@ -117,8 +117,8 @@ def test_log_probabilities_are_those_of_torch() -> None:
 def test_the_divergence_is_torchs() -> None:
     mean, other = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
     wanted = kl_divergence(Normal(mean, 0.37), Normal(other, 0.37)).mean()
-    torch.testing.assert_close(grpo.divergence(mean, other, 0.37), wanted)
-    assert grpo.divergence(mean, mean, 0.37) == 0
+    torch.testing.assert_close(grpo.kl_divergence(mean, other, 0.37), wanted)
+    assert grpo.kl_divergence(mean, mean, 0.37) == 0
 
 
 def test_advantages_are_within_groups_and_zero_where_rewards_are_equal() -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from npedit.questions import ALIASES, EDIT_TYPES, NOTHING, OTHER, WORDINGS, known_edit_type, questions_for
+from npedit.questions import ALIASES, EDIT_TYPES, IDENTITY_EDIT, OTHER, WORDINGS, normalise_edit_type, questions_for
 from npedit.toy import edits
 
-ORDINARY = [t for t in EDIT_TYPES if t not in (NOTHING, "remove")]
+ORDINARY = [t for t in EDIT_TYPES if t not in (IDENTITY_EDIT, "remove")]
 wordings = pytest.mark.parametrize("wording", list(WORDINGS))
 
 
@@ -36,7 +36,7 @@ def test_removal_looks_at_the_edited_image_alone_and_wants_no(wording):
 @wordings
 def test_do_nothing_gets_the_identity_question_alone(wording):
     """Fault 3 of the reimplementation: it also asked whether "do nothing" was done, wanting a visible change."""
-    (only,) = questions_for(NOTHING, "do nothing", "white fence", wording)
+    (only,) = questions_for(IDENTITY_EDIT, "do nothing", "white fence", wording)
     assert (only.kind, only.answer, only.looks_at) == ("identity", +1, ("reference", "edited"))
     assert "white fence" not in only.text
     assert only.text not in {q.text for q in questions_for("recolour", "do nothing", wording=wording)}
@@ -56,14 +56,14 @@ def test_removal_without_an_object_is_refused():
 
 def test_unknown_type_names_the_nearest():
     with pytest.raises(ValueError, match="'recolor'.*'recolour'"):
-        known_edit_type("recolor")
+        normalise_edit_type("recolor")
     with pytest.raises(ValueError, match="'bakground'.*'background'"):
         questions_for("bakground", "make it blue")
 
 
 def test_a_type_like_no_other_lists_all_of_them():
     with pytest.raises(ValueError, match="qqq") as caught:
-        known_edit_type("qqq")
+        normalise_edit_type("qqq")
     assert "did you mean" not in str(caught.value)
     assert all(t in str(caught.value) for t in EDIT_TYPES)
 
@@ -74,10 +74,10 @@ def test_unknown_wording_is_refused():
 
 
 def test_other_spellings_are_known():
-    assert known_edit_type(" Color ") == "recolour"
-    assert known_edit_type("Removal") == "remove"
-    assert known_edit_type("do nothing") == NOTHING
-    assert known_edit_type("") == OTHER
+    assert normalise_edit_type(" Color ") == "recolour"
+    assert normalise_edit_type("Removal") == "remove"
+    assert normalise_edit_type("do nothing") == IDENTITY_EDIT
+    assert normalise_edit_type("") == OTHER
     assert set(ALIASES.values()) <= set(EDIT_TYPES)
 
 

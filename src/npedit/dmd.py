@@ -18,12 +18,12 @@ from torch import Tensor
 Latents = Float[Tensor, "b c h w"]
 
 
-def guided(conditional: Latents, unconditional: Latents, scale: Float[Tensor, "b"]) -> Latents:
+def classifier_free_guidance(conditional: Latents, unconditional: Latents, scale: Float[Tensor, "b"]) -> Latents:
     """Classifier-free guidance with one scale per sample; scale 1 is the conditional alone."""
     return unconditional + scale.to(conditional).view(-1, 1, 1, 1) * (conditional - unconditional)
 
 
-def gap(x0: Latents, real: Latents, fake: Latents, per: Literal["sample", "pixel"] = "sample") -> Latents:
+def dmd_gradient(x0: Latents, real: Latents, fake: Latents, per: Literal["sample", "pixel"] = "sample") -> Latents:
     """The gradient of the KL with respect to each sample's x0, in float32, without gradient of its own.
 
     The normaliser is one number per sample, the mean of |x0 - real| over channels and places (DMD, equation 8). One per
@@ -34,6 +34,6 @@ def gap(x0: Latents, real: Latents, fake: Latents, per: Literal["sample", "pixel
     return (fake - real) / width
 
 
-def fake_loss(v: Latents, x0: Latents, eps: Latents) -> Float[Tensor, ""]:
+def fake_score_loss(v: Latents, x0: Latents, eps: Latents) -> Float[Tensor, ""]:
     """Flow matching of the fake score on the editor's output. Gradient flows to v."""
     return torch.nn.functional.mse_loss(v.float(), (eps - x0).detach().float())

@@ -27,14 +27,14 @@ from npedit.data._photos import _PIL_ERRORS
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
-from npedit.nets.lora import FILE as LORA_FILE
-from npedit.nets.lora import Adapter
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.nets.lora import LoraAdapter
 from npedit.recipe import config
 
 FORMAT = 1
 CHUNK = 16  # pictures edited at a time
-MOST_PIXELS = 100_000_000
-MOST_SIDE_RATIO = 64
+MAX_PIXELS = 100_000_000
+MAX_SIDE_RATIO = 64
 FACTS_FILE = "npedit.json"
 
 
@@ -118,7 +118,7 @@ class Editor:
         try:
             family = kind.load(base, config.torch_dtype(facts.dtype), device)
             if (folder / LORA_FILE).is_file():
-                net = Adapter.open(family.lora_base(), "student", folder)
+                net = LoraAdapter.open(family.lora_base(), "student", folder)
             else:
                 net = family.open_net(folder / "transformer").to(device)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -152,7 +152,7 @@ class Editor:
         for i in range(0, len(references), CHUNK):
             part = slice(i, i + CHUNK)
             given = references[part].to(self.family.device)
-            edited = generator.edit(
+            edited = generator.edit_images(
                 self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile
             )
             done.append(edited.float().clamp(0, 1).to(references.device))
@@ -255,7 +255,7 @@ def open_picture(path: Path) -> Image.Image:
         ) from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"expected at most {MOST_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
+            f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
         ) from None
     except _PIL_ERRORS as error:
         raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
@@ -265,10 +265,10 @@ def _check_size(image: Image.Image, name: str) -> None:
     w, h = image.size
     if w < 1 or h < 1:
         raise UserError(f"expected a picture with pixels; {name} is {w}x{h}.")
-    if w * h > MOST_PIXELS:
-        raise UserError(f"expected at most {MOST_PIXELS // 10**6} megapixels; {name} is {w}x{h}. Scale it down first.")
-    if max(w, h) > MOST_SIDE_RATIO * min(w, h):
-        raise UserError(f"expected sides within 1:{MOST_SIDE_RATIO}; {name} is {w}x{h}. Crop it first.")
+    if w * h > MAX_PIXELS:
+        raise UserError(f"expected at most {MAX_PIXELS // 10**6} megapixels; {name} is {w}x{h}. Scale it down first.")
+    if max(w, h) > MAX_SIDE_RATIO * min(w, h):
+        raise UserError(f"expected sides within 1:{MAX_SIDE_RATIO}; {name} is {w}x{h}. Crop it first.")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,15 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def _column(t: Tensor, like: Tensor) -> Tensor:
+def _per_sample(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def noised(
+def add_noise(
     x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]
 ) -> Float[Tensor, "b c h w"]:
     """x_t = (1 - t) x0 + t eps."""
-    s = _column(t, x0)
+    s = _per_sample(t, x0)
     return (1 - s) * x0 + s * eps
 
 
@@ -32,12 +32,14 @@ def velocity(x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"]) -> Flo
     return eps - x0
 
 
-def clean(x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+def predict_x0(
+    x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], t: Float[Tensor, "b"]
+) -> Float[Tensor, "b c h w"]:
     """x0 = x_t - t v."""
-    return x - _column(t, x) * v
+    return x - _per_sample(t, x) * v
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
+def shift_times(t: Tensor, shift: float) -> Tensor:
     """The noise shift of SD3 (arXiv 2403.03206, equation 23): t' = s t / (1 + (s - 1) t). It leaves 0 and 1 in
     place."""
     return shift * t / (1 + (shift - 1) * t)
@@ -50,4 +52,4 @@ def few_step_times(steps: int, shift: float) -> Float[Tensor, "steps"]:
     """
     if steps < 1:
         raise ValueError(f"expected at least one step; got {steps}")
-    return shifted(torch.arange(steps, 0, -1, dtype=torch.float32) / steps, shift)
+    return shift_times(torch.arange(steps, 0, -1, dtype=torch.float32) / steps, shift)

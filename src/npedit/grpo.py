@@ -20,7 +20,7 @@ Latents = Float[Tensor, "b c h w"]
 PerSample = Float[Tensor, "b"]
 
 
-def transition(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
+def sde_step(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
     """Mean and standard deviation of the SDE's step from time t to `after`; `noise_level` is the paper's a.
 
     At t = 1, where sigma is not finite, 1 - t is taken as 1 - after, as in the authors' code; that step leaves a
@@ -61,7 +61,7 @@ def policy_loss(now: PerSample, before: PerSample, advantage: PerSample, clip: f
     return -torch.minimum(ratio * advantage, held * advantage).mean()
 
 
-def divergence(mean: Latents, reference: Latents, std: float) -> Float[Tensor, ""]:
+def kl_divergence(mean: Latents, reference: Latents, std: float) -> Float[Tensor, ""]:
     """KL(N(mean, std^2) || N(reference, std^2)), as the mean over samples, channels and places. Gradient flows to
     `mean`."""
     return ((mean - reference.detach()) / std).square().mean() / 2

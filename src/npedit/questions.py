@@ -11,15 +11,15 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-NOTHING = "nothing"
+IDENTITY_EDIT = "nothing"
 OTHER = "other"
 EDIT_TYPES = (
     "add", "remove", "replace", "recolour", "pattern", "material", "background", "move", "resize", "style", "shape",
-    "action", "text", "tone", OTHER, NOTHING,
+    "action", "text", "tone", OTHER, IDENTITY_EDIT,
 )  # fmt: skip
 ALIASES = {
     "insertion": "add", "removal": "remove", "color": "recolour", "colour": "recolour", "texture": "material",
-    "stylisation": "style", "stylization": "style", "do_nothing": NOTHING, "": OTHER,
+    "stylisation": "style", "stylization": "style", "do_nothing": IDENTITY_EDIT, "": OTHER,
 }  # fmt: skip
 
 WORDINGS: dict[str, dict[str, str]] = {
@@ -56,7 +56,7 @@ class Question:
     answer: int
 
 
-def known_edit_type(name: str) -> str:
+def normalise_edit_type(name: str) -> str:
     """The edit type that a data set's word stands for.
 
     Raises:
@@ -83,9 +83,9 @@ def questions_for(edit_type: str, instruction: str, object: str = "", wording: s
     if wording not in WORDINGS:
         raise ValueError(f"expected a wording among {', '.join(WORDINGS)}; got {wording!r}")
     words = WORDINGS[wording]
-    kind = known_edit_type(edit_type)
+    kind = normalise_edit_type(edit_type)
     pair = ("reference", "edited")
-    if kind == NOTHING:
+    if kind == IDENTITY_EDIT:
         return (Question("identity", words["same"], pair, +1),)
     if kind == "remove":
         if not object:

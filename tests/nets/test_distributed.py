@@ -11,7 +11,7 @@ from torch import nn
 
 import tests.support.side_by_side as two
 from npedit.errors import UserError
-from npedit.generator import fresh_noise, seeded
+from npedit.generator import sample_noise, seeded_generator
 from npedit.nets import distributed
 from npedit.runs import checkpoint
 from npedit.training.parts import check_dtype, check_processes
@@ -134,7 +134,7 @@ def test_one_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
 
 
 def pieces() -> dict[str, object]:
-    with distributed.session():
+    with distributed.process_group():
         rank = distributed.rank()
         params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
         params[0].grad = torch.full((3,), 1.0 + rank)
@@ -143,15 +143,17 @@ def pieces() -> dict[str, object]:
         distributed.average_gradients(params)
         net = nn.Linear(2, 1, bias=False)
         nn.init.constant_(net.weight, float(rank + 1))
-        distributed.spread(net)
+        distributed.distribute_model(net)
         return {
-            "gathered": distributed.gather(rank * 10),
-            "first": distributed.from_first(rank),
-            "merged": distributed.merged(distributed.gather({"loss": float(rank), "mem/x": rank, f"only/{rank}": 7.0})),
+            "gathered": distributed.all_gather(rank * 10),
+            "first": distributed.broadcast_object(rank),
+            "merged": distributed.merge_metrics(
+                distributed.all_gather({"loss": float(rank), "mem/x": rank, f"only/{rank}": 7.0})
+            ),
             "gradients": [None if p.grad is None else p.grad.tolist() for p in params],
-            "norm": float(distributed.whole_norm(torch.tensor([3.0, 4.0]))),
-            "bad norm": str(float(distributed.whole_norm(torch.tensor([1.0, float("nan") if rank else 1.0])))),
-            "noise": fresh_noise(torch.zeros(2, 1, 2, 2), 2, seeded("n"))[1].tolist(),
+            "norm": float(distributed.global_norm(torch.tensor([3.0, 4.0]))),
+            "bad norm": str(float(distributed.global_norm(torch.tensor([1.0, float("nan") if rank else 1.0])))),
+            "noise": sample_noise(torch.zeros(2, 1, 2, 2), 2, seeded_generator("n"))[1].tolist(),
             "start": net.weight.tolist(),
         }
 
@@ -159,7 +161,9 @@ def pieces() -> dict[str, object]:
 def test_pieces(tmp_path: Path) -> None:
     ends = [end["value"] for end in two.together(tmp_path, pieces)]
     noise = [end.pop("noise") for end in ends]
-    assert torch.equal(torch.tensor(noise[0] + noise[1]), fresh_noise(torch.zeros(4, 1, 2, 2), 2, seeded("n"))[1])
+    assert torch.equal(
+        torch.tensor(noise[0] + noise[1]), sample_noise(torch.zeros(4, 1, 2, 2), 2, seeded_generator("n"))[1]
+    )
     assert ends[0] == ends[1]
     assert ends[0] == {
         "gathered": [0, 10],
@@ -190,7 +194,7 @@ def test_a_type_that_the_device_lacks() -> None:
 def test_an_environment_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="MASTER_ADDR.* missing; start with torchrun"), distributed.session():
+    with pytest.raises(UserError, match="MASTER_ADDR.* missing; start with torchrun"), distributed.process_group():
         pass
 
 

@@ -99,7 +99,7 @@ def test_the_average_really_averages() -> None:
         decay = min(0.5, (n + 1) / (n + 10))
         mean = decay * mean + (1 - decay) * weights(one)
     newest = weights(one)
-    with one.average() as averaged:
+    with one.use_ema_weights() as averaged:
         assert averaged is one.net
         torch.testing.assert_close(weights(one), mean)
         assert not torch.allclose(weights(one), newest)
@@ -110,7 +110,7 @@ def test_the_newest_weights_come_back_after_an_error() -> None:
     one = learner(lr=0.1)
     one.update([loss(one)])
     newest = weights(one)
-    with pytest.raises(RuntimeError, match="within"), one.average():
+    with pytest.raises(RuntimeError, match="within"), one.use_ema_weights():
         raise RuntimeError("within")
     assert torch.equal(weights(one), newest)
 
@@ -120,7 +120,7 @@ def test_training_goes_on_unharmed_after_a_look_at_the_average() -> None:
     for _ in range(3):
         looked.update([loss(looked)])
         plain.update([loss(plain)])
-        with looked.average():
+        with looked.use_ema_weights():
             loss(looked)()
     assert torch.equal(weights(looked), weights(plain))
 
@@ -129,12 +129,12 @@ def test_settle_makes_the_average_the_newest() -> None:
     one = learner(lr=0.1)
     for _ in range(3):
         one.update([loss(one)])
-    with one.average():
+    with one.use_ema_weights():
         mean = weights(one)
-    one.settle()
+    one.load_ema_weights()
     assert torch.equal(weights(one), mean)
     one.update([loss(one)])
-    with one.average():
+    with one.use_ema_weights():
         assert not torch.equal(weights(one), mean)
 
 

@@ -11,7 +11,7 @@ import torch
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.families.flux import Flux
-from npedit.generator import edit
+from npedit.generator import edit_images
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
 from npedit.scoring import reward_hacking as hacking
@@ -63,7 +63,7 @@ def test_the_student_starts_from_the_other_runs_editor(tmp_path: Path, lora: dic
     a, b = (checkpoint.load(r / "checkpoint-000002")[0] for r in (first, second))
     names = [k for k in a if k.startswith("student/ema.")]
     assert names and all(torch.allclose(a[k], b[k], rtol=0, atol=1e-6) for k in names)
-    fresh = parts(recipe("reference_copy", lora=lora)).net("student", 0)
+    fresh = parts(recipe("reference_copy", lora=lora)).create_trainable("student", 0)
     assert any(not torch.equal(p, a[f"student/ema.{n}"]) for n, p in fresh.named_parameters() if p.requires_grad)
 
 
@@ -121,7 +121,7 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     given = held_out(made, None, 9)
     net = have.family.open_net(run / "final" / "transformer")
     seeds = list(range(9))
-    edited = edit(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
+    edited = edit_images(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
     said = verdict(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
     assert rows[-1]["judge/p_edit"] == pytest.approx(said["judge/p_edit"], abs=1e-4)
     assert rows[-1]["judge/p_identity"] == pytest.approx(said["judge/p_identity"], abs=1e-4)

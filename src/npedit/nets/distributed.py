@@ -34,18 +34,18 @@ from torch.distributed.tensor import DTensor
 from npedit.errors import UserError
 
 TIMEOUT = timedelta(minutes=60)  # the others wait while the first writes the finished editor
-NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 # ------------------------------------------------------------------------------------------------- start and end
 
 
-def launched() -> bool:
+def is_multi_process() -> bool:
     """Whether this process is one of several that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def by_torchrun() -> bool:
+def is_started_by_torchrun() -> bool:
     """Whether torchrun started this process, so that its own command line is not what the user typed."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -55,18 +55,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 @contextmanager
-def session() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the other processes for the length of a `with` block.
 
     If one fails, what fails in the others because of it is not raised: they end quietly with exit code 1, so that the
@@ -75,28 +75,28 @@ def session() -> Iterator[None]:
     Raises:
         UserError: the environment lacks something, or this machine has fewer GPUs than processes.
     """
-    if not launched() or dist.is_initialized():
+    if not is_multi_process() or dist.is_initialized():
         yield
         return
-    store = _join()
+    store = _join_process_group()
     try:
         yield
-        gather(None)  # none leaves while another still works
+        all_gather(None)  # none leaves while another still works
     except SystemExit:  # all were told to stop
         dist.destroy_process_group()
         raise
     except Exception:
-        if _another_failed(store):
+        if _has_another_failed(store):
             raise SystemExit(1) from None
         raise
     dist.destroy_process_group()
 
 
-def _join() -> dist.Store:
-    missing = [key for key in NEEDED if key not in os.environ]
+def _join_process_group() -> dist.Store:
+    missing = [key for key in REQUIRED_VARIABLES if key not in os.environ]
     if missing:
         raise UserError(
-            f"expected {', '.join(NEEDED)} in the environment, as WORLD_SIZE is there; {', '.join(missing)} missing; "
+            f"expected {', '.join(REQUIRED_VARIABLES)} in the environment, as WORLD_SIZE is there; {', '.join(missing)} missing; "
             "start with torchrun, or unset WORLD_SIZE"
         )
     backend = "gloo"
@@ -115,7 +115,7 @@ def _join() -> dist.Store:
     return store
 
 
-def _another_failed(store: dist.Store) -> bool:
+def _has_another_failed(store: dist.Store) -> bool:
     try:
         return store.add("failed", 1) > 1
     except RuntimeError:  # the process that keeps the store has ended
@@ -125,24 +125,24 @@ def _another_failed(store: dist.Store) -> bool:
 # ---------------------------------------------------------------------------------------- what they tell each other
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's value, in the order of their numbers. Also a barrier."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The first process's value."""
     box = [value]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def merged(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def merge_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What all processes logged, as one row: the mean of a figure over those that have it; of mem/* the largest."""
     out: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
@@ -151,23 +151,23 @@ def merged(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return out
 
 
-def whole(size: int) -> int:
+def global_batch_size(size: int) -> int:
     """Rows of the whole batch, where this process has `size`."""
-    return size * world()
+    return size * world_size()
 
 
-def own(rows: Tensor) -> Tensor:
+def local_slice(rows: Tensor) -> Tensor:
     """This process's rows of a tensor that was drawn for the whole batch."""
-    return rows.chunk(world())[rank()]
+    return rows.chunk(world_size())[rank()]
 
 
-def whole_norm(gradient: Tensor) -> Tensor:
+def global_norm(gradient: Tensor) -> Tensor:
     """The norm of a loss's gradient at the whole batch; each process holds that of the mean over its own rows."""
-    if world() == 1:
+    if world_size() == 1:
         return gradient.norm()
     squares = gradient.double().square().sum().cpu()
     dist.all_reduce(squares)
-    return (squares.sqrt() / world()).float()
+    return (squares.sqrt() / world_size()).float()
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def average_gradients(params: Iterable[Tensor]) -> None:
     """Replace gradients by their means over the processes. FSDP has done so for its own; one that no process has stays
     None."""
     plain = [p for p in params if not isinstance(p, DTensor)]
-    if world() == 1 or not plain:
+    if world_size() == 1 or not plain:
         return
     there = torch.tensor([int(p.grad is not None) for p in plain])
     dist.all_reduce(there, dist.ReduceOp.MAX)
@@ -186,10 +186,10 @@ def average_gradients(params: Iterable[Tensor]) -> None:
     for work in [dist.all_reduce(p.grad, async_op=True) for p in used]:
         work.wait()
     for param in used:
-        param.grad /= world()
+        param.grad /= world_size()
 
 
-def number(value: Tensor) -> float:
+def to_float(value: Tensor) -> float:
     """A scalar tensor as a number; the parts of a sharded one are put together."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
@@ -198,7 +198,7 @@ def number(value: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardingPlan:
     """How nets are spread: `mesh` is None where each process holds them whole; a sharded net's calls compute in
     `dtype`."""
 
@@ -207,11 +207,11 @@ class Plan:
     dtype: torch.dtype = torch.float32
 
 
-_plan = Plan()
-_empty: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # sharded net -> its like, without weights
+_sharding_plan = ShardingPlan()
+_empty_copies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # sharded net -> its like, without weights
 
 
-def plan(
+def set_sharding_plan(
     shard: Literal["none", "full", "hybrid"], blocks: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Settle how `spread` treats nets: whole, sliced over all processes, or sliced over those of one machine with a
@@ -220,66 +220,70 @@ def plan(
     Raises:
         UserError: hybrid, and machines have unequal numbers of processes.
     """
-    global _plan
+    global _sharding_plan
     mesh = None
-    if world() > 1 and shard != "none":
-        near = int(os.environ.get("LOCAL_WORLD_SIZE", world())) if shard == "hybrid" else world()
-        counts = gather(near)
-        if len(set(counts)) > 1 or world() % near:
+    if world_size() > 1 and shard != "none":
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if shard == "hybrid" else world_size()
+        counts = all_gather(near)
+        if len(set(counts)) > 1 or world_size() % near:
             raise UserError(
                 f"trainer.shard: hybrid expected as many processes on each machine; got {counts}; start as many on "
                 "each, or use full"
             )
-        mesh = init_device_mesh(device.type, (world() // near, near), mesh_dim_names=("copies", "slices"))
-        mesh = mesh["slices"] if near == world() else mesh
-    _plan = Plan(mesh, blocks, dtype)
+        mesh = init_device_mesh(device.type, (world_size() // near, near), mesh_dim_names=("copies", "slices"))
+        mesh = mesh["slices"] if near == world_size() else mesh
+    _sharding_plan = ShardingPlan(mesh, blocks, dtype)
 
 
-def spread(net: nn.Module) -> nn.Module:
+def distribute_model(net: nn.Module) -> nn.Module:
     """Make a net's trainable weights equal in all processes and shard it, if that is the plan. In place. A net that
     trains a part of its weights, such as an adapter, keeps that part whole; its base is for `spread_frozen`."""
-    if world() == 1 or isinstance(net, FSDPModule):
+    if world_size() == 1 or isinstance(net, FSDPModule):
         return net
     trained = [param for param in net.parameters() if param.requires_grad]
     for param in trained:
         dist.broadcast(param.data, 0)
-    if _plan.mesh is not None and len(trained) == len(list(net.parameters())):
+    if _sharding_plan.mesh is not None and len(trained) == len(list(net.parameters())):
         places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
-        _empty[net] = copy.deepcopy(net, places)
+        _empty_copies[net] = copy.deepcopy(net, places)
         _shard(net, set())
     return net
 
 
-def spread_frozen(net: nn.Module) -> None:
+def shard_frozen(net: nn.Module) -> None:
     """Shard a frozen net, if that is the plan; adapters on it, which are trained, stay whole. In place; it can be
     neither copied nor given further adapters any more."""
-    if _plan.mesh is not None and not isinstance(net, FSDPModule):
+    if _sharding_plan.mesh is not None and not isinstance(net, FSDPModule):
         _shard(net, {param for param in net.parameters() if param.requires_grad})
 
 
 def _shard(net: nn.Module, left_out: set[nn.Parameter]) -> None:
-    low = {} if _plan.dtype == torch.float32 else {"param_dtype": _plan.dtype, "reduce_dtype": torch.float32}
+    low = (
+        {}
+        if _sharding_plan.dtype == torch.float32
+        else {"param_dtype": _sharding_plan.dtype, "reduce_dtype": torch.float32}
+    )
     inside = MixedPrecisionPolicy(**low, cast_forward_inputs=False)  # rotary embeddings stay in float32
-    for name in _plan.blocks:
+    for name in _sharding_plan.blocks:
         for block in net.get_submodule(name):
-            fully_shard(block, mesh=_plan.mesh, mp_policy=inside, ignored_params=left_out)
+            fully_shard(block, mesh=_sharding_plan.mesh, mp_policy=inside, ignored_params=left_out)
     # Resharded after each call: else a call without gradient leaves weights behind that the next one takes for new.
     outside = MixedPrecisionPolicy(**low)
-    fully_shard(net, mesh=_plan.mesh, mp_policy=outside, reshard_after_forward=True, ignored_params=left_out)
+    fully_shard(net, mesh=_sharding_plan.mesh, mp_policy=outside, reshard_after_forward=True, ignored_params=left_out)
 
 
-def whole_net(net: nn.Module) -> nn.Module | None:
+def gather_full_model(net: nn.Module) -> nn.Module | None:
     """The net as it can be saved, in the first process; None in the others. A sharded one is put together on the CPU.
     All processes must call it."""
-    if net not in _empty:
-        return net if first() else None
+    if net not in _empty_copies:
+        return net if is_main_process() else None
     state = {}
     for name, value in net.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
-        if first():
+        if is_main_process():
             state[name] = value.cpu()
-    if not first():
+    if not is_main_process():
         return None
-    made = copy.deepcopy(_empty[net])
+    made = copy.deepcopy(_empty_copies[net])
     made.load_state_dict(state, assign=True)
     return made

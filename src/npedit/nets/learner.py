@@ -35,7 +35,7 @@ class LearnerSettings(Settings):
 
     @field_validator("optimizer")
     @classmethod
-    def _installed(cls, name: str) -> str:
+    def _check_installed(cls, name: str) -> str:
         if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("adamw8bit needs the package bitsandbytes: pip install 'npedit[8bit]', or use adamw")
         return name
@@ -46,11 +46,11 @@ class Learner:
     processes as `distributed.plan` has it.
 
     A step calls `update`; accumulation is in there and nowhere else. `net` holds the newest weights; inside
-    `with learner.average():` it holds their exponential moving average.
+    `with learner.use_ema_weights():` it holds their exponential moving average.
     """
 
     def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
-        self.net = distributed.spread(net).float()
+        self.net = distributed.distribute_model(net).float()
         self.settings = settings
         self.total_updates = total_updates
         self.updates = 0  # calls of `update`, skipped ones too
@@ -60,7 +60,7 @@ class Learner:
         if not self._params:
             raise ValueError("expected a net with parameters to train; got none that requires a gradient")
         self._ema = {n: p.detach().clone() for n, p in self._params.items()}
-        self._optimizer = _optimizer(settings)(
+        self._optimizer = _optimizer_class(settings)(
             self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
@@ -94,18 +94,18 @@ class Learner:
         distributed.average_gradients(self._params.values())
         if all(p.grad is None for p in self._params.values()):
             raise ValueError("expected losses that depend on the net; got none that reaches its parameters")
-        norm = distributed.number(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
+        norm = distributed.to_float(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
         rate = self.learning_rate()
-        if all(distributed.gather(finite and math.isfinite(norm))):
-            self._apply(rate)
+        if all(distributed.all_gather(finite and math.isfinite(norm))):
+            self._apply_gradients(rate)
             self.skipped_in_a_row = 0
         else:
-            self._skip(norm)
+            self._skip_update(norm)
         self.updates += 1
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "lr": rate, "skipped": float(self.skipped)}
 
-    def _apply(self, rate: float) -> None:
+    def _apply_gradients(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
@@ -113,7 +113,7 @@ class Learner:
         decay = min(self.settings.ema, (done + 1) / (done + 10))  # an early average must not cling to the start
         torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._params.values()], 1 - decay)
 
-    def _skip(self, norm: float) -> None:
+    def _skip_update(self, norm: float) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.settings.max_skipped:
@@ -124,22 +124,22 @@ class Learner:
             )
 
     @contextmanager
-    def average(self) -> Iterator[nn.Module]:
+    def use_ema_weights(self) -> Iterator[nn.Module]:
         """Put the averaged weights into `net` for the length of a `with` block; the newest come back after it."""
-        self._swap()
+        self._swap_ema_weights()
         try:
             yield self.net
         finally:
-            self._swap()
+            self._swap_ema_weights()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def load_ema_weights(self) -> None:
         """Make the averaged weights the net's own, for good: how a stage hands the net to the next."""
         for name, param in self._params.items():
             param.copy_(self._ema[name])
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _swap_ema_weights(self) -> None:
         for name, param in self._params.items():  # in place: FSDP goes on with the tensors that it knows
             kept = param.clone()
             param.copy_(self._ema[name])
@@ -155,7 +155,7 @@ class Learner:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # 8 bits: the number of steps is an int
         return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
-    def like(self, key: str) -> Tensor | None:
+    def parameter_of(self, key: str) -> Tensor | None:
         """The parameter that the tensor `key` of `state` belongs to; None for a buffer's."""
         kind, name = key.split(".", 1)
         return self._params.get(name.split(".", 1)[1] if kind == "optimizer" else name)
@@ -192,7 +192,7 @@ class Learner:
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
 
-def _optimizer(settings: LearnerSettings) -> type[torch.optim.Optimizer]:
+def _optimizer_class(settings: LearnerSettings) -> type[torch.optim.Optimizer]:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW
     from bitsandbytes.optim import AdamW8bit

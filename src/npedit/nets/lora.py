@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): one frozen base serves student, fake score and teacher.
 
-A trained role is an `Adapter`: a net whose forward is the base's with this role's low-rank layers switched on. Outside
+A trained role is an `LoraAdapter`: a net whose forward is the base's with this role's low-rank layers switched on. Outside
 such a call none is on, so the base itself is the teacher, and its output stays bitwise that of the untouched model.
 The base keeps its type (bfloat16, say); an adapter's weights are float32, the master weights that a learner trains.
 
@@ -25,12 +25,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FILE = "pytorch_lora_weights.safetensors"  # this name, the prefix and the metadata's key are those diffusers looks for
-PREFIX = "transformer"
-METADATA = "lora_adapter_metadata"
+WEIGHTS_FILE = (
+    "pytorch_lora_weights.safetensors"  # this name, the prefix and the metadata's key are those diffusers looks for
+)
+KEY_PREFIX = "transformer"
+METADATA_KEY = "lora_adapter_metadata"
 
 
-class Adapter(nn.Module):
+class LoraAdapter(nn.Module):
     """One role's adapter of a base: called like the base, and what is not its own (config, dtype) is the base's.
 
     Its own parameters alone are in `state_dict` and are reached by `float`; those of the base, frozen, come first in
@@ -52,7 +54,7 @@ class Adapter(nn.Module):
         self.own.float()  # peft makes them in the base's type
 
     @classmethod
-    def new(cls, base: nn.Module, role: str, rank: int, alpha: float, seed: int) -> Self:
+    def create(cls, base: nn.Module, role: str, rank: int, alpha: float, seed: int) -> Self:
         """A fresh adapter of every linear layer; it changes nothing yet. An earlier one of this role is dropped, and
         refuses to be called from then on."""
         if role in getattr(base, "peft_config", {}):
@@ -60,7 +62,7 @@ class Adapter(nn.Module):
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             torch.manual_seed(zlib.crc32(f"{role} {seed}".encode()))
-            base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear_layers(base)), role)
+            base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear_layer_names(base)), role)
         return cls(base, role)
 
     @classmethod
@@ -70,30 +72,32 @@ class Adapter(nn.Module):
         Raises:
             ValueError: it holds no adapter of a model like `base`.
         """
-        base.load_lora_adapter(folder, prefix=PREFIX, weight_name=FILE, adapter_name=role)
+        base.load_lora_adapter(folder, prefix=KEY_PREFIX, weight_name=WEIGHTS_FILE, adapter_name=role)
         if role not in getattr(base, "peft_config", {}):
-            raise ValueError(f"expected keys that begin with {PREFIX} in {folder / FILE}; got none")
+            raise ValueError(f"expected keys that begin with {KEY_PREFIX} in {folder / WEIGHTS_FILE}; got none")
         found = cls(base, role).requires_grad_(False)
-        found.take(folder)  # again: the first time, peft rounded to the base's type
+        found.load_weights(folder)  # again: the first time, peft rounded to the base's type
         return found
 
     def save(self, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of the family's pipeline opens."""
-        whole = {_key(name): p.detach().cpu().contiguous() for name, p in self.own.named_parameters()}
-        chosen = {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()}
-        metadata = {"format": "pt", METADATA: json.dumps(chosen, indent=2, sort_keys=True)}
-        safetensors.torch.save_file(whole, folder / FILE, metadata)
+        whole = {_file_key(name): p.detach().cpu().contiguous() for name, p in self.own.named_parameters()}
+        chosen = {
+            f"{KEY_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()
+        }
+        metadata = {"format": "pt", METADATA_KEY: json.dumps(chosen, indent=2, sort_keys=True)}
+        safetensors.torch.save_file(whole, folder / WEIGHTS_FILE, metadata)
 
     @torch.no_grad()
-    def take(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Take over the weights that an adapter like this one has saved to this folder.
 
         Raises:
             KeyError, RuntimeError: it has other layers or another rank.
         """
-        whole = safetensors.torch.load_file(folder / FILE)
+        whole = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         for name, p in self.own.named_parameters():
-            p.copy_(whole[_key(name)])
+            p.copy_(whole[_file_key(name)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with this adapter.
@@ -103,7 +107,7 @@ class Adapter(nn.Module):
         """
         if getattr(self.base, "peft_config", {}).get(self.role) is not self.settings:
             raise RuntimeError(f"expected the adapter {self.role} on its base; got one that a newer one has replaced")
-        with _active(self.base, [self.role]):
+        with _activate_adapters(self.base, [self.role]):
             return self.base(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -118,24 +122,24 @@ class Adapter(nn.Module):
             return getattr(self.base, name)
 
 
-def _key(name: str) -> str:
-    """The name of a parameter of `Adapter.own`, as diffusers writes it."""
-    return f"{PREFIX}.{name.replace('/', '.')}"
+def _file_key(name: str) -> str:
+    """The name of a parameter of `LoraAdapter.own`, as diffusers writes it."""
+    return f"{KEY_PREFIX}.{name.replace('/', '.')}"
 
 
-def linear_layers(net: nn.Module) -> list[str]:
+def linear_layer_names(net: nn.Module) -> list[str]:
     """The names of a net's layers that mix all their channels: linear ones, and convolutions without groups."""
     wrapped = [n for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
-    plain = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) or _mixes(m)]
+    plain = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) or _is_full_convolution(m)]
     return wrapped or plain
 
 
-def _mixes(layer: nn.Module) -> bool:
+def _is_full_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == 1
 
 
 @contextmanager
-def _active(module: nn.Module, roles: list[str]) -> Iterator[None]:
+def _activate_adapters(module: nn.Module, roles: list[str]) -> Iterator[None]:
     """Switch these adapters on, and all others off, below `module`.
 
     Not by peft's `set_adapter`, which also freezes the parameters of all others: theirs, and those of one whose
@@ -152,22 +156,22 @@ def _active(module: nn.Module, roles: list[str]) -> Iterator[None]:
             layer._active_adapter = was
 
 
-def checkpoint_gradients(net: nn.Module) -> None:
-    """Have a net (a model of its own, or an `Adapter`) keep only its blocks' inputs for the backward pass, which
+def enable_gradient_checkpointing(net: nn.Module) -> None:
+    """Have a net (a model of its own, or an `LoraAdapter`) keep only its blocks' inputs for the backward pass, which
     computes the rest again.
 
     Raises:
         ValueError: the model cannot do that.
     """
-    net.enable_gradient_checkpointing(_computed_again)
+    net.enable_gradient_checkpointing(_checkpoint_with_active_adapters)
 
 
-def _computed_again(block: nn.Module, *args: Any) -> Any:
+def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
     """Run a block, and once more in the backward pass, under the adapter that is on now: by then another may be."""
     roles = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
 
     def run(*given: Any) -> Any:
-        with _active(block, roles):
+        with _activate_adapters(block, roles):
             return block(*given)
 
     return checkpoint(run, *args, use_reentrant=False)

@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-WORKING = "activations"  # whatever has no other name
-is_counting: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
+ACTIVATIONS = "activations"  # whatever has no other name
+current_part: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
 
 aten = torch.ops.aten
 FACTORIES = {torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full}
@@ -39,7 +39,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
             aten.embedding.default, aten.embedding_dense_backward.default}  # fmt: skip
 
 
-class Counted:
+class MemoryCounter:
     """Counts hollow storages; a context manager.
 
     `live` is bytes now, by what they are for; `peaks` the same at the moment of each part's largest sum. `share` says
@@ -50,60 +50,60 @@ class Counted:
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.share: dict[str, float] = {}
-        self.working = WORKING
+        self.working = ACTIVATIONS
         self._known: dict[int, tuple[str, int]] = {}  # storage -> what it is for, bytes counted
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         library = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
-        library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
-        self._stack.enter_context(_Whole())
-        self._stack.enter_context(_Hollow(self))
+        library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
+        self._stack.enter_context(_IntegersOnCpu())
+        self._stack.enter_context(_CountOperations(self))
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def name(self, what: str, tensors: Iterable[Tensor]) -> None:
+    def label(self, what: str, tensors: Iterable[Tensor]) -> None:
         """Say what these hollow tensors are for, whether they have been met or not."""
         for tensor in tensors:
             if tensor.is_meta:
-                self._count(tensor.untyped_storage(), what)
+                self._count_storage(tensor.untyped_storage(), what)
 
-    def add(self, what: str, size: int) -> None:
+    def add_bytes(self, what: str, size: int) -> None:
         """Count further bytes, or with a minus fewer, such as those of parts that are moved elsewhere."""
         self.live[what] += size
-        self._note()
+        self._update_peaks()
 
-    def met(self, tensor: Tensor) -> None:
+    def count_tensor(self, tensor: Tensor) -> None:
         """Count an operation's result."""
         if tensor.is_meta:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
-                self._count(storage, self.working)
+                self._count_storage(storage, self.working)
 
-    def _count(self, storage: Any, what: str) -> None:
+    def _count_storage(self, storage: Any, what: str) -> None:
         key, size = storage._cdata, round(storage.nbytes() * self.share.get(what, 1))
         if key in self._known:
             before, counted = self._known[key]
             self.live[before] -= counted
         else:
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._forget_storage, key)
         self._known[key] = what, size
         self.live[what] += size
-        self._note()
+        self._update_peaks()
 
-    def _gone(self, key: int) -> None:
+    def _forget_storage(self, key: int) -> None:
         what, size = self._known.pop(key)
         self.live[what] -= size
 
-    def _note(self) -> None:
-        part = is_counting.get()
+    def _update_peaks(self) -> None:
+        part = current_part.get()
         if self.live.total() > self.peaks.get(part, Counter()).total():
             self.peaks[part] = self.live.copy()
 
 
-class _Whole(TorchFunctionMode):
+class _IntegersOnCpu(TorchFunctionMode):
     """Above autograd: whole numbers are made on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +114,7 @@ class _Whole(TorchFunctionMode):
         return made
 
 
-def _attention(
+def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -125,29 +125,29 @@ def _attention(
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)[0]
 
 
-class _Hollow(TorchDispatchMode):
+class _CountOperations(TorchDispatchMode):
     """Below autograd: counts, and answers what a hollow tensor cannot."""
 
-    def __init__(self, counted: Counted) -> None:
+    def __init__(self, counted: MemoryCounter) -> None:
         super().__init__()
         self.counted = counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [*_tensors(args), *_tensors(kwargs.values())]
+        given = [*_iterate_tensors(args), *_iterate_tensors(kwargs.values())]
         hollow = any(t.is_meta for t in given)
         if func is aten._local_scalar_dense.default and hollow:
             return bool(1) if given[0].dtype == torch.bool else 1.0 if given[0].is_floating_point() else 1
         if func is aten._to_copy.default:
-            return self._moved(given[0], func, args, kwargs)
+            return self._copy_to(given[0], func, args, kwargs)
         if hollow and func not in INDEXING and not all(t.is_meta or t.dim() == 0 for t in given):
-            args, kwargs = tree_map_only(Tensor, _hollowed, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
         out = func(*args, **kwargs)
-        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
-            self.counted.met(tensor)
+        for tensor in _iterate_tensors(out if isinstance(out, tuple | list) else (out,)):
+            self.counted.count_tensor(tensor)
         return out
 
-    def _moved(self, tensor: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _copy_to(self, tensor: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """A copy elsewhere or of another type; whole numbers never become hollow, nor hollow ones real."""
         place = kwargs.get("device") or tensor.device
         kind = kwargs.get("dtype") or tensor.dtype
@@ -156,24 +156,24 @@ class _Hollow(TorchDispatchMode):
         elif tensor.is_meta and torch.device(place) == CPU:
             return torch.ones(tensor.shape, dtype=kind)
         out = func(*args, **{**kwargs, "device": place})
-        self.counted.met(out)
+        self.counted.count_tensor(out)
         return out
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _iterate_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among these values, and in lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+            yield from _iterate_tensors(value)
 
 
-def _hollowed(tensor: Tensor) -> Tensor:
+def _as_meta(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta or tensor.dim() == 0 else torch.empty_like(tensor, device=META)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """A published JSON file that describes a model, without the note of where it came from.
 
     Raises:

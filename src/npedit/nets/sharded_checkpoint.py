@@ -19,36 +19,36 @@ from torch.distributed.tensor import DTensor
 
 from npedit.nets import distributed
 
-WHOLE = "state.safetensors"  # all tensors, by one process
+SINGLE_FILE = "state.safetensors"  # all tensors, by one process
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into a folder that is there. All processes call it: each writes its slices of the sharded ones, and
     its share of those that all hold.
 
     Raises:
         OSError: such as a full disk; in every process, whichever met it.
     """
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        safetensors.torch.save_file(whole, folder / WHOLE)
+        safetensors.torch.save_file(whole, folder / SINGLE_FILE)
         return
     parts = {k: v.detach().contiguous() for k, v in tensors.items()}
     try:
         dcp.save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except dcp.CheckpointException as error:
-        raise _cause(error) from error
+        raise _first_failure(error) from error
 
 
-def read(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
     """The tensors in a folder, whole and on the CPU; but where `like(name)` is sharded and of the same shape, this
     process's slice on its device. All processes call it.
 
     Raises:
         OSError, SafetensorError: a file is damaged or missing.
     """
-    if distributed.world() == 1 and (folder / WHOLE).is_file():
-        return safetensors.torch.load_file(folder / WHOLE)
+    if distributed.world_size() == 1 and (folder / SINGLE_FILE).is_file():
+        return safetensors.torch.load_file(folder / SINGLE_FILE)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
     for name, facts in reader.read_metadata().state_dict_metadata.items():
@@ -58,11 +58,11 @@ def read(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be for one process
-            dcp.load(tensors, storage_reader=reader, no_dist=distributed.world() == 1)
+            dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     except dcp.CheckpointException as error:
-        raise _cause(error) from error
+        raise _first_failure(error) from error
     return tensors
 
 
-def _cause(error: dcp.CheckpointException) -> BaseException:
+def _first_failure(error: dcp.CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]

@@ -27,11 +27,11 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokeniz
 
 from npedit.errors import UserError
 from npedit.recipe.config import pick_device
-from npedit.scoring.results import NoScore
+from npedit.scoring.results import MissingScore
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-WIDTHS = {192: "t", 384: "s", 768: "b", 1024: "l", 1280: "h"}
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
+CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIZE_LETTERS = {192: "t", 384: "s", 768: "b", 1024: "l", 1280: "h"}
 
 
 class Dino:
@@ -42,7 +42,7 @@ class Dino:
     def __init__(self, model: ViTModel, device: torch.device):
         self.model = model.requires_grad_(False).eval().to(device)
         self.side = model.config.image_size
-        self.tag = _tag(model.config)
+        self.tag = _architecture_tag(model.config)
 
     @classmethod
     def load(cls, weights: str, device: torch.device) -> Self:
@@ -51,13 +51,13 @@ class Dino:
         Raises:
             OSError, ValueError: nothing is there, or another model, or one without all of its weights.
         """
-        return cls(_load(ViTModel, "vit", weights, add_pooling_layer=False), device)
+        return cls(_load_model(ViTModel, "vit", weights, add_pooling_layer=False), device)
 
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+    def encode_images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
         """Unit features of RGB pictures, on the CPU."""
-        pixels = torch.stack([_cut(p, round(self.side * 8 / 7), self.side) for p in pictures])
-        seen = self.model(pixel_values=_normalised(pixels, IMAGENET).to(self.model.device))
+        pixels = torch.stack([_resize_and_crop(p, round(self.side * 8 / 7), self.side) for p in pictures])
+        seen = self.model(pixel_values=_normalise(pixels, IMAGENET_MEAN_STD).to(self.model.device))
         return F.normalize(seen.last_hidden_state[:, 0].float(), dim=1).cpu()
 
 
@@ -70,31 +70,31 @@ class Clip:
         self.model = model.requires_grad_(False).eval().to(device)
         self.tokenizer = tokenizer
         self.side = model.config.vision_config.image_size
-        self.tag = _tag(model.config.vision_config)
+        self.tag = _architecture_tag(model.config.vision_config)
 
     @classmethod
     def load(cls, weights: str, device: torch.device) -> Self:
         """Open a Hub id or a local folder. Errors as in `Dino.load`."""
-        return cls(_load(CLIPModel, "clip", weights), AutoTokenizer.from_pretrained(weights), device)
+        return cls(_load_model(CLIPModel, "clip", weights), AutoTokenizer.from_pretrained(weights), device)
 
-    def images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+    def encode_images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
         """Unit features of RGB pictures, on the CPU."""
-        return self._images(torch.stack([_cut(p, self.side, self.side) for p in pictures]))
+        return self._encode_pixels(torch.stack([_resize_and_crop(p, self.side, self.side) for p in pictures]))
 
-    def squeezed(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
+    def encode_resized(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
         """The same of whole pictures, squeezed to the net's square (bicubic, no antialias) and not cut: the transform
         of InstructPix2Pix's directional similarity."""
         size = (self.side, self.side)
-        pixels = [F.interpolate(_tensor(p)[None], size, mode="bicubic", align_corners=False) for p in pictures]
-        return self._images(torch.cat(pixels))
+        pixels = [F.interpolate(_to_tensor(p)[None], size, mode="bicubic", align_corners=False) for p in pictures]
+        return self._encode_pixels(torch.cat(pixels))
 
     @torch.no_grad()
-    def _images(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        seen = self.model.get_image_features(pixel_values=_normalised(pixels, OPENAI).to(self.model.device))
+    def _encode_pixels(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        seen = self.model.get_image_features(pixel_values=_normalise(pixels, CLIP_MEAN_STD).to(self.model.device))
         return F.normalize(seen.pooler_output.float(), dim=1).cpu()
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit features of texts, on the CPU. What exceeds the model's length (77 tokens) is cut off, as CLIP does."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
@@ -111,7 +111,7 @@ class Absent:
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Raises NoScore."""
-        raise NoScore(self.reason)
+        raise MissingScore(self.reason)
 
     squeezed = texts = images
 
@@ -138,7 +138,7 @@ def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Cli
         return Absent(tag, f"{kind.usual} cannot be opened: {said[:200]}")
 
 
-def _load(kind: Any, expected: str, weights: str, **options: Any) -> Any:
+def _load_model(kind: Any, expected: str, weights: str, **options: Any) -> Any:
     """Open a model in float32 and refuse one of another type, or with weights missing, which would be random."""
     if Path(weights).is_dir() and not (Path(weights) / "config.json").is_file():
         raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
@@ -151,25 +151,25 @@ def _load(kind: Any, expected: str, weights: str, **options: Any) -> Any:
     return model
 
 
-def _tag(config: Any) -> str:
-    width = WIDTHS.get(config.hidden_size, f"{config.hidden_size}x{config.num_hidden_layers}-")
+def _architecture_tag(config: Any) -> str:
+    width = SIZE_LETTERS.get(config.hidden_size, f"{config.hidden_size}x{config.num_hidden_layers}-")
     return f"vit{width}{config.patch_size}"
 
 
-def _cut(picture: Image.Image, short: int, side: int) -> Float[Tensor, "3 s s"]:
+def _resize_and_crop(picture: Image.Image, short: int, side: int) -> Float[Tensor, "3 s s"]:
     """Scale the short side to `short` and cut the central square, both as the torchvision transforms of the original
     code do it."""
     w, h = picture.size
     size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
     scaled = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((n - side) / 2) for n in scaled.size)
-    return _tensor(scaled.crop((left, top, left + side, top + side)))
+    return _to_tensor(scaled.crop((left, top, left + side, top + side)))
 
 
-def _tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def _normalised(pixels: Float[Tensor, "n 3 h w"], moments: Sequence[Sequence[float]]) -> Float[Tensor, "n 3 h w"]:
+def _normalise(pixels: Float[Tensor, "n 3 h w"], moments: Sequence[Sequence[float]]) -> Float[Tensor, "n 3 h w"]:
     mean, deviation = (torch.tensor(m)[:, None, None] for m in moments)
     return (pixels - mean) / deviation

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from npedit import flow
 from npedit.data import Batch
-from npedit.generator import fresh_noise, seeded
-from npedit.nets.distributed import own, whole
+from npedit.generator import sample_noise, seeded_generator
+from npedit.nets.distributed import global_batch_size, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
 from npedit.steps.base import Parts
@@ -52,14 +52,18 @@ class Step(Base):
         values: list[float] = []
 
         def loss(batch: Batch, micro: int) -> torch.Tensor:
-            family, generator, rows = self.parts.family, seeded(self.seed, "copy", update, micro), whole(len(batch))
-            latents = self.parts.encode(batch.references)
-            text = self.parts.text(batch.source_captions)
+            family, generator, rows = (
+                self.parts.family,
+                seeded_generator(self.seed, "copy", update, micro),
+                global_batch_size(len(batch)),
+            )
+            latents = self.parts.encode_images(batch.references)
+            text = self.parts.encode_text(batch.source_captions)
             times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
             later = times[torch.randint(len(times), (rows,), generator=generator)]
             t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)
-            t, (eps,) = own(t).to(latents.device), fresh_noise(latents, 1, generator)
-            v = family.velocity(self.learners["student"].net, flow.noised(latents, eps, t), t, text, (latents,))
+            t, (eps,) = local_slice(t).to(latents.device), sample_noise(latents, 1, generator)
+            v = family.velocity(self.learners["student"].net, flow.add_noise(latents, eps, t), t, text, (latents,))
             value = F.mse_loss(v.float(), flow.velocity(latents, eps).float())
             values.append(float(value.detach()))
             return value

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from npedit import flow
 from npedit.data import Batch, PairedBatch
-from npedit.generator import draft, fresh_noise, seeded, training_times
-from npedit.nets.distributed import own, whole
+from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
+from npedit.nets.distributed import global_batch_size, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
 from npedit.steps.base import Parts
@@ -58,9 +58,9 @@ class Step(Base):
                 raise TypeError(
                     f"expected batches with edited images, as data toy_pairs gives; got {type(batch).__name__}"
                 )
-            generator, encode = seeded(self.seed, "supervised", update, micro), self.parts.encode
+            generator, encode = seeded_generator(self.seed, "supervised", update, micro), self.parts.encode_images
             references, wanted = encode(batch.references), encode(batch.edited.to(batch.references))
-            how = self._unrolled if self.settings.loss == "unrolled" else self._flow
+            how = self._few_step_loss if self.settings.loss == "unrolled" else self._flow_matching_loss
             value = how(batch, references, wanted, update, generator)
             values.append(float(value.detach()))
             return value
@@ -68,21 +68,21 @@ class Step(Base):
         logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
         return {"loss/supervised": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}
 
-    def _unrolled(
+    def _few_step_loss(
         self, batch: Batch, references: Tensor, wanted: Tensor, update: int, generator: torch.Generator
     ) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
         schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
-        times = training_times(schedule, seeded(self.seed, "times", update))
-        text, noise = self.parts.text(batch.instructions), fresh_noise(references, len(times), generator)
-        return F.mse_loss(draft(family, net, text, references, times, noise), wanted)
+        times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))
+        text, noise = self.parts.encode_text(batch.instructions), sample_noise(references, len(times), generator)
+        return F.mse_loss(generate_few_step(family, net, text, references, times, noise), wanted)
 
-    def _flow(
+    def _flow_matching_loss(
         self, batch: Batch, references: Tensor, wanted: Tensor, update: int, generator: torch.Generator
     ) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
-        even = own(torch.rand(whole(len(batch)), generator=generator))
-        t = flow.shifted(even, family.shift(*batch.references.shape[-2:])).to(wanted.device)
-        text, (eps,) = self.parts.text(batch.instructions), fresh_noise(wanted, 1, generator)
-        v = family.velocity(net, flow.noised(wanted, eps, t), t, text, (references,))
+        even = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator))
+        t = flow.shift_times(even, family.shift(*batch.references.shape[-2:])).to(wanted.device)
+        text, (eps,) = self.parts.encode_text(batch.instructions), sample_noise(wanted, 1, generator)
+        v = family.velocity(net, flow.add_noise(wanted, eps, t), t, text, (references,))
         return F.mse_loss(v.float(), flow.velocity(wanted, eps).float())

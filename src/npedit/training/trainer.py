@@ -329,7 +329,7 @@ def restore(step: Step, folder: Path) -> None:
 
     def like(key: str) -> Tensor | None:
         name, _, own = key.partition("/")
-        return step.learners[name].like(own) if name in step.learners else step.extra_state().get(own)
+        return step.learners[name].parameter_of(own) if name in step.learners else step.extra_state().get(own)
 
     tensors, numbers = checkpoint.load(folder, like)
     try:
