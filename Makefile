@@ -13,7 +13,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench lint clean
+.PHONY: help demo test test-slow bench lint docs clean
 
 VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -46,6 +46,9 @@ lint: $(READY) ## style, and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs ## build the documentation site into build/site, with strict links
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## remove the virtual environment and the tools' caches (runs are kept)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist
 
@@ -72,4 +75,8 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@echo "Installing what constraints.txt pins."; quiet=; [ -t 1 ] || quiet="--quiet --quiet"; \
 	  $(PIP) install $$quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	@$(PIP) install --quiet --quiet $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
 	@touch $@
