@@ -50,7 +50,7 @@ def test_true_edits_get_full_marks(edits):
     assert [scores[m]["value"] for m in toy.MEASURES] == [1.0, 1.0, 1.0]
     assert set(scores["by_type"]) == set(EDIT_TYPES)
     assert all(row["n"] == N // len(EDIT_TYPES) and row["both"]["value"] == 1 for row in scores["by_type"].values())
-    assert scores["copy_rate"] == 0 and scores["change_outside_edit"] < 1e-6
+    assert scores["copy_rate"] == 0 and scores["outside_change"] < 1e-6
     assert json.loads(json.dumps(scores)) == scores
 
 
@@ -65,7 +65,7 @@ def test_a_copy_preserves_everything_and_applies_nothing(edits):
 def test_another_items_answer_is_no_answer(edits):
     """The right pictures in the wrong places must not pass."""
     scores = toy.score(targets(edits[1:] + edits[:1]), edits)
-    assert scores["both"]["value"] == 0 and scores["change_outside_edit"] > 0.02
+    assert scores["both"]["value"] == 0 and scores["outside_change"] > 0.02
 
 
 def test_broken_numbers_count_as_failures_and_are_told(edits):

@@ -2,7 +2,7 @@
 
 `applied`: the edit was carried out. `preserved`: all else is as in the reference. `both`: the two together, the
 figure to quote. Each is a share of the items with a Wilson 95 % interval. `copy_rate` is the share of
-outputs that show the very scene of the reference; `change_outside_edit` the mean absolute pixel change in the cells that an
+outputs that show the very scene of the reference; `outside_change` the mean absolute pixel change in the cells that an
 edit must not touch.
 
 Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses, and instructions from the
@@ -52,7 +52,7 @@ class TypeScores(TypedDict):
 
 
 class Scores(TypedDict):
-    """What `score` returns: plain numbers, ready for JSON. `change_outside_edit` is in [0, 1] units of pixel value."""
+    """What `score` returns: plain numbers, ready for JSON. `outside_change` is in [0, 1] units of pixel value."""
 
     n: int
     applied: Rate
@@ -60,7 +60,7 @@ class Scores(TypedDict):
     both: Rate
     by_type: dict[str, TypeScores]
     copy_rate: float
-    change_outside_edit: float
+    outside_change: float
     not_finite: int
 
 
@@ -175,7 +175,7 @@ def score(
             if t in kinds
         },
         "copy_rate": copies / len(rows),
-        "change_outside_edit": sum(outside) / len(outside) if outside else 0.0,
+        "outside_change": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
     }
 
@@ -250,7 +250,7 @@ def table(after: Scores, before: Scores | None = None, title: str = "") -> Table
         shown.add_row(*cells, percent(row["both"]))
     shown.caption = (
         f"both = applied and preserved, with 95 % interval; mere copies {100 * after['copy_rate']:.1f} %, "
-        f"pixel change outside the edit {after['change_outside_edit']:.3f}"
+        f"pixel change outside the edit {after['outside_change']:.3f}"
     )
     return shown
 

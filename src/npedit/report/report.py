@@ -170,7 +170,7 @@ def _scores_table(scores: dict[str, Any]) -> str:
         "<i>Both</i>: the edit was applied and all else was preserved, with 95 % Wilson intervals.</p>"
         f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
         f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
-        f"the edit: {after['change_outside_edit']:.3f} of the full range.</p>"
+        f"the edit: {after['outside_change']:.3f} of the full range.</p>"
     )
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from npedit.flow import few_step_times
 from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
-from npedit.recipe.config import Recipe, find
+from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import BLAME, write_text
 from npedit.scoring.critic_scores import verdict
 from npedit.steps.base import Parts, Step
-from npedit.training.samples import held_out, write_samples
+from npedit.training.samples import held_out_examples, write_samples
 
 CHUNK = 16  # pictures edited at a time
 DRAWING_STEPS = 20  # of the base model, where it shows what it can draw
@@ -34,11 +34,11 @@ class Evaluation:
         self.recipe, self.run, self.parts, self.on_event = recipe, run, parts, on_event
         self.stage_ends = {0, *accumulate(stage.updates for stage in recipe.stages)}
         self.success = ""
-        self.shown = held_out(recipe, data, recipe.trainer.sample_items)
+        self.shown = held_out_examples(recipe, data, recipe.trainer.sample_items)
         questioned = parts.judge or recipe.trainer.benchmark == "toy"
-        self.asked = held_out(recipe, data, recipe.trainer.evaluate_items) if questioned else None
+        self.asked = held_out_examples(recipe, data, recipe.trainer.evaluate_items) if questioned else None
 
-    def look(self, step: Step, n: int) -> dict[str, float]:
+    def evaluate_if_due(self, step: Step, n: int) -> dict[str, float]:
         """Samples and evaluation where they are due after update n, and what to log of them."""
         trainer = self.recipe.trainer
         sample = n in (0, max(self.stage_ends)) or (trainer.sample_every and n % trainer.sample_every == 0)
@@ -87,11 +87,11 @@ class Evaluation:
 
         found: dict[str, float] = {}
         if self.recipe.trainer.benchmark:
-            module = find("benchmarks", self.recipe.trainer.benchmark)
+            module = find_module("benchmarks", self.recipe.trainer.benchmark)
             scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
             found = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
             found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
-            found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "change_outside_edit") if scores[k] is not None}
+            found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
             self.success = f"success {found['eval/both']:.0%}"
         if judge := self.parts.judge:
             if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
@@ -100,12 +100,12 @@ class Evaluation:
                 said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
             found |= said.means("judge", self.asked.edit_types)
         if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic:
-            self._blame(torch.cat(made))
+            self._attribute_failures(torch.cat(made))
         return found
 
-    def _blame(self, edited: Tensor) -> None:
+    def _attribute_failures(self, edited: Tensor) -> None:
         """Leave in `blame.json` whose fault the finished editor's wrong edits are; see `benchmarks.toy.blame`."""
-        module, family, drawn = find("benchmarks", "toy"), self.parts.family, []
+        module, family, drawn = find_module("benchmarks", "toy"), self.parts.family, []
         with self.parts.on_device("critic"):
             content = verdict(self.parts.critic, self.parts.wording, self.asked, edited, CHUNK).is_accepted()
         chosen = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
