@@ -18,15 +18,16 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import generator
-from npedit.data._photos import _PIL_ERRORS
+from npedit.data._photos import BadImage, decoding, to_srgb
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
+from npedit.nets.device import pick_device
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe import config
@@ -74,8 +75,8 @@ class Facts:
                     f"expected an editor of format {FORMAT} in {path}; got {found['format']}; update npedit."
                 )
             sizes = tuple((int(h), int(w)) for h, w in found["sizes"])
-            words = [str(found[key]) for key in ("family", "base")]
-            facts = cls(*words, int(found["steps"]), sizes, found.get("dtype", "float32"), int(found.get("tile", 0)))
+            family, base = (str(found[key]) for key in ("family", "base"))
+            facts = cls(family, base, int(found["steps"]), sizes, found.get("dtype", "float32"), int(found.get("tile", 0)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}."
@@ -106,15 +107,15 @@ class Editor:
     def open(cls, path: str | Path = "embedded", device: str | torch.device = "", tile: int | None = None) -> Self:
         """Open a run, an editor's folder, or "embedded", the trained toy editor that ships in the package.
 
-        `device` "" is CUDA where there is one, else the CPU. `tile` None is the one that it was trained with.
+        `device` "" is the one in NPEDIT_DEVICE, else the GPU if there is one, else the CPU. `tile` None is the one that it was trained with.
 
         Raises:
             UserError: there is no editor at this path, one of its parts is missing or broken, or the tile is too small.
         """
         folder = locate(path)
         facts = Facts.read(folder)
-        base = config.embedded("base") if facts.base == "embedded" else facts.base
-        kind, device = config.find_class("families", facts.family), torch.device(device or config.pick_device())
+        base = config.embedded_weights("base") if facts.base == "embedded" else facts.base
+        kind, device = config.find_class("families", facts.family), pick_device(device or None)
         try:
             family = kind.load(base, config.torch_dtype(facts.dtype), device)
             if (folder / LORA_FILE).is_file():
@@ -198,7 +199,7 @@ def locate(path: str | Path) -> Path:
         UserError: nothing is there, or it is a run that has no finished editor yet.
     """
     if str(path) == "embedded":
-        return Path(config.embedded("editor"))
+        return Path(config.embedded_weights("editor"))
     folder = Path(path)
     if not os.path.isdir(folder):  # unlike Path.is_dir, it does not fail on a name that is too long
         raise UserError(f"expected a run or an editor's folder; {folder} is not a folder. Give a run, or 'embedded'.")
@@ -243,21 +244,21 @@ def open_picture(path: Path) -> Image.Image:
     if not os.path.exists(path):
         raise UserError(f"expected a picture; there is no {path}.")
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"expected a picture; {path} is empty (0 bytes).")
-        with Image.open(path) as image:
-            _check_size(image, str(path))
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Image.UnidentifiedImageError:
-        raise UserError(
-            f"expected a picture (PNG, JPEG, WebP, ...); {path} is not one, or its format is unknown here."
-        ) from None
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
-        ) from None
-    except _PIL_ERRORS as error:
+        with decoding():
+            if path.stat().st_size == 0:
+                raise UserError(f"expected a picture; {path} is empty (0 bytes).")
+            with Image.open(path) as image:
+                _check_size(image, str(path))
+                return to_srgb(image, keep_alpha=True)
+    except BadImage as error:
+        if isinstance(error.__cause__, Image.UnidentifiedImageError):
+            raise UserError(
+                f"expected a picture (PNG, JPEG, WebP, ...); {path} is not one, or its format is unknown here."
+            ) from None
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise UserError(
+                f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
+            ) from None
         raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
 
 
@@ -272,24 +273,16 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture upright (EXIF), lay transparency on white, scale 16 bits to 8, and make it RGB.
+    """An upright RGB picture in sRGB: see `to_srgb`; transparency is laid on white.
 
     Raises:
         UserError: it has no pixels, is too large, or holds floating-point values.
     """
     _check_size(image, "the picture")
     try:
-        image = ImageOps.exif_transpose(image)
-    except _PIL_ERRORS as error:
-        raise UserError(f"expected a readable picture; its EXIF data or pixels are broken: {error}.") from None
-    if image.mode == "F":
-        raise UserError("expected a picture of 8 or 16 bits a channel; got floating-point values. Save it as PNG.")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        return to_srgb(image)
+    except BadImage as error:
+        raise UserError(f"expected a readable picture of 8 or 16 bits a channel; got: {error}.") from None
 
 
 def nearest_size(size: tuple[int, int], trained: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from npedit.critics._bits import WHOLE, bytes_per_weight, is_quantised, quantisable_weights
+from npedit.critics._bits import NOT_QUANTISED, bytes_per_weight, is_quantised, quantisable_weights
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
-from npedit.recipe.config import find_class, make_recipe, pick_device
+from npedit.nets.device import pick_device
+from npedit.recipe.config import find_class, make_recipe
 from npedit.training.estimate import estimate
 from npedit.training.parts import build_parts
 from tests.support.parts import parts
@@ -45,7 +46,7 @@ def test_what_is_quantised_is_the_language_model(name):
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     inside = {n for n, m in linear.items() if id(m.weight) in chosen}
     assert inside == {n for n in linear if "language_model" in n or "text_model" in n} != set()
-    assert all(set(WHOLE) & set(n.split(".")) for n in linear if n not in inside)
+    assert all(set(NOT_QUANTISED) & set(n.split(".")) for n in linear if n not in inside)
     assert id(model.get_output_embeddings().weight) not in chosen
 
 

@@ -20,7 +20,7 @@ ASPECTS += [(1, 1), (1, 500), (500, 1), (63, 65), (640, 426), (1279, 853), (1138
 @pytest.mark.parametrize(("width", "height"), ASPECTS)
 def test_no_padding_for_any_aspect(width, height):
     for size in SMALL + imagefolder.Settings(path="x").sizes[:4]:
-        cut = _photos.cover(plain(width, height, (200, 120, 60)), size)
+        cut = _photos.crop_to_fill(plain(width, height, (200, 120, 60)), size)
         assert cut.size == (size[1], size[0])
         assert cut.getextrema() == ((200, 200), (120, 120), (60, 60)), "every pixel comes from the picture"
 
@@ -29,7 +29,7 @@ def test_no_padding_for_any_aspect(width, height):
 def test_a_cut_is_centred_and_keeps_the_proportions(width, height):
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     ramps = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
-    cut = np.asarray(_photos.cover(ramps, (60, 60))).astype(float)
+    cut = np.asarray(_photos.crop_to_fill(ramps, (60, 60))).astype(float)
     for channel in (0, 1):
         assert cut[..., channel].mean() == pytest.approx(127, abs=2)
     across = np.ptp(cut[30, :, 0]) / 255 * width  # pixels of the picture that the cut spans

@@ -10,7 +10,7 @@ import torch
 from npedit.data import PairedBatch, toy, toy_pairs
 from npedit.errors import UserError
 from npedit.questions import IDENTITY_EDIT
-from npedit.recipe.config import check
+from npedit.recipe.config import validate_settings
 from npedit.toy.edits import sample_edit
 from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
@@ -59,7 +59,7 @@ def test_it_is_marked_as_pairs_and_toy_is_not() -> None:
 
 def test_pairs_that_do_nothing_cannot_be_had() -> None:
     with pytest.raises(UserError, match="nothing_share"):
-        check(toy_pairs.Settings, {"nothing_share": 0.5}, "data")
+        validate_settings(toy_pairs.Settings, {"nothing_share": 0.5}, "data")
 
 
 def test_a_few_pairs_come_over_and_over() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from npedit.editor import Editor, Facts
 from npedit.errors import UserError
-from npedit.families._decode import FEWEST, decode_latents
+from npedit.families._decode import MIN_TILE_LATENTS, decode_latents
 from npedit.families.base import Family
 from npedit.families.sana import Sana
 from npedit.generator import edit_images
@@ -77,7 +77,7 @@ def test_tiles_have_the_pictures_size_and_pass_gradient_to_every_latent(family: 
 
 @pytest.mark.parametrize("tile", [1, 4 * 4 - 1])
 def test_tiles_too_small_to_overlap_are_refused(tile: int) -> None:
-    least = f"at least {FEWEST * 4} pixels.*got {tile}"
+    least = f"at least {MIN_TILE_LATENTS * 4} pixels.*got {tile}"
     made = parts(critic=False)
     assert made.family.facts.stride == 4
     with pytest.raises(UserError, match=least):

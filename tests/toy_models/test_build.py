@@ -14,12 +14,12 @@ from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.editor import Editor
 from npedit.families.flux import Flux
 from npedit.generator import edit_images
-from npedit.recipe.config import embedded
+from npedit.recipe.config import embedded_weights
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.oracle import expected_reading, judge_edit, read_scene
 from npedit.toy.world import COLOURS, PATTERNS, SHAPES, SIZES, render
 from npedit.toy_models import build as models
-from npedit.toy_models.base_model import THING, caption_accuracy, parse_mentions
+from npedit.toy_models.base_model import THING_VALUES, caption_accuracy, parse_mentions
 from npedit.toy_models.critic import evaluate_critic, questions_about_edit
 from npedit.toy_models.fit import lr_factor
 from npedit.toy_models.mistakes import _change_edited_thing, _incomplete_removal, _overdo, degrade, sample_outcome
@@ -30,17 +30,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def family() -> Flux:
-    return Flux.load(embedded("base"), torch.float32, CPU)
+    return Flux.load(embedded_weights("base"), torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
 def critic() -> LlavaOnevision:
-    return LlavaOnevision.load(embedded("critic"), torch.float32, CPU)
+    return LlavaOnevision.load(embedded_weights("critic"), torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
 def stated() -> dict:
-    return json.loads((embedded("base").parent / "parts.json").read_text())
+    return json.loads((embedded_weights("base").parent / "parts.json").read_text())
 
 
 def test_the_vae_keeps_scenes(family, stated):
@@ -66,7 +66,7 @@ def test_captions_are_followed_as_stated(family, stated):
 def test_the_words_of_one_thing_are_found():
     line = "there is a small red circle at the top left with a striped blue square on a grey background"
     said = [[" ".join(line.split()[start:end]), facts] for start, end, facts in parse_mentions(line)]
-    none = [len(names) for names in THING]
+    none = [len(names) for names in THING_VALUES]
     red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
     circle, square = SHAPES.index("circle"), SHAPES.index("square")
     assert said == [

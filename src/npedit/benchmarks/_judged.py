@@ -14,7 +14,6 @@ A result is a folder:
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import threading
@@ -27,13 +26,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.table import Table
 
 from npedit.benchmarks._answers import read
 from npedit.benchmarks._outputs import opener, save
 from npedit.benchmarks._protocol import Protocol, Question
-from npedit.data._photos import _PIL_ERRORS, BadImage, flatten
+from npedit.data._photos import BadImage, read_photo
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
 from npedit.judges.cache import Cache, key_of
@@ -184,16 +183,12 @@ class Scorer:
 
 
 def open_rgb(file: Path | bytes) -> Image.Image:
-    """A picture from a file or its bytes: upright, RGB, transparency on white.
+    """A picture from a file or its bytes: upright, sRGB, transparency on white.
 
     Raises:
         BadImage: it is missing or cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return flatten(ImageOps.exif_transpose(image))
-    except _PIL_ERRORS as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+    return read_photo(file)
 
 
 @dataclass(frozen=True)

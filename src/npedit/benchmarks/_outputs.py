@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from rich.table import Table
 
-from npedit.data._photos import BadImage, open_whole
+from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
@@ -48,7 +48,7 @@ def make(jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int
         opened = []
         for job in part:
             try:
-                picture = open_whole(job.reference)
+                picture = read_photo(job.reference)
             except BadImage:
                 continue
             if longest:
@@ -77,7 +77,7 @@ def opener(path: Path, what: str) -> ImageOpener:
     @cache
     def opened() -> Image.Image:
         try:
-            return open_whole(path)
+            return read_photo(path)
         except BadImage as error:
             raise MissingScore(f"no {what} {path.name}: {error}") from None
 

@@ -1,76 +1,184 @@
-"""Photos as training wants them: upright, 8-bit RGB, cut to one size, every pixel from the picture.
+"""Reading pictures, in one place for training, editing, benchmarks and judges.
 
-Deviation from the reimplementation, which resizes the short side and pads with black: a cut here always fills its size.
+Every picture that is read becomes upright, 8 bits a channel, sRGB, and RGB (or RGBA where transparency is asked for):
+
+- Orientation comes from EXIF. Broken EXIF data count as none.
+- An embedded colour profile (ICC) is converted to sRGB. A profile that cannot be used is reported in the log, and the
+  picture counts as sRGB. A picture without a profile counts as sRGB.
+- Values of more than 8 bits are scaled by the range that the file declares (12 or 16 bits, signed or not). A 32-bit
+  integer TIFF declares none that is of use, see `_to_8_bits`.
+- Transparency is laid on white, or kept with `keep_alpha`.
+
+Deviation from the reimplementation, which resizes the short side and pads with black: a crop here fills its size.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
-_PIL_ERRORS = (  # what Pillow raises on broken files
-    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error, MemoryError,
-    Image.DecompressionBombError,
-)  # fmt: skip
+from npedit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_PIXELS = 100_000_000
+ORIENTATION = 0x0112  # EXIF; the TIFF tags below are those of the TIFF 6.0 specification
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class BadImage(Exception):
-    """A picture that cannot be trained on; the message is the reason."""
+    """A picture that cannot be used; the message is the reason."""
 
 
-def read_photo_size(path: Path, max_pixels: int) -> tuple[int, int]:
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """A boundary around decoders: inside the block, whatever a decoder raises becomes a `BadImage`, and Pillow's
+    warnings are not shown. Lack of memory and interruptions pass.
+
+    Raises:
+        BadImage: the decoder failed.
+    """
+    try:
+        with _quiet_pillow:
+            yield
+    except (BadImage, UserError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not a picture, or a format that is unknown here") from error
+    except Exception as error:  # noqa: BLE001 - decoders are foreign code and raise what they like; no list is complete
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+class _QuietPillow:
+    """A context manager that hides warnings from Pillow's modules; it may be entered by many threads at once, where
+    `warnings.catch_warnings` alone would leave its filters behind."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._filters: warnings.catch_warnings[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0 and self._filters is not None:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()
+
+
+def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, keep_alpha: bool = False) -> Image.Image:
+    """A picture at its full size: upright, 8 bits, sRGB; RGB, or RGBA with `keep_alpha` if anything is transparent.
+
+    `source` is a file or a file's bytes.
+
+    Raises:
+        BadImage: missing, empty, not an image, too large, or broken.
+    """
+    if isinstance(source, Path):
+        _require_file(source)
+    with decoding():
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_pixels(image, max_pixels)
+            image.load()
+            return to_srgb(image, keep_alpha)
+
+
+def read_photo_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) of a photo as it is shown, read from its header.
 
     Raises:
-        BadImage: missing, not an image, zero-sized, too large, or broken as far as the header tells.
+        BadImage: missing, empty, not an image, too large, or broken as far as the header tells.
     """
+    _require_file(path)
+    with decoding():
+        with Image.open(path) as image:
+            _check_pixels(image, max_pixels)
+            width, height = image.size
+            # A PNG's orientation may stand behind its pixels and is not worth decoding them: any crop fills its bucket.
+            swapped = not (image.format == "PNG" and "exif" not in image.info) and _orientation(image) in SWAPS_SIDES
+            image.verify()
+    return (width, height) if swapped else (height, width)
+
+
+def load_photo(path: Path, size: tuple[int, int]) -> Tensor:
+    """A photo as a training reference: (3, H, W) in [0, 1], `to_srgb`, cropped and scaled to `size` = (H, W).
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    _require_file(path)
+    with decoding():
+        with Image.open(path) as image:
+            image.draft(None, (2 * max(size), 2 * max(size)))  # JPEG alone: decode a large photo at a fraction of it
+            pixels = np.array(crop_to_fill(to_srgb(image), size))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _require_file(path: Path) -> None:
     try:
         if not path.is_file():
             raise BadImage("no such file")
         if not path.stat().st_size:
             raise BadImage("an empty file")
-        with Image.open(path) as image:
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise BadImage(f"zero-sized: {width} x {height}")
-            if width * height > max_pixels:
-                raise BadImage(f"{width} x {height} pixels are more than max_pixels = {max_pixels}")
-            # A PNG's orientation may stand behind its pixels and is not worth decoding them: any cut fills its bucket.
-            exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
-            turned = exif.get(0x0112, 1) in (5, 6, 7, 8)
-            image.verify()
-    except _PIL_ERRORS as error:
+    except (OSError, ValueError) as error:  # a name that the file system does not take
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    return (width, height) if turned else (height, width)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB: transparency on white, 16-bit values scaled.
-
-    Raises:
-        ValueError: floating-point or 32-bit pixels, whose range is unknown.
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("expected values of 8 or 16 bits; got 32-bit ones")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("expected values of 8 or 16 bits; got floating-point ones")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImage(f"zero-sized: {width} x {height}")
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels are more than max_pixels = {max_pixels}")
 
 
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred cut of the shape `size` = (H, W), scaled to it. Every pixel comes from the picture."""
+# ----------------------------------------------------------------------------------------------------------- cutting
+
+
+def crop_and_scale(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """(share of the photo's area that a crop to the shape of `size` keeps, factor by which its sides are enlarged);
+    both sizes are (H, W)."""
+    scale = min(photo[1] / size[1], photo[0] / size[0])
+    return size[0] * size[1] * scale**2 / (photo[0] * photo[1]), 1 / scale
+
+
+def crop_to_fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred crop of the shape `size` = (H, W), scaled to it. Every pixel comes from the picture."""
     height, width = size
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
@@ -78,32 +186,141 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def open_photo(path: Path, size: tuple[int, int]) -> Tensor:
-    """A photo as (3, H, W) in [0, 1], turned upright, in RGB, cut to `size` = (H, W).
+# --------------------------------------------------------------------------------------------------------- to sRGB
+
+
+def to_srgb(image: Image.Image, keep_alpha: bool = False) -> Image.Image:
+    """Any picture as 8-bit sRGB, upright: RGB with transparency laid on white, or RGBA with `keep_alpha` if anything is
+    transparent. Nothing else (EXIF, profile) is kept.
 
     Raises:
-        BadImage: it cannot be decoded.
+        BadImage: it cannot be decoded, holds floating-point values, or 32-bit integers of unknown range.
     """
+    with decoding():
+        image.load()  # a PNG's EXIF data may stand behind its pixels
+        turn = UPRIGHT.get(_orientation(image))
+        image = _to_8_bits(image)
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.has_transparency_data:
+            out = _convert_transparent(image, keep_alpha)
+        else:
+            out = _convert_colours(image)
+        out.info = {}
+        return out
+
+
+def _convert_transparent(image: Image.Image, keep_alpha: bool) -> Image.Image:
+    icc, image = image.info.get("icc_profile"), image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
+    alpha = image.getchannel("A")
+    colours = _convert_colours(image.convert("L" if image.mode == "LA" else "RGB"), icc)
+    if alpha.getextrema() == (255, 255):
+        return colours
+    colours.putalpha(alpha)
+    return colours if keep_alpha else lay_on_white(colours)
+
+
+def lay_on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture on a white background, as RGB."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def srgb_profile() -> bytes:
+    """The ICC profile of sRGB, to be written into a picture's file."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where EXIF data are missing or broken."""
     try:
-        if not path.is_file():
-            raise BadImage("no such file")
-        with Image.open(path) as image:
-            image.draft(None, (2 * max(size), 2 * max(size)))  # JPEG alone: decode a large photo at a fraction of it
-            pixels = np.array(cover(flatten(ImageOps.exif_transpose(image)), size))
-    except _PIL_ERRORS as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+        with decoding():
+            found = image.getexif().get(ORIENTATION, 1)
+    except BadImage:
+        return 1
+    return found if found in UPRIGHT else 1
 
 
-def open_whole(path: Path, max_pixels: int = 80_000_000) -> Image.Image:
-    """A picture at its own size, turned upright, in RGB.
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel. Integers of more bits are scaled by the range that the file declares.
+
+    A 32-bit integer TIFF says 32 bits whatever its values are. Values up to 255 count as 8 bits, up to 65535 as 16
+    bits, and those that reach 2^24 as 32 bits.
 
     Raises:
-        BadImage: missing, too large, or it cannot be decoded.
+        BadImage: floating-point values, negative ones, or 32-bit values between these ranges.
     """
-    read_photo_size(path, max_pixels)
+    if image.mode == "F":
+        raise BadImage("expected integer values; got floating-point ones, whose range is unknown; save it with 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {})
+    signed = _first(tags.get(SAMPLE_FORMAT), 1) == 2
+    bits = _first(tags.get(BITS_PER_SAMPLE), 16)
+    if bits == 32:
+        values, bits = _guess_range(values, signed)
+    if values.min(initial=0) < 0:
+        raise BadImage(f"expected values from 0; got {values.min()}, below black; save it with 16 bits, unsigned")
+    most = 2 ** (bits - (signed and bits > 8)) - 1
+    if _first(tags.get(PHOTOMETRIC), 1) == 0:  # 0 is white; Pillow turns this round for 8 bits alone
+        values = most - values
+    out = Image.fromarray((values.clip(0, most) * (255 / most)).round().astype(np.uint8))
+    out.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return out
+
+
+def _guess_range(values: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
+    """32-bit values and how many bits of them are in use; see `_to_8_bits`."""
+    values = values if signed else values % 2**32  # Pillow reads unsigned ones as signed
+    most = int(values.max(initial=0))
+    for bits in (8, 16):
+        if most < 2**bits:
+            return values, bits + (signed and bits > 8)
+    if most < 2**24:
+        raise BadImage(f"expected values of 8, 16 or 32 bits; got a maximum of {most}; save it with 16 bits")
+    return values, 32
+
+
+def _first(value: Any, default: int) -> int:
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else default
+
+
+def _convert_colours(image: Image.Image, icc: bytes | None = None) -> Image.Image:
+    """The picture as RGB in sRGB; `icc` is its colour profile where the picture itself has lost it."""
+    icc = icc or image.info.get("icc_profile")
+    if not icc:
+        return image.convert("RGB")
     try:
-        with Image.open(path) as image:
-            return flatten(ImageOps.exif_transpose(image))
-    except _PIL_ERRORS as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+        with decoding():
+            mode, transform = _transform_to_srgb(icc, image.mode == "CMYK")
+            if transform is None:
+                return image.convert("RGB")
+            return ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
+    except BadImage as error:
+        log.warning("a colour profile cannot be used (%s): the picture is read as sRGB", error)
+        return image.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _transform_to_srgb(icc: bytes, is_cmyk: bool) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """(mode of the pictures that a profile is for, its transform to sRGB; None where that changes no colour by more
+    than one step of 255).
+
+    Raises:
+        BadImage: the profile is for another kind of picture.
+    """
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+    space = profile.profile.xcolor_space.strip()
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+    if mode is None or (mode == "CMYK") != is_cmyk:
+        raise BadImage(f"it is for {space} pictures")
+    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "CMYK":
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        probe = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
+        moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int) - np.asarray(probe.convert("RGB"))
+        if abs(moved).max() <= 1:
+            return mode, None
+    return mode, transform

@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
-from npedit.data._photos import BadImage, open_photo, read_photo_size
+from npedit.data._photos import BadImage, load_photo, read_photo_size
 from npedit.errors import BadRowsError, UserError, did_you_mean
 from npedit.questions import IDENTITY_EDIT, normalise_edit_type
 from npedit.recipe.config import Settings as Base
@@ -362,7 +362,7 @@ class Source:
             if row.line in self._bad:
                 continue
             try:
-                picture = open_photo(resolve_photo_path(self.metadata.parent, row.file_name), size)
+                picture = load_photo(resolve_photo_path(self.metadata.parent, row.file_name), size)
             except BadImage as error:
                 self._record_bad_row(row, str(error))
                 self._check_bad_share()
