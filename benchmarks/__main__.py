@@ -19,13 +19,14 @@ from rich.console import Console
 from benchmarks.inference import inference
 from benchmarks.processes import processes
 from benchmarks.train_step import Bench, arithmetic, by_part, exchanges, savings
-from npedit.recipe.config import load_recipe, pick_device
+from npedit.nets.device import device_name, is_accelerator, pick_device
+from npedit.recipe.config import load_recipe
 
 
 def machine() -> str:
     """What it was measured on."""
-    if pick_device().type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    if is_accelerator(pick_device()):
+        return f"{device_name(pick_device())}, torch {torch.__version__}"
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = model.group(1) if model else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -67,7 +68,7 @@ def main() -> None:
         "arithmetic": lambda: arithmetic(bench, chosen.repeats),
         "inference": lambda: inference(chosen.repeats),
     }
-    if pick_device().type == "cpu":
+    if not is_accelerator(pick_device()):
         makers["processes"] = lambda: processes(chosen.recipe, bench.pictures, 3 + chosen.repeats)
     for name, make in makers.items():
         tables[name] = make()

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
-from npedit.recipe.config import pick_device
+from npedit.nets.device import pick_device, profiler_activities, synchronize
 from npedit.steps import np_edit
 from npedit.steps.base import Timers
 
@@ -21,8 +20,7 @@ MARK = "part of a step: "
 
 def wait() -> None:
     """Until the device has done all that it was asked to."""
-    if pick_device().type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(pick_device())
 
 
 def interleaved(calls: Mapping[str, Callable[[int], object]], repeats: int, warm: int = 1) -> dict[str, list[float]]:
@@ -74,14 +72,13 @@ def marked() -> Iterator[None]:
 def peaks(call: Callable[[], object]) -> dict[str, int]:
     """Most bytes that a call of a step holds in each part of it, beside those from before the call, by torch's
     profiler. A moment counts for the innermost part."""
-    device = pick_device().type
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with marked(), profile(activities=kinds, profile_memory=True) as seen:
+    device = pick_device()
+    with marked(), profile(activities=profiler_activities(device), profile_memory=True) as seen:
         call()
     events = sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     spans = [(e.start_ns(), e.end_ns(), e.name().removeprefix(MARK)) for e in events if e.name().startswith(MARK)]
     held, most = 0, {}
-    for event in (e for e in events if e.name() == "[memory]" and e.device_type().name.lower() == device):
+    for event in (e for e in events if e.name() == "[memory]" and e.device_type().name.lower() == device.type):
         held += event.nbytes()
         inside = [span for span in spans if span[0] <= event.start_ns() <= span[1]]
         if inside:

@@ -15,8 +15,9 @@ from benchmarks.measure import MIB, interleaved, marked, middle, peaks, storages
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.generator import sample_training_times, seeded_generator
+from npedit.nets.device import pick_device
 from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import LoraChoice, MemorySettings, Recipe, pick_device, torch_dtype
+from npedit.recipe.config import LoraChoice, MemorySettings, Recipe, torch_dtype
 from npedit.steps import np_edit
 from npedit.steps.base import Parts
 from npedit.training.parts import build_parts, build_source

@@ -8,11 +8,9 @@ that the editor was trained from:
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,60 +29,14 @@ from npedit.nets.device import pick_device
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe import config
+from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+from npedit.runs.resolve import load_ema_weights, read_recipe, require_finite_weights, resolve_editor
 
-FORMAT = 1
-CHUNK = 16  # pictures edited at a time
+BATCH_PIXELS = 16 * 512 * 512  # of one pass through the editor, counted at the size that it works at
+BATCH_ITEMS = 16  # the most pictures in one pass
+WINDOW_PIXELS = 64_000_000  # of the pictures that `edit_each` holds at a time, at their full size
 MAX_PIXELS = 100_000_000
 MAX_SIDE_RATIO = 64
-FACTS_FILE = "npedit.json"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What `npedit.json` says. `sizes` are (height, width) in pixels; `base` is a Hub id, a folder or "embedded";
-    `tile` is the side in pixels of the tiles that it was trained to be decoded in, 0 for the whole."""
-
-    family: str
-    base: str
-    steps: int
-    sizes: tuple[tuple[int, int], ...]
-    dtype: str = "float32"
-    tile: int = 0
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read and check a folder's `npedit.json`.
-
-        Raises:
-            UserError: it is missing, is not JSON, is of another format, or lacks a field.
-        """
-        path = folder / FACTS_FILE
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(
-                f"expected {FACTS_FILE} in {folder}; there is none. Give a run, its final/ folder, or 'embedded'."
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"expected JSON in {path}; got: {error}. Export the run again: npedit export RUN DIR."
-            ) from None
-        try:
-            if found["format"] != FORMAT:
-                raise UserError(
-                    f"expected an editor of format {FORMAT} in {path}; got {found['format']}; update npedit."
-                )
-            sizes = tuple((int(h), int(w)) for h, w in found["sizes"])
-            family, base = (str(found[key]) for key in ("family", "base"))
-            facts = cls(family, base, int(found["steps"]), sizes, found.get("dtype", "float32"), int(found.get("tile", 0)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}."
-            ) from None
-        if facts.steps < 1 or facts.tile < 0 or not sizes or min(min(s) for s in sizes) < 1:
-            got = f"{facts.steps} steps, tile {facts.tile}, sizes {sizes}"
-            raise UserError(f"expected steps >= 1, tile >= 0 and sizes >= 1 in {path}; got {got}.")
-        return facts
 
 
 class Editor:
@@ -95,8 +47,16 @@ class Editor:
         UserError: the tile is smaller than the family's decoder can take.
     """
 
-    def __init__(self, family: Family, net: nn.Module, steps: int, sizes: Sequence[tuple[int, int]], tile: int = 0):
+    def __init__(
+        self, family: Family, net: nn.Module, steps: int, sizes: Sequence[tuple[int, int]], tile: int = 0
+    ) -> None:
         check_tile(family.facts, tile)
+        multiple = family.facts.multiple
+        if bad := [f"{w}x{h}" for h, w in sizes if h % multiple or w % multiple]:
+            raise UserError(
+                f"expected sizes that are multiples of {multiple}, as this editor's family takes them; got "
+                f"{', '.join(bad)}. Correct 'sizes' in its {FACTS_FILE}."
+            )
         self.family = family
         self.tile = tile
         self.net = net.eval().requires_grad_(False)
@@ -104,29 +64,35 @@ class Editor:
         self.sizes = tuple((int(h), int(w)) for h, w in sizes)
 
     @classmethod
-    def open(cls, path: str | Path = "embedded", device: str | torch.device = "", tile: int | None = None) -> Self:
-        """Open a run, an editor's folder, or "embedded", the trained toy editor that ships in the package.
+    def open(
+        cls, path: str | Path = "embedded", device: str | torch.device = "", tile: int | None = None, base: str = ""
+    ) -> Self:
+        """Open RUN, RUN/final, RUN/checkpoint-N, an exported folder, or "embedded", the toy editor in the package.
 
-        `device` "" is the one in NPEDIT_DEVICE, else the GPU if there is one, else the CPU. `tile` None is the one that it was trained with.
+        `device` "" is the one in NPEDIT_DEVICE, else the GPU if there is one, else the CPU. `tile` None is the one
+        that the editor was trained with. `base` replaces the base model's Hub id or folder that is written in
+        npedit.json.
 
         Raises:
-            UserError: there is no editor at this path, one of its parts is missing or broken, or the tile is too small.
+            UserError: there is no editor at this path, one of its parts is missing or broken, a weight is NaN or
+                infinite, or the tile is too small.
         """
-        folder = locate(path)
-        facts = Facts.read(folder)
-        base = config.embedded_weights("base") if facts.base == "embedded" else facts.base
+        source = resolve_editor(path)
+        recipe = read_recipe(source) if source.is_checkpoint else None
+        facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
+        weights = base or facts.base
         kind, device = config.find_class("families", facts.family), pick_device(device or None)
         try:
-            family = kind.load(base, config.torch_dtype(facts.dtype), device)
-            if (folder / LORA_FILE).is_file():
-                net = LoraAdapter.open(family.lora_base(), "student", folder)
-            else:
-                net = family.open_net(folder / "transformer").to(device)
+            folder = config.embedded_weights("base") if weights == "embedded" else weights
+            family = kind.load(folder, config.torch_dtype(facts.dtype), device)
+            net = _open_checkpoint_net(family, source.folder, recipe) if recipe else _open_net(family, source.folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"expected the editor in {folder} and its base model {facts.base!r} to open; got: {error}. "
-                "Check that both are complete; 'npedit doctor' looks at the embedded parts."
+                f"expected the editor in {source.folder} and its base model {weights!r} to open; got: {error}. "
+                "Check that both are complete. If the base model is somewhere else, say where with --base. "
+                "'npedit doctor' checks the embedded parts."
             ) from None
+        require_finite_weights(net, source.folder)
         return cls(family, net, facts.steps, facts.sizes, facts.tile if tile is None else tile)
 
     def edit_tensor(
@@ -139,6 +105,7 @@ class Editor:
 
         Raises:
             ValueError: another shape, another number of instructions or seeds, or fewer than one step.
+            UserError: a pixel of the result is NaN or infinite.
         """
         multiple, steps = self.family.facts.multiple, self.steps if steps is None else steps
         seeds = [seed] * len(references) if isinstance(seed, int) else list(seed)
@@ -149,13 +116,18 @@ class Editor:
             raise ValueError(f"expected {len(references)} of each; got {came}")
         if steps < 1:
             raise ValueError(f"expected at least one step; got {steps}")
-        done = []
-        for i in range(0, len(references), CHUNK):
-            part = slice(i, i + CHUNK)
+        done, count = [], max(1, min(BATCH_ITEMS, BATCH_PIXELS // (references.shape[2] * references.shape[3])))
+        for i in range(0, len(references), count):
+            part = slice(i, i + count)
             given = references[part].to(self.family.device)
             edited = generator.edit_images(
                 self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile
             )
+            if not bool(torch.isfinite(edited).all()):
+                raise UserError(
+                    "expected finite pixels; got NaN or infinity from the editor. Use an earlier checkpoint "
+                    "(RUN/checkpoint-N), or dtype float32 if the editor was trained in float16."
+                )
             done.append(edited.float().clamp(0, 1).to(references.device))
         return torch.cat(done)
 
@@ -176,42 +148,62 @@ class Editor:
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         instructions = [instructions] if isinstance(instructions, str) else list(instructions)
-        pairs = paired(images, instructions)
+        pairs = pair_up(images, instructions)
+        return list(self.edit_each((im for im, _ in pairs), [text for _, text in pairs], seed, steps))
+
+    def edit_each(
+        self, images: Iterable[Image.Image], instructions: Sequence[str], seed: int = 0, steps: int | None = None
+    ) -> Iterator[Image.Image]:
+        """Edit pictures one after the other in bounded memory: yields each result in order, as soon as it is ready.
+
+        `images` is read a few at a time (`BATCH_ITEMS`, `WINDOW_PIXELS`), so it may open files when asked for them.
+        It has one picture for each instruction. Errors are those of `edit`.
+        """
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"expected at least one step; got {steps}.")
-        upright = [to_rgb(image) for image, _ in pairs]
-        sizes = [nearest_size((im.height, im.width), self.sizes) for im in upright]
+        window: list[tuple[Image.Image, str]] = []
+        for image, text in zip(images, instructions, strict=True):
+            image = to_rgb(image)
+            pixels = sum(im.width * im.height for im, _ in window) + image.width * image.height
+            if window and (len(window) == BATCH_ITEMS or pixels > WINDOW_PIXELS):
+                yield from self._edit_window(window, seed, steps)
+                window = []
+            window.append((image, text))
+        yield from self._edit_window(window, seed, steps)
+
+    def _edit_window(self, window: Sequence[tuple[Image.Image, str]], seed: int, steps: int) -> list[Image.Image]:
+        """Edit upright RGB pictures, those of one working size together; returns the results in their order."""
+        sizes = [nearest_size((image.height, image.width), self.sizes) for image, _ in window]
         edited: dict[int, Image.Image] = {}
         for size in sorted(set(sizes)):
             members = [i for i, s in enumerate(sizes) if s == size]
-            references = torch.stack([to_tensor(resized(upright[i], size)) for i in members])
-            out = self.edit_tensor(references, [pairs[i][1] for i in members], seed, steps)
+            references = torch.stack([to_tensor(resize(window[i][0], size)) for i in members])
+            out = self.edit_tensor(references, [window[i][1] for i in members], seed, steps)
             for i, picture in zip(members, out):
-                edited[i] = resized(to_pil(picture), (upright[i].height, upright[i].width))
-        return [edited[i] for i in range(len(pairs))]
+                edited[i] = resize(to_pil(picture), (window[i][0].height, window[i][0].width))
+        return [edited[i] for i in range(len(window))]
 
 
-def locate(path: str | Path) -> Path:
-    """The folder of the editor that `path` means.
-
-    Raises:
-        UserError: nothing is there, or it is a run that has no finished editor yet.
-    """
-    if str(path) == "embedded":
-        return Path(config.embedded_weights("editor"))
-    folder = Path(path)
-    if not os.path.isdir(folder):  # unlike Path.is_dir, it does not fail on a name that is too long
-        raise UserError(f"expected a run or an editor's folder; {folder} is not a folder. Give a run, or 'embedded'.")
-    for candidate in (folder, folder / "final"):
-        if (candidate / FACTS_FILE).is_file():
-            return candidate
-    if (folder / "config.resolved.yaml").is_file():
-        raise UserError(f"the run {folder} has no finished editor yet (no final/ in it). Go on with 'npedit train'.")
-    raise UserError(f"expected a run or an editor's folder; {folder} has no {FACTS_FILE} and no final/.")
+def _open_net(family: Family, folder: Path) -> nn.Module:
+    """The trained net of an editor's folder: an adapter of the family's base, or a net of its own."""
+    if (folder / LORA_FILE).is_file():
+        return LoraAdapter.open(family.lora_base(), "student", folder)
+    return family.open_net(folder / "transformer").to(family.device)
 
 
-def paired(images: Sequence[Any], instructions: Sequence[str]) -> list[tuple[Any, str]]:
+def _open_checkpoint_net(family: Family, checkpoint: Path, recipe: config.Recipe) -> nn.Module:
+    """The student of a checkpoint with its EMA weights, in the base's number type as `_open_net` gives it."""
+    if recipe.lora:
+        adapter = LoraAdapter.create(family.lora_base(), "student", recipe.lora.rank, recipe.lora.alpha, recipe.seed)
+        load_ema_weights(checkpoint, adapter)
+        return adapter
+    net = family.trainable_net().to(family.device)
+    load_ema_weights(checkpoint, net)
+    return net
+
+
+def pair_up(images: Sequence[Any], instructions: Sequence[str]) -> list[tuple[Any, str]]:
     """Pair images and instructions; one of either goes with all of the other.
 
     Raises:
@@ -291,7 +283,7 @@ def nearest_size(size: tuple[int, int], trained: Sequence[tuple[int, int]]) -> t
     return min(trained, key=lambda s: (round(abs(math.log(s[0] / s[1]) - shape), 3), abs(math.log(s[0] * s[1]) - area)))
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale to (height, width): whole-number reductions by averaging (the inverse of a pixel-block enlargement), others
     with Lanczos."""
     h, w = size

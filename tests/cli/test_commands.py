@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -48,8 +47,8 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def here(parts, tmp_path, monkeypatch):
     """An empty working folder, and the tiny parts in the place of the package's own."""
-    monkeypatch.setattr(config, "embedded", lambda kind: parts / kind)
-    monkeypatch.setattr(config, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(config, "embedded_weights", lambda kind: parts / kind)
+    monkeypatch.setenv("NPEDIT_DEVICE", "cpu")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -256,7 +255,7 @@ def test_export_makes_a_folder_that_opens_and_never_overwrites(here):
 def test_doctor_names_what_is_wrong(here, monkeypatch):
     assert "9 right" in run("doctor")
     monkeypatch.undo()
-    monkeypatch.setattr(config, "embedded", lambda kind: (_ for _ in ()).throw(cli.UserError(f"no {kind}; reinstall")))
+    monkeypatch.setattr(config, "embedded_weights", lambda kind: (_ for _ in ()).throw(cli.UserError(f"no {kind}; reinstall")))
     assert "no critic; reinstall" in run("doctor", code=2)
 
 

@@ -20,7 +20,6 @@ from npedit.errors import UserError
 from npedit.judges.base import Manner
 from npedit.judges.local import LocalJudge, fingerprint
 from npedit.judges.server import ServerJudge
-from npedit.recipe import config
 from tests.benchmarks.test_imgedit import write_data
 from tests.cli.test_commands import run
 from tests.support.judge_server import images_of, picture, serving, text_of, write_edited, write_gedit
@@ -131,7 +130,7 @@ def test_scores_from_logits_are_the_models_own_probabilities(tmp_path):
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("NPEDIT_DEVICE", "cpu")
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.chdir(tmp_path)
     write_gedit(tmp_path / "data", {"text_change": 2})

@@ -13,10 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from npedit.recipe import config
 from tests.cli.test_commands import run
 from tests.judges.test_local import records, taught
 from tests.support.judge_server import write_gedit
@@ -74,7 +72,7 @@ def address(tmp_path):
 
 
 def test_gedit_judged_by_transformers_own_server(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("NPEDIT_DEVICE", "cpu")
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.chdir(tmp_path)
     write_gedit(tmp_path / "data")

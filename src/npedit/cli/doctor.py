@@ -36,16 +36,17 @@ def run_checks() -> Iterator[Check]:
             return
     import torch
 
+    from npedit.nets.device import device_name, is_accelerator, pick_device
     from npedit.recipe import config
 
-    device = config.pick_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    device = pick_device()
+    name = device_name(device) if is_accelerator(device) else f"{torch.get_num_threads()} threads"
     yield "device", True, f"{device.type}: {name}"
     yield _check_temporary_files()
     whole = True
     for kind in ("base", "critic", "editor"):
         try:
-            folder = config.embedded(kind)
+            folder = config.embedded_weights(kind)
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
             yield f"embedded {kind}", True, f"{size:.1f} MB in {folder}"
         except UserError as error:

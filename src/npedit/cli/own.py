@@ -164,7 +164,7 @@ def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any]
     """DINO and CLIP, or why they are missing, which is said; and what to note of them all."""
     from npedit.scoring.encoders import Absent, Clip, Dino, open_encoder
 
-    encoders = tuple(open_encoder(k, w) for k, w in zip((Dino, Clip), weights))
+    encoders = open_encoder(Dino, weights[0]), open_encoder(Clip, weights[1])
     for encoder in encoders:
         if isinstance(encoder, Absent):
             err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
@@ -174,7 +174,7 @@ def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any]
 
 def open_lpips(folder: Path | None) -> Any:
     """LPIPS, if its folder is given."""
-    from npedit.recipe.config import pick_device
+    from npedit.nets.device import pick_device
     from npedit.scoring.lpips import Lpips
 
     return Lpips.load(folder, pick_device()) if folder else None

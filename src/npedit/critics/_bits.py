@@ -14,6 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
+from npedit.nets.device import is_cuda
+
 NOT_QUANTISED = (
     "lm_head",
     "vision_tower",
@@ -35,7 +37,7 @@ def quantisation_arguments(bits: int, dtype: torch.dtype, device: torch.device) 
         return {}
     if bits not in (4, 8):
         raise ValueError(f"expected bits 0, 4 or 8; got {bits}")
-    if device.type != "cuda" or not is_bitsandbytes_available():
+    if not is_cuda(device) or not is_bitsandbytes_available():
         has = "with" if is_bitsandbytes_available() else "without"
         raise ValueError(
             f"expected a CUDA device and the package bitsandbytes for weights of {bits} bits; got {device.type} {has} "

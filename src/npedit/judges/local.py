@@ -24,6 +24,7 @@ from npedit.critics._chat import read_model_type
 from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.judges.base import OK, Judge, Manner, Reply
+from npedit.nets.device import default_dtype, pick_device
 from npedit.recipe import config
 
 PARTS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
@@ -44,8 +45,8 @@ class LocalJudge(Judge):
         Raises:
             UserError: it cannot be opened.
         """
-        device = config.pick_device()
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        device = pick_device()
+        dtype = default_dtype(device)
         try:
             folder, revision = _located(weights)
             family = _families()[read_model_type(folder, _families())]
@@ -95,7 +96,7 @@ class LocalJudge(Judge):
 def _families() -> dict[str, str]:
     """config.json's model_type -> the file in critics/ that opens it."""
     kinds = {"llava_onevision": "llava_onevision"}
-    for name in config.names("critics"):
+    for name in config.available_names("critics"):
         kinds |= dict.fromkeys(getattr(config.find_class("critics", name), "kinds", ()), name)
     return kinds
 
@@ -103,7 +104,7 @@ def _families() -> dict[str, str]:
 def _located(weights: str) -> tuple[Path, str]:
     """The folder, and what tells its weights from others: the Hub's commit, or a hash over the files."""
     if weights == config.EMBEDDED:
-        folder = config.embedded("critic")
+        folder = config.embedded_weights("critic")
     elif Path(weights).is_dir():
         folder = Path(weights)
     else:

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from npedit.errors import UserError
+from npedit.nets.device import accelerator_count, is_accelerator, pick_device, process_group_backend, set_process_device
 
 TIMEOUT = timedelta(minutes=60)  # the others wait while the first writes the finished editor
 REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -96,22 +97,22 @@ def _join_process_group() -> dist.Store:
     missing = [key for key in REQUIRED_VARIABLES if key not in os.environ]
     if missing:
         raise UserError(
-            f"expected {', '.join(REQUIRED_VARIABLES)} in the environment, as WORLD_SIZE is there; {', '.join(missing)} missing; "
+            f"expected {', '.join(REQUIRED_VARIABLES)} in the environment, because WORLD_SIZE is set; "
+            f"{', '.join(missing)} missing; "
             "start with torchrun, or unset WORLD_SIZE"
         )
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    device = pick_device()
+    if is_accelerator(device):
+        local, seen = int(os.environ["LOCAL_RANK"]), accelerator_count()
         if local >= seen:
             raise UserError(
                 f"expected at most one process per GPU; got process {local + 1} of this machine, which shows {seen}; "
                 f"start {seen} processes per machine"
             )
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
+        set_process_device(device, local if device.index is None else device.index)
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups, rank=number, world_size=count, timeout=TIMEOUT)
+    dist.init_process_group(process_group_backend(device), store=groups, rank=number, world_size=count, timeout=TIMEOUT)
     return store
 
 

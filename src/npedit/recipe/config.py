@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -43,7 +43,7 @@ class FamilyChoice(Settings):
 
     def folder(self) -> str | Path:
         """The weights to open; "embedded" becomes the package's own folder."""
-        return embedded("base") if self.weights == EMBEDDED else self.weights
+        return embedded_weights("base") if self.weights == EMBEDDED else self.weights
 
 
 class CriticChoice(Settings):
@@ -60,7 +60,7 @@ class CriticChoice(Settings):
 
     def folder(self) -> str | Path:
         """The weights to open; "embedded" becomes the package's own folder."""
-        return embedded("critic") if self.weights == EMBEDDED else self.weights
+        return embedded_weights("critic") if self.weights == EMBEDDED else self.weights
 
 
 class LoraChoice(Settings):
@@ -186,22 +186,25 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
     filled = dict(raw)
     for kind, key in (("families", "family"), ("critics", "critic"), ("critics", "judge")):
         if isinstance(filled.get(key), Mapping) and "name" in filled[key]:
-            _known(kind, filled[key]["name"], f"{key}.name")
+            _require_known_name(kind, filled[key]["name"], f"{key}.name")
     data = filled.get("data")
     if isinstance(data, Mapping) and "name" in data:
-        _known("data", data["name"], "data.name")
+        _require_known_name("data", data["name"], "data.name")
         own = {k: v for k, v in data.items() if k != "name"}
-        filled["data"] = {"name": data["name"], "settings": check(find("data", data["name"]).Settings, own, "data")}
+        filled["data"] = {
+            "name": data["name"],
+            "settings": validate_settings(find_module("data", data["name"]).Settings, own, "data"),
+        }
     if isinstance(filled.get("stages"), list | tuple):
-        filled["stages"] = [_stage(s, f"stages.{i}") for i, s in enumerate(filled["stages"])]
-    recipe = check(Recipe, filled, "")
+        filled["stages"] = [_parse_stage(s, f"stages.{i}") for i, s in enumerate(filled["stages"])]
+    recipe = validate_settings(Recipe, filled, "")
     if recipe.trainer.benchmark:
-        _known("benchmarks", recipe.trainer.benchmark, "trainer.benchmark")
-    _whole(recipe)
+        _require_known_name("benchmarks", recipe.trainer.benchmark, "trainer.benchmark")
+    _check_consistency(recipe)
     return recipe
 
 
-def _whole(recipe: Recipe) -> None:
+def _check_consistency(recipe: Recipe) -> None:
     """Refuse a recipe whose parts do not go together."""
     for i, stage in enumerate(recipe.stages):
         if recipe.critic is None and "critic" in find_class("steps", stage.step).needs(stage.settings):
@@ -235,19 +238,21 @@ def _whole(recipe: Recipe) -> None:
         )
 
 
-def _stage(stage: Any, path: str) -> Any:
+def _parse_stage(stage: Any, path: str) -> Any:
     if not isinstance(stage, Mapping) or "step" not in stage:
         return stage
-    _known("steps", stage["step"], f"{path}.step")
+    _require_known_name("steps", stage["step"], f"{path}.step")
     own = stage.get("settings")
-    settings = check(find_class("steps", stage["step"]).Settings, {} if own is None else own, f"{path}.settings")
+    settings = validate_settings(
+        find_class("steps", stage["step"]).Settings, {} if own is None else own, f"{path}.settings"
+    )
     return {**stage, "settings": settings}
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def check(model: type[Model], values: Any, path: str) -> Model:
+def validate_settings(model: type[Model], values: Any, path: str) -> Model:
     """Build `model` from plain values; `path` is where they stand in the recipe ("" for the top).
 
     Raises:
@@ -256,15 +261,15 @@ def check(model: type[Model], values: Any, path: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, e, path) for e in error.errors()]
+        lines = [_explain_validation_error(model, e, path) for e in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
-def _explain(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str:
+def _explain_validation_error(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str:
     loc = [str(part) for part in error["loc"]]
     where = ".".join(p for p in (path, *loc) if p) or "the recipe"
     if error["type"] == "extra_forbidden":
-        known = _fields(model, loc[:-1])
+        known = _known_keys(model, loc[:-1])
         hint = did_you_mean(loc[-1], known)
         return f"{where}: expected one of {', '.join(known)}; got an unknown key; remove or rename it.{hint}"
     if error["type"] == "missing":
@@ -272,7 +277,7 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any], path: str) -> str
     return f"{where}: expected another value ({error['msg']}); got {error['input']!r}; change it"
 
 
-def _fields(model: Any, loc: Sequence[str]) -> list[str]:
+def _known_keys(model: Any, loc: Sequence[str]) -> list[str]:
     """The keys known at a place below `model`."""
     for part in loc:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
@@ -283,7 +288,7 @@ def _fields(model: Any, loc: Sequence[str]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def names(kind: str) -> list[str]:
+def available_names(kind: str) -> list[str]:
     """The names a recipe may use: the files of `npedit/<kind>/`, without `base`."""
     package = importlib.import_module(f"npedit.{kind}")
     return sorted(
@@ -291,15 +296,15 @@ def names(kind: str) -> list[str]:
     )
 
 
-def _known(kind: str, name: Any, path: str) -> None:
-    known = names(kind)
+def _require_known_name(kind: str, name: Any, path: str) -> None:
+    known = available_names(kind)
     if name not in known:
         raise UserError(
             f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{did_you_mean(name, known)}"
         )
 
 
-def find(kind: str, name: str) -> ModuleType:
+def find_module(kind: str, name: str) -> ModuleType:
     """Import `npedit.<kind>.<name>`; kinds are families, critics, steps, data, benchmarks.
 
     Raises:
@@ -307,13 +312,13 @@ def find(kind: str, name: str) -> ModuleType:
     """
     if kind not in KINDS:
         raise ValueError(f"expected one of {KINDS}; got {kind!r}")
-    _known(kind, name, kind)
+    _require_known_name(kind, name, kind)
     return importlib.import_module(f"npedit.{kind}.{name}")
 
 
-def find_class(kind: str, name: str) -> type:
+def find_class(kind: str, name: str) -> Any:
     """The class that a file of families, critics or steps defines: the only child there of the base class."""
-    module = find(kind, name)
+    module = find_module(kind, name)
     base = getattr(importlib.import_module(f"npedit.{kind}.base"), BASES[kind])
     found = [
         v
@@ -327,7 +332,7 @@ def find_class(kind: str, name: str) -> type:
     return found[0]
 
 
-def embedded(kind: Literal["base", "critic", "editor"]) -> Path:
+def embedded_weights(kind: Literal["base", "critic", "editor"]) -> Path:
     """The folder of the weights that ship in the package.
 
     Raises:
@@ -347,19 +352,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU. Devices are named here and in `offload_device`, and nowhere else."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def offload_device() -> torch.device:
-    """Where frozen parts wait while nobody uses them."""
-    return torch.device("cpu")
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, each with (old, new); a key that one side lacks has "(absent)" there."""
-    a, b = _flat(old, ""), _flat(new, "")
+    a, b = _flatten(old, ""), _flatten(new, "")
     return {
         k: (a.get(k, "(absent)"), b.get(k, "(absent)"))
         for k in sorted(a.keys() | b.keys())
@@ -367,14 +362,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     }
 
 
-def _flat(value: Any, path: str) -> dict[str, Any]:
+def _flatten(value: Any, path: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
-        items = value.items()
+        items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
     else:
         return {path: value}
     out: dict[str, Any] = {}
     for key, inner in items:
-        out |= _flat(inner, f"{path}.{key}" if path else str(key))
+        out |= _flatten(inner, f"{path}.{key}" if path else str(key))
     return out

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from npedit.errors import UserError, explain_write_errors, resume_command
 from npedit.nets import distributed, sharded_checkpoint
+from npedit.nets.device import device_name
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe, differences, make_recipe
 from npedit.runs.lock import LOCK_FILES, Lock, hold
 
-CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, BLAME = (
+CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, FAILURES = (
     "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
 )  # fmt: skip
 # what a run leaves that was ended before it began
@@ -61,7 +62,7 @@ def require_run(path: str | Path) -> Path:
 
 
 @contextmanager
-def claimed(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
+def hold_run(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
     """Hold a run directory for one process, for the length of a `with` block; an old run must have the same recipe.
 
     Raises:
@@ -92,7 +93,7 @@ def same_recipe(run: Path, recipe: Recipe, resume: bool = True) -> None:
         )
 
 
-def begin(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
+def write_run_metadata(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
     """Write what a run is made of; for an old run, make sure that its data are the same.
 
     Raises:
@@ -122,12 +123,12 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
     return {
         "format": 1,
         "recipe": recipe.name,
-        "no_pairs": without_pairs(recipe),
+        "no_pairs": is_trained_without_pairs(recipe),
         "data_fingerprint": data_fingerprint,
         "seeds": {"recipe": recipe.seed},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git_revision": git_revision(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -135,7 +136,7 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
     }
 
 
-def without_pairs(recipe: Recipe) -> bool:
+def is_trained_without_pairs(recipe: Recipe) -> bool:
     """Whether neither this training nor the run that it starts from is shown edited images.
 
     Raises:
@@ -174,18 +175,19 @@ def _to_disk(file: IO) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in run.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / COMPLETE).is_file()]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
-def newest_complete(run: Path) -> Path | None:
+def latest_complete_checkpoint(run: Path) -> Path | None:
     """The checkpoint to go on from; None if there is none yet."""
-    return (checkpoints(run) or [None])[-1]
+    found = complete_checkpoints(run)
+    return found[-1] if found else None
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
+def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
     """Write `checkpoint-STEP` aside, rename it, then drop all but the newest `keep`. If it fails, the older ones stay.
     All processes call it, and each writes its part of the tensors.
 
@@ -194,7 +196,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[s
     """
     folder = run / f"checkpoint-{step:06d}"
     aside = folder.with_name(folder.name + ".tmp")
-    if distributed.broadcast_object(folder in checkpoints(run)):
+    if distributed.broadcast_object(folder in complete_checkpoints(run)):
         return folder
     first = distributed.is_main_process()
     try:
@@ -212,7 +214,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[s
         if first:
             shutil.rmtree(aside, ignore_errors=True)  # makes room again; what went wrong is raised
         raise
-    for old in checkpoints(run)[:-keep] if first else []:
+    for old in complete_checkpoints(run)[:-keep] if first else []:
         (old / COMPLETE).unlink()
         shutil.rmtree(old)
     return folder
@@ -244,7 +246,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load(
+def load_checkpoint(
     folder: Path, like: Callable[[str], Tensor | None] = lambda key: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save` was given, the tensors as `sharded_checkpoint.read_tensors` gives them.
@@ -252,14 +254,14 @@ def load(
     Raises:
         UserError: the checkpoint is damaged in spite of its mark.
     """
-    numbers = read_numbers(folder)
+    numbers = read_state(folder)
     try:
         return sharded_checkpoint.read_tensors(folder, like), numbers
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, error) from error
 
 
-def read_numbers(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     """The numbers that `save` was given. Errors as in `load`."""
     try:
         return json.loads((folder / "state.json").read_text())
@@ -291,7 +293,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def trim_rows(path: Path) -> list[dict[str, Any]]:
+def repair_rows(path: Path) -> list[dict[str, Any]]:
     """Drop a last line that a kill cut off, so that the next row does not run on from it; returns the rows."""
     rows = read_rows(path)
     if path.exists():
@@ -299,7 +301,7 @@ def trim_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def trim_metrics(run: Path, step: int) -> None:
+def drop_metrics_after(run: Path, step: int) -> None:
     """Drop the rows after `step` (all of them, if it is negative): they are about to be made again."""
     rows = [r for r in read_rows(run / METRICS) if r["step"] <= step]
     write_text(run / METRICS, "".join(json.dumps(r) + "\n" for r in rows))
@@ -342,7 +344,8 @@ def write_final(
         if isinstance(net, LoraAdapter):
             net.save(aside)
         else:
-            net.save_pretrained(aside / "transformer")
+            diffusers_net: Any = net
+            diffusers_net.save_pretrained(aside / "transformer")
         scheduler.save_pretrained(aside / "scheduler")
         write_text(aside / "npedit.json", json.dumps(facts, indent=2) + "\n")
         write_text(aside / "README.md", model_card(recipe, facts))
@@ -363,7 +366,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
             "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
             "that of NP-Edit (arXiv 2510.14978)."
         )
-    unpaired = without_pairs(recipe)
+    unpaired = is_trained_without_pairs(recipe)
     if not unpaired and not recipe.uses_pairs():
         how = f"It starts from the run `{recipe.start}`, which was shown edited images; it was shown none itself."
     if recipe.uses_pairs():

@@ -25,10 +25,11 @@ from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families import _decode
 from npedit.families.base import Family, Text
+from npedit.nets.device import offload_device
 from npedit.nets.learner import Learner
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
 from npedit.nets.meta_device import current_part
-from npedit.recipe.config import LoraChoice, MemorySettings, Settings, offload_device
+from npedit.recipe.config import LoraChoice, MemorySettings, Settings
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from npedit.errors import UserError
 from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
 from npedit.generator import edit_images, sample_training_times, seeded_generator
+from npedit.nets.device import offload_device
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
-from npedit.recipe.config import EMBEDDED, Recipe, find, find_class, offload_device, torch_dtype
+from npedit.recipe.config import EMBEDDED, Recipe, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
 from npedit.training.parts import check_processes
@@ -38,7 +39,7 @@ from npedit.training.trainer import STAGE_SEEDS
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
-FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.awake` -> a column
+FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.on_device` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
 STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
 SHOWN = {STEPPING: ACTIVATIONS, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
@@ -83,24 +84,24 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
     check_processes(recipe, processes)
     sliced = processes > 1 and recipe.trainer.shard != "none"
     counted, phases = MemoryCounter(), []
-    with counted, _stepping(counted, at_once):
-        parts = _open(recipe, counted, sliced)
-        beside = _gathered(parts.family) if sliced else 0
+    with counted, _count_optimizer_steps(counted, at_once):
+        parts = _open_parts(recipe, counted, sliced)
+        beside = _gathered_bytes(parts.family) if sliced else 0
         student = parts.create_trainable("student", recipe.seed)
         for i, stage in enumerate(recipe.stages):
             if sliced:
-                _slice(recipe, i, parts, processes)
-            step = _begin(recipe, i, student, parts)
-            _update(recipe, i, step, processes)
-            phases += _phases(f"{stage.step}: ", counted, beside)
-        with _part("samples"):
-            _samples(recipe, parts, step)
-        phases += _phases("", counted, beside)
-        disk = _disk(recipe, parts, step, 4 / torch_dtype(recipe.family.dtype).itemsize if sliced else 1)
+                _count_slices(recipe, i, parts, processes)
+            step = _build_step(recipe, i, student, parts)
+            _run_update(recipe, i, step, processes)
+            phases += _collect_phases(f"{stage.step}: ", counted, beside)
+        with _counted_part("samples"):
+            _run_samples(recipe, parts, step)
+        phases += _collect_phases("", counted, beside)
+        disk = _disk_usage(recipe, parts, step, 4 / torch_dtype(recipe.family.dtype).itemsize if sliced else 1)
     return Estimate(tuple(phases), disk)
 
 
-def table(found: Estimate) -> list[str]:
+def estimate_table(found: Estimate) -> list[str]:
     """The estimate as lines of text, in GiB; columns that are empty are left out."""
     shown = [c for c in COLUMNS if any(p.held.get(c, 0) for p in found.phases)]
     width = max(len(p.name) for p in found.phases)
@@ -112,7 +113,7 @@ def table(found: Estimate) -> list[str]:
     return lines + [f"Disk: {what} {size / GIB:.1f} GiB" for what, size in found.disk.items()]
 
 
-def verdict(found: Estimate, gpu: str) -> str:
+def fit_message(found: Estimate, gpu: str) -> str:
     """Whether it fits a GPU of a size such as "24GB", counted as GiB, with a tenth left for what is not counted.
 
     Raises:
@@ -137,7 +138,7 @@ def verdict(found: Estimate, gpu: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Parts(Parts):
+class _MetaParts(Parts):
     """Parts on the meta device: adapters are made there, and what rests elsewhere is not counted."""
 
     counted: MemoryCounter = field(default_factory=MemoryCounter)
@@ -151,7 +152,7 @@ class _Parts(Parts):
         with META:
             net = super().create_trainable(role, seed)
         if self.sliced and self.lora is None:
-            net.float = lambda: net  # it computes in the family's type; its slices in float32 are arithmetic
+            net.__dict__["float"] = lambda: net  # it computes in the family's type; its slices in float32 are arithmetic
         return net
 
     def move_modules(self, names: Sequence[str], device: torch.device) -> None:
@@ -165,7 +166,7 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
     """The recipe's family, and its critic if it names one, without weights. Errors as in `estimate`."""
     chosen, judge = recipe.family, recipe.critic
     try:
-        kind, folder = find_class("families", chosen.name), configs("family", chosen.weights, chosen.folder)
+        kind, folder = find_class("families", chosen.name), config_folder("family", chosen.weights, chosen.folder)
         family = family_without_weights(kind, folder, torch_dtype(chosen.dtype))
         if recipe.judge is not None:
             raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
@@ -173,13 +174,13 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
             return family, None
         if judge.name == "ensemble":
             raise UserError("critic.name: expected a single critic; got an ensemble; estimate its largest member")
-        kind, folder = find_class("critics", judge.name), configs("critic", judge.weights, judge.folder)
+        kind, folder = find_class("critics", judge.name), config_folder("critic", judge.weights, judge.folder)
         return family, critic_without_weights(kind, folder, torch_dtype(judge.dtype), judge.resolution)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"expected the recipe's models by their configs; got: {error}; correct the recipe") from error
 
 
-def configs(part: str, weights: str, folder: Any) -> Path:
+def config_folder(part: str, weights: str, folder: Any) -> Path:
     """Where the configs of these weights lie: in their own folder, or in the package's copies of published ones.
 
     Raises:
@@ -197,21 +198,21 @@ def configs(part: str, weights: str, folder: Any) -> Path:
     )
 
 
-def _open(recipe: Recipe, counted: MemoryCounter, sliced: bool) -> _Parts:
+def _open_parts(recipe: Recipe, counted: MemoryCounter, sliced: bool) -> _MetaParts:
     (family, critic), chosen = open_without_weights(recipe), recipe.critic
     used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
     counted.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     counted.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
     counted.label("VAE", _tensors(pipe["vae"]))
-    if used:
+    if used and critic is not None and chosen is not None:
         counted.label("critic", _tensors(critic.model))
         if chosen.bits:
             counted.share[FEW_BITS] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
             counted.label(FEW_BITS, quantisable_weights(critic.model))
             critic.model.is_quantized = True  # so it is not moved
     wording = chosen.wording if chosen else "plain"
-    return _Parts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
+    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
                   sliced=sliced)  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 # ------------------------------------------------------------------------------------------------------- sharding
 
 
-def _slice(recipe: Recipe, i: int, parts: _Parts, processes: int) -> None:
+def _count_slices(recipe: Recipe, i: int, parts: _MetaParts, processes: int) -> None:
     """From stage `i` on, count as each process's slices: whole nets in training, in float32; in the last stage the
     frozen base too."""
     if not recipe.lora:
@@ -239,9 +240,9 @@ def _slice(recipe: Recipe, i: int, parts: _Parts, processes: int) -> None:
         parts.counted.label("base", _tensors(parts.family.base))
 
 
-def _gathered(family: Family) -> int:
+def _gathered_bytes(family: Family) -> int:
     """Bytes of what is whole while a sharded net computes; see the module's head."""
-    blocks = [block for name in family.facts.blocks for block in family.base.get_submodule(name)]
+    blocks = [block for name in family.facts.blocks for block in family.base.get_submodule(name).children()]
     sizes = [_bytes(block.parameters()) for block in blocks]
     return _bytes(family.base.parameters()) - sum(sizes) + 5 * max(sizes)
 
@@ -250,7 +251,7 @@ def _gathered(family: Family) -> int:
 
 
 @contextmanager
-def _part(name: str) -> Iterator[None]:
+def _counted_part(name: str) -> Iterator[None]:
     token = current_part.set(name)
     try:
         yield
@@ -259,7 +260,7 @@ def _part(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stepping(counted: MemoryCounter, at_once: bool) -> Iterator[None]:
+def _count_optimizer_steps(counted: MemoryCounter, at_once: bool) -> Iterator[None]:
     """Count what optimizers make while they step apart from all else."""
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -278,7 +279,7 @@ def _stepping(counted: MemoryCounter, at_once: bool) -> Iterator[None]:
             hook.remove()
 
 
-def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
+def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -> Step:
     """The stage's step, its learners with their optimizers' state, all tensors named."""
     stage, counted = recipe.stages[i], parts.counted
     short: dict[str, Any] = {}
@@ -290,13 +291,13 @@ def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
     for role in kinds:  # 8 bits need CUDA, so they are counted by their share
         short[role] = getattr(stage.settings, role).model_copy(update={"optimizer": "adamw"})
     kind, seed = find_class("steps", stage.step), recipe.seed + STAGE_SEEDS * i
-    with _part("set-up"):
+    with _counted_part("set-up"):
         step = kind(stage.settings.model_copy(update=short), parts, student, stage.updates, seed)
     for role, learner in step.learners.items():
         trained = [p for p in learner.net.parameters() if p.requires_grad]
         for p in trained:
             p.register_post_accumulate_grad_hook(lambda p: counted.label("gradients", [p.grad]))
-        with _part("first moments"):
+        with _counted_part("first moments"):
             learner.update([lambda trained=trained: sum(p.mean() for p in trained)])
         optimizer = "optimizer" if kinds[role] == "adamw" else EIGHT_BIT
         names = {"net": role, "buffer": role, "ema": "averages", "optimizer": optimizer}
@@ -306,40 +307,40 @@ def _begin(recipe: Recipe, i: int, student: nn.Module, parts: _Parts) -> Step:
     return step
 
 
-def _update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
+def _run_update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
     """One update of a stage, with the largest pictures and the draft's two transitions."""
     stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
     times = torch.ones(recipe.trainer.steps)
     drawn = (u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2)
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
-    batch = _batch(recipe, stage.batch_size // processes)
-    with _part("update"):
+    batch = _largest_batch(recipe, stage.batch_size // processes)
+    with _counted_part("update"):
         step.step([batch] * (per_update * min(2, stage.accumulate)), next(drawn, 0))
 
 
-def _batch(recipe: Recipe, size: int) -> PairedBatch:
-    height, width = max(_sizes(recipe), key=lambda s: s[0] * s[1])
+def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
+    height, width = max(_picture_sizes(recipe), key=lambda s: s[0] * s[1])
     pictures, words = torch.empty(size, 3, height, width, device=META), (WORDS,) * size
     return PairedBatch(words, pictures, words, ("replace",) * size, words, words, words, edited=pictures)
 
 
-def _sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
+def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
     settings = recipe.data.settings
     if hasattr(settings, "sizes"):
         return settings.sizes
-    return find("data", recipe.data.name).Source(settings, recipe.seed).sizes
+    return find_module("data", recipe.data.name).Source(settings, recipe.seed).sizes
 
 
-def _samples(recipe: Recipe, parts: _Parts, step: Step) -> None:
+def _run_samples(recipe: Recipe, parts: _MetaParts, step: Step) -> None:
     """The pictures of a run under way, as the trainer edits them."""
     count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
-    batch = _batch(recipe, count)
+    batch = _largest_batch(recipe, count)
     with step.learners["student"].use_ema_weights() as net, parts.on_device("text", "vae"):
         edit_images(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
              recipe.memory.decode_tile)  # fmt: skip
 
 
-def _phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Phase]:
+def _collect_phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Phase]:
     """What has been counted since the last call, by part of the step."""
     found = []
     for part, held in counted.peaks.items():
@@ -353,7 +354,7 @@ def _phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Phase]:
     return found
 
 
-def _disk(recipe: Recipe, parts: _Parts, step: Step, widened: float) -> dict[str, int]:
+def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step, widened: float) -> dict[str, int]:
     state = round(widened * sum(_bytes(learner.state()[0].values()) for learner in step.learners.values()))
     net = step.learners["student"].net
     final = round(widened * _bytes(p for p in net.parameters() if p.requires_grad))

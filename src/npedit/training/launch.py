@@ -19,18 +19,18 @@ from typing import Any
 
 LIBC = ctypes.CDLL(None)  # opened before any fork
 GRACE = 10.0  # seconds for the others to end by themselves when one has failed
-STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+STOP_CODES = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-def visible() -> int:
+def default_process_count() -> int:
     """Processes to start on this machine: one per visible GPU, one where there is none."""
-    import torch
+    from npedit.nets.device import accelerator_count
 
-    return max(1, torch.cuda.device_count())
+    return max(1, accelerator_count())
 
 
-def start(count: int, arguments: Sequence[str]) -> int:
+def start_processes(count: int, arguments: Sequence[str]) -> int:
     """Run `npedit ARGUMENTS` in `count` processes that train together, and wait for them.
 
     The first SIGINT or SIGTERM is passed on to all, a second one kills them. When one fails, the others are ended.
@@ -47,15 +47,15 @@ def start(count: int, arguments: Sequence[str]) -> int:
     }
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     children: list[subprocess.Popen] = []
-    with _passing_on(children):
+    with _forward_signals(children):
         for i in range(count):
             env = common | {"RANK": str(i), "LOCAL_RANK": str(i)}
             # A session of its own: Ctrl-C in a terminal would else reach it twice.
             children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent))
-        return _wait(children)
+        return _wait_for_all(children)
 
 
-def _wait(children: Sequence[subprocess.Popen]) -> int:
+def _wait_for_all(children: Sequence[subprocess.Popen]) -> int:
     """Wait for all. The exit code is that of the first to fail, but 2 if any gave 2."""
     codes: list[int] = []
     running, deadline = list(children), float("inf")
@@ -63,7 +63,7 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
         for child in [c for c in running if c.poll() is not None]:
             running.remove(child)
             codes.append(child.returncode if child.returncode >= 0 else 128 - child.returncode)
-            if codes[-1] not in STOPPED:
+            if codes[-1] not in STOP_CODES:
                 deadline = min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
             for child in running:
@@ -73,7 +73,7 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
 
 
 @contextmanager
-def _passing_on(children: Sequence[subprocess.Popen]) -> Iterator[None]:
+def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
     heard = []
 
     def pass_on(number: int, frame: Any) -> None:

@@ -15,8 +15,9 @@ from npedit.critics.base import Critic
 from npedit.editor import locate
 from npedit.errors import UserError
 from npedit.nets import distributed
+from npedit.nets.device import device_name, pick_device, supports_dtype
 from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import CriticChoice, Recipe, find, find_class, pick_device, torch_dtype
+from npedit.recipe.config import CriticChoice, Recipe, find_class, find_module, torch_dtype
 from npedit.runs.checkpoint import read_config, require_run
 from npedit.steps.base import Judge, Parts
 
@@ -36,9 +37,9 @@ def build_parts(recipe: Recipe) -> Parts:
         except ValueError as error:
             raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
-    with _loading("family.weights", chosen.weights):
+    with explain_loading_errors("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
-    critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted else None
+    critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted and recipe.critic else None
     wording = recipe.critic.wording if recipe.critic else "plain"
     judge = Judge(_open_critic("judge", recipe.judge, device), recipe.judge.wording) if recipe.judge else None
     return Parts(family, critic, wording, device, recipe.lora, recipe.memory, judge=judge)
@@ -46,12 +47,12 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
     check_dtype(part, torch_dtype(chosen.dtype), device)
-    with _loading(f"{part}.weights", chosen.weights):
+    with explain_loading_errors(f"{part}.weights", chosen.weights):
         kind = find_class("critics", chosen.name)
         return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution, chosen.bits)
 
 
-def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
+def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
     """Give a fresh student the weights of the editor that the recipe starts from, if it names one.
 
     Raises:
@@ -67,7 +68,7 @@ def take_start(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
             f"start: expected an editor of the same kind as this recipe's, {here}; got {there} in {recipe.start}; "
             "change the recipe to fit, or start from another run"
         )
-    with _loading("start", recipe.start):
+    with explain_loading_errors("start", recipe.start):
         if isinstance(student, LoraAdapter):
             student.take(folder)
         else:
@@ -80,22 +81,15 @@ def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
     Raises:
         UserError: it cannot.
     """
-    bfloat = dtype == torch.bfloat16 and device.type == "cuda"
-    try:
-        x = torch.ones(1, 1, 8, 8, device=device).to(dtype)
-        able = bool((x[0, 0] @ x[0, 0] + torch.nn.functional.conv2d(x, x, padding=4)[0, 0, :8, :8]).isfinite().all())
-    except RuntimeError:
-        able = False
-    if not able or (bfloat and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if not supports_dtype(device, dtype):
         raise UserError(
-            f"{part}.dtype: expected a type that this device ({name}) computes with; got {str(dtype)[6:]}, which it "
+            f"{part}.dtype: expected a type that this device ({device_name(device)}) computes with; got {str(dtype)[6:]}, which it "
             "lacks; use float32"
         )
 
 
 @contextmanager
-def _loading(key: str, weights: str) -> Iterator[None]:
+def explain_loading_errors(key: str, weights: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
@@ -104,10 +98,10 @@ def _loading(key: str, weights: str) -> Iterator[None]:
 
 def build_source(recipe: Recipe) -> Any:
     """Open the training data, as the recipe says."""
-    return find("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
+    return find_module("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
 
 
-def check_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
+def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
     """Refuse data that the stages, the family or the benchmark cannot use.
 
     Raises:
@@ -160,7 +154,7 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 
 def _check_benchmark(name: str, sizes: Sequence[tuple[int, int]], multiple: int) -> None:
-    side = getattr(find("benchmarks", name), "SIDE", 0)
+    side = getattr(find_module("benchmarks", name), "SIDE", 0)
     if not side:
         raise UserError(
             f"trainer.benchmark: expected one that needs no judge and no data of its own (toy); got {name}; leave it "

@@ -10,7 +10,6 @@ pictures to edit, and what is logged are shared out; stops and saves are agreed 
 
 from __future__ import annotations
 
-import resource
 import signal
 import threading
 import time
@@ -20,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -28,20 +26,21 @@ from torch import Tensor, nn
 from npedit.errors import BadRowsError, UserError, resume_command
 from npedit.flow import few_step_times
 from npedit.nets import distributed
+from npedit.nets.device import peak_memory_gb
 from npedit.recipe.config import Recipe, find_class, torch_dtype
 from npedit.report.report import write_report
 from npedit.runs import checkpoint
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import Evaluation
-from npedit.training.parts import build_parts, build_source, check_fits, take_start
+from npedit.training.parts import build_parts, build_source, check_recipe_fits, load_start_weights
 
 STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
 PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
 
 
-def ignore(event: str, facts: dict[str, Any]) -> None:
+def ignore_event(event: str, facts: dict[str, Any]) -> None:
     """The `on_event` that does nothing."""
 
 
@@ -49,7 +48,7 @@ def train(
     recipe: Recipe,
     run: Path,
     resume: bool = True,
-    on_event: EventFn = ignore,
+    on_event: EventFn = ignore_event,
     parts: Callable[[Recipe], Parts] = build_parts,
     source: Callable[[Recipe], Any] = build_source,
 ) -> Path:
@@ -59,29 +58,36 @@ def train(
     with "alarm" in the first; facts hold at least "step".
 
     Raises:
-        UserError: see `checkpoint.claimed`; also a full disk, data that do not fit, gradients that stay not finite.
+        UserError: see `checkpoint.hold_run`; also a full disk, data that do not fit, gradients that stay not finite.
         SystemExit: SIGINT or SIGTERM came; everything is saved.
     """
     run = Path(run)
-    with distributed.process_group(), _claimed(run, recipe, resume), _bad_rows_kept(run), stopping() as caught:
+    with (
+        distributed.process_group(),
+        _hold_run(run, recipe, resume),
+        _list_bad_rows(run),
+        catch_stop_signals() as caught,
+    ):
         data = source(recipe)
         made = parts(recipe)
-        check_fits(recipe, data, made)
+        check_recipe_fits(recipe, data, made)
         fingerprint = data.fingerprint()
         if distributed.is_main_process():
-            checkpoint.begin(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
-        _check_seen(run, fingerprint)
-        distributed.set_sharding_plan(recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device)
-        _Loop(recipe, run, made, data, on_event, caught).go()
+            checkpoint.write_run_metadata(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
+        _require_shared_files(run, fingerprint)
+        distributed.set_sharding_plan(
+            recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device
+        )
+        TrainingLoop(recipe, run, made, data, on_event, caught).run_stages()
     return run
 
 
-def _claimed(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[None]:
-    return checkpoint.claimed(run, recipe, resume) if distributed.is_main_process() else nullcontext()
+def _hold_run(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Any]:
+    return checkpoint.hold_run(run, recipe, resume) if distributed.is_main_process() else nullcontext()
 
 
 @contextmanager
-def _bad_rows_kept(run: Path) -> Iterator[None]:
+def _list_bad_rows(run: Path) -> Iterator[None]:
     """List all bad rows in the run directory when they are too many to go on."""
     if distributed.is_main_process() and not checkpoint.is_run(run):
         (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # of an attempt that ended so; rows may be mended by now
@@ -89,14 +95,14 @@ def _bad_rows_kept(run: Path) -> Iterator[None]:
         yield
     except BadRowsError as error:
         if distributed.is_main_process():
-            kept = checkpoint.trim_rows(run / checkpoint.BAD_ROWS)
+            kept = checkpoint.repair_rows(run / checkpoint.BAD_ROWS)
             for row in error.rows:
                 if row not in kept:
                     checkpoint.append_row(run / checkpoint.BAD_ROWS, row)
         raise UserError(f"{error}. All of them: {run / checkpoint.BAD_ROWS}") from None
 
 
-def _check_seen(run: Path, fingerprint: str) -> None:
+def _require_shared_files(run: Path, fingerprint: str) -> None:
     """Refuse a machine that does not see the first one's run folder, or sees other data."""
     if distributed.broadcast_object(fingerprint) != fingerprint:
         raise UserError(
@@ -111,7 +117,7 @@ def _check_seen(run: Path, fingerprint: str) -> None:
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
+def catch_stop_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual. Not so for one of
     several processes: there the system and torchrun may both send the one signal."""
     caught: list[int] = []
@@ -135,7 +141,7 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(n, before[n])
 
 
-class _Loop:
+class TrainingLoop:
     """One training under way."""
 
     def __init__(
@@ -147,21 +153,21 @@ class _Loop:
         self.first = distributed.is_main_process()
         self.console = Console(quiet=not self.first)
         self.saved_at = self.printed_at = time.monotonic()
-        self.bad_rows = checkpoint.trim_rows(run / checkpoint.BAD_ROWS) if self.first else []
+        self.bad_rows = checkpoint.repair_rows(run / checkpoint.BAD_ROWS) if self.first else []
         self.rows_seen = 0
         self.evaluation = Evaluation(recipe, run, parts, data, on_event)
 
-    def go(self) -> None:
+    def run_stages(self) -> None:
         """All stages, from the last checkpoint if there is one."""
-        folder = distributed.broadcast_object(checkpoint.newest_complete(self.run))
-        numbers = checkpoint.read_numbers(folder) if folder else {"stage": 0, "update": 0, "step": -1}
+        folder = distributed.broadcast_object(checkpoint.latest_complete_checkpoint(self.run))
+        numbers = checkpoint.read_state(folder) if folder else {"stage": 0, "update": 0, "step": -1}
         if self.first:
-            checkpoint.trim_metrics(self.run, numbers["step"])
+            checkpoint.drop_metrics_after(self.run, numbers["step"])
         if folder:
             self.console.print(f"Going on from {folder}", highlight=False)
         student = self.parts.create_trainable("student", self.recipe.seed)
         if not folder:
-            take_start(self.recipe, self.parts, student)
+            load_start_weights(self.recipe, self.parts, student)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -176,21 +182,23 @@ class _Loop:
                 self.recipe.name, total=self.total, completed=max(0, numbers["step"]), figures=""
             )
             for i in range(numbers["stage"], len(self.recipe.stages)):
-                step = self._step(i, student)
+                step = self._build_step(i, student)
                 start = 0
                 if i == numbers["stage"] and folder:
-                    restore(step, folder)
+                    restore_step(step, folder)
                     start = numbers["update"]
                 if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
-                    self._log({"step": 0, **self.evaluation.look(step, 0), "time": time.time()})
-                self._stage(i, step, start)
+                    self._log({"step": 0, **self.evaluation.evaluate_if_due(step, 0), "time": time.time()})
+                self._train_stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
                     step.learners["student"].load_ema_weights()
-        self._finish(step)
-        if number := self._signal():
-            self._leave(number, f"Stopped at the end; all {self.total} updates are done and saved in {self.run}.")
+        self._write_editor_and_report(step)
+        if number := self._agreed_signal():
+            self._exit_with_command(
+                number, f"Stopped at the end; all {self.total} updates are done and saved in {self.run}."
+            )
 
-    def _step(self, i: int, student: nn.Module) -> Step:
+    def _build_step(self, i: int, student: nn.Module) -> Step:
         stage = self.recipe.stages[i]
         seed = self.recipe.seed + STAGE_SEEDS * i
         step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
@@ -200,14 +208,17 @@ class _Loop:
                 distributed.shard_frozen(self.parts.family.lora_base())
         return step
 
-    def _stage(self, i: int, step: Step, start: int) -> None:
+    def _train_stage(self, i: int, step: Step, start: int) -> None:
         stage = self.recipe.stages[i]
-        count = per_update(stage)
+        count = batches_per_update(stage)
         earlier = self.recipe.stages[:i]
-        first_batch, first_step = sum(per_update(s) * s.updates for s in earlier), sum(s.updates for s in earlier)
+        first_batch, first_step = (
+            sum(batches_per_update(s) * s.updates for s in earlier),
+            sum(s.updates for s in earlier),
+        )
         for update in range(start, stage.updates):
-            if number := self._signal():
-                self._stop(number, i, step, update, first_step + update)
+            if number := self._agreed_signal():
+                self._save_and_stop(number, i, step, update, first_step + update)
             began = time.monotonic()
             index = first_batch + update * count
             batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
@@ -215,21 +226,23 @@ class _Loop:
             metrics = step.step(batches, update)
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
             n = first_step + update + 1
-            metrics = distributed.merge_metrics(distributed.all_gather(metrics | {"mem/peak_gb": _peak_gb(self.parts.device)}))
-            metrics |= self._counts(step) | self.evaluation.look(step, n)
+            metrics = distributed.merge_metrics(
+                distributed.all_gather(metrics | {"mem/peak_gb": peak_memory_gb(self.parts.device)})
+            )
+            metrics |= self._count_skipped_and_bad(step) | self.evaluation.evaluate_if_due(step, n)
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
             self._log(row)
-            self._show(n, stage.step, metrics)
-            self._warn(row)
+            self._show_progress(n, stage.step, metrics)
+            self._report_alarms(row)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
             late = distributed.broadcast_object(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
             if due or late or n == self.total:
                 self._save(i, step, update + 1, n)
             self.on_event("update", row)
-        if i + 1 < len(self.recipe.stages) and (number := self._signal()):
-            self._stop(number, i, step, stage.updates, first_step + stage.updates)
+        if i + 1 < len(self.recipe.stages) and (number := self._agreed_signal()):
+            self._save_and_stop(number, i, step, stage.updates, first_step + stage.updates)
 
-    def _signal(self) -> int:
+    def _agreed_signal(self) -> int:
         """The signal that a process has caught, 0 if none has; the same number in all."""
         return max(distributed.all_gather(self.caught[0] if self.caught else 0))
 
@@ -243,7 +256,7 @@ class _Loop:
         batch = self.data.batch(index, size // world, distributed.rank(), world)
         return replace(batch, references=batch.references.to(self.parts.device))
 
-    def _counts(self, step: Step) -> dict[str, float]:
+    def _count_skipped_and_bad(self, step: Step) -> dict[str, float]:
         rows = self.data.bad_rows
         for row in (r for met in distributed.all_gather(rows[self.rows_seen :]) for r in met):
             if self.first and row not in self.bad_rows:
@@ -253,7 +266,7 @@ class _Loop:
         skipped = sum(learner.skipped for learner in step.learners.values())
         return {"skipped_steps": float(skipped), "data/bad_rows": float(len(self.bad_rows))}
 
-    def _show(self, n: int, name: str, metrics: dict[str, float]) -> None:
+    def _show_progress(self, n: int, name: str, metrics: dict[str, float]) -> None:
         losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/")]
         figures = "  ".join([*losses, self.evaluation.success])
         self.bar.update(self.task, completed=n, description=name, figures=figures)
@@ -261,42 +274,47 @@ class _Loop:
             self.printed_at = time.monotonic()
             self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
 
-    def _warn(self, row: dict[str, Any]) -> None:
+    def _report_alarms(self, row: dict[str, Any]) -> None:
         """Say so at once if this row's evaluation shows that the critic is being deceived."""
         if not self.first or not any(k in row for k in HELD_OUT_EDIT_KEYS):
             return
-        found = reward_hacking_alarms(checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items)
+        found = reward_hacking_alarms(
+            checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items
+        )
         for alarm in (a for a in found if a.step == row["step"]):
             self.console.print(f"ALARM {alarm.words()}", style="bold red", highlight=False, soft_wrap=True)
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
 
     def _save(self, i: int, step: Step, update: int, n: int) -> None:
-        tensors, learners = {}, {}
+        tensors: dict[str, Tensor] = {}
+        learners: dict[str, Any] = {}
         for name, learner in step.learners.items():
             own, learners[name] = learner.state()
             tensors |= {f"{name}/{k}": v for k, v in own.items()}
         tensors |= {f"extra/{k}": v for k, v in step.extra_state().items()}
         numbers = {"format": 1, "stage": i, "update": update, "step": n, "learners": learners}
-        checkpoint.save(self.run, n, tensors, numbers, self.recipe.trainer.keep)
+        checkpoint.save_checkpoint(self.run, n, tensors, numbers, self.recipe.trainer.keep)
         self.saved_at = time.monotonic()
         self.on_event("save", {"step": n})
 
-    def _stop(self, number: int, i: int, step: Step, update: int, n: int) -> None:
+    def _save_and_stop(self, number: int, i: int, step: Step, update: int, n: int) -> None:
         self._save(i, step, update, n)
         self.bar.stop()
-        self._leave(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
+        self._exit_with_command(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
 
-    def _leave(self, number: int, words: str) -> None:
+    def _exit_with_command(self, number: int, words: str) -> None:
         self.console.print(f"{words} To go on, run the same command:", markup=False)
         command = "torchrun ..." if distributed.is_started_by_torchrun() else resume_command()
         self.console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + number)
 
-    def _finish(self, step: Step) -> None:
+    def _write_editor_and_report(self, step: Step) -> None:
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
         times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
-        with step.learners["student"].use_ema_weights() as net:  # until it is written: a net that is not sharded is no copy
+        with step.learners[
+            "student"
+        ].use_ema_weights() as net:  # until it is written: a net that is not sharded is no copy
             whole = distributed.gather_full_model(net)
             if whole is not None:
                 final = checkpoint.write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
@@ -315,12 +333,12 @@ class _Loop:
         self.on_event("end", {"step": self.total, **places})
 
 
-def per_update(stage: Any) -> int:
+def batches_per_update(stage: Any) -> int:
     """Batches that one update of a stage takes."""
     return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
 
 
-def restore(step: Step, folder: Path) -> None:
+def restore_step(step: Step, folder: Path) -> None:
     """Put a checkpoint's contents into a freshly built step.
 
     Raises:
@@ -331,7 +349,7 @@ def restore(step: Step, folder: Path) -> None:
         name, _, own = key.partition("/")
         return step.learners[name].parameter_of(own) if name in step.learners else step.extra_state().get(own)
 
-    tensors, numbers = checkpoint.load(folder, like)
+    tensors, numbers = checkpoint.load_checkpoint(folder, like)
     try:
         for name, learner in step.learners.items():
             own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
@@ -342,9 +360,3 @@ def restore(step: Step, folder: Path) -> None:
             f"expected a checkpoint of this recipe and its weights; got another ({error}); "
             "put the weights back that the run was begun with, or choose another folder"
         ) from error
-
-
-def _peak_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
