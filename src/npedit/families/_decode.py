@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,8 @@ def check_tile(facts: Facts, tile: int) -> None:
     least = MIN_TILE_LATENTS * facts.stride
     if tile and tile < least:
         raise UserError(
-            f"expected tiles of at least {least} pixels, {MIN_TILE_LATENTS} of this family's latents, or 0 for the whole; "
-            f"got {tile}; change memory.decode_tile (or --tile)"
+            f"expected tiles of at least {least} pixels, {MIN_TILE_LATENTS} of this family's latents, or 0 for the "
+            f"whole picture; got {tile}; change memory.decode_tile (or --tile)"
         )
 
 
@@ -100,7 +101,7 @@ def _tile_layout(side: int, length: int, stride: int, device: torch.device) -> t
     return starts, [w / total[s * stride : (s + length) * stride] for s, w in zip(starts, weights, strict=True)]
 
 
-def _decoder_blocks(decoder: nn.Module) -> Iterator[nn.Module]:
+def _decoder_blocks(decoder: Any) -> Iterator[nn.Module]:
     """The residual, attention and upsampling blocks of a decoder: what is in its stages' lists, or in a stage that is
     itself a sequence."""
     middle = [decoder.mid_block] if hasattr(decoder, "mid_block") else []

@@ -18,7 +18,7 @@ from npedit.families.base import Family
 from npedit.nets.meta_device import META, read_model_config
 
 
-def family_without_weights(kind: type[Family], folder: Path, dtype: torch.dtype) -> Family:
+def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Family:
     """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
 
     Raises:

@@ -16,6 +16,9 @@ from typing import Self
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from npedit.families._prompts import text_after
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,16 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Encode prompts, as the family's own pipeline does. No gradient."""
+
+    @abstractmethod
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """(the tokenizer of the text encoder that takes the longest prompts, how many tokens of a prompt it takes).
+        Tokens of a template and of marks around the prompt are not counted."""
+
+    def truncated_part(self, texts: Sequence[str]) -> list[str]:
+        """For each text, the end that `encode_text` does not read because the text is too long; "" if it reads all."""
+        tokenizer, limit = self.text_window()
+        return [text_after(tokenizer, limit, text) for text in texts]
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:

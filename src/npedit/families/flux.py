@@ -21,7 +21,14 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
 
 from npedit.families._shared import check_pipeline_folder, pack_latents, schedule_shift, unpack_latents
 from npedit.families.base import Facts, Family, Text
@@ -98,6 +105,11 @@ class Flux(Family):
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
+
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """T5's tokenizer and length; CLIP reads less, for the pooled vector alone."""
+        tokenizer = self.pipe.tokenizer_2
+        return tokenizer, self.text_length - tokenizer.num_special_tokens_to_add()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

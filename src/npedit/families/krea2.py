@@ -29,8 +29,9 @@ from typing import Self
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, Qwen3VLConfig, Qwen3VLModel
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 
+from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     check_pipeline_folder,
     decode_with_qwen_vae,
@@ -121,6 +122,12 @@ class Krea2(Family):
         if config.use_dynamic_shifting and self.pipe.config.is_distilled:
             return math.exp(DISTILLED_MU)
         return schedule_shift(config, (height // self.facts.multiple) * (width // self.facts.multiple))
+
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Qwen3-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""
+        pipe = self.pipe
+        taken = self.text_length + pipe.prompt_template_encode_start_idx - pipe.prompt_template_encode_num_suffix_tokens
+        return pipe.tokenizer, taken - count_tokens(pipe.tokenizer, pipe.prompt_template_encode_prefix)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

@@ -33,8 +33,14 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
+from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     check_pipeline_folder,
     decode_with_qwen_vae,
@@ -115,6 +121,12 @@ class QwenImage(Family):
         """exp(mu) of the scheduler's resolution-dependent shift, or its fixed one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
+
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Qwen2.5-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""
+        before = self.pipe.prompt_template_encode.split("{}")[0]
+        kept = self.pipe.prompt_template_encode_start_idx + TEXT_LENGTH
+        return self.pipe.tokenizer, kept - count_tokens(self.pipe.tokenizer, before)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

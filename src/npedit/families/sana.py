@@ -10,9 +10,9 @@
   are told apart by the 3 x 3 convolutions of its feed-forward alone, and its attention keeps one small matrix a head. A
   reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
   counterpart there. A trial with one seed, six untrained blocks taught to return 6 x 6 latents of unit variance at
-  t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; 1 is that of the blind.
-  So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student starts as the base
-  model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
+  t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; without any reference it
+  is 1. So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student
+  starts as the base model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
   picture's grid, so encode it at the picture's size if you can. The base itself has no slot and refuses references.
   Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not open them,
   npedit's editor does.
@@ -38,7 +38,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
 
 from npedit.families._shared import check_pipeline_folder
 from npedit.families.base import Facts, Family, Text
@@ -122,6 +122,10 @@ class Sana(Family):
         config = self.pipe.scheduler.config
         return float(config.flow_shift if "flow_shift" in config else config.shift)
 
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Gemma's tokenizer; the pipeline leaves two tokens of the length to marks."""
+        return self.pipe.tokenizer, TEXT_LENGTH - 2
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Gemma 2's states (b, 300, d) and their mask (b, 300)."""
@@ -160,8 +164,8 @@ class Sana(Family):
         slots = config.in_channels // x.shape[1] - 1
         if len(references) > slots:
             raise ValueError(
-                f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of `trainable_net()` "
-                f"have {REFERENCES}."
+                f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of "
+                f"`trainable_net()` have {REFERENCES}."
             )
         planes = [x, *(_resampled_reference(reference, x) for reference in references)]
         planes += [torch.zeros_like(x)] * (slots - len(references))
@@ -190,7 +194,7 @@ def _widen_input(net: Any) -> nn.Module:
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : old.in_channels] = old.weight
-        if old.bias is not None:
+        if new.bias is not None:
             new.bias.copy_(old.bias)
     net.patch_embed.proj = new
     net.register_to_config(in_channels=width, out_channels=net.proj_out.out_features // net.config.patch_size**2)

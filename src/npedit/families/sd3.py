@@ -36,7 +36,14 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
 
 from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
@@ -118,6 +125,13 @@ class SD3(Family):
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
+
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """T5's tokenizer and length, or CLIP's where the folder has no T5."""
+        tokenizer, length = self.pipe.tokenizer_3, self.text_length
+        if tokenizer is None:
+            tokenizer, length = self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+        return tokenizer, length - tokenizer.num_special_tokens_to_add()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

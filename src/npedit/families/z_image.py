@@ -30,8 +30,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
 
@@ -117,6 +118,13 @@ class ZImage(Family):
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
 
+    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Qwen3's tokenizer, and the place that the chat template leaves for the prompt."""
+        tokenizer, prompt = self.pipe.tokenizer, "prompt"
+        turn = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **turn)
+        return tokenizer, TEXT_LENGTH - count_tokens(tokenizer, text[: text.rindex(prompt)])
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """States (b, 512, d), zero behind each prompt's end, and the true lengths (b,)."""
@@ -164,7 +172,7 @@ class ZImage(Family):
             ValueError: not one prompt and one of each reference for each item, whose lists would be cut short; or a net
                 taught with frames is given other than one reference of the picture's size.
         """
-        if any(len(part) != len(x) for part in (text, *references)):
+        if len(text) != len(x) or any(len(r) != len(x) for r in references):
             came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
             raise ValueError(f"expected {len(x)} of each; got {came}")
         dtype = next(net.parameters()).dtype

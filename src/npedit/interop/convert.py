@@ -14,17 +14,18 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from npedit.editor import FACTS_FILE, FORMAT
 from npedit.errors import UserError, explain_write_errors
 from npedit.families._shared import schedule_shift
 from npedit.families.z_image import empty_frames_net, load_base_scheduler
 from npedit.flow import few_step_times
 from npedit.runs.checkpoint import write_text
+from npedit.runs.editor_facts import FACTS_FILE, FORMAT
 
 PREFIX = "transformer."
 STEPS = 4
@@ -63,6 +64,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
         raise UserError(f"--base: expected a Z-Image that opens; got {base!r} ({error}); correct it") from None
     _check_weights(source, weights, net)
     net.load_state_dict(weights, assign=True)
+    diffusers_net: Any = net
     shift = schedule_shift(scheduler.config, SIZES[0][0] * SIZES[0][1] // PATCH**2)
     few_step = type(scheduler)(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
     facts = {
@@ -79,7 +81,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
     try:
         with explain_write_errors(run):
             aside.mkdir(parents=True)
-            net.save_pretrained(aside / "transformer")
+            diffusers_net.save_pretrained(aside / "transformer")
             few_step.save_pretrained(aside / "scheduler")
             write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
             write_text(aside / "README.md", CARD.format(name=source.name, steps=STEPS, base=base))

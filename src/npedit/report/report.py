@@ -14,7 +14,7 @@ from PIL import Image
 from npedit.benchmarks.toy import percent
 from npedit.errors import UserError
 from npedit.report import plots
-from npedit.runs.checkpoint import BLAME, CONFIG, METRICS, is_run, read_manifest, read_rows, write_text
+from npedit.runs.checkpoint import CONFIG, FAILURES, METRICS, is_run, read_manifest, read_rows, write_text
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 
 THUMBNAIL_SIDE = 160  # CSS pixels of a picture's longer side
@@ -176,9 +176,9 @@ def _scores_table(scores: dict[str, Any]) -> str:
 
 def _failure_table(run: Path) -> str:
     """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
-    if not (run / BLAME).is_file():
+    if not (run / FAILURES).is_file():
         return ""
-    counts = json.loads((run / BLAME).read_text())
+    counts = json.loads((run / FAILURES).read_text())
     counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
     lines = []
     for kind, row in counts.items():
@@ -290,8 +290,10 @@ def draw_toy_sheet(seed: int = 0) -> Image.Image:
     from npedit.toy.world import render
 
     edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]
-    pictures = [tuple(to_pil(x) for x in render([e.reference, e.target])) for e in edits]
-    return _draw_pairs([(*both, e.instruction, e.edit_type) for both, e in zip(pictures, edits, strict=True)])
+    pairs = [render([e.reference, e.target]) for e in edits]
+    return _draw_pairs(
+        [(to_pil(before), to_pil(after), e.instruction, e.edit_type) for (before, after), e in zip(pairs, edits)]
+    )
 
 
 def draw_results_sheet(folder: Path) -> Image.Image:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ViTModel
 
 from npedit.errors import UserError
-from npedit.recipe.config import pick_device
+from npedit.nets.device import pick_device
 from npedit.scoring.results import MissingScore
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
@@ -109,11 +109,11 @@ class Absent:
         self.tag = tag
         self.reason = reason
 
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Raises NoScore."""
+    def encode_images(self, given: Sequence[Image.Image] | Sequence[str]) -> Tensor:
+        """Raises MissingScore."""
         raise MissingScore(self.reason)
 
-    squeezed = texts = images
+    encode_resized = encode_texts = encode_images
 
 
 def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Clip | Absent:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class Agreement:
     that fits best, over `n` labelled pictures."""
 
     n: int
-    figures: tuple[Estimate, Estimate, Estimate, Estimate]
+    figures: tuple[Estimate, ...]  # four
 
 
 def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float]:
@@ -64,10 +65,10 @@ def against_people(results: Sequence[Results], measure: str, labels: Labels, low
     through Fisher's z; pairs are two editors' pictures of one item. `lower`: less is better. Intervals draw whole
     items."""
     picked = [
-        (row.scores[measure] * (-1 if lower else 1), labels[r.name, row.id], row.task, row.id)
+        (score * (-1 if lower else 1), labels[r.name, row.id], row.task, row.id)
         for r in results
         for row in r.rows
-        if (r.name, row.id) in labels and row.scores.get(measure) is not None
+        if (r.name, row.id) in labels and (score := row.scores.get(measure)) is not None
     ]
     if not picked:
         return Agreement(0, (None, None, None, None))
@@ -93,10 +94,14 @@ def against_people(results: Sequence[Results], measure: str, labels: Labels, low
     try:
         for margin in (0.0, statistics.calibrate_tie_margin(judge, people, ids)):
             right, item = statistics.correct_pairs(judge, people, ids, margin)
-            figures.append(_estimate(lambda at, right=right: float(right[at].mean()), item, seed))
+            figures.append(_estimate(partial(_mean_at, right), item, seed))
     except ValueError:
         figures += [None] * (4 - len(figures))
     return Agreement(len(picked), tuple(figures))
+
+
+def _mean_at(values: np.ndarray, at: np.ndarray) -> float:
+    return float(values[at].mean())
 
 
 def _estimate(measure: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Estimate:

@@ -22,8 +22,8 @@ from npedit.errors import UserError
 
 TRUNK, HEADS = "alexnet-owt-7be5be79.pth", "alex.pth"
 CHANNELS = (64, 192, 384, 256, 256)
-AFTER = (1, 4, 7, 9, 11)  # a feature is read behind each ReLU
-SMALLEST = 31  # pixels a side: below, a deeper layer has nothing left
+RELU_LAYERS = (1, 4, 7, 9, 11)  # a feature is read behind each ReLU
+MIN_SIDE = 31  # pixels a side: below, a deeper layer has nothing left
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
 
 
@@ -44,7 +44,7 @@ class Lpips:
         Raises:
             UserError: one is missing, or is not what its name says.
         """
-        trunk = alexnet()
+        trunk = alexnet_features()
         try:
             found = torch.load(Path(folder) / TRUNK, map_location="cpu", weights_only=True)
             trunk.load_state_dict({k.removeprefix("features."): v for k, v in found.items() if "features." in k})
@@ -64,31 +64,31 @@ class Lpips:
         Raises:
             ValueError: they are smaller than `SMALLEST`.
         """
-        return float(sum(layer.double().mean() for layer in self._layers(a, b)))
+        return float(sum(layer.double().mean() for layer in self._layer_differences(a, b)))
 
-    def map(self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> Float[Tensor, "h w"]:
+    def distance_map(self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> Float[Tensor, "h w"]:
         """The same at each pixel, each layer scaled to the picture's size (`spatial` in the authors' package). Errors
         as in `distance`."""
         size = tuple(a.shape[1:])
-        layers = [F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0, 0] for x in self._layers(a, b)]
+        layers = [F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0, 0] for x in self._layer_differences(a, b)]
         return torch.stack(layers).sum(0).cpu()
 
     @torch.no_grad()
-    def _layers(self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> list[Float[Tensor, "1 h2 w2"]]:
-        if min(a.shape[1:]) < SMALLEST:
-            raise ValueError(f"expected pictures of {SMALLEST} pixels a side or more; got {tuple(a.shape[1:])}")
+    def _layer_differences(self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> list[Float[Tensor, "1 h2 w2"]]:
+        if min(a.shape[1:]) < MIN_SIDE:
+            raise ValueError(f"expected pictures of {MIN_SIDE} pixels a side or more; got {tuple(a.shape[1:])}")
         shift, scale = (torch.tensor(m, device=self.device)[:, None, None] for m in (SHIFT, SCALE))
         x = (torch.stack([a, b]).to(self.device).float() * 2 - 1 - shift) / scale
-        found = []
+        found: list[Tensor] = []
         for i, layer in enumerate(self.trunk):
             x = layer(x)
-            if i in AFTER:
+            if i in RELU_LAYERS:
                 unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
                 found.append(((unit[0] - unit[1]).square() * self.heads[len(found)][0]).sum(0, keepdim=True))
         return found
 
 
-def alexnet() -> nn.Sequential:
+def alexnet_features() -> nn.Sequential:
     """AlexNet's convolutions with random weights, up to the last ReLU (Krizhevsky, arXiv 1404.5997); its parameters are
     named by number, as in torchvision's `features`."""
     return nn.Sequential(

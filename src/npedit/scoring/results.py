@@ -61,9 +61,10 @@ class Row:
         why: dict[str, str] = {}
         for name, measure in measures.items():
             try:
-                scores[name] = float(measure())
-                if not math.isfinite(scores[name]):
-                    raise MissingScore(f"the measure gave {scores[name]}")
+                value = float(measure())
+                if not math.isfinite(value):
+                    raise MissingScore(f"the measure gave {value}")
+                scores[name] = value
             except MissingScore as reason:
                 scores[name], why[name] = None, str(reason)
         return cls(id, task, scores, why)
@@ -127,8 +128,8 @@ def panel(judged: Sequence[Results]) -> Results:
         why = {score: reason for r in reversed(each) for score, reason in r.why.items()}
         scores: dict[str, float | None] = {}
         for score in row.scores:
-            values = [r.scores.get(score) for r in each]
-            scores[score] = None if None in values else sum(values) / len(values)
+            values = [v for r in each if (v := r.scores.get(score)) is not None]
+            scores[score] = sum(values) / len(values) if len(values) == len(each) else None
         rows.append(Row(row.id, row.task, scores, {k: v for k, v in why.items() if scores.get(k) is None}))
     return Results(name, tuple(rows), {**first.settings, "judge": [r.settings.get("judge") for r in judged]})
 
@@ -169,7 +170,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         there = [row for row in rows if row.scores.get(name) is not None]
         undefined = sum(row.why.get(name, "").startswith(UNDEFINED) for row in rows)
         coverage = (len(there) + undefined) / len(rows)
-        values, tasks = [row.scores[name] for row in there], [row.task for row in there]
+        values = [v for row in there if (v := row.scores[name]) is not None]
+        tasks = [row.task for row in there]
         for key, over_tasks in ((name, True), (f"{name}/micro", False)):
             if "/" in name and not over_tasks:
                 continue  # of a baseline the headline is enough

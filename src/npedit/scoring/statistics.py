@@ -15,6 +15,7 @@ import numpy as np
 
 DRAWS, FLIPS = 2000, 10_000
 Numbers = Sequence[float] | np.ndarray
+Labels = Sequence[str] | np.ndarray  # of tasks or items
 
 
 def _weights(tasks: Sequence[str], over_tasks: bool) -> np.ndarray:
@@ -40,7 +41,7 @@ def mean(values: Numbers, tasks: Sequence[str], over_tasks: bool = True) -> floa
     return float((np.bincount(place, values) / counts).mean())
 
 
-def strata(tasks: Sequence[str]) -> list[np.ndarray]:
+def strata_of_tasks(tasks: Sequence[str]) -> list[np.ndarray]:
     """The items of each task; those of tasks with one item as one stratum. [] if a stratum of one item is left."""
     names, place = np.unique(np.asarray(tasks), return_inverse=True)
     groups = [np.flatnonzero(place == k) for k in range(len(names))]
@@ -50,10 +51,10 @@ def strata(tasks: Sequence[str]) -> list[np.ndarray]:
     return [g for g in groups if len(g) > 1] + ([np.concatenate(singles)] if singles else [])
 
 
-def resampled(values: Numbers, tasks: Sequence[str], over_tasks: bool, seed: int, draws: int) -> np.ndarray:
+def bootstrap_means(values: Numbers, tasks: Sequence[str], over_tasks: bool, seed: int, draws: int) -> np.ndarray:
     """(draws,) means of samples drawn within tasks; (0,) where a task has one item and no other does."""
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    weights, groups = _weights(tasks, over_tasks), strata(tasks)
+    weights, groups = _weights(tasks, over_tasks), strata_of_tasks(tasks)
     if not groups:
         return np.empty(0)
     total = np.zeros(draws)
@@ -63,19 +64,25 @@ def resampled(values: Numbers, tasks: Sequence[str], over_tasks: bool, seed: int
     return total
 
 
+def _percentiles(found: Numbers) -> tuple[float, float]:
+    """The 2.5 % and the 97.5 % percentile."""
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def interval(
     values: Numbers, tasks: Sequence[str], seed: int = 0, draws: int = DRAWS, over_tasks: bool = True
 ) -> tuple[float, float] | None:
     """The 95 % percentile interval of the mean. None where the scores cannot tell: a lone item in a task."""
-    found = resampled(values, tasks, over_tasks, seed, draws)
-    return tuple(float(q) for q in np.quantile(found, (0.025, 0.975))) if len(found) else None
+    found = bootstrap_means(values, tasks, over_tasks, seed, draws)
+    return _percentiles(found) if len(found) else None
 
 
 # ------------------------------------------------------------------------------------------------------ two editors
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Editor B less editor A on the items that both have: the mean over tasks, its 95 % interval, and the p-value of no
     difference. A win is an item where B is better by more than the margin."""
 
@@ -95,7 +102,7 @@ class Difference:
 
 def difference(
     a: Numbers, b: Numbers, tasks: Sequence[str], lower: bool = False, margin: float = 0.0, seed: int = 0
-) -> Difference:
+) -> PairedDifference:
     """Compare B with A, item by item. `lower`: less is better. Within `margin` (inclusive) items tie.
 
     Raises:
@@ -105,8 +112,8 @@ def difference(
     better = outcomes(d, margin) * (-1 if lower else 1)
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
     found = mean(d, tasks)
-    return Difference(
-        found, interval(d, tasks, seed), sign_flip(d, tasks, seed), len(d), wins, len(d) - wins - losses, losses
+    return PairedDifference(
+        found, interval(d, tasks, seed), sign_flip_p_value(d, tasks, seed), len(d), wins, len(d) - wins - losses, losses
     )
 
 
@@ -115,7 +122,7 @@ def outcomes(d: np.ndarray, margin: float = 0.0) -> np.ndarray:
     return np.where(np.abs(d) <= margin, 0, np.sign(d)).astype(int)
 
 
-def sign_flip(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: int = FLIPS) -> float:
+def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: int = FLIPS) -> float:
     """The two-sided p-value of no mean difference, by flipping the signs of items: (1 + #{|d*| >= |d|}) / (flips + 1).
     It supposes that each item's difference is symmetric about zero if there is none."""
     weighted, rng = np.asarray(d, dtype=float) * _weights(tasks, True), np.random.default_rng(seed)
@@ -137,12 +144,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def win_rate_interval(better: Sequence[int], tasks: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
+def win_rate_interval(better: Numbers, tasks: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
     """The 95 % interval of (wins + ties / 2) / n for items that are 1, 0 or -1, drawn within tasks."""
     return interval((np.asarray(better) + 1) / 2, tasks, seed, over_tasks=False)
 
 
-def both_orders(first: Sequence[int], second: Sequence[int]) -> tuple[np.ndarray, float]:
+def debias_order(first: Sequence[int], second: Sequence[int]) -> tuple[np.ndarray, float]:
     """Verdicts of a judge that saw A first, and then A second; each is 1 (A), 0 (tie) or -1 (B).
 
     Returns (n,) outcomes, a win only where both orders agree and else a tie, and the share of items where swapping the
@@ -173,7 +180,7 @@ class Ranking:
         return 1000 + 400 * self.theta / np.log(10)
 
 
-def davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking:
+def fit_davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking:
     """The Davidson model (R. R. Davidson, 1970), Bradley-Terry with ties, as a penalised maximum of likelihood.
 
     `wins[i, j]` (k, k) counts how often i beat j; `ties` is symmetric. P(i beats j) is proportional to exp(theta_i),
@@ -186,7 +193,7 @@ def davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking:
     k = len(wins)
     if wins.shape != (k, k) or ties.shape != (k, k) or not (ties == ties.T).all() or k < 2:
         raise ValueError(f"expected (k, k) wins and symmetric ties; got {wins.shape}, {ties.shape}")
-    parts = _components(wins + wins.T + ties)
+    parts = _connected_components(wins + wins.T + ties)
     if len(parts) > 1:
         raise ValueError(f"expected editors that comparisons connect; got the separate groups {parts}")
     if not wins.any():
@@ -235,7 +242,7 @@ def _features(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return features, counts
 
 
-def _components(links: np.ndarray) -> list[list[int]]:
+def _connected_components(links: np.ndarray) -> list[list[int]]:
     left, parts = set(range(len(links))), []
     while left:
         part, new = set(), {min(left)}
@@ -261,9 +268,9 @@ def rank(
 
     def counted(pick: np.ndarray) -> Ranking:
         part = better[:, :, pick]
-        return davidson((part > 0).sum(2), (part == 0).sum(2) * off)
+        return fit_davidson((part > 0).sum(2), (part == 0).sum(2) * off)
 
-    found, groups, rng = counted(np.arange(scores.shape[1])), strata(tasks), np.random.default_rng(seed)
+    found, groups, rng = counted(np.arange(scores.shape[1])), strata_of_tasks(tasks), np.random.default_rng(seed)
     if not groups:
         return found, None
     drawn = []
@@ -276,7 +283,7 @@ def rank(
 # ----------------------------------------------------------------------------------------------- a judge and people
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
     _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[place]
@@ -288,25 +295,25 @@ def spearman(x: Numbers, y: Numbers) -> float:
     Raises:
         ValueError: fewer than two items, unlike numbers, or values that are all the same.
     """
-    a, b = _varied(x, y)
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+    a, b = _check_varied(x, y)
+    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
 
 
 def kendall(x: Numbers, y: Numbers) -> float:
     """Kendall's tau-b, which accounts for ties. Errors as in `spearman`."""
-    a, b = _varied(x, y)
+    a, b = _check_varied(x, y)
     one, two = (np.sign(v[:, None] - v[None]) for v in (a, b))
     return float((one * two).sum() / np.sqrt((one**2).sum() * (two**2).sum()))
 
 
-def _varied(x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
+def _check_varied(x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if a.shape != b.shape or len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError(f"expected two lists of one length whose values differ; got {a.tolist()}, {b.tolist()}")
     return a, b
 
 
-def pairs_within(groups: Sequence[str]) -> Iterator[tuple[int, int]]:
+def pairs_within_groups(groups: Labels) -> Iterator[tuple[int, int]]:
     """Every pair of positions whose group is the same, each once."""
     places: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
@@ -315,8 +322,8 @@ def pairs_within(groups: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield from ((i, j) for k, i in enumerate(members) for j in members[k + 1 :])
 
 
-def right_pairs(
-    judge: Numbers, people: Numbers, groups: Sequence[str], margin: float = 0.0
+def correct_pairs(
+    judge: Numbers, people: Numbers, groups: Labels, margin: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every pair within a group (one item, several editors): does the judge order it as people do, and which group
     is it? A tie is right where people tie; `margin` is how near two of the judge's scores are when they tie.
@@ -324,7 +331,7 @@ def right_pairs(
     Raises:
         ValueError: there is no pair.
     """
-    pairs = list(pairs_within(groups))
+    pairs = list(pairs_within_groups(groups))
     if not pairs:
         raise ValueError("expected at least two scores of one item; got none")
     i, j = np.array(pairs).T
@@ -332,21 +339,21 @@ def right_pairs(
     return outcomes(one[i] - one[j], margin) == outcomes(two[i] - two[j]), np.asarray(groups)[i]
 
 
-def calibrated_margin(judge: Numbers, people: Numbers, groups: Sequence[str]) -> float:
+def calibrate_tie_margin(judge: Numbers, people: Numbers, groups: Labels) -> float:
     """The margin with the most right pairs (arXiv 2305.14324), which lets a judge of fine scores tie at all. On the
     very pairs that it is chosen on, the accuracy is a little too high. Errors as in `right_pairs`."""
     scores = np.asarray(judge, dtype=float)
-    gaps = sorted({0.0, *(float(abs(scores[i] - scores[j])) for i, j in pairs_within(groups))})
-    return max(gaps, key=lambda gap: right_pairs(judge, people, groups, gap)[0].mean())
+    gaps = sorted({0.0, *(float(abs(scores[i] - scores[j])) for i, j in pairs_within_groups(groups))})
+    return max(gaps, key=lambda gap: correct_pairs(judge, people, groups, gap)[0].mean())
 
 
-def fisher_mean(correlations: Sequence[float]) -> float:
+def fisher_z_mean(correlations: Sequence[float]) -> float:
     """The mean of correlations through Fisher's z."""
     return float(np.tanh(np.mean(np.arctanh(np.clip(correlations, -1 + 1e-9, 1 - 1e-9)))))
 
 
-def cluster_interval(
-    measure: Callable[[np.ndarray], float], clusters: Sequence[str], seed: int = 0, draws: int = 200
+def cluster_bootstrap_interval(
+    measure: Callable[[np.ndarray], float], clusters: Labels, seed: int = 0, draws: int = 200
 ) -> tuple[float, float] | None:
     """The 95 % interval of `measure(positions)`, with whole clusters (items) drawn. A draw on which the measure has no
     value is left out; None if fewer than half have one."""
@@ -359,4 +366,4 @@ def cluster_interval(
             found.append(measure(picked))
         except ValueError:
             continue
-    return tuple(float(q) for q in np.quantile(found, (0.025, 0.975))) if 2 * len(found) >= draws else None
+    return _percentiles(found) if 2 * len(found) >= draws else None

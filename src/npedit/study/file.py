@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from npedit.errors import UserError, did_you_mean
-from npedit.recipe.config import EMBEDDED, Recipe, Settings, check, load_recipe, make_recipe
+from npedit.recipe.config import EMBEDDED, Recipe, Settings, load_recipe, make_recipe, validate_settings
 
 CLAIM_PATTERN = re.compile(r"^(\S+) (>|~) (\S+)$")
 QUICK_FACTOR = 25  # how many times shorter a quick study is
@@ -123,7 +123,7 @@ def load_study(path: Path) -> Study:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
-    return check(Study, raw, "")
+    return validate_settings(Study, raw, "")
 
 
 def quick_study(study: Study) -> Study:

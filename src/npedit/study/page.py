@@ -85,7 +85,9 @@ def _half_interval(spread: SeedSpread) -> float:
 
 def judge_claim(claim: str, scores: Mapping[str, Score], spread: SeedSpread = (0.0, 0)) -> str:
     """One line on a claim: "holds", "refuted" or "open", with the difference that says so; or "not run"."""
-    first, sign, second = CLAIM_PATTERN.match(claim).groups()
+    matched = CLAIM_PATTERN.match(claim)
+    assert matched, claim  # the study file has been checked
+    first, sign, second = matched.groups()
     if missing := [name for name in (first, second) if name not in scores]:
         return f"`{claim}`: **not run** ({', '.join(missing)})"
     d, low, high = difference(scores[first]["both"], scores[second]["both"])

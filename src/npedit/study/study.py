@@ -144,7 +144,7 @@ def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
             seen["generator"] += len(x)
             return velocity(net, x, *rest, **named)
 
-        parts.family.velocity = counted_velocity
+        vars(parts.family)["velocity"] = counted_velocity
         if parts.critic is not None:
             logits, asked = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
 
@@ -152,7 +152,7 @@ def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
                 seen["critic"] += len(texts) * asked
                 return logits(texts, *rest, **named)
 
-            parts.critic.logits = counted_logits
+            vars(parts.critic)["logits"] = counted_logits
         return parts
 
     def on_event(event: str, facts: Mapping[str, Any]) -> None:
