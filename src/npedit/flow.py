@@ -28,7 +28,7 @@ def add_noise(
 
 
 def velocity(x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """v = eps - x0, the same at every time."""
+    """v = eps - x0. It is the same at every time."""
     return eps - x0
 
 
@@ -40,13 +40,13 @@ def predict_x0(
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """The noise shift of SD3 (arXiv 2403.03206, equation 23): t' = s t / (1 + (s - 1) t). It leaves 0 and 1 in
-    place."""
+    """The noise shift of SD3 (arXiv 2403.03206, equation 23): t' = s t / (1 + (s - 1) t). Times 0 and 1 stay
+    as they are."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def few_step_times(steps: int, shift: float) -> Float[Tensor, "steps"]:
-    """The times of a few-step editor: 1, (n-1)/n, ..., 1/n, moved by the base model's own shift.
+    """The times of a few-step editor: 1, (n-1)/n, ..., 1/n, with the noise shift of the base model.
 
     With four steps and Z-Image's shift of 6 these are 1, .9474, .8571, .6667.
     """

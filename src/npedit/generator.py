@@ -1,8 +1,9 @@
-"""The few-step editor. One function, `draft`, makes the transitions: with gradient in training, without in use.
+"""The few-step editor. `generate_few_step` makes all transitions, with gradient in training and without at inference.
 
     x0 <- eps - v(eps, t = 1);  at each further t:  x_t <- (1 - t) x0 + t eps', eps' FRESH;  x0 <- x_t - t v(x_t, t)
 
-Source: NP-Edit, section 3, "two-step unrolling". Training draws one later time, use visits all of them.
+Source: NP-Edit, section 3, "two-step unrolling". Training samples one later time, inference visits
+all times.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from npedit.nets.distributed import global_batch_size, local_slice
 
 
 def seeded_generator(*key: object) -> torch.Generator:
-    """A CPU generator whose stream depends on the key alone, so that a resumed run repeats itself on any machine."""
+    """A CPU random generator whose numbers depend on the key alone, so a resumed run repeats itself on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -34,9 +35,10 @@ def generate_few_step(
     times: Sequence[float],
     noise: Sequence[Float[Tensor, "b c h w"]],
 ) -> Float[Tensor, "b c h w"]:
-    """The edit's clean latents after a transition at each of `times` (the first is 1), each with its own noise.
+    """The edited image's clean latents x0, after one transition at each of `times` (the first is 1). Each has its own
+    noise.
 
-    Gradient flows to `net` through every call.
+    Gradients flow to `net` through every call.
     """
     x0 = torch.zeros_like(noise[0])
     for time, eps in zip(times, noise, strict=True):
@@ -47,15 +49,15 @@ def generate_few_step(
 
 
 def sample_training_times(times: Float[Tensor, "steps"], generator: torch.Generator) -> list[float]:
-    """Which transitions a training step unrolls: k of the schedule drawn evenly; the first alone for k = 1, else the
-    first and the k-th. The caller seeds the generator equally on all ranks."""
+    """The times that one training step unrolls. k is drawn uniformly from the schedule: for k = 1 the first time alone,
+    else the first and the k-th. The caller seeds the generator equally on all ranks."""
     k = int(torch.randint(len(times), (), generator=generator))
     return [float(times[0])] if k == 0 else [float(times[0]), float(times[k])]
 
 
 def sample_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` independent noises in the shape, type and place of `like`, drawn on the CPU. Of several processes, each
-    draws the whole batch's noise and keeps its rows."""
+    """`count` independent noise tensors with the shape, type and device of `like`, sampled on the CPU. Each process
+    samples the noise of the global batch and keeps its own rows."""
     shape = (global_batch_size(len(like)), *like.shape[1:])
     return [local_slice(torch.randn(shape, generator=generator)).to(like) for _ in range(count)]
 
@@ -68,8 +70,8 @@ def generate_images(
     times: Sequence[float],
     guidance: float,
 ) -> Float[Tensor, "b 3 H W"]:
-    """Text-to-image with the base model: Euler steps of the guided velocity from `noise` at times[0] = 1 down to 0.
-    Images in [0, 1]."""
+    """Images in [0, 1] that the base model generates from captions alone: Euler steps of the velocity with
+    classifier-free guidance, from `noise` at times[0] = 1 down to 0."""
     text, blank, x = family.encode_text(captions), family.encode_text([""] * len(captions)), noise
     for now, then in zip(times, [*times[1:], 0.0]):
         t = torch.full((len(captions),), now, device=x.device)
@@ -91,9 +93,9 @@ def edit_images(
     steps: int = 4,
     tile: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
-    """Edit images in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one.
+    """The edited images, in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one.
 
-    `tile` is the side in pixels of tiles that the result is decoded in, see `families/_decode.py`; 0 is the whole.
+    `tile` is the side, in pixels, of the tiles that the decoder works in (`families/_decode.py`); 0 means no tiles.
     """
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()

@@ -1,10 +1,10 @@
-"""Flow-GRPO's arithmetic (arXiv 2505.05470): the flow as an SDE, its log-probabilities, advantages, clipped ratios, KL.
+"""The equations of Flow-GRPO (arXiv 2505.05470): the flow as an SDE, log-probabilities, advantages, clipping, KL.
 
 With v = eps - x0 and t falling from 1 to 0 the ODE dx = v dt and, for every sigma_t, the SDE
 
     dx = [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t dw,      sigma_t = a sqrt(t / (1 - t))
 
-give the same law of x at each t (equations 8 and 9). One Euler-Maruyama step of it from t to s < t is a Gaussian, the
+give the same distribution of x at each t (equations 8 and 9). One Euler-Maruyama step of it from t to s < t is a Gaussian, the
 policy's action.
 """
 
@@ -21,13 +21,13 @@ PerSample = Float[Tensor, "b"]
 
 
 def sde_step(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
-    """Mean and standard deviation of the SDE's step from time t to `after`; `noise_level` is the paper's a.
+    """The mean and standard deviation of the SDE's step from time t to `after`. `noise_level` is a in the paper.
 
-    At t = 1, where sigma is not finite, 1 - t is taken as 1 - after, as in the authors' code; that step leaves a
-    variance too large by a^4 / 4, however short it is, which later steps forget. Gradient flows to x and v.
+    At t = 1, where sigma is not finite, 1 - t is replaced with 1 - after, as in the authors' code. The variance after
+    this step is too large by a^4 / 4, whatever its length; later steps remove the error. Gradients flow to x and v.
 
     Raises:
-        ValueError: the times do not fall.
+        ValueError: the times do not decrease.
     """
     if not 0 <= after < t <= 1:
         raise ValueError(f"expected 0 <= after < t <= 1; got t = {t}, after = {after}")
@@ -38,7 +38,8 @@ def sde_step(x: Latents, v: Latents, t: float, after: float, noise_level: float)
 
 
 def log_prob(x: Latents, mean: Latents, std: float) -> PerSample:
-    """The log-density of x under N(mean, std^2), as the mean over channels and places. Gradient flows to `mean`."""
+    """The log-density of x under N(mean, std^2), as the mean over channels and pixels. Gradients flow to
+    `mean`."""
     density = -0.5 * ((x.detach() - mean) / std).square() - math.log(std) - 0.5 * math.log(2 * math.pi)
     return density.mean((1, 2, 3))
 
@@ -46,8 +47,8 @@ def log_prob(x: Latents, mean: Latents, std: float) -> PerSample:
 def advantages(rewards: Float[Tensor, "group b"], whole_batch: bool = False) -> Float[Tensor, "group b"]:
     """(reward - mean) / std over each item's group (equation 4); zero where all rewards of a group are equal.
 
-    `whole_batch` takes the standard deviation of all rewards, as most of the authors' settings do: groups whose samples
-    are all but alike, right or wrong, then count for little. Else what tells them apart counts as much as any success.
+    `whole_batch` uses the standard deviation of all rewards, as most of the authors' settings do. Then a group with
+    nearly equal rewards gets small advantages. Otherwise small differences in such a group count as much as a success.
     """
     std = rewards.std(unbiased=False) if whole_batch else rewards.std(0, unbiased=False)
     return (rewards - rewards.mean(0)) / (std + 1e-4)
@@ -55,13 +56,13 @@ def advantages(rewards: Float[Tensor, "group b"], whole_batch: bool = False) -> 
 
 def policy_loss(now: PerSample, before: PerSample, advantage: PerSample, clip: float) -> Float[Tensor, ""]:
     """The clipped objective (equation 5, its sign turned): -mean min(r A, clamp(r, 1 - clip, 1 + clip) A), where
-    r = exp(now - before). Gradient flows to `now`, save where clipping holds it."""
+    r = exp(now - before). Gradients flow to `now`, except where it is clipped."""
     ratio = (now - before.detach()).exp()
     held = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantage, held * advantage).mean()
 
 
 def kl_divergence(mean: Latents, reference: Latents, std: float) -> Float[Tensor, ""]:
-    """KL(N(mean, std^2) || N(reference, std^2)), as the mean over samples, channels and places. Gradient flows to
-    `mean`."""
+    """KL(N(mean, std^2) || N(reference, std^2)), as the mean over samples, channels and pixels. Gradients flow
+    to `mean`."""
     return ((mean - reference.detach()) / std).square().mean() / 2

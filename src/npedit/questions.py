@@ -1,8 +1,8 @@
-"""Edit type -> the Yes/No questions that the critic is asked about an edit, and the answers wanted.
+"""The Yes/No questions that the critic is asked about an edit, by edit type, and the wanted answers.
 
-Two questions an edit: was the instruction carried out, and is all else unchanged? (NP-Edit, section 3, "VLM editing
-loss"; the wording is ours.) Removal is verified on the edited image alone: "is the thing there?", wanted answer No. A
-"do nothing" item gets the identity question alone.
+Each edit gets two questions: was the instruction carried out, and is everything else unchanged? (NP-Edit, section 3,
+"VLM editing loss"; the wording is ours.) Removal is checked on the edited image alone: "is the object there?", wanted
+answer No. An identity edit ("do nothing") gets the identity question alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-IDENTITY_EDIT = "nothing"
+IDENTITY_EDIT = "nothing"  # the instruction is to change nothing: "do nothing"
 OTHER = "other"
 EDIT_TYPES = (
     "add", "remove", "replace", "recolour", "pattern", "material", "background", "move", "resize", "style", "shape",
@@ -47,8 +47,8 @@ WORDINGS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `kind` says which loss it belongs to; `looks_at` the images it is shown, in order; `answer` is +1
-    where Yes is wanted and -1 where No is."""
+    """One question. `kind` says which loss it belongs to. `looks_at` names the images that the critic sees, in order.
+    `answer` is +1 if Yes is wanted, -1 if No is wanted."""
 
     kind: Literal["edit", "identity"]
     text: str
@@ -57,10 +57,10 @@ class Question:
 
 
 def normalise_edit_type(name: str) -> str:
-    """The edit type that a data set's word stands for.
+    """The edit type that a data set's word for it means.
 
     Raises:
-        ValueError: nothing is asked about this type; the nearest known one is named.
+        ValueError: there are no questions for this type; the message names the nearest known one.
     """
     word = name.strip().lower().replace(" ", "_")
     word = ALIASES.get(word, word)

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from npedit import flow, grpo
 from npedit.data import PairedBatch
 from npedit.errors import UserError
-from npedit.recipe.config import Recipe, check, make_recipe
+from npedit.recipe.config import Recipe, validate_settings, make_recipe
 from npedit.runs import checkpoint
 from npedit.scoring.critic_scores import CriticScores, verdict
 from npedit.steps.base import Parts
@@ -212,7 +212,7 @@ def test_offloading_changes_nothing_and_adapters_are_trained_too() -> None:
 )
 def test_settings_out_of_range(wrong: dict) -> None:
     with pytest.raises(UserError):
-        check(FlowGrpoSettings, wrong, "stages.0.settings")
+        validate_settings(FlowGrpoSettings, wrong, "stages.0.settings")
 
 
 # ------------------------------------------------------------------------------------------------- a whole training
@@ -246,7 +246,7 @@ def test_a_run_from_a_supervised_start_repeats_itself_after_a_stop(tmp_path: Pat
     with pytest.raises(Crash):
         trainer.train(recipe(), tmp_path / "run", parts=lambda r: parts(), on_event=crash)
     trainer.train(recipe(), tmp_path / "run", parts=lambda r: parts())
-    a, b = (checkpoint.load(r / "checkpoint-000004")[0] for r in (whole, tmp_path / "run"))
+    a, b = (checkpoint.load_checkpoint(r / "checkpoint-000004")[0] for r in (whole, tmp_path / "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     name = next(k for k in a if k.startswith("extra/"))
     assert not torch.equal(a[name], a[name.replace("extra/", "student/net.")])

@@ -14,7 +14,7 @@ from npedit.critics.base import answer_loss
 from npedit.errors import UserError
 from npedit.generator import seeded_generator
 from npedit.questions import WORDINGS, questions_for
-from npedit.recipe.config import check
+from npedit.recipe.config import validate_settings
 from npedit.steps import np_edit
 from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
@@ -424,7 +424,7 @@ def test_needs_and_batches_of_the_whole_method():
 )  # fmt: skip
 def test_settings_out_of_range(wrong):
     with pytest.raises(UserError):
-        check(NpEditSettings, wrong, "stages.0.settings")
+        validate_settings(NpEditSettings, wrong, "stages.0.settings")
 
 
 # ------------------------------------------------------------------------------------- batches and accumulation

@@ -8,7 +8,7 @@ import torch
 from npedit import flow
 from npedit.errors import UserError
 from npedit.nets.learner import LearnerSettings
-from npedit.recipe.config import check
+from npedit.recipe.config import validate_settings
 from npedit.steps.reference_copy import CopySettings, Step
 from tests.support.parts import batch, nets, parts, weights
 
@@ -127,4 +127,4 @@ def test_batches_of_one_update_have_noise_of_their_own(frozen, monkeypatch):
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"stepps": 4}, {"student": {"lr": -1}}])
 def test_settings_out_of_range(wrong):
     with pytest.raises(UserError):
-        check(CopySettings, wrong, "stages.0.settings")
+        validate_settings(CopySettings, wrong, "stages.0.settings")

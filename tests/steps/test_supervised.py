@@ -11,7 +11,7 @@ from npedit import flow
 from npedit.data import PairedBatch
 from npedit.errors import UserError
 from npedit.generator import sample_noise, sample_training_times, seeded_generator
-from npedit.recipe.config import Recipe, check, make_recipe
+from npedit.recipe.config import Recipe, validate_settings, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.supervised import Step, SupervisedSettings
 from npedit.training import trainer
@@ -112,7 +112,7 @@ def test_a_batch_without_pairs_is_refused(frozen) -> None:
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"stepps": 4}, {"student": {"lr": -1}}, {"loss": "l1"}])
 def test_settings_out_of_range(wrong: dict) -> None:
     with pytest.raises(UserError):
-        check(SupervisedSettings, wrong, "stages.0.settings")
+        validate_settings(SupervisedSettings, wrong, "stages.0.settings")
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,21 @@
-"""Flow-GRPO, the baseline in which the same critic is a reward only (arXiv 2505.05470). No pairs.
+"""Flow-GRPO (arXiv 2505.05470), a baseline without pairs. The same critic gives a reward only, and no gradient.
 
-    sample    each item `group` times by the flow's SDE, with the weights of now: states x, log-probabilities, rewards
-    reward    the critic's P(all wanted answers) of the decoded picture; advantage: against the item's other samples
+    sample    each item `group` times by the flow's SDE, with the current weights: states x and log-probabilities
+    reward    the critic's P(all wanted answers) of the decoded image; advantage: relative to the item's other samples
     update    `policy_updates` times: clipped ratios and beta KL(policy || start), over all samples and SDE steps
 
-It needs a start that can edit already, since a sample that no chance can make right has no reward to tell it from the
-others: let a stage `supervised` come before, or give the recipe a `start`. That start is the KL's reference policy.
+The training must start from a model that can edit. If no sample of an item is ever right, all its rewards are equal and
+teach nothing. So put a stage `supervised` first, or set `start` in the recipe. The model at the start of this stage is
+the reference policy of the KL.
 
-The reward is the product of the answers' probabilities, edit and identity, and not their mean: a mean would pay half
-for a mere copy. Its logarithm is NP-Edit's critic loss with the sign turned, so both are after the same thing.
+The reward is the product of the answers' probabilities (edit and identity), not their mean: a mean would reward an
+unchanged copy with a half. The logarithm of the reward is minus NP-Edit's critic loss, so both have the same goal.
 
 Deviations from the paper:
-- the last step, to t = 0, is the ODE's and is not trained; its noise would stay in the picture that the critic sees.
-- log-probabilities and KL are means over a latent's numbers, as in the authors' code; `clip` is meant for those. The
-  KL is that of the steps themselves, as in the paper (the code leaves out the step's length).
-- no classifier-free guidance, here as in use; at use the editor's own few-step sampler makes the pictures.
+- the last step, to t = 0, is the ODE's and is not trained. The SDE's noise would stay in the image that the critic sees.
+- log-probabilities and KL are means over a latent's elements, as in the authors' code, and `clip` applies to these
+  means. The KL is that of the steps themselves, as in the paper (the code omits the step's length).
+- no classifier-free guidance, in training and at inference. At inference the images come from the few-step sampler.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from npedit.steps.base import Step as Base
 
 
 class FlowGrpoSettings(Settings):
-    """Settings of the baseline; those with a counterpart in the paper have its values, but for the group's size."""
+    """Settings of the baseline; those that the paper has too have its values, except the group size."""
 
-    sampling_steps: int = Field(10, ge=2, le=64)  # of the SDE in training, whatever the few-step editor's number
+    sampling_steps: int = Field(10, ge=2, le=64)  # of the SDE in training; independent of the few-step sampler
     group: int = Field(8, ge=2)  # samples of one item (paper: 24)
     noise_level: float = Field(0.7, gt=0)  # a
     advantage_std: Literal["group", "batch"] = "group"  # what advantages are divided by: `grpo.advantages`
@@ -86,7 +87,7 @@ class Step(Base):
         return frozenset({"critic"})
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
-        """Sample, reward, and improve the policy on the samples."""
+        """One update: sample, compute rewards, improve the policy. Returns what to log."""
         timers, metrics = Timers(), []
         with timers("sample"):
             taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
@@ -102,7 +103,7 @@ class Step(Base):
 
     @torch.no_grad()
     def _sample(self, batch: Batch, update: int, micro: int, metrics: list[dict[str, float]]) -> Trajectories:
-        """Trajectories of a batch with the weights of now, their rewards and what the reference policy would do."""
+        """Trajectories of a batch with the current weights, their rewards, and the means of the reference policy."""
         s, generator = self.settings, seeded_generator(self.seed, "flow_grpo", update, micro)
         latents = self.parts.encode_images(batch.references)
         rows = torch.arange(len(batch)).repeat(s.group)
@@ -151,7 +152,7 @@ class Step(Base):
     # ---------------------------------------------------------------------------------------------------- update
 
     def _policy_step(self, samples: Trajectories, k: int) -> tuple[Tensor, float]:
-        """Mean and standard deviation that the net's present weights give the k-th SDE step."""
+        """The mean and standard deviation of the k-th SDE step under the current weights."""
         x, (t, after) = samples.states[k], samples.times[k : k + 2]
         v = self._velocity(x, t, samples.text, samples.references)
         return grpo.sde_step(x, v, t, after, self.settings.noise_level)
@@ -177,7 +178,7 @@ class Step(Base):
 
     @contextmanager
     def _use_reference_weights(self) -> Iterator[None]:
-        """Put the weights of the start into the student's net for the length of a `with` block."""
+        """Inside the `with` block the student's net has the weights of the reference policy."""
         kept = {n: p.detach().clone() for n, p in self._trainable_parameters()}
         self._set_weights(self.start)
         try:
@@ -195,7 +196,7 @@ class Step(Base):
         return self.start
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
+        """Load what `extra_state` returned."""
         if state.keys() != self.start.keys():
             raise ValueError(f"expected {len(self.start)} tensors of the start; got {len(state)}")
         for name, place in self.start.items():

@@ -1,17 +1,19 @@
-"""NP-Edit's training step: one student update from the critic's answers and from DMD, then teach the fake score.
+"""NP-Edit's training step: one student update from the critic's answers and from DMD, then N fake score updates.
 
-    once:     x0 = draft (gradient);     critic: -log p(wanted answer) of each question, through decoder and draft
-                                         DMD: (fake - teacher) / w at a random time, with the wanted result's caption
-                                         "do nothing" items: the identity question alone, and || x0 - reference ||^2
-    N times:  x0 = draft (no gradient);  fake score: flow matching on x0, with the wanted result's caption
+    once:     x0 = few-step edit, with gradient
+              critic: -log p(wanted answer) of each question, through the decoder to x0
+              DMD: (fake - teacher) / w at a random time, both conditioned on the target caption
+              identity edits ("do nothing"): the identity question alone, and || x0 - reference ||^2
+    N times:  x0 = few-step edit, without gradient
+              fake score: flow matching on x0, conditioned on the target caption
 
 Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
-- both gradients are taken at the draft and added there, which is the same sum, and lets us log and balance the two:
-  with `balance: match` the critic's is scaled so that its size over a run of updates is `critic_weight` times DMD's;
-  with `balance: item` each item's is, in proportion to how wrong the critic finds the item.
+- both gradients are taken at x0 and added there. The sum is the same, and the two can be logged and balanced. With
+  `balance: match` the critic's gradient is scaled until its running norm is `critic_weight` times DMD's. With
+  `balance: item` each item's gradient is scaled, in proportion to how wrong the critic finds the item.
 - the reference's visual tokens are computed once per batch, without gradient.
-- the first fake update takes the draft that the student has just made, which saves one of N + 1 drafts; the others
-  take drafts of further batches.
+- the first fake score update uses the x0 that the student has just made, which saves one of N + 1 generations. The
+  other updates use further batches.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from npedit.steps.base import Step as Base
 
 
 class NpEditSettings(Settings):
-    """Settings of the method. Each weight can be zero, and then what only it needs is not even loaded."""
+    """Settings of the method. A weight of zero switches its part off, and models for this part alone are not loaded."""
 
     steps: int = Field(4, ge=1, le=64)  # of the few-step schedule
     critic_weight: float = Field(0.02, ge=0)
@@ -52,7 +54,7 @@ class NpEditSettings(Settings):
     guidance: float = Field(3.5, ge=0)  # of the teacher
     guidance_by_type: dict[str, Annotated[float, Field(ge=0)]] = {}
     negative_prompt: str = ""
-    normaliser: Literal["sample", "pixel"] = "sample"  # of DMD's gap
+    normaliser: Literal["sample", "pixel"] = "sample"  # of DMD's gradient
     t_min: float = Field(0.02, gt=0, lt=1)  # DMD's range of times
     t_max: float = Field(0.98, gt=0, lt=1)
     student: LearnerSettings = LearnerSettings()
@@ -60,7 +62,7 @@ class NpEditSettings(Settings):
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
-        """Refuse what the range of one value alone cannot tell."""
+        """Check the values that depend on each other."""
         if self.t_min > self.t_max:
             raise ValueError(f"expected t_min <= t_max; got {self.t_min} and {self.t_max}")
         for name in self.guidance_by_type:
@@ -83,24 +85,24 @@ class Step(Base):
             self.learners["fake"] = Learner(
                 parts.create_trainable("fake", seed), settings.fake, updates * settings.fake_updates
             )
-        self.running_norms = torch.ones(2)  # running sizes of the gradients from critic and DMD at the draft
-        self.observed_norms: list[Tensor] = []  # their sizes in the batches of the update under way
-        self.student_x0: list[Tensor] = []  # the student's, in the update under way
+        self.running_norms = torch.ones(2)  # running gradient norms at x0: critic, DMD
+        self.observed_norms: list[Tensor] = []  # the same norms in this update's batches
+        self.student_x0: list[Tensor] = []  # the student's output in this update, by batch
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:
-        """One for the student, and one for each update of the fake score after the first."""
+        """One batch for the student, and one for each fake score update after the first."""
         return settings.fake_updates if settings.dmd_weight else 1
 
     @classmethod
     def needs(cls, settings: NpEditSettings) -> frozenset[str]:
-        """The critic unless its weight is zero; the wanted result's caption for DMD."""
+        """The critic, unless its weight is zero, and the target caption, unless DMD's weight is zero."""
         return frozenset({"critic"} if settings.critic_weight else ()) | (
             {"target_caption"} if settings.dmd_weight else set()
         )
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
-        """One update of everything; see the module's head."""
+        """One student update and `fake_updates` fake score updates. Returns what to log."""
         per_update = self.batches_per_update(self.settings)
         groups = [batches[i::per_update] for i in range(per_update)]
         timers, logged = Timers(), {}
@@ -147,7 +149,7 @@ class Step(Base):
             self.student_x0.append(x0.detach())
             gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, timers)
             metrics.append(seen)
-            return (x0.float() * gradient).sum()  # its gradient with respect to x0 is `gradient`
+            return (x0.float() * gradient).sum()  # the gradient of this sum at x0 is `gradient`
 
         logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
         self.running_norms, self.observed_norms = self._updated_norms(), []
@@ -175,9 +177,9 @@ class Step(Base):
         metrics: dict[str, float] = {}
         if s.dmd_weight:
             with timers("dmd"):
-                gap = self._dmd_gradient(batch, x0, generator)
-            from_dmd = s.dmd_weight * gap / gap.numel()
-            metrics["loss/dmd"] = float(0.5 * gap.square().mean())
+                dmd_gradient = self._dmd_gradient(batch, x0, generator)
+            from_dmd = s.dmd_weight * dmd_gradient / dmd_gradient.numel()
+            metrics["loss/dmd"] = float(0.5 * dmd_gradient.square().mean())
         if s.critic_weight:
             with timers("critic"), self.parts.on_device("vae", "critic"):
                 from_critic, wrong, answered = self._critic_gradient(batch, x0, update)
@@ -185,16 +187,14 @@ class Step(Base):
             if s.balance == "item":
                 from_critic = s.critic_weight * self._weight_by_error(from_critic, wrong)
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
-        metrics["grad_norm/from_dmd"], metrics["grad_norm/from_critic"] = (
-            float(global_norm(from_dmd)),
-            float(global_norm(from_critic)),
-        )
+        metrics["grad_norm/from_dmd"] = float(global_norm(from_dmd))
+        metrics["grad_norm/from_critic"] = float(global_norm(from_critic))
         gradient = from_dmd + from_critic
-        still = torch.tensor([kind == IDENTITY_EDIT for kind in batch.edit_types], device=x0.device)
-        if s.copy_weight and still.any():
-            away = (x0 - references).float() * still.view(-1, 1, 1, 1)
-            gradient = gradient + s.copy_weight * 2 * away / away.numel()
-            metrics["loss/copy"] = float(away[still].square().mean())
+        is_identity_edit = torch.tensor([kind == IDENTITY_EDIT for kind in batch.edit_types], device=x0.device)
+        if s.copy_weight and is_identity_edit.any():
+            difference_to_reference = (x0 - references).float() * is_identity_edit.view(-1, 1, 1, 1)
+            gradient = gradient + s.copy_weight * 2 * difference_to_reference / difference_to_reference.numel()
+            metrics["loss/copy"] = float(difference_to_reference[is_identity_edit].square().mean())
         return gradient, metrics
 
     @torch.no_grad()
@@ -214,9 +214,10 @@ class Step(Base):
         return dmd.dmd_gradient(x0, dmd.classifier_free_guidance(conditional, unconditional, scale), fake, s.normaliser)
 
     def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Gradient of the critic's loss with respect to x0: mean over items of the sum over each item's questions.
+        """The gradient of the critic's loss at x0, how wrong each item is, and what to log.
 
-        Beside it how wrong each item is (b,): the mean of 1 - p(wanted answer) over its questions.
+        The loss is the mean over items of the sum over each item's questions. How wrong an item is (b,): the mean of
+        1 - p(wanted answer) over its questions.
         """
         s, critic = self.settings, self.parts.critic
         latents = x0.detach().requires_grad_(True)
@@ -229,7 +230,7 @@ class Step(Base):
             for q in questions_for(kind, words, thing, self.parts.wording)
             if q.kind == "edit" or s.identity_weight
         ]
-        if not asked:  # "do nothing" items alone, and identity_weight is 0
+        if not asked:  # identity edits alone, and identity_weight is 0
             return torch.zeros_like(x0, dtype=torch.float32), torch.zeros(len(batch), device=x0.device), {}
         looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
         logits = critic.logits([q.text for _, q in asked], looks)
@@ -254,8 +255,8 @@ class Step(Base):
 
     @staticmethod
     def _weight_by_error(from_critic: Tensor, wrong: Tensor) -> Tensor:
-        """Each item's gradient keeps its direction; its size becomes how wrong the item is. Otherwise the few items
-        where the critic is near a change of mind drown all others, by a factor of a hundred."""
+        """Each item's gradient with the norm set to how wrong the item is. Otherwise the few items whose answer is
+        uncertain have norms a hundred times larger than all others."""
         size = from_critic.flatten(1).norm(dim=1).clamp_min(1e-12)
         return from_critic * (wrong / size).view(-1, 1, 1, 1)
 
@@ -274,35 +275,36 @@ class Step(Base):
         return metrics
 
     def _critic_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
-        """What brings the critic's gradient to `critic_weight` times DMD's, over a run of updates.
+        """The factor that brings the critic's gradient norm to `critic_weight` times DMD's, on average over updates.
 
-        With `balance: match` the whole batch's, with `item` that of an item all wrong, so that the critic falls silent
-        when it is content. It knows this batch and those before it; the running sizes themselves move once an update.
+        With `balance: match` the norm is that of the whole batch. With `item` it is that of an item with p = 0, so the
+        critic's gradient vanishes when all answers are right. The factor uses this batch and those before it; the
+        running norms are updated once per update.
         """
         s = self.settings
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
         processes = global_batch_size(1)
-        all_wrong = processes * global_norm(torch.ones(len(from_critic)))  # the whole batch's items, each of size 1
+        all_wrong = processes * global_norm(torch.ones(len(from_critic)))  # the global batch's items, each of norm 1
         ours = all_wrong if s.balance == "item" else global_norm(from_critic) / s.critic_weight
         now = torch.stack([ours.cpu(), global_norm(from_dmd).cpu()])
-        if bool(now.isfinite().all()):  # one bad update, which the learner skips, must not spoil the running sizes
+        if bool(now.isfinite().all()):  # an update that the learner skips must not change the running norms
             self.observed_norms.append(now)
-        sizes = self._updated_norms()
-        scale = float(sizes[1] / sizes[0].clamp_min(1e-12))
-        return scale * processes if s.balance == "item" else scale  # the mean over processes divides it again
+        critic_norm, dmd_norm = self._updated_norms()
+        scale = float(dmd_norm / critic_norm.clamp_min(1e-12))
+        return scale * processes if s.balance == "item" else scale  # averaging over processes divides by it again
 
     def _updated_norms(self) -> Tensor:
-        """The running sizes moved by the mean of what this update's batches have shown so far."""
+        """The running norms, updated with the mean over the batches of this update so far."""
         if not self.observed_norms:
             return self.running_norms
         now = torch.stack(self.observed_norms).mean(0)
         return now if bool((self.running_norms == 1).all()) else torch.lerp(self.running_norms, now, 0.05)
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The running sizes of the two gradients."""
+        """The running norms of the two gradients."""
         return {"sizes": self.running_norms}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
+        """Load what `extra_state` returned."""
         self.running_norms = state["sizes"].clone()

@@ -1,10 +1,11 @@
-"""Warm-up: the student must return the reference image. It learns to read the reference's tokens (NP-Edit, section 3).
+"""Warm-up: the student must return the reference image. It learns to read the reference's tokens (NP-Edit,
+section 3).
 
 Deviations from the paper:
-- the text is the reference's own caption, never the edit's instruction: with that, the student learns to ignore its
-  text.
-- times are those the few-step editor visits, since no other time is used later: half of the items have t = 1, the
-  others one of all its times, t = 1 included, which with four steps makes t = 1 for 62.5 % of the items.
+- the text is the reference's caption, never the edit's instruction. With the instruction the student would learn to
+  ignore its text.
+- the times are those of the few-step sampler, since no other time is used later. Half of the items have t = 1. The
+  others have one of all times, t = 1 included. With four steps this gives t = 1 for 62.5 % of the items.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class Step(Base):
 
     @classmethod
     def needs(cls, settings: Settings) -> frozenset[str]:
-        """The reference's own caption serves as text."""
+        """The reference's caption, which is the text."""
         return frozenset({"source_caption"})
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
-        """One update; see the class."""
+        """One update on these batches. Returns what to log."""
         values: list[float] = []
 
         def loss(batch: Batch, micro: int) -> torch.Tensor:

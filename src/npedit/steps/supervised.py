@@ -1,10 +1,10 @@
-"""Supervised baselines on pairs, not NP-Edit, by what the loss is:
+"""Supervised baselines, trained on pairs, for comparison with NP-Edit. The setting `loss` chooses one:
 
-    unrolled   || draft - encode(edited) ||^2, the draft unrolled as in `np_edit`: the fair few-step variant
-    flow       || v - (eps - encode(edited)) ||^2 at a random time: fine-tuning as usual, few steps at use only
+    unrolled   || x0 - encode(edited) ||^2, x0 generated in few steps as in `np_edit`: the fair few-step variant
+    flow       || v - (eps - encode(edited)) ||^2 at a random time: the usual fine-tuning, few steps at inference only
 
-`unrolled` shows what a student of this size can learn in as many updates when it is told the answer, and so what limits
-the method. `flow` draws its times evenly and moves them by the base model's own shift, as its sampling does.
+`unrolled` shows what a student of this size can learn in as many updates from pairs, an upper bound for the method.
+`flow` samples its times uniformly and applies the noise shift of the base model, as the base model's sampler does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step(Base):
 
     @classmethod
     def needs(cls, settings: Settings) -> frozenset[str]:
-        """Pairs: a data source whose batches hold the edited image."""
+        """The edited images: a data source of pairs."""
         return frozenset({"edited"})
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
@@ -56,7 +56,7 @@ class Step(Base):
         def loss(batch: Batch, micro: int) -> Tensor:
             if not isinstance(batch, PairedBatch):
                 raise TypeError(
-                    f"expected batches with edited images, as data toy_pairs gives; got {type(batch).__name__}"
+                    f"expected batches with edited images, such as those of data toy_pairs; got {type(batch).__name__}"
                 )
             generator, encode = seeded_generator(self.seed, "supervised", update, micro), self.parts.encode_images
             references, wanted = encode(batch.references), encode(batch.edited.to(batch.references))
