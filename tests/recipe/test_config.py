@@ -11,14 +11,14 @@ import yaml
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import (
     Settings,
-    check,
+    available_names,
     differences,
-    embedded,
-    find,
+    embedded_weights,
     find_class,
+    find_module,
     load_recipe,
     make_recipe,
-    names,
+    validate_settings,
 )
 
 
@@ -164,26 +164,26 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_names_are_files() -> None:
-    assert "flux" in names("families") and "base" not in names("families")
-    assert find("benchmarks", "toy").__name__ == "npedit.benchmarks.toy"
+    assert "flux" in available_names("families") and "base" not in available_names("families")
+    assert find_module("benchmarks", "toy").__name__ == "npedit.benchmarks.toy"
     assert find_class("families", "flux").__name__ == "Flux"
-    for name in names("steps"):
+    for name in available_names("steps"):
         assert issubclass(find_class("steps", name).Settings, Settings)
         assert find_class("steps", name).Settings is not Settings
     with pytest.raises(UserError, match="Did you mean 'np_edit'"):
-        find("steps", "np_edits")
+        find_module("steps", "np_edits")
 
 
 def test_embedded_weights_that_are_not_there() -> None:
     with pytest.raises(UserError, match="install it again"):
-        embedded("nothing_like_it")
+        embedded_weights("nothing_like_it")
 
 
 def test_check_accepts_numbers_written_as_yaml_reads_them() -> None:
     class Small(Settings):
         lr: float
 
-    assert check(Small, yaml.safe_load("lr: 1e-4"), "x").lr == 1e-4  # YAML reads 1e-4 as a string
+    assert validate_settings(Small, yaml.safe_load("lr: 1e-4"), "x").lr == 1e-4  # YAML reads 1e-4 as a string
 
 
 def test_differences() -> None:

@@ -34,8 +34,8 @@ def recipe(**changes) -> Recipe:
 
 
 def begun(run: Path, made: Recipe) -> Path:
-    with checkpoint.claimed(run, made, True):
-        checkpoint.begin(run, made, checkpoint.make_manifest(made, "d" * 8, CPU))
+    with checkpoint.hold_run(run, made, True):
+        checkpoint.write_run_metadata(run, made, checkpoint.make_manifest(made, "d" * 8, CPU))
     return run
 
 
@@ -44,51 +44,51 @@ def full_disk(*_: object) -> None:
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 500, TENSORS, {"stage": 1}, keep=2)
+    folder = checkpoint.save_checkpoint(tmp_path, 500, TENSORS, {"stage": 1}, keep=2)
     assert folder.name == "checkpoint-000500"
-    tensors, numbers = checkpoint.load(folder)
+    tensors, numbers = checkpoint.load_checkpoint(folder)
     assert numbers == {"stage": 1} and tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[k], TENSORS[k]) for k in tensors)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (8, 9, 10, 1_000_000):
-        checkpoint.save(tmp_path, step, TENSORS, {"step": step}, keep=2)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-000010", "checkpoint-1000000"]
-    assert checkpoint.newest_complete(tmp_path).name == "checkpoint-1000000"
+        checkpoint.save_checkpoint(tmp_path, step, TENSORS, {"step": step}, keep=2)
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["checkpoint-000010", "checkpoint-1000000"]
+    assert checkpoint.latest_complete_checkpoint(tmp_path).name == "checkpoint-1000000"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000010", "checkpoint-1000000"]
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
-    assert checkpoint.newest_complete(tmp_path) is None
+    assert checkpoint.latest_complete_checkpoint(tmp_path) is None
 
 
 def test_half_written_ones_do_not_count_and_are_swept(tmp_path: Path) -> None:
-    good = checkpoint.save(tmp_path, 2, TENSORS, {}, keep=2)
+    good = checkpoint.save_checkpoint(tmp_path, 2, TENSORS, {}, keep=2)
     for name in ("checkpoint-000004", "checkpoint-000006.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.safetensors").write_bytes(b"half")
-    assert checkpoint.newest_complete(tmp_path) == good
-    again = checkpoint.save(tmp_path, 4, TENSORS, {"whole": True}, keep=2)
-    assert checkpoint.load(again)[1] == {"whole": True}
+    assert checkpoint.latest_complete_checkpoint(tmp_path) == good
+    again = checkpoint.save_checkpoint(tmp_path, 4, TENSORS, {"whole": True}, keep=2)
+    assert checkpoint.load_checkpoint(again)[1] == {"whole": True}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000004"]
 
 
 def test_a_damaged_one_is_named(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 2, TENSORS, {}, keep=2)
+    folder = checkpoint.save_checkpoint(tmp_path, 2, TENSORS, {}, keep=2)
     (folder / "state.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="checkpoint-000002.*delete"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("where", ["_write_marks", "_sync_folder"])
 def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    good = checkpoint.save(tmp_path, 2, TENSORS, {"n": 2}, keep=1)
+    good = checkpoint.save_checkpoint(tmp_path, 2, TENSORS, {"n": 2}, keep=1)
     monkeypatch.setattr(checkpoint, where, full_disk)
     with pytest.raises(UserError, match="free some space.*same command"):
-        checkpoint.save(tmp_path, 4, TENSORS, {"n": 4}, keep=1)
+        checkpoint.save_checkpoint(tmp_path, 4, TENSORS, {"n": 4}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
-    assert checkpoint.load(good)[1] == {"n": 2}
+    assert checkpoint.load_checkpoint(good)[1] == {"n": 2}
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
@@ -162,20 +162,20 @@ def test_how_often_to_save_may_change(tmp_path: Path) -> None:
 def test_other_data_are_refused(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", recipe())
     with pytest.raises(UserError, match="dddddddd.*eeee"):
-        checkpoint.begin(run, recipe(), checkpoint.make_manifest(recipe(), "eeee", CPU))
+        checkpoint.write_run_metadata(run, recipe(), checkpoint.make_manifest(recipe(), "eeee", CPU))
 
 
 def test_an_old_run_is_refused_where_a_new_one_is_wanted(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", recipe())
-    with pytest.raises(UserError, match="a run already"), checkpoint.claimed(run, recipe(), resume=False):
+    with pytest.raises(UserError, match="a run already"), checkpoint.hold_run(run, recipe(), resume=False):
         pass
 
 
 def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
-    with checkpoint.claimed(tmp_path / "run", recipe(), True):
-        with pytest.raises(UserError, match="held by process"), checkpoint.claimed(tmp_path / "run", recipe(), True):
+    with checkpoint.hold_run(tmp_path / "run", recipe(), True):
+        with pytest.raises(UserError, match="held by process"), checkpoint.hold_run(tmp_path / "run", recipe(), True):
             pass
-    with checkpoint.claimed(tmp_path / "run", recipe(), True):
+    with checkpoint.hold_run(tmp_path / "run", recipe(), True):
         pass
 
 
@@ -198,7 +198,7 @@ def test_rows(tmp_path: Path) -> None:
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')  # killed while writing
     assert checkpoint.read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
-    checkpoint.trim_metrics(tmp_path, 1)
+    checkpoint.drop_metrics_after(tmp_path, 1)
     checkpoint.append_row(path, {"step": 2})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 

@@ -18,7 +18,16 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.recipe.config import Recipe, load_recipe, make_recipe
 from npedit.steps.np_edit import NpEditSettings, Step
-from npedit.training.estimate import PUBLISHED, WORDS, Estimate, configs, estimate, open_without_weights, table, verdict
+from npedit.training.estimate import (
+    PUBLISHED,
+    WORDS,
+    Estimate,
+    config_folder,
+    estimate,
+    estimate_table,
+    fit_message,
+    open_without_weights,
+)
 from npedit.training.parts import build_parts
 
 SIDE, ITEMS = 32, 4
@@ -140,16 +149,16 @@ def test_slices(plain, models) -> None:
 
 
 def test_the_table_and_the_verdict(plain) -> None:
-    lines = table(plain)
+    lines = estimate_table(plain)
     assert lines[0].split()[0] == "GiB" and "optimizer" in lines[0] and "gathered" not in lines[0]
     assert any(line.startswith("Peak: ") for line in lines) and any("checkpoints" in line for line in lines)
     peak = plain.peak.total / 2**30
-    assert verdict(plain, "24GB").startswith("fits 24 GB")
-    assert verdict(plain, f"{peak * 1.05}").startswith("tight")
-    assert verdict(plain, f"{peak / 2}GiB").startswith("does not fit")
+    assert fit_message(plain, "24GB").startswith("fits 24 GB")
+    assert fit_message(plain, f"{peak * 1.05}").startswith("tight")
+    assert fit_message(plain, f"{peak / 2}GiB").startswith("does not fit")
     for bad in ("", "large", "-3GB", "0"):
         with pytest.raises(UserError, match="expected --gpu as in 24GB"):
-            verdict(plain, bad)
+            fit_message(plain, bad)
 
 
 def test_the_command(models, tmp_path) -> None:
@@ -166,7 +175,7 @@ def test_configs_that_are_not_at_hand(models, tmp_path) -> None:
     with pytest.raises(
         UserError, match=r"family\.weights: expected a local folder, or one of these.*Tongyi-MAI/Z-Image"
     ):
-        configs("family", "somebody/something", str)
+        config_folder("family", "somebody/something", str)
     for changes, said in (
         ({"family": {"name": "flux", "weights": str(tmp_path)}}, "expected model_index.json"),
         ({"family": {"name": "sd3", "weights": str(models / "base")}}, "expected a StableDiffusion3Pipeline"),

@@ -26,13 +26,13 @@ def shell(words: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(("ends", "code"), [((0, 0), 0), ((1, 2), 2), ((0, 3), 3), ((143, 143), 143), ((130, 0), 130)])
 def test_exit_codes(ends: tuple[int, int], code: int) -> None:
-    assert launch._wait([shell(f"sleep 0.{i}; exit {end}") for i, end in enumerate(ends)]) == code
+    assert launch._wait_for_all([shell(f"sleep 0.{i}; exit {end}") for i, end in enumerate(ends)]) == code
 
 
 def test_one_that_fails_ends_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.2)
     waiting = shell("exec sleep 600")
-    assert launch._wait([shell("exit 2"), waiting]) == 2
+    assert launch._wait_for_all([shell("exit 2"), waiting]) == 2
     assert waiting.returncode == -signal.SIGKILL
 
 
@@ -42,10 +42,10 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(times: int, code: int) -> 
     for child in children:
         child.stdout.readline()
     before = signal.getsignal(signal.SIGTERM)
-    with launch._passing_on(children):
+    with launch._forward_signals(children):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert launch._wait(children) == code
+        assert launch._wait_for_all(children) == code
     assert signal.getsignal(signal.SIGTERM) == before
 
 

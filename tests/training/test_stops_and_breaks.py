@@ -28,13 +28,13 @@ from npedit.runs import checkpoint
 from npedit.toy_models import build as models
 from npedit.toy_models.fit import fit
 from npedit.training import trainer
-from npedit.training.parts import _loading, build_parts, build_source
+from npedit.training.parts import build_parts, build_source, explain_loading_errors
 
 STAGES = [{"step": "reference_copy", "updates": 2, "batch_size": 1, "settings": {"steps": 1}}]
 PACE = {"save_every": 1, "sample_items": 1, "steps": 1}
 
 
-def train(run: Path, on_event=trainer.ignore, **more) -> Path:
+def train(run: Path, on_event=trainer.ignore_event, **more) -> Path:
     return trainer.train(usual.recipe(stages=STAGES, trainer=PACE), run, parts=usual.parts, on_event=on_event, **more)
 
 
@@ -52,7 +52,7 @@ def interrupt_at(event: str, step: int):
 def test_a_stop_before_the_first_update_leaves_one_row_0(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         train(tmp_path / "run", interrupt_at("sample", 0))
-    assert checkpoint.newest_complete(tmp_path / "run").name == "checkpoint-000000"
+    assert checkpoint.latest_complete_checkpoint(tmp_path / "run").name == "checkpoint-000000"
     train(tmp_path / "run")
     assert [r["step"] for r in usual.logged(tmp_path / "run")] == [0, 1, 2]
 
@@ -126,7 +126,7 @@ def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), SafetensorError("header")])
 def test_what_loading_may_raise(error: Exception) -> None:
-    with pytest.raises(UserError, match=r"critic\.weights"), _loading("critic.weights", "there"):
+    with pytest.raises(UserError, match=r"critic\.weights"), explain_loading_errors("critic.weights", "there"):
         raise error
 
 
@@ -224,5 +224,5 @@ def test_other_ways_to_start(installed: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_missing_weights_are_answered_truthfully(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config, "__file__", str(tmp_path / "recipe" / "config.py"))
     with pytest.raises(UserError, match="install it again") as caught:
-        config.embedded("critic")
+        config.embedded_weights("critic")
     assert "toy build" not in str(caught.value)

@@ -58,7 +58,7 @@ def crash_at(step: int, event: str = "update"):
 
 
 def end_state(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(run / "checkpoint-000004")[0]
+    return checkpoint.load_checkpoint(run / "checkpoint-000004")[0]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -104,7 +104,7 @@ def test_the_second_stage_goes_on_from_the_average_of_the_first(tmp_path: Path) 
 
     def on_event(name: str, facts: dict) -> None:
         if name == "save" and facts["step"] == 2:
-            seen.update(checkpoint.load(tmp_path / "run" / "checkpoint-000002")[0])
+            seen.update(checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint-000002")[0])
 
     made = recipe()
     slow = [s.model_dump() for s in made.stages]
@@ -123,7 +123,7 @@ def test_a_crash_loses_nothing(whole: Path, tmp_path: Path, at: int) -> None:
     run = tmp_path / "run"
     with pytest.raises(Crash):
         trainer.train(recipe(), run, parts=parts, on_event=crash_at(at))
-    assert checkpoint.newest_complete(run).name == f"checkpoint-{at:06d}" and not (run / "final").exists()
+    assert checkpoint.latest_complete_checkpoint(run).name == f"checkpoint-{at:06d}" and not (run / "final").exists()
     trainer.train(recipe(), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
     assert logged(run) == logged(whole)
@@ -133,7 +133,9 @@ def test_updates_after_the_last_checkpoint_are_made_again(whole: Path, tmp_path:
     run, seldom = tmp_path / "run", recipe().trainer.model_dump() | {"save_every": 2}
     with pytest.raises(Crash):
         trainer.train(recipe(trainer=seldom), run, parts=parts, on_event=crash_at(3))
-    assert [r["step"] for r in logged(run)] == [0, 1, 2, 3] and checkpoint.newest_complete(run).name.endswith("2")
+    assert [r["step"] for r in logged(run)] == [0, 1, 2, 3] and checkpoint.latest_complete_checkpoint(
+        run
+    ).name.endswith("2")
     trainer.train(recipe(trainer=seldom), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
     assert logged(run) == logged(whole)
@@ -175,7 +177,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert caught.value.code == 128 + number
     assert "npedit train 'my recipe.yaml'" in capsys.readouterr().out
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert checkpoint.newest_complete(run).name == "checkpoint-000003"
+    assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000003"
     trainer.train(recipe(trainer=never), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
 
@@ -207,7 +209,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Pat
     monkeypatch.setattr(checkpoint, "_write_marks", full)
     with pytest.raises(UserError, match="free some space"):
         trainer.train(recipe(), run, parts=parts)
-    assert checkpoint.newest_complete(run).name == "checkpoint-000002" and not list(run.glob("*.tmp"))
+    assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000002" and not list(run.glob("*.tmp"))
     monkeypatch.setattr(checkpoint, "_write_marks", write)
     trainer.train(recipe(), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
@@ -223,7 +225,7 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
     stages = [{"step": "np_edit", "updates": 9, "batch_size": 2, "settings": settings}]
     with pytest.raises(UserError, match="2 updates in a row"):
         trainer.train(recipe(stages=stages), tmp_path / "run", parts=broken)
-    assert checkpoint.newest_complete(tmp_path / "run").name == "checkpoint-000001"
+    assert checkpoint.latest_complete_checkpoint(tmp_path / "run").name == "checkpoint-000001"
     assert logged(tmp_path / "run")[-1]["skipped_steps"] == 1
 
 
@@ -361,7 +363,7 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
         process = subprocess.Popen([*command, str(run)], **quiet)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            newest = checkpoint.newest_complete(run)
+            newest = checkpoint.latest_complete_checkpoint(run)
             if newest and int(newest.name[11:]) >= goal:
                 break
             time.sleep(0.01)
@@ -370,7 +372,7 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
         process.wait()
         assert not (run / "final").exists()
     subprocess.run([*command, str(run)], check=True, **quiet)
-    a, b = (checkpoint.load(r / "checkpoint-000040")[0] for r in (run, tmp_path / "calm"))
+    a, b = (checkpoint.load_checkpoint(r / "checkpoint-000040")[0] for r in (run, tmp_path / "calm"))
     assert same_bits(a, b)
     assert logged(run) == logged(tmp_path / "calm")
     assert json.loads((run / "final" / "npedit.json").read_text())["recipe"] == "small"

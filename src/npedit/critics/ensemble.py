@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from npedit.critics.base import Critic
-from npedit.recipe.config import EMBEDDED, Settings, check, embedded, find_class
+from npedit.recipe.config import EMBEDDED, Settings, embedded_weights, find_class, validate_settings
 
 
 class Member(Settings):
@@ -34,7 +34,7 @@ class Member(Settings):
 
     def open(self, dtype: torch.dtype, device: torch.device) -> Critic:
         """Load it."""
-        folder = embedded("critic") if self.weights == EMBEDDED else self.weights
+        folder = embedded_weights("critic") if self.weights == EMBEDDED else self.weights
         return find_class("critics", self.name).load(folder, dtype, device, self.resolution, self.bits)
 
 
@@ -67,7 +67,7 @@ class Ensemble(Critic):
             raise ValueError(f"expected YAML in {weights}; got a file where {error}") from None
         if not isinstance(listed, list):
             raise ValueError(f"expected a list of critics in {weights}; got a {type(listed).__name__}")
-        members = [check(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]
+        members = [validate_settings(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]
         return cls([m.open(dtype, device) for m in members])
 
     @classmethod

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npedit.critics.base import Critic
+from npedit.data import Batch
 from npedit.flow import few_step_times
 from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_module
-from npedit.runs.checkpoint import BLAME, write_text
+from npedit.runs.checkpoint import FAILURES, write_text
 from npedit.scoring.critic_scores import verdict
 from npedit.steps.base import Parts, Step
 from npedit.training.samples import held_out_examples, write_samples
@@ -93,29 +95,29 @@ class Evaluation:
             found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
             found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
             self.success = f"success {found['eval/both']:.0%}"
-        if judge := self.parts.judge:
+        if (judge := self.parts.judge) and self.asked:
             if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
                 made = [self._edit(net, self.asked.references, self.asked.instructions, 0)]
             with self.parts.on_device("judge"):
                 said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
             found |= said.means("judge", self.asked.edit_types)
-        if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic:
-            self._attribute_failures(torch.cat(made))
+        if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic and self.asked:
+            self._attribute_failures(self.parts.critic, self.asked, torch.cat(made))
         return found
 
-    def _attribute_failures(self, edited: Tensor) -> None:
+    def _attribute_failures(self, critic: Critic, asked: Batch, edited: Tensor) -> None:
         """Leave in `blame.json` whose fault the finished editor's wrong edits are; see `benchmarks.toy.blame`."""
         module, family, drawn = find_module("benchmarks", "toy"), self.parts.family, []
         with self.parts.on_device("critic"):
-            content = verdict(self.parts.critic, self.parts.wording, self.asked, edited, CHUNK).is_accepted()
+            content = verdict(critic, self.parts.wording, asked, edited, CHUNK).is_accepted()
         chosen = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
         times = few_step_times(DRAWING_STEPS, family.shift(*edited.shape[-2:])).tolist()
         for start in range(0, len(edited), CHUNK):
-            captions = self.asked.target_captions[start : start + CHUNK]
+            captions = asked.target_captions[start : start + CHUNK]
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
             drawn.append(generate_images(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
         items = module.sample_items(len(edited), self.recipe.seed)
         counts = module.blame(items, edited, content, torch.cat(drawn))
         if distributed.is_main_process():
-            write_text(self.run / BLAME, json.dumps(counts, indent=1) + "\n")
+            write_text(self.run / FAILURES, json.dumps(counts, indent=1) + "\n")

@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
-from npedit.recipe.config import Recipe, find
+from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import explain_write_errors
 
 SIDE = 128  # of a picture in grid.png
 
 
-def held_out(recipe: Recipe, data: Any, n: int) -> Batch:
+def held_out_examples(recipe: Recipe, data: Any, n: int) -> Batch:
     """References to edit while training goes on: held-out ones for the toy, the first n of its benchmark; photos have
     no held-out part, so there the first batch."""
     if recipe.trainer.benchmark != "toy":
         return data.batch(0, n)
     from npedit.toy.world import render
 
-    edits = find("benchmarks", "toy").sample_items(n, recipe.seed)
+    edits = find_module("benchmarks", "toy").sample_items(n, recipe.seed)
     words = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
     pictures = render([e.reference for e in edits])
     return collate([Example(str(i), x, *w) for i, (x, w) in enumerate(zip(pictures, words))])
@@ -39,7 +39,7 @@ def write_samples(folder: Path, references: Tensor, instructions: Sequence[str],
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        pairs = [(_picture(r), _picture(e)) for r, e in zip(references, edited, strict=True)]
+        pairs = [(_to_image(r), _to_image(e)) for r, e in zip(references, edited, strict=True)]
         listed = []
         for i, ((before, after), words) in enumerate(zip(pairs, instructions, strict=True)):
             files = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
@@ -47,10 +47,10 @@ def write_samples(folder: Path, references: Tensor, instructions: Sequence[str],
             before.save(folder / files["reference"])
             listed.append({**files, "instruction": words})
         (folder / "items.json").write_text(json.dumps(listed, indent=1))
-        _grid(pairs, instructions).save(folder / "grid.png")
+        _draw_grid(pairs, instructions).save(folder / "grid.png")
 
 
-def _grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequence[str]) -> Image.Image:
+def _draw_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequence[str]) -> Image.Image:
     columns = 2
     cell = (2 * SIDE + 24, SIDE + 36)
     sheet = Image.new("RGB", (columns * cell[0], -(-len(pairs) // columns) * cell[1]), "white")
@@ -58,17 +58,17 @@ def _grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequen
     for i, (pair, words) in enumerate(zip(pairs, instructions, strict=True)):
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         for k, picture in enumerate(pair):
-            kept = picture.copy().resize(_inside(picture.size), Image.Resampling.LANCZOS)
+            kept = picture.copy().resize(_thumbnail_size(picture.size), Image.Resampling.LANCZOS)
             sheet.paste(kept, (x + k * (SIDE + 8), y))
         draw.text((x, y + SIDE + 4), words if len(words) < 46 else words[:43] + "...", fill="black")
     return sheet
 
 
-def _inside(size: tuple[int, int]) -> tuple[int, int]:
+def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
     scale = SIDE / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _picture(image: Tensor) -> Image.Image:
+def _to_image(image: Tensor) -> Image.Image:
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
