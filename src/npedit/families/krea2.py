@@ -127,6 +127,7 @@ class Krea2(Family):
         """Qwen3-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""
         pipe = self.pipe
         taken = self.text_length + pipe.prompt_template_encode_start_idx - pipe.prompt_template_encode_num_suffix_tokens
+        taken -= pipe.tokenizer.num_special_tokens_to_add()
         return pipe.tokenizer, taken - count_tokens(pipe.tokenizer, pipe.prompt_template_encode_prefix)
 
     @torch.no_grad()

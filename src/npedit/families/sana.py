@@ -12,10 +12,10 @@
   counterpart there. A trial with one seed, six untrained blocks taught to return 6 x 6 latents of unit variance at
   t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; without any reference it
   is 1. So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student
-  starts as the base model exactly, with or without references. Absent references are zeros; one of another size is resampled to the
-  picture's grid, so encode it at the picture's size if you can. The base itself has no slot and refuses references.
-  Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not open them,
-  npedit's editor does.
+  starts as the base model exactly, with or without references. Absent references are zeros; one of another size
+  is resampled to the picture's grid, so encode it at the picture's size if you can. The base has no slot and refuses
+  references. Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not
+  open them, npedit's editor does.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""What a text encoder does not read is known, for every family, and it is exactly that."""
+
+import random
+import string
+
+import pytest
+import torch
+
+from npedit.families._prompts import text_after, truncation_message
+from npedit.families.flux import Flux
+from npedit.recipe.config import embedded_weights, find_class
+
+FAMILIES = ("flux", "krea2", "qwen_image", "sana", "sd3", "z_image")
+
+
+def letters(count, seed):
+    return "".join(random.Random(seed).choices(string.ascii_lowercase, k=count))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_truncated_part_is_what_the_states_do_not_depend_on(name):
+    family = find_class("families", name).tiny(0)
+    _, limit = family.text_window()
+    text = letters(limit + 200, 0)
+    lost, nothing = family.truncated_part([text, text[:limit]])
+    assert lost == text[limit:]
+    assert nothing == ""
+    kept = text[: -len(lost)]
+    other_end, other_last = kept + letters(200, 1), kept[:-1] + ("a" if kept[-1] != "a" else "b") + lost
+    encoded = family.encode_text([text, other_end, other_last])
+    for part in encoded.parts:
+        assert torch.equal(part[0], part[1]), "the lost part is not read"
+    assert any(not torch.equal(part[0], part[2]) for part in encoded.parts), "the last kept token is read"
+
+
+def test_sd3_without_t5_is_measured_by_clip():
+    family = find_class("families", "sd3").tiny(0)
+    family.pipe.tokenizer_3 = family.pipe.text_encoder_3 = None
+    text = letters(200, 0)
+    assert family.truncated_part([text]) == [text[family.text_window()[1] :]]
+    assert family.text_window()[1] <= family.pipe.tokenizer.model_max_length
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return Flux.load(embedded_weights("base"), torch.float32, torch.device("cpu"))
+
+
+def test_the_toys_words_are_counted_and_the_lost_ones_come_back_as_written(toy):
+    _, limit = toy.text_window()
+    assert toy.truncated_part(["red " * limit, "Red, " * limit + "a Blue: cross!"]) == ["", "a Blue: cross!"]
+    long = "a red circle " * 20
+    assert "cross" not in long
+    assert all(torch.equal(*part) for part in toy.encode_text([long + "cross", long + "square"]).parts)
+
+
+def test_no_length_of_text_that_fits_is_called_too_long(toy):
+    """The shortcut for short texts agrees with the tokenizer for every length and for letters of many bytes."""
+    tokenizer, limit = toy.text_window()
+    for sign in "aé猫 .":
+        for count in range(limit - 3, limit + 4):
+            tokens = len(tokenizer(sign * count + " red" * limit, add_special_tokens=False).input_ids)
+            lost = text_after(tokenizer, limit, sign * count + " red" * limit)
+            assert bool(lost) == (tokens > limit)
+
+
+def test_the_message_counts_rows_and_names_the_worst(toy):
+    fits, long, longer = "paint it red", "red " * 40, "red " * 60 + "and a blue cross"
+    texts = [("0", fits), ("1", long), ("1", fits), ("2", fits), ("2", longer), ("3", long), ("3", long)]
+    message = truncation_message(toy, texts)
+    assert message.startswith("3 rows")
+    assert "worst is 2," in message
+    assert len(message) < 400
+    assert truncation_message(toy, [("0", fits)]) == ""
