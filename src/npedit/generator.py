@@ -93,9 +93,9 @@ def edit_images(
     steps: int = 4,
     tile: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
-    """The edited images, in [0, 1]. Each image's noise comes from its own seed, so a batch equals its images one by one.
+    """The edited images, in [0, 1]. Each image has noise from its own seed, so a batch equals its images one by one.
 
-    `tile` is the side, in pixels, of the tiles that the decoder works in (`families/_decode.py`); 0 means no tiles.
+    `tile` is the side, in pixels, of the decoder's tiles (`families/_decode.py`); 0 means no tiles.
     """
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()

@@ -4,8 +4,8 @@ With v = eps - x0 and t falling from 1 to 0 the ODE dx = v dt and, for every sig
 
     dx = [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t dw,      sigma_t = a sqrt(t / (1 - t))
 
-give the same distribution of x at each t (equations 8 and 9). One Euler-Maruyama step of it from t to s < t is a Gaussian, the
-policy's action.
+give the same distribution of x at each t (equations 8 and 9). One Euler-Maruyama step of the SDE from t to s < t is a
+Gaussian, the policy's action.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load(run / f"checkpoint-{step:06d}")[0]
+    return checkpoint.load_checkpoint(run / f"checkpoint-{step:06d}")[0]
 
 
 def rows(run: Path) -> list[dict]:
@@ -108,7 +108,7 @@ def test_a_signal_to_one_stops_both_and_they_go_on(sharded: Path, alone: Path, t
     run = tmp_path / "run"
     ends = two.together(tmp_path, two.train, run, two.recipe("full"), (1, 3), "SIGTERM")
     assert [end.get("exit") for end in ends] == [143, 143], ends
-    assert checkpoint.newest_complete(run).name == "checkpoint-000003"
+    assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000003"
     shutil.copytree(run, tmp_path / "one")
     ends = two.together(tmp_path, two.train, run, two.recipe("full"))
     assert all("value" in end for end in ends), ends

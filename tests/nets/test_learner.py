@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from npedit.errors import UserError
 from npedit.nets.learner import Learner, LearnerSettings
-from npedit.recipe.config import check
+from npedit.recipe.config import validate_settings
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(4, 2, generator=torch.Generator().manual_seed(2))
@@ -169,7 +169,7 @@ def test_too_many_in_a_row_stop_the_run() -> None:
 
 def test_a_loss_that_does_not_reach_the_net_is_an_error() -> None:
     one = learner()
-    with pytest.raises(ValueError, match="none that reaches"):
+    with pytest.raises(ValueError, match="depend on the model"):
         one.update([lambda: torch.ones((), requires_grad=True) * 2])
     with pytest.raises(ValueError, match="at least one loss"):
         one.update([])
@@ -219,7 +219,7 @@ def test_a_plain_number_in_the_optimizers_state_comes_back_as_one() -> None:
 def test_the_8_bit_optimizer_wants_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="student.optimizer: .*pip install .npedit.8bit.., or use adamw"):
-        check(LearnerSettings, {"optimizer": "adamw8bit"}, "student")
+        validate_settings(LearnerSettings, {"optimizer": "adamw8bit"}, "student")
 
 
 def test_a_state_of_another_net_is_refused() -> None:
@@ -239,4 +239,4 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize("bad", OUT_OF_RANGE, ids=str)
 def test_settings_out_of_range(bad: dict) -> None:
     with pytest.raises(UserError, match=f"student.{next(iter(bad))}"):
-        check(LearnerSettings, bad, "student")
+        validate_settings(LearnerSettings, bad, "student")

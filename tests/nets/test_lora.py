@@ -260,7 +260,7 @@ def train(base: Path, run: Path, until: int = 99) -> Path:
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
-    return checkpoint.load(run / f"checkpoint-{step:06d}")[0]
+    return checkpoint.load_checkpoint(run / f"checkpoint-{step:06d}")[0]
 
 
 def test_a_run_goes_on_bit_for_bit(whole: Path, base: Path, tmp_path: Path) -> None:

@@ -1,16 +1,17 @@
-"""Many processes, one training: who is who, what they tell each other, and how a net is spread over them.
+"""Training in several processes: ranks, communication between the processes, and sharding of models.
 
-torchrun, or `npedit train` by itself (`launch.py`), starts the processes; each finds its number in the environment.
-With one process everything here does nothing.
+torchrun, or `npedit train` by itself (`launch.py`), starts the processes. Each reads its rank from the environment.
+With one process all functions here do nothing.
 
-- A recipe's batch_size is the WHOLE batch. Each process takes its rows of the data and of the noise, and both are drawn
-  as one process would draw them. So the number of processes changes speed and memory, and the result by rounding only.
-- Whatever decides something (a stop, a save, a skipped update, a clipped or balanced gradient) is agreed on first.
-- A net that is not sharded is whole in every process, and its gradients are averaged once, after the last backward
-  pass. torch's DDP wrapper would overlap the two, but expects one call of `forward` per backward pass, where the unroll
-  makes two, and hides the net's config, which families read.
-- A sharded net is torch's FSDP2 (`fully_shard`): the net keeps its attributes; its weights, gradients, averages and
-  optimizer state are each process's own slices, and FSDP averages gradients during the backward pass.
+- A recipe's batch_size is the global batch. Each process takes its rows of the data and of the noise, and both are
+  sampled as a single process would sample them. So the number of processes changes speed and memory; the result
+  changes by rounding only.
+- All processes agree on every decision first: a stop, a save, a skipped update, a clipped or balanced gradient.
+- A model that is not sharded has a full copy in every process. Its gradients are averaged once, after the last backward
+  pass. torch's DDP wrapper would overlap the two. But it expects one call of `forward` per backward pass, and the
+  few-step sampler makes two; and it hides the model's config, which families read.
+- A sharded model uses torch's FSDP2 (`fully_shard`): the model keeps its attributes. Each process holds its slices of
+  the weights, gradients, EMA weights and optimizer state, and FSDP averages gradients during the backward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from npedit.errors import UserError
 from npedit.nets.device import accelerator_count, is_accelerator, pick_device, process_group_backend, set_process_device
 
-TIMEOUT = timedelta(minutes=60)  # the others wait while the first writes the finished editor
+TIMEOUT = timedelta(minutes=60)  # the other processes wait while the main one writes the editor
 REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -42,17 +43,17 @@ REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 def is_multi_process() -> bool:
-    """Whether this process is one of several that were started together."""
+    """Whether this process is one of several that train together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_started_by_torchrun() -> bool:
-    """Whether torchrun started this process, so that its own command line is not what the user typed."""
+    """Whether torchrun started this process, so its command line is not what the user typed."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -62,16 +63,15 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process has rank 0: it alone writes and prints."""
     return rank() == 0
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes for the length of a `with` block.
+    """Inside the `with` block this process communicates with the others.
 
-    If one fails, what fails in the others because of it is not raised: they end quietly with exit code 1, so that the
-    true error is the only one to be read.
+    If one process fails, the others end with exit code 1 and without a message, so only the true error is shown.
 
     Raises:
         UserError: the environment lacks something, or this machine has fewer GPUs than processes.
@@ -82,8 +82,8 @@ def process_group() -> Iterator[None]:
     store = _join_process_group()
     try:
         yield
-        all_gather(None)  # none leaves while another still works
-    except SystemExit:  # all were told to stop
+        all_gather(None)  # no process leaves while another still works
+    except SystemExit:  # all processes were asked to stop
         dist.destroy_process_group()
         raise
     except Exception:
@@ -119,7 +119,7 @@ def _join_process_group() -> dist.Store:
 def _has_another_failed(store: dist.Store) -> bool:
     try:
         return store.add("failed", 1) > 1
-    except RuntimeError:  # the process that keeps the store has ended
+    except RuntimeError:  # the process that holds the store has ended
         return True
 
 
@@ -127,7 +127,7 @@ def _has_another_failed(store: dist.Store) -> bool:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every process's value, in the order of their numbers. Also a barrier."""
+    """The values of all processes, by rank. This is also a barrier."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -136,7 +136,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first process's value."""
+    """The value of the main process."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -144,7 +144,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def merge_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What all processes logged, as one row: the mean of a figure over those that have it; of mem/* the largest."""
+    """What all processes logged, as one row: a metric's mean over the processes that have it; the maximum of mem/*."""
     out: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if key in row]
@@ -153,17 +153,17 @@ def merge_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def global_batch_size(size: int) -> int:
-    """Rows of the whole batch, where this process has `size`."""
+    """The number of rows in the global batch, if this process has `size` rows."""
     return size * world_size()
 
 
 def local_slice(rows: Tensor) -> Tensor:
-    """This process's rows of a tensor that was drawn for the whole batch."""
+    """This process's rows of a tensor that was sampled for the global batch."""
     return rows.chunk(world_size())[rank()]
 
 
 def global_norm(gradient: Tensor) -> Tensor:
-    """The norm of a loss's gradient at the whole batch; each process holds that of the mean over its own rows."""
+    """The norm of a gradient over the global batch. Each process has the gradient of the mean over its own rows."""
     if world_size() == 1:
         return gradient.norm()
     squares = gradient.double().square().sum().cpu()
@@ -173,8 +173,8 @@ def global_norm(gradient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(params: Iterable[Tensor]) -> None:
-    """Replace gradients by their means over the processes. FSDP has done so for its own; one that no process has stays
-    None."""
+    """Replace gradients with their means over the processes. FSDP does this itself for sharded parameters. A gradient
+    that no process has stays None."""
     plain = [p for p in params if not isinstance(p, DTensor)]
     if world_size() == 1 or not plain:
         return
@@ -191,7 +191,7 @@ def average_gradients(params: Iterable[Tensor]) -> None:
 
 
 def to_float(value: Tensor) -> float:
-    """A scalar tensor as a number; the parts of a sharded one are put together."""
+    """The value of a scalar tensor, sharded or not."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
@@ -200,8 +200,7 @@ def to_float(value: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """How nets are spread: `mesh` is None where each process holds them whole; a sharded net's calls compute in
-    `dtype`."""
+    """How models are sharded: `mesh` is None if each process holds full copies. A sharded model computes in `dtype`."""
 
     mesh: DeviceMesh | None = None
     blocks: tuple[str, ...] = ()
@@ -209,17 +208,17 @@ class ShardingPlan:
 
 
 _sharding_plan = ShardingPlan()
-_empty_copies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # sharded net -> its like, without weights
+_empty_copies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # sharded model -> copy without weights
 
 
 def set_sharding_plan(
     shard: Literal["none", "full", "hybrid"], blocks: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Settle how `spread` treats nets: whole, sliced over all processes, or sliced over those of one machine with a
-    copy on each machine. `blocks` are the names of the lists of modules that are fetched one by one.
+    """Choose how `distribute_model` shards models: not at all, over all processes, or over the processes of one machine
+    with a copy on each machine. `blocks` are the names of the module lists whose weights are gathered one by one.
 
     Raises:
-        UserError: hybrid, and machines have unequal numbers of processes.
+        UserError: hybrid is asked for, and the machines have unequal numbers of processes.
     """
     global _sharding_plan
     mesh = None
@@ -228,8 +227,8 @@ def set_sharding_plan(
         counts = all_gather(near)
         if len(set(counts)) > 1 or world_size() % near:
             raise UserError(
-                f"trainer.shard: hybrid expected as many processes on each machine; got {counts}; start as many on "
-                "each, or use full"
+                f"trainer.shard: hybrid expected equal numbers of processes on all machines; got {counts}; start "
+                "equal numbers, or use full"
             )
         mesh = init_device_mesh(device.type, (world_size() // near, near), mesh_dim_names=("copies", "slices"))
         mesh = mesh["slices"] if near == world_size() else mesh
@@ -237,8 +236,8 @@ def set_sharding_plan(
 
 
 def distribute_model(net: nn.Module) -> nn.Module:
-    """Make a net's trainable weights equal in all processes and shard it, if that is the plan. In place. A net that
-    trains a part of its weights, such as an adapter, keeps that part whole; its base is for `spread_frozen`."""
+    """The model, in place, with equal trainable weights in all processes, and sharded if the plan says so. A model that
+    trains a part of its weights, such as a LoRA adapter, is not sharded here; its base is, by `shard_frozen`."""
     if world_size() == 1 or isinstance(net, FSDPModule):
         return net
     trained = [param for param in net.parameters() if param.requires_grad]
@@ -252,8 +251,8 @@ def distribute_model(net: nn.Module) -> nn.Module:
 
 
 def shard_frozen(net: nn.Module) -> None:
-    """Shard a frozen net, if that is the plan; adapters on it, which are trained, stay whole. In place; it can be
-    neither copied nor given further adapters any more."""
+    """Shard a frozen model in place, if the plan says so. Trainable adapters on it are not sharded. Afterwards the
+    model cannot be copied and cannot get further adapters."""
     if _sharding_plan.mesh is not None and not isinstance(net, FSDPModule):
         _shard(net, {param for param in net.parameters() if param.requires_grad})
 
@@ -268,14 +267,14 @@ def _shard(net: nn.Module, left_out: set[nn.Parameter]) -> None:
     for name in _sharding_plan.blocks:
         for block in net.get_submodule(name):
             fully_shard(block, mesh=_sharding_plan.mesh, mp_policy=inside, ignored_params=left_out)
-    # Resharded after each call: else a call without gradient leaves weights behind that the next one takes for new.
+    # Reshard after each call: else a call without gradient keeps gathered weights, and the next call uses stale ones.
     outside = MixedPrecisionPolicy(**low)
     fully_shard(net, mesh=_sharding_plan.mesh, mp_policy=outside, reshard_after_forward=True, ignored_params=left_out)
 
 
 def gather_full_model(net: nn.Module) -> nn.Module | None:
-    """The net as it can be saved, in the first process; None in the others. A sharded one is put together on the CPU.
-    All processes must call it."""
+    """The model with full weights, to be saved, in the main process; None in the others. The weights of a sharded model
+    are gathered on the CPU. All processes must call it."""
     if net not in _empty_copies:
         return net if is_main_process() else None
     state = {}

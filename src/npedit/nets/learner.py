@@ -1,4 +1,5 @@
-"""One trainable net: float32 master weights, AdamW, accumulation, finite guard, clipping, schedule, averages."""
+"""One trainable model: float32 master weights, AdamW, accumulation, a check for finite gradients, clipping, the
+learning rate schedule and EMA weights."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LearnerSettings(Settings):
-    """How one net is trained."""
+    """How one model is trained."""
 
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.0, 0.9)
@@ -30,8 +31,8 @@ class LearnerSettings(Settings):
     decay: Literal["constant", "cosine"] = "constant"
     clip: float = Field(1.0, gt=0)  # the largest gradient norm
     ema: float = Field(0.99, ge=0, lt=1)
-    max_skipped: int = Field(20, ge=0)  # updates in a row without finite gradients before the run stops
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter keeps its moments in 8 bits, with bitsandbytes
+    max_skipped: int = Field(20, ge=0)  # updates in a row without finite gradients; with more the run stops
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps the moments in 8 bits, with bitsandbytes
 
     @field_validator("optimizer")
     @classmethod
@@ -42,11 +43,11 @@ class LearnerSettings(Settings):
 
 
 class Learner:
-    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place, and spread over the
-    processes as `distributed.plan` has it.
+    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place, and sharded if
+    `distributed.set_sharding_plan` says so.
 
-    A step calls `update`; accumulation is in there and nowhere else. `net` holds the newest weights; inside
-    `with learner.use_ema_weights():` it holds their exponential moving average.
+    A step calls `update`, which does the gradient accumulation. `net` holds the newest weights; inside
+    `with learner.use_ema_weights():` it holds their exponential moving average (EMA).
     """
 
     def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
@@ -58,14 +59,14 @@ class Learner:
         self.skipped_in_a_row = 0
         self._params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         if not self._params:
-            raise ValueError("expected a net with parameters to train; got none that requires a gradient")
+            raise ValueError("expected a model with trainable parameters; got none that requires a gradient")
         self._ema = {n: p.detach().clone() for n, p in self._params.items()}
         self._optimizer = _optimizer_class(settings)(
             self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
     def learning_rate(self) -> float:
-        """The rate of the coming update: linear warm-up, then constant or a cosine to zero at `total_updates`."""
+        """The learning rate of the next update: linear warm-up, then constant, or a cosine to 0 at `total_updates`."""
         s = self.settings
         rate = s.lr * min(1.0, (self.updates + 1) / max(1, s.warmup_updates))
         if s.decay == "cosine":
@@ -73,15 +74,16 @@ class Learner:
         return rate
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> dict[str, float]:
-        """One update from the mean of the scalar losses, over all processes too; each is computed and differentiated
-        before the next.
+        """One update with the mean of the scalar losses, over all processes. Each loss is computed and differentiated
+        before the next one is computed.
 
         Returns:
-            grad_norm before clipping, lr, and skipped: updates left out so far, their gradients not being finite.
+            grad_norm before clipping, lr, and skipped: the number of updates skipped so far, because of gradients that
+            were not finite.
 
         Raises:
-            UserError: more than `max_skipped` updates in a row had to be left out.
-            ValueError: no loss was given, or none reaches the net.
+            UserError: more than `max_skipped` updates in a row were skipped.
+            ValueError: no loss was given, or no loss depends on the model.
         """
         if not losses:
             raise ValueError("expected at least one loss; got none")
@@ -93,7 +95,7 @@ class Learner:
             finite = finite and bool(torch.isfinite(loss.detach()))
         distributed.average_gradients(self._params.values())
         if all(p.grad is None for p in self._params.values()):
-            raise ValueError("expected losses that depend on the net; got none that reaches its parameters")
+            raise ValueError("expected losses that depend on the model's parameters; got none")
         norm = distributed.to_float(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
         rate = self.learning_rate()
         if all(distributed.all_gather(finite and math.isfinite(norm))):
@@ -110,7 +112,7 @@ class Learner:
             group["lr"] = rate
         self._optimizer.step()
         done = self.updates - self.skipped
-        decay = min(self.settings.ema, (done + 1) / (done + 10))  # an early average must not cling to the start
+        decay = min(self.settings.ema, (done + 1) / (done + 10))  # a lower decay at first, so the start weighs little
         torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._params.values()], 1 - decay)
 
     def _skip_update(self, norm: float) -> None:
@@ -125,7 +127,7 @@ class Learner:
 
     @contextmanager
     def use_ema_weights(self) -> Iterator[nn.Module]:
-        """Put the averaged weights into `net` for the length of a `with` block; the newest come back after it."""
+        """Inside the `with` block `net` has the EMA weights; afterwards it has the newest weights again."""
         self._swap_ema_weights()
         try:
             yield self.net
@@ -134,38 +136,38 @@ class Learner:
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:
-        """Make the averaged weights the net's own, for good: how a stage hands the net to the next."""
+        """Overwrite the model's weights with the EMA weights. The next stage starts from them."""
         for name, param in self._params.items():
             param.copy_(self._ema[name])
 
     @torch.no_grad()
     def _swap_ema_weights(self) -> None:
-        for name, param in self._params.items():  # in place: FSDP goes on with the tensors that it knows
+        for name, param in self._params.items():  # in place: FSDP keeps references to these tensors
             kept = param.clone()
             param.copy_(self._ema[name])
             self._ema[name].copy_(kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Everything that goes on with training needs: tensors by name, and counters."""
+        """All that is needed to resume training: tensors by name, and counters."""
         tensors = {f"net.{n}": p.detach() for n, p in self._params.items()}
         tensors |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
         tensors |= {f"ema.{n}": e for n, e in self._ema.items()}
         for name, param in self._params.items():
             for key, value in self._optimizer.state.get(param, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # 8 bits: the number of steps is an int
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # adamw8bit: the number of steps is an int
         return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def parameter_of(self, key: str) -> Tensor | None:
-        """The parameter that the tensor `key` of `state` belongs to; None for a buffer's."""
+        """The parameter that the tensor `key` of `state` belongs to; None for a buffer."""
         kind, name = key.split(".", 1)
         return self._params.get(name.split(".", 1)[1] if kind == "optimizer" else name)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Take up what `state` gave.
+        """Load what `state` returned.
 
         Raises:
-            ValueError: the tensors are those of another net; the message names the first that is wrong.
+            ValueError: the tensors are those of another model; the message names the first wrong one.
         """
         wanted = {f"net.{n}": p for n, p in self._params.items()}
         wanted |= {f"ema.{n}": e for n, e in self._ema.items()}

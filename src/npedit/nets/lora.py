@@ -1,11 +1,11 @@
 """LoRA (arXiv 2106.09685): one frozen base serves student, fake score and teacher.
 
-A trained role is an `LoraAdapter`: a net whose forward is the base's with this role's low-rank layers switched on. Outside
-such a call none is on, so the base itself is the teacher, and its output stays bitwise that of the untouched model.
-The base keeps its type (bfloat16, say); an adapter's weights are float32, the master weights that a learner trains.
+A trained role is a `LoraAdapter`: a model whose forward is that of the base with this role's low-rank layers active.
+Outside such a call no adapter is active, so the base itself is the teacher, bit for bit. The base keeps its type, such
+as bfloat16. An adapter's weights are float32: they are the master weights that a learner trains.
 
-Every linear layer is adapted: attention and MLPs, the modulation, and the embedders, through which what is new to an
-editor comes in: the reference and the instruction. With attention and MLPs alone the toy learns half as fast.
+Every linear layer gets an adapter: attention, MLPs, modulation, and the embedders. The embedders read what is new to an
+editor, the reference and the instruction. With attention and MLPs alone the toy learns half as fast.
 """
 
 from __future__ import annotations
@@ -25,38 +25,36 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WEIGHTS_FILE = (
-    "pytorch_lora_weights.safetensors"  # this name, the prefix and the metadata's key are those diffusers looks for
-)
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # this name, the prefix and the key are diffusers' own
 KEY_PREFIX = "transformer"
 METADATA_KEY = "lora_adapter_metadata"
 
 
 class LoraAdapter(nn.Module):
-    """One role's adapter of a base: called like the base, and what is not its own (config, dtype) is the base's.
+    """One role's LoRA adapter of a base. It is called like the base, and has the base's attributes, such as config.
 
-    Its own parameters alone are in `state_dict` and are reached by `float`; those of the base, frozen, come first in
-    `parameters`, where families look for the type to compute in.
+    `state_dict` has the parameters of the adapter alone, and `float` converts these alone. `parameters` gives the
+    frozen parameters of the base first: families read the type to compute in there.
     """
 
     def __init__(self, base: nn.Module, role: str):
         """A view of the adapter `role` that `base` has already; see `new` and `open`."""
         super().__init__()
-        self.__dict__["base"] = base  # not as a submodule: it is shared
+        self.__dict__["base"] = base  # not as a submodule: the base is shared
         self.role, self.settings = role, base.peft_config[role]
-        self.own = nn.ModuleDict()
+        self.lora_layers = nn.ModuleDict()
         for name, layer in base.named_modules():
             if isinstance(layer, BaseTunerLayer):
                 layer._active_adapter = []
-                layer.set_requires_grad(list(base.peft_config), True)  # peft freezes all but the newest
+                layer.set_requires_grad(list(base.peft_config), True)  # peft freezes all adapters but the newest
                 for part in ("lora_A", "lora_B"):
-                    self.own[f"{name}.{part}".replace(".", "/")] = getattr(layer, part)[role]
-        self.own.float()  # peft makes them in the base's type
+                    self.lora_layers[f"{name}.{part}".replace(".", "/")] = getattr(layer, part)[role]
+        self.lora_layers.float()  # peft creates them with the base's type
 
     @classmethod
     def create(cls, base: nn.Module, role: str, rank: int, alpha: float, seed: int) -> Self:
-        """A fresh adapter of every linear layer; it changes nothing yet. An earlier one of this role is dropped, and
-        refuses to be called from then on."""
+        """A new adapter of every linear layer; its output equals the base's at first. An earlier adapter of this role
+        is deleted, and fails when it is called."""
         if role in getattr(base, "peft_config", {}):
             base.delete_adapters(role)
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -70,37 +68,37 @@ class LoraAdapter(nn.Module):
         """The adapter that `save` wrote to this folder, frozen.
 
         Raises:
-            ValueError: it holds no adapter of a model like `base`.
+            ValueError: the folder holds no adapter of a model like `base`.
         """
         base.load_lora_adapter(folder, prefix=KEY_PREFIX, weight_name=WEIGHTS_FILE, adapter_name=role)
         if role not in getattr(base, "peft_config", {}):
             raise ValueError(f"expected keys that begin with {KEY_PREFIX} in {folder / WEIGHTS_FILE}; got none")
         found = cls(base, role).requires_grad_(False)
-        found.load_weights(folder)  # again: the first time, peft rounded to the base's type
+        found.load_weights(folder)  # again, because peft has rounded to the base's type
         return found
 
     def save(self, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of the family's pipeline opens."""
-        whole = {_file_key(name): p.detach().cpu().contiguous() for name, p in self.own.named_parameters()}
+        tensors = {_file_key(name): p.detach().cpu().contiguous() for name, p in self.lora_layers.named_parameters()}
         chosen = {
             f"{KEY_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()
         }
         metadata = {"format": "pt", METADATA_KEY: json.dumps(chosen, indent=2, sort_keys=True)}
-        safetensors.torch.save_file(whole, folder / WEIGHTS_FILE, metadata)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, metadata)
 
     @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
-        """Take over the weights that an adapter like this one has saved to this folder.
+        """Copy the weights that an adapter of the same shape saved to this folder.
 
         Raises:
-            KeyError, RuntimeError: it has other layers or another rank.
+            KeyError, RuntimeError: the saved adapter has other layers or another rank.
         """
-        whole = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-        for name, p in self.own.named_parameters():
-            p.copy_(whole[_file_key(name)])
+        tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        for name, p in self.lora_layers.named_parameters():
+            p.copy_(tensors[_file_key(name)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward with this adapter.
+        """The output of the base with this adapter active.
 
         Raises:
             RuntimeError: the role has been given another adapter.
@@ -111,7 +109,7 @@ class LoraAdapter(nn.Module):
             return self.base(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base's (frozen, without any adapter), then the adapter's own."""
+        """The frozen parameters of the base, without any adapter, then those of this adapter."""
         yield from ((f"base.{n}", p) for n, p in self.base.named_parameters() if ".lora_" not in n)
         yield from super().named_parameters(*args, **kwargs)
 
@@ -123,12 +121,12 @@ class LoraAdapter(nn.Module):
 
 
 def _file_key(name: str) -> str:
-    """The name of a parameter of `LoraAdapter.own`, as diffusers writes it."""
+    """The name of a parameter of `LoraAdapter.lora_layers`, as diffusers writes it."""
     return f"{KEY_PREFIX}.{name.replace('/', '.')}"
 
 
 def linear_layer_names(net: nn.Module) -> list[str]:
-    """The names of a net's layers that mix all their channels: linear ones, and convolutions without groups."""
+    """The names of a model's layers that get an adapter: linear layers, and convolutions without groups."""
     wrapped = [n for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
     plain = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) or _is_full_convolution(m)]
     return wrapped or plain
@@ -140,10 +138,10 @@ def _is_full_convolution(layer: nn.Module) -> bool:
 
 @contextmanager
 def _activate_adapters(module: nn.Module, roles: list[str]) -> Iterator[None]:
-    """Switch these adapters on, and all others off, below `module`.
+    """Inside the `with` block the adapters of these roles are active in `module`, and no others.
 
-    Not by peft's `set_adapter`, which also freezes the parameters of all others: theirs, and those of one whose
-    backward pass is still to come, are to stay as they are.
+    peft's `set_adapter` would also freeze all other adapters. Their backward pass may still be to come, so they must
+    stay trainable.
     """
     layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     before = [layer._active_adapter for layer in layers]
@@ -157,17 +155,17 @@ def _activate_adapters(module: nn.Module, roles: list[str]) -> Iterator[None]:
 
 
 def enable_gradient_checkpointing(net: nn.Module) -> None:
-    """Have a net (a model of its own, or an `LoraAdapter`) keep only its blocks' inputs for the backward pass, which
-    computes the rest again.
+    """Make a model or a `LoraAdapter` keep only its blocks' inputs for the backward pass, which recomputes the rest.
 
     Raises:
-        ValueError: the model cannot do that.
+        ValueError: the model has no gradient checkpointing.
     """
     net.enable_gradient_checkpointing(_checkpoint_with_active_adapters)
 
 
 def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
-    """Run a block, and once more in the backward pass, under the adapter that is on now: by then another may be."""
+    """The output of a block. The backward pass runs the block again with the adapter that is active now, since another
+    one may be active by then."""
     roles = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
 
     def run(*given: Any) -> Any:

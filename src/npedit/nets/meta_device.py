@@ -1,15 +1,15 @@
-"""Count the memory of real code without memory: tensors on torch's meta device have shapes and types, no contents.
+"""Count the memory that real code would need, without using it: tensors on torch's meta device have no data.
 
-Inside `Counted` every storage that an operation makes is counted while it lives, under what it is for and under the
-part of the step that is under way (`Clock`, by way of `under_way`). So the very code that trains can be run on models
-of any size, and what it would hold at once be read off.
+Inside `MemoryCounter` every storage that an operation creates is counted while it lives: by its label, and by the part
+of the step that runs now (`Timers` sets `current_part`). So the real training code runs on models of any size, and the
+peak of its memory is measured.
 
-- Whole numbers and truth values are small and decide what is done next (lengths, masks, positions): they stay on the
-  CPU, real. Only floating-point tensors are hollow.
-- A hollow number that the code looks at, such as a loss, reads as 1.
-- Attention counts as a fused kernel's: it keeps its inputs, its output and one number a row.
+- Integer and boolean tensors are small and control the code (lengths, masks, positions). They stay on the CPU, with
+  data. Only floating-point tensors are meta tensors.
+- The value of a meta scalar that the code reads, such as a loss, is 1.
+- Attention counts as a fused kernel: it keeps its inputs, its output and one number per row.
 
-What is not counted: memory inside one kernel, the allocator's fragments, and the device's own libraries.
+Not counted: temporary memory inside one kernel, fragmentation in the allocator, and the libraries of the device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-ACTIVATIONS = "activations"  # whatever has no other name
-current_part: ContextVar[str] = ContextVar("under_way", default="")  # the part of a step that runs now
+ACTIVATIONS = "activations"  # the label of everything without another label
+current_part: ContextVar[str] = ContextVar("current_part", default="")  # the part of a step that runs now
 
 aten = torch.ops.aten
 FACTORIES = {torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full}
@@ -40,10 +40,10 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class MemoryCounter:
-    """Counts hollow storages; a context manager.
+    """Counts the storages of meta tensors; a context manager.
 
-    `live` is bytes now, by what they are for; `peaks` the same at the moment of each part's largest sum. `share` says
-    of what only a share is held here, and `working` what is new and has no other name.
+    `live` is the bytes that exist now, by label. `peaks` has the same at the peak of each part of a step. `share` gives
+    the fraction of a label's bytes that this device holds. `working` is the label of new storages.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class MemoryCounter:
         self.peaks: dict[str, Counter[str]] = {}
         self.share: dict[str, float] = {}
         self.working = ACTIVATIONS
-        self._known: dict[int, tuple[str, int]] = {}  # storage -> what it is for, bytes counted
+        self._known: dict[int, tuple[str, int]] = {}  # storage -> its label, the bytes counted
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -65,18 +65,18 @@ class MemoryCounter:
         self._stack.close()
 
     def label(self, what: str, tensors: Iterable[Tensor]) -> None:
-        """Say what these hollow tensors are for, whether they have been met or not."""
+        """Give the storages of these meta tensors a label, whether they were counted before or not."""
         for tensor in tensors:
             if tensor.is_meta:
                 self._count_storage(tensor.untyped_storage(), what)
 
     def add_bytes(self, what: str, size: int) -> None:
-        """Count further bytes, or with a minus fewer, such as those of parts that are moved elsewhere."""
+        """Add bytes to a label; a negative number subtracts, for instance when models move to another device."""
         self.live[what] += size
         self._update_peaks()
 
     def count_tensor(self, tensor: Tensor) -> None:
-        """Count an operation's result."""
+        """Count the result of an operation."""
         if tensor.is_meta:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
@@ -104,7 +104,7 @@ class MemoryCounter:
 
 
 class _IntegersOnCpu(TorchFunctionMode):
-    """Above autograd: whole numbers are made on the CPU."""
+    """Above autograd: integer tensors are created on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -118,7 +118,7 @@ def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One fused kernel, whose needs depend on the shapes alone."""
+    """Attention as one fused kernel, whose memory depends on the shapes alone."""
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
@@ -126,7 +126,7 @@ def _fused_attention(
 
 
 class _CountOperations(TorchDispatchMode):
-    """Below autograd: counts, and answers what a hollow tensor cannot."""
+    """Below autograd: counts results, and gives values where code reads a meta tensor."""
 
     def __init__(self, counted: MemoryCounter) -> None:
         super().__init__()
@@ -135,12 +135,12 @@ class _CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [*_iterate_tensors(args), *_iterate_tensors(kwargs.values())]
-        hollow = any(t.is_meta for t in given)
-        if func is aten._local_scalar_dense.default and hollow:
+        is_meta = any(t.is_meta for t in given)
+        if func is aten._local_scalar_dense.default and is_meta:
             return bool(1) if given[0].dtype == torch.bool else 1.0 if given[0].is_floating_point() else 1
         if func is aten._to_copy.default:
             return self._copy_to(given[0], func, args, kwargs)
-        if hollow and func not in INDEXING and not all(t.is_meta or t.dim() == 0 for t in given):
+        if is_meta and func not in INDEXING and not all(t.is_meta or t.dim() == 0 for t in given):
             args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
         out = func(*args, **kwargs)
         for tensor in _iterate_tensors(out if isinstance(out, tuple | list) else (out,)):
@@ -148,7 +148,7 @@ class _CountOperations(TorchDispatchMode):
         return out
 
     def _copy_to(self, tensor: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """A copy elsewhere or of another type; whole numbers never become hollow, nor hollow ones real."""
+        """A copy on another device or of another type. Integers never become meta tensors, and the reverse."""
         place = kwargs.get("device") or tensor.device
         kind = kwargs.get("dtype") or tensor.dtype
         if torch.device(place) == META and not kind.is_floating_point and tensor.device == CPU:
@@ -174,10 +174,10 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """A published JSON file that describes a model, without the note of where it came from.
+    """The content of a model's published JSON config, without the note of its source.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}; there is none")

@@ -1,7 +1,8 @@
-"""The tensors of a checkpoint on disk. One process writes one file, several write one each; any number reads either.
+"""The tensors of a checkpoint on disk. A single process writes one file; several processes write one file each. Any
+number of processes can read either.
 
-torch's distributed checkpoints do the work, in their safetensors form: the header of each file says where in the whole
-tensors its slices lie.
+This uses torch.distributed.checkpoint with safetensors files: the header of each file says where in the full tensors
+its slices lie.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from npedit.nets import distributed
 
-SINGLE_FILE = "state.safetensors"  # all tensors, by one process
+SINGLE_FILE = "state.safetensors"  # all tensors, written by a single process
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into a folder that is there. All processes call it: each writes its slices of the sharded ones, and
-    its share of those that all hold.
+    """Write tensors into an existing folder. All processes must call it: each writes its slices of the sharded tensors,
+    and a share of the tensors that all processes hold.
 
     Raises:
-        OSError: such as a full disk; in every process, whichever met it.
+        OSError: such as a full disk. It is raised in every process, whichever had it.
     """
     if distributed.world_size() == 1:
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -41,8 +42,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-    """The tensors in a folder, whole and on the CPU; but where `like(name)` is sharded and of the same shape, this
-    process's slice on its device. All processes call it.
+    """The tensors in a folder, in full and on the CPU. If `like(name)` is a sharded tensor of the same shape, the
+    result is this process's slice, on its device. All processes must call it.
 
     Raises:
         OSError, SafetensorError: a file is damaged or missing.
@@ -57,7 +58,7 @@ def read_tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str
         tensors[name] = torch.empty_like(model) if sliced else torch.empty(facts.size, dtype=facts.properties.dtype)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be for one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected: there is one process
             dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     except dcp.CheckpointException as error:
         raise _first_failure(error) from error

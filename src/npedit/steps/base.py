@@ -1,7 +1,7 @@
-"""What every way to train shares. One file in this folder is one way; none imports another.
+"""What all training methods share: the base class `Step`, the frozen `Parts`, and `Timers`.
 
-A step owns its learners and nothing else that changes: all its randomness comes from (seed, update), so a resumed run
-repeats itself bit for bit.
+One file in this folder is one training method, and no such file imports another. The state of a step is its learners
+and `extra_state`. All its random numbers come from (seed, update), so a resumed run repeats itself bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from npedit.recipe.config import LoraChoice, MemorySettings, Settings
 
 @dataclass(frozen=True)
 class Judge:
-    """A critic that is asked at evaluations and never trained against, and how questions are put to it."""
+    """A critic for evaluation only, never trained against, and the wording of its questions."""
 
     critic: Critic
     wording: str
@@ -42,8 +42,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Parts:
-    """The frozen parts that a step works with. `critic` is None only where no step needs one; `judge`, which no step
-    may ask, only where the recipe names none."""
+    """The frozen models that a step works with. `critic` is None if no step needs one. `judge` is None if the recipe
+    names none; steps must not use it."""
 
     family: Family
     critic: Critic | None
@@ -51,21 +51,24 @@ class Parts:
     device: torch.device
     lora: LoraChoice | None = None
     memory: MemorySettings = MemorySettings()
-    prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded, the last used at the end
-    latents: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)  # likewise, by what was encoded
+    prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded prompts, the last used at the end
+    latents: OrderedDict[bytes, Tensor] = field(
+        default_factory=OrderedDict
+    )  # encoded images by `image_digest`, the last used at the end
     judge: Judge | None = None
-    names_on_device: set[str] = field(default_factory=set)  # frozen parts in use, by the names that `awake` takes
+    names_on_device: set[str] = field(default_factory=set)  # parts in use, by the names of `on_device`
 
     def __post_init__(self) -> None:
         _decode.check_tile(self.family.facts, self.memory.decode_tile)
         with self.on_device("text", "vae", "critic", "judge"):
-            pass  # with `memory.offload` they rest from here on
+            pass  # with `memory.offload` this moves them to the CPU
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
-        """A trainable net that starts as the base: an adapter of it, or a copy. With LoRA a role has one at a time.
+        """A new trainable model that equals the base: a LoRA adapter on the base, or a copy of it. A role
+        has one adapter at a time.
 
         Raises:
-            UserError: gradient checkpointing is asked for, and the model does not offer it.
+            UserError: the recipe wants gradient checkpointing, and the model has none.
         """
         if self.lora is None:
             net = self.family.trainable_net().to(self.device)
@@ -79,15 +82,15 @@ class Parts:
         return net
 
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Encode prompts, each distinct one once while the cache (`memory.cached_prompts`) has room for it. Encoders
+        """The encoded prompts. Distinct prompts are kept in a cache of `memory.cached_prompts` entries. The encoders
         are frozen, so the prompt alone is the key."""
-        room = self.memory.cached_prompts
-        if not room:
+        capacity = self.memory.cached_prompts
+        if not capacity:
             with self.on_device("text"):
                 return self.family.encode_text(prompts)
         here: dict[str, Text] = {}
         for prompt in dict.fromkeys(prompts):
-            found = _get_cached(self.prompts, room, prompt, partial(self._encode_prompt, prompt))
+            found = _get_cached(self.prompts, capacity, prompt, partial(self._encode_prompt, prompt))
             here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
         return Text.cat([here[prompt] for prompt in prompts])
 
@@ -96,16 +99,16 @@ class Parts:
             return Text(tuple(p.to(offload_device()) for p in self.family.encode_text([prompt]).parts))
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The family's `encode`, of each distinct picture once while the cache (`memory.cached_latents`) has room for
-        it. The VAE is frozen and draws nothing, so the pixels that it is given are the key: their values, type and
-        size, after cropping and scaling, and not the item's id."""
-        room = self.memory.cached_latents
-        if not room:
+        """The latents of images (b, 3, H, W). Distinct images are kept in a cache of `memory.cached_latents` entries.
+        The VAE is frozen and deterministic, so the pixels (values, type and shape, after cropping and scaling) are the
+        key, not the item's id."""
+        capacity = self.memory.cached_latents
+        if not capacity:
             with self.on_device("vae"):
                 return self.family.encode(images)
         keys, here = [image_digest(image) for image in images], {}
         for key, image in dict(zip(keys, images)).items():
-            here[key] = _get_cached(self.latents, room, key, partial(self._encode_image, image)).to(self.device)
+            here[key] = _get_cached(self.latents, capacity, key, partial(self._encode_image, image)).to(self.device)
         return torch.cat([here[key] for key in keys])
 
     def _encode_image(self, image: Tensor) -> Tensor:
@@ -113,39 +116,39 @@ class Parts:
             return self.family.encode(image[None]).to(offload_device())
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The family's `decode`, as `memory.decoder_checkpointing` and `memory.decode_tile` say. Call it, and end its
-        backward pass, inside `awake("vae")`."""
+        """The images of latents, decoded as `memory.decoder_checkpointing` and `memory.decode_tile` say. Decode, and
+        finish the backward pass, inside `on_device("vae")`."""
         return _decode.decode_latents(self.family, latents, self.memory.decode_tile, self.memory.decoder_checkpointing)
 
     @contextmanager
     def on_device(self, *names: str) -> Iterator[None]:
-        """Use the frozen parts of these names ("text", "vae", "critic", "judge") inside the block, where they are on
-        the device. With `memory.offload` they rest in the CPU's memory outside of all such blocks; a backward pass
-        through them must end inside."""
+        """Inside the `with` block the named parts ("text", "vae", "critic", "judge") are on the device. With
+        `memory.offload` they are in CPU memory outside all such blocks, so a backward pass through them must end
+        inside the block."""
         if not self.memory.offload:
             yield
             return
-        mine = [name for name in names if name not in self.names_on_device]
-        self.names_on_device.update(mine)
+        moved = [name for name in names if name not in self.names_on_device]
+        self.names_on_device.update(moved)
         try:
-            self.move_modules(mine, self.device)
+            self.move_modules(moved, self.device)
             yield
         finally:
-            self.move_modules(mine, offload_device())
-            self.names_on_device.difference_update(mine)
+            self.move_modules(moved, offload_device())
+            self.names_on_device.difference_update(moved)
 
     def move_modules(self, names: Sequence[str], device: torch.device) -> None:
-        """Take frozen parts elsewhere; the names are those of `awake`."""
+        """Move parts to a device; the names are those of `on_device`."""
         for name in names:
             for module in self.frozen_modules(name):
                 module.to(device)
 
     def frozen_modules(self, name: str) -> list[nn.Module]:
-        """The frozen modules behind a name of `awake`."""
+        """The frozen modules that a name of `on_device` stands for."""
         if name in ("critic", "judge"):
             critic = self.critic if name == "critic" else self.judge and self.judge.critic
             members = getattr(critic, "members", [critic]) if critic else []
-            return [m.model for m in members if not is_quantised(m.model)]  # which cannot be moved
+            return [m.model for m in members if not is_quantised(m.model)]  # quantised models cannot be moved
         pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
         return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
 
@@ -153,11 +156,11 @@ class Parts:
 Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
 
 
-def _get_cached(cache: OrderedDict[Key, Value], room: int, key: Key, make: Callable[[], Value]) -> Value:
-    """What is kept under a key, made if it is not there; of more than `room`, the one not used for longest goes."""
+def _get_cached(cache: OrderedDict[Key, Value], capacity: int, key: Key, make: Callable[[], Value]) -> Value:
+    """The cached value of a key, made if it is missing. Beyond `capacity` entries the least recently used goes."""
     found = cache.pop(key) if key in cache else make()
     cache[key] = found
-    while len(cache) > room:
+    while len(cache) > capacity:
         cache.popitem(last=False)
     return found
 
@@ -171,7 +174,7 @@ def image_digest(image: Tensor) -> bytes:
 
 
 class Step(ABC):
-    """One way to train. `Settings` is the class of its settings in a recipe."""
+    """One training method. `Settings` is the class of its settings in a recipe."""
 
     Settings: type[Settings]
     learners: dict[str, Learner]
@@ -181,12 +184,12 @@ class Step(ABC):
 
     @classmethod
     def batches_per_update(cls, settings: Settings) -> int:
-        """How many batches one update takes before accumulation."""
+        """How many batches one update needs, before gradient accumulation."""
         return 1
 
     @classmethod
     def needs(cls, settings: Settings) -> frozenset[str]:
-        """What must be there: any of "critic", "target_caption", "source_caption", "edited"."""
+        """What the step needs: any of "critic", "target_caption", "source_caption", "edited"."""
         return frozenset()
 
     @abstractmethod
@@ -194,13 +197,13 @@ class Step(ABC):
         """One update on `accumulate * batches_per_update` batches; returns what to log."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """State beside the learners'."""
+        """Tensors to save in a checkpoint in addition to the learners' state."""
         return {}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `extra_state` gave."""
+        """Load what `extra_state` returned."""
         if state:
-            raise ValueError(f"expected no state beside the learners'; got {', '.join(state)}")
+            raise ValueError(f"expected no state in addition to the learners'; got {', '.join(state)}")
 
 
 class Timers:
@@ -211,7 +214,7 @@ class Timers:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the time inside the block to `time/<part>`."""
+        """Add the time inside the `with` block to `time/<part>`."""
         start = time.perf_counter()
         before = current_part.set(part)
         try:

@@ -4,15 +4,15 @@
     reward    the critic's P(all wanted answers) of the decoded image; advantage: relative to the item's other samples
     update    `policy_updates` times: clipped ratios and beta KL(policy || start), over all samples and SDE steps
 
-The training must start from a model that can edit. If no sample of an item is ever right, all its rewards are equal and
-teach nothing. So put a stage `supervised` first, or set `start` in the recipe. The model at the start of this stage is
-the reference policy of the KL.
+The training must start from a model that can edit. If no sample of an item is ever right, all its rewards are equal
+and its advantages zero. So put a stage `supervised` first, or set `start` in the recipe. The model at the
+start of this stage is the reference policy of the KL.
 
 The reward is the product of the answers' probabilities (edit and identity), not their mean: a mean would reward an
 unchanged copy with a half. The logarithm of the reward is minus NP-Edit's critic loss, so both have the same goal.
 
 Deviations from the paper:
-- the last step, to t = 0, is the ODE's and is not trained. The SDE's noise would stay in the image that the critic sees.
+- the last step, to t = 0, is the ODE's and is not trained. The SDE's noise would stay in the critic's image.
 - log-probabilities and KL are means over a latent's elements, as in the authors' code, and `clip` applies to these
   means. The KL is that of the steps themselves, as in the paper (the code omits the step's length).
 - no classifier-free guidance, in training and at inference. At inference the images come from the few-step sampler.
