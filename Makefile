@@ -2,6 +2,7 @@
 #
 #   make demo PYTHON=/usr/bin/python3.12     use this Python
 #   make demo ARGS="--help"                  more words for the command
+#   make test TEST_PROCESSES=8               run the tests in more processes than two
 #   make demo TORCH=pypi                     take PyTorch as the package index has it, with no look for a smaller build
 #   make demo PIP_FLAGS="..."                more words for pip, for instance PyTorch's public CPU index or a mirror of yours
 #
@@ -20,6 +21,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 PIP_FLAGS ?=
 TORCH ?= auto
 ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -32,8 +34,8 @@ help: ## say what can be made
 demo: $(READY) ## train a tiny editor without pairs and write a report (about 10 minutes on two cores)
 	$(BIN)/npedit demo $(ARGS)
 
-test: $(READY) ## the tests, except the slow ones and those that need a GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## the tests, except the slow ones and those that need a GPU, in two processes
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
