@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 from rich.table import Table
 
 from npedit.benchmarks._outputs import Job, Told, opener
+from npedit.data._metadata import find_metadata, parse_row, read_json_lines, resolve_photo_path
 from npedit.data._photos import BadImage
-from npedit.data.imagefolder import find_metadata, parse_row, read_json_lines, resolve_photo_path
 from npedit.errors import UserError
-from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import (
     TARGET,
@@ -35,7 +36,7 @@ from npedit.scoring.metrics import (
     text_metrics,
 )  # fmt: skip
 from npedit.scoring.results import Metrics, Row, UndefinedMetric
-from npedit.scoring.statistics import mean
+from npedit.scoring.statistics import mean_over_tasks
 
 MASK, WANTED = "mask_file_name", "edited_file_name"
 LONGEST_NAME = 200  # bytes of a file's name
@@ -67,23 +68,30 @@ def read(folder: str) -> tuple[list[Item], str]:
     Raises:
         UserError: with file and line, for what training refuses too, and for an id that comes twice or is too long.
     """
-    metadata, items, seen = find_metadata(folder), [], set()
-    for line, value in read_json_lines(metadata):
-        row, where = parse_row(value, line, metadata, {}), f"{metadata}:{line}"
-        try:
-            reference = resolve_photo_path(metadata.parent, row.file_name)
-            mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
-        except (BadImage, TypeError) as error:
-            raise UserError(f"{where}: {error}; correct the name") from None
-        task = row.edit_type if value.get("edit_type") else NO_TASK
-        item = Item(row.id, task, row.instruction, reference, mask, target, row.source_caption, row.target_caption)
-        if item.id in seen or len(item.file) > LONGEST_NAME:
-            raise UserError(f"{where}: expected short ids, each once; got {item.id!r}; change it")
-        seen.add(item.id)
-        items.append(item)
+    root, files = find_metadata(folder)
+    items: list[Item] = []
+    seen: set[str] = set()
+    for metadata in files:
+        for line, value in read_json_lines(metadata):
+            item = _read_item(value, line, metadata, root)
+            if item.id in seen or len(item.file) > LONGEST_NAME:
+                raise UserError(f"{metadata}:{line}: expected short ids, each once; got {item.id!r}; change it")
+            seen.add(item.id)
+            items.append(item)
     if not items:
-        raise UserError(f"expected at least one row; got an empty {metadata}; write one line of JSON an image")
-    return items, hashlib.sha256(metadata.read_bytes()).hexdigest()
+        raise UserError(f"expected at least one row; got an empty {files[0]}; write one line of JSON an image")
+    return items, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _read_item(value: dict[str, Any], line: int, metadata: Path, root: Path) -> Item:
+    row = parse_row(value, line, metadata, {}, root)
+    try:
+        reference = row.photo_path()
+        mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
+    except (BadImage, TypeError) as error:
+        raise UserError(f"{row.place}: {error}; correct the name") from None
+    task = row.edit_type if value.get("edit_type") else NO_TASK
+    return Item(row.id, task, row.instruction, reference, mask, target, row.source_caption, row.target_caption)
 
 
 def _named(folder: Path, name: object, column: str) -> Path | None:
@@ -102,8 +110,8 @@ def jobs(items: Sequence[Item], seed: int) -> list[Job]:
 def score(
     items: Sequence[Item],
     edited: Path,
-    dino: Dino | Absent,
-    clip: Clip | Absent,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
     told: Told,
     lpips: Lpips | None = None,
 ) -> list[Row]:
@@ -129,7 +137,12 @@ class _Parts:
 
 
 def _measures(
-    item: Item, folder: Path, dino: Dino | Absent, clip: Clip | Absent, lpips: Lpips | None, parts: _Parts
+    item: Item,
+    folder: Path,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
+    lpips: Lpips | None,
+    parts: _Parts,
 ) -> Metrics:
     reference, edited = opener(item.reference, "reference"), opener(folder / item.file, "edited picture")
     found = dict(pixel_metrics(reference, edited)) | dict(feature_metrics(reference, edited, dino, clip))
@@ -171,7 +184,7 @@ def by_task(rows: Sequence[Row]) -> Table:
         cells = []
         for name in names:
             values = [v for row in rows if row.task == task and (v := row.scores.get(name)) is not None]
-            words = f"{mean(values, [task] * len(values)):.3f}" if values else "-"
+            words = f"{mean_over_tasks(values, [task] * len(values)):.3f}" if values else "-"
             cells.append(words if len(values) in (0, n) else f"{words} ({len(values)})")
         shown.add_row(task, str(n), *cells)
     return shown
