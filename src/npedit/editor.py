@@ -8,6 +8,7 @@ that the editor was trained from:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,10 @@ from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe import config
 from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
-from npedit.runs.resolve import load_ema_weights, read_recipe, require_finite_weights, resolve_editor
+from npedit.runs.editor_weights import load_ema_weights, read_recipe, require_finite_weights
+from npedit.runs.resolve import resolve_editor
+
+log = logging.getLogger(__name__)
 
 BATCH_PIXELS = 16 * 512 * 512  # of one pass through the editor, counted at the size that it works at
 BATCH_ITEMS = 16  # the most pictures in one pass
@@ -61,6 +65,7 @@ class Editor:
         self.tile = tile
         self.net = net.eval().requires_grad_(False)
         self.steps = steps
+        self._warned: set[str] = set()
         self.sizes = tuple((int(h), int(w)) for h, w in sizes)
 
     @classmethod
@@ -162,6 +167,7 @@ class Editor:
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"expected at least one step; got {steps}.")
+        self._warn_of_truncation(instructions)
         window: list[tuple[Image.Image, str]] = []
         for image, text in zip(images, instructions, strict=True):
             image = to_rgb(image)
@@ -171,6 +177,16 @@ class Editor:
                 window = []
             window.append((image, text))
         yield from self._edit_window(window, seed, steps)
+
+    def _warn_of_truncation(self, instructions: Sequence[str]) -> None:
+        """Report, once for each instruction, the part that the text encoder does not read."""
+        for text in dict.fromkeys(instructions):
+            (lost,) = self.family.truncated_part([text])
+            if lost and text not in self._warned:
+                self._warned.add(text)
+                log.warning(
+                    "the instruction is longer than the text encoder takes; this part of it is not read: %r", lost
+                )
 
     def _edit_window(self, window: Sequence[tuple[Image.Image, str]], seed: int, steps: int) -> list[Image.Image]:
         """Edit upright RGB pictures, those of one working size together; returns the results in their order."""

@@ -232,7 +232,7 @@ def test_a_line_in_another_encoding_is_named(tmp_path):
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path):
-    save(tmp_path, "a.png", plain(8, 8))
+    save(tmp_path, "a.png", plain(64, 64))
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row("a.png")), encoding="utf-8-sig")
     assert len(opened(tmp_path)) == 1
 

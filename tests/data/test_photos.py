@@ -44,7 +44,7 @@ def test_the_bucket_is_the_nearest_aspect(tmp_path):
     for i, (width, height) in enumerate(ASPECTS[:41] + ASPECTS[-2:]):
         save(tmp_path, f"{i}.png", plain(width, height))
         rows.append(row(f"{i}.png", id=f"{width}x{height}"))
-    source = opened(write_metadata(tmp_path, rows), sizes=sizes)
+    source = opened(write_metadata(tmp_path, rows), sizes=sizes, min_kept_share=0, max_enlargement=1000)
     for index in range(43):
         batch = source.batch(index, 1)
         width, height = map(int, batch.ids[0].split("x"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 
 from pydantic import Field
@@ -53,6 +54,10 @@ class Source:
     def bad_rows(self) -> list[dict]:
         """Always empty: every item is drawn."""
         return []
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Nothing: the toy's text encoders take every text of the toy world."""
+        return iter(())
 
     def fingerprint(self) -> str:
         """A hash of the settings, the first items' scenes and words, and the colours they are drawn in.
