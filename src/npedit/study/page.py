@@ -103,7 +103,10 @@ def judge_claim(claim: str, scores: Mapping[str, Score], spread: SeedSpread = (0
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]]) -> Path:
     """Tables, verdicts and plots of a study, as far as it has been run, into `folder`. Returns the page's path."""
     spread = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
-    how = f"The oracle's judgement on {study.items} held-out scenes in held-out phrasings, the same for every row."
+    how = (
+        f"Every row is scored by the oracle on the same {study.items} held-out scenes in held-out phrasings. "
+        "`both` is the success rate: the edit is applied and the rest is preserved."
+    )
     lines = [f"# {study.name}", "", how, "", _describe_intervals(spread), *(["", study.words] if study.words else [])]
     if missing := _missing_runs(study, scores):
         lines += ["", f"Not run: {', '.join(missing)}."]
@@ -119,14 +122,19 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
             lines += ["", f"![{table.title}]({picture.name})", "", *_score_table(study, table, rows, scores)]
             lines += [
                 "",
-                "<details><summary>both, by edit type</summary>",
+                "<details><summary><code>both</code> by edit type</summary>",
                 "",
                 *_edit_type_table(rows, scores),
                 "",
                 "</details>",
             ]
     said = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
-    lines += ["", "## Alarms", "", *(said or ["None: in no run did the critic's score rise while the oracle's fell."])]
+    lines += [
+        "",
+        "## Alarms",
+        "",
+        *(said or ["None: in no run did the critic's score rise while the oracle's score fell."]),
+    ]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     return folder / "results.md"
@@ -143,9 +151,10 @@ def _describe_intervals(spread: SeedSpread) -> str:
     apart = _half_interval(spread) * 2**0.5
     return (
         "Intervals are 95 %. In the tables and plots they cover the choice of scenes. Intervals of differences also "
-        f"cover variation between training seeds: the standard deviation of `both` from seed to seed is {deviation:.3f} "
-        f"({freedom} degrees of freedom), so two rows of one seed each may differ by {apart:.3f} for that reason alone. "
-        "The small dots in the plots are single seeds. Nothing is corrected for the number of claims."
+        f"cover variation between training seeds: the standard deviation of `both` from seed to seed is "
+        f"{deviation:.3f} ({freedom} degrees of freedom), so two rows of one seed each may differ by {apart:.3f} for "
+        "that reason alone. "
+        "The small dots in the plots are single seeds. The intervals are not corrected for the number of claims."
     )
 
 
@@ -201,8 +210,8 @@ def _plot_table(table: Table, rows: list[str], scores: Mapping[str, Score]) -> b
 
 
 def _score_table(study: Study, table: Table, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
-    names = ["variant", "both", "applied", "preserved", "copies", "each seed", "updates"]
-    names += ["generator / critic passes an update", "minutes", "runs"]
+    names = ["variant", "both", "applied", "preserved", "copy rate", "each seed", "updates"]
+    names += ["generator / critic passes per update", "minutes", "runs"]
     return [*_table_header(names), *(_table_row(study, name, scores[name], table.by_critic) for name in rows)]
 
 
@@ -224,7 +233,7 @@ def _table_row(study: Study, name: str, s: Score, by_critic: bool) -> str:
     passes = s["passes"]
     per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
     words, right = study.variants[name].words, s["critic_right"]
-    judged = f" (the critic answers {right:.3f} right)" if by_critic and right is not None else ""
+    judged = f" (share of right answers of the critic: {right:.3f})" if by_critic and right is not None else ""
     cells = [
         f"{name}{': ' if words else ''}{words}{judged}",
         f"**{s['both']['value']:.3f}** [{low:.3f}, {high:.3f}]",
