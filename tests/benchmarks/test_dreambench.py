@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from npedit.benchmarks import dreambench as bench
 from npedit.cli import main as cli
 from npedit.errors import UserError
-from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from tests.support.encoder_sets import clip, dino
 
 TEXT = """Classes
@@ -101,7 +101,7 @@ def test_similarities_by_hand(data, nets, tmp_path):
     assert [(r.id, r.task) for r in rows] == [("can/00", "can"), ("can/01", "can")]
     photos = [Image.open(p).convert("RGB") for p in can.photos]
     for net, name in zip(nets, ("dino", "clip_i")):
-        real, ours = net.images(photos), net.images(made[1])
+        real, ours = net.encode_images(photos), net.encode_images(made[1])
         scores, key = rows[1].scores, f"{name}_{net.tag}"
         assert scores[key] == pytest.approx(float(np.mean([[a @ b for b in real] for a in ours])), abs=1e-5)
         assert scores[f"{key}_input"] == pytest.approx(float((ours @ real[1]).mean()), abs=1e-5)
@@ -110,9 +110,13 @@ def test_similarities_by_hand(data, nets, tmp_path):
         assert scores[f"copy/{key}_held_out"] == pytest.approx(float((real[1] @ real[[0, 2]].T).mean()), abs=1e-5)
         assert scores[f"copy/{key}"] == pytest.approx((1 + 2 * scores[f"copy/{key}_held_out"]) / 3, abs=1e-5)
     net = nets[1]
-    told = net.texts([can.prompts[1]])[0]
-    assert rows[1].scores[f"clip_t_{net.tag}"] == pytest.approx(float((net.images(made[1]) @ told).mean()), abs=1e-5)
-    assert rows[1].scores[f"copy/clip_t_{net.tag}"] == pytest.approx(float(net.images(photos)[1] @ told), abs=1e-5)
+    told = net.encode_texts([can.prompts[1]])[0]
+    assert rows[1].scores[f"clip_t_{net.tag}"] == pytest.approx(
+        float((net.encode_images(made[1]) @ told).mean()), abs=1e-5
+    )
+    assert rows[1].scores[f"copy/clip_t_{net.tag}"] == pytest.approx(
+        float(net.encode_images(photos)[1] @ told), abs=1e-5
+    )
 
 
 def test_one_missing_picture_leaves_the_prompt_without_a_score(data, nets, tmp_path):
@@ -126,10 +130,10 @@ def test_one_missing_picture_leaves_the_prompt_without_a_score(data, nets, tmp_p
 
 def test_real_images_leave_out_equal_pairs(data, nets):
     subjects = bench.read(data)[0]
-    found = bench.real_images(subjects, nets[0], Absent("vitb32", "not here"))
+    found = bench.real_images(subjects, nets[0], MissingEncoder("vitb32", "not here"))
     values = []
     for subject in subjects:
-        seen = nets[0].images([Image.open(p).convert("RGB") for p in subject.photos])
+        seen = nets[0].encode_images([Image.open(p).convert("RGB") for p in subject.photos])
         n = len(seen)
         values.append(np.mean([float(seen[i] @ seen[j]) for i in range(n) for j in range(n) if i != j]))
     assert found["real/dino_vit32x2-7"]["value"] == pytest.approx(np.mean(values), abs=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.questions import questions_for
-from npedit.scoring.critic_scores import verdict
+from npedit.scoring.critic_scores import score_with_critic
 from tests.support.parts import batch
 
 
@@ -19,7 +19,7 @@ def critic() -> LlavaOnevision:
 def test_it_is_the_probability_of_the_wanted_answers(critic: LlavaOnevision) -> None:
     given = batch(0, 1, 2, nothing=(2,))
     edited = given.references.flip(0)
-    found = verdict(critic, "short", given, edited)
+    found = score_with_critic(critic, "short", given, edited)
     assert found.items == (0, 0, 1, 1, 2) and found.kinds == ("edit", "identity", "edit", "identity", "identity")
     wanted = []
     for i in range(3):
@@ -39,16 +39,16 @@ def test_it_can_ask_in_chunks_and_holds_pictures_to_the_range(critic: LlavaOnevi
     given = batch(0, 1, 2)
     edited = 3 * given.references - 1
     edited.requires_grad_(True)
-    found = verdict(critic, "short", given, edited)
-    again = verdict(critic, "short", given, edited.detach().clamp(0, 1), chunk=2)
+    found = score_with_critic(critic, "short", given, edited)
+    again = score_with_critic(critic, "short", given, edited.detach().clamp(0, 1), chunk=2)
     torch.testing.assert_close(found.p, again.p, atol=1e-5, rtol=1e-5)
     assert found.items == again.items and not found.p.requires_grad
 
 
 def test_what_is_logged(critic: LlavaOnevision) -> None:
     given = batch(0, 1, 2, nothing=(2,))
-    found = verdict(critic, "short", given, given.references)
-    logged = found.means("judge", given.edit_types)
+    found = score_with_critic(critic, "short", given, given.references)
+    logged = found.mean_by_kind("judge", given.edit_types)
     assert set(logged) == {"judge/p_edit", "judge/p_identity", "judge/p_yes/recolour", "judge/p_yes/remove"}
     assert logged["judge/p_edit"] == pytest.approx(float((found.p[0] + found.p[2]) / 2))
     assert logged["judge/p_identity"] == pytest.approx(float((found.p[1] + found.p[3] + found.p[4]) / 3))

@@ -12,8 +12,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from npedit.errors import UserError
 from npedit.scoring import encoders
-from npedit.scoring.encoders import Absent, Clip, Dino, open_encoder
-from npedit.scoring.results import NoScore
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder, open_encoder
+from npedit.scoring.results import MissingScore
 from tests.support.encoder_sets import clip, dino
 
 CPU = torch.device("cpu")
@@ -33,10 +33,10 @@ def photos():
 
 def test_dino_is_the_cls_token_and_no_pooler(folders, photos):
     torch.manual_seed(5)
-    found = Dino.load(folders[0], CPU).images(photos)
+    found = Dino.load(folders[0], CPU).encode_images(photos)
     other = ViTModel.from_pretrained(folders[0])  # with a random pooler
-    pixels = torch.stack([encoders._cut(p, 32, 28) for p in photos])
-    mean, deviation = (torch.tensor(m)[:, None, None] for m in encoders.IMAGENET)
+    pixels = torch.stack([encoders._resize_and_crop(p, 32, 28) for p in photos])
+    mean, deviation = (torch.tensor(m)[:, None, None] for m in encoders.IMAGENET_MEAN_STD)
     with torch.no_grad():
         seen = other.eval()(pixel_values=(pixels - mean) / deviation)
     expected = torch.nn.functional.normalize(seen.last_hidden_state[:, 0], dim=1)
@@ -48,10 +48,10 @@ def test_dino_is_the_cls_token_and_no_pooler(folders, photos):
 def test_the_transform_scales_the_short_side_and_cuts_the_centre():
     """A wide picture of columns: 256 of 512 x 256 keeps the middle, and 224 of that is its central part."""
     wide = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None].repeat(2, 1), (256, 1, 3)))
-    cut = encoders._cut(wide, 256, 224)
+    cut = encoders._resize_and_crop(wide, 256, 224)
     assert cut.shape == (3, 224, 224)
     assert float(cut[0, 0, 0]) == pytest.approx((512 - 224) // 4 / 255, abs=0.006)
-    tall = encoders._cut(wide.transpose(Image.Transpose.ROTATE_90), 256, 224)
+    tall = encoders._resize_and_crop(wide.transpose(Image.Transpose.ROTATE_90), 256, 224)
     assert tall.shape == (3, 224, 224)
 
 
@@ -65,12 +65,14 @@ def test_clip_is_transformers_own(folders, photos):
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         pixels = processor(images=photos, return_tensors="pt").pixel_values
         out = model(tokens.input_ids, pixels, tokens.attention_mask)
-    assert torch.allclose(ours.images(photos), out.image_embeds, atol=1e-5)
-    assert torch.allclose(ours.texts(texts), out.text_embeds, atol=1e-5)
-    for text, together in zip(texts, ours.texts(texts)):
-        assert torch.allclose(ours.texts([text])[0], together, atol=1e-5)
+    assert torch.allclose(ours.encode_images(photos), out.image_embeds, atol=1e-5)
+    assert torch.allclose(ours.encode_texts(texts), out.text_embeds, atol=1e-5)
+    for text, together in zip(texts, ours.encode_texts(texts)):
+        assert torch.allclose(ours.encode_texts([text])[0], together, atol=1e-5)
     longer = "a red circle on the toy dog"
-    assert torch.allclose(ours.texts([longer + " blue"]), ours.texts([longer]), atol=1e-5)  # cut to 8 tokens
+    assert torch.allclose(
+        ours.encode_texts([longer + " blue"]), ours.encode_texts([longer]), atol=1e-5
+    )  # cut to 8 tokens
 
 
 def test_squeezing_sees_what_cutting_does_not(folders):
@@ -78,22 +80,22 @@ def test_squeezing_sees_what_cutting_does_not(folders):
     plain = Image.new("RGB", (200, 100), "grey")
     edge = plain.copy()
     edge.paste("red", (0, 0, 40, 100))
-    assert torch.allclose(*ours.images([plain, edge]), atol=1e-5)
-    assert not torch.allclose(*ours.squeezed([plain, edge]), atol=1e-3)
+    assert torch.allclose(*ours.encode_images([plain, edge]), atol=1e-5)
+    assert not torch.allclose(*ours.encode_resized([plain, edge]), atol=1e-3)
 
 
 def test_names_tell_the_net(folders):
     assert Dino.load(folders[0], CPU).tag == "vit32x2-7" == Clip.load(folders[1], CPU).tag
     from transformers import ViTConfig
 
-    assert encoders._tag(ViTConfig(hidden_size=384, patch_size=16)) == "vits16"
+    assert encoders._architecture_tag(ViTConfig(hidden_size=384, patch_size=16)) == "vits16"
 
 
 def test_what_is_not_there_gives_no_number(folders, monkeypatch):
     found = open_encoder(Dino)  # the literature's, and tests have no network
-    assert isinstance(found, Absent) and found.tag == "vits16" and "facebook/dino-vits16" in found.reason
-    for use in (found.images, found.squeezed, found.texts):
-        with pytest.raises(NoScore, match="cannot be opened"):
+    assert isinstance(found, MissingEncoder) and found.tag == "vits16" and "facebook/dino-vits16" in found.reason
+    for use in (found.encode_images, found.encode_resized, found.encode_texts):
+        with pytest.raises(MissingScore, match="cannot be opened"):
             use([])
     assert open_encoder(Clip, "none").reason == "CLIP was left out"
     assert isinstance(open_encoder(Clip, folders[1]), Clip)

@@ -9,10 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from npedit.cli import main as cli
-from npedit.scoring.encoders import Absent
-from npedit.scoring.lpips import CHANNELS, HEADS, SMALLEST, TRUNK, Lpips, alexnet
-from npedit.scoring.metrics import as_tensor, outside_measures, perceptual_measures
-from npedit.scoring.results import Undefined
+from npedit.scoring.encoders import MissingEncoder
+from npedit.scoring.lpips import CHANNELS, HEADS, MIN_SIDE, TRUNK, Lpips, alexnet_features
+from npedit.scoring.metrics import as_tensor, metrics_outside_mask, perceptual_metrics
+from npedit.scoring.results import UndefinedMetric
 from npedit.toy.dataset import write_dataset
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def filled(shape, k):
 
 
 def weights():
-    net = alexnet()
+    net = alexnet_features()
     with torch.no_grad():
         for k, p in enumerate(net.parameters()):
             p.copy_(filled(p.shape, k))
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_authors_package(lpips):
     """lpips 0.1.4 (`LPIPS(net="alex")`, plain and spatial, normalize=True) on these weights and pictures."""
     a, b = pictures()
     assert lpips.distance(a, b) == pytest.approx(0.04275138, rel=1e-5)
-    found = lpips.map(a, b)
+    found = lpips.distance_map(a, b)
     assert found.shape == (40, 56)
     assert float(found.mean()) == pytest.approx(0.04259979, rel=1e-5)
     assert float(found.max()) == pytest.approx(0.26537278, rel=1e-5)
@@ -67,18 +67,18 @@ def test_the_numbers_are_those_of_the_authors_package(lpips):
 
 def test_it_is_a_distance(lpips):
     a, b = pictures()
-    assert lpips.distance(a, a) == 0 and float(lpips.map(b, b).max()) == 0
+    assert lpips.distance(a, a) == 0 and float(lpips.distance_map(b, b).max()) == 0
     assert lpips.distance(a, b) == pytest.approx(lpips.distance(b, a))
     nearer, farther = (lpips.distance(a, torch.lerp(a, b, share)) for share in (0.1, 0.5))
     assert 0 < nearer < farther
 
 
 def test_the_smallest_picture(lpips):
-    assert lpips.distance(torch.zeros(3, SMALLEST, SMALLEST), torch.ones(3, SMALLEST, SMALLEST)) > 0
+    assert lpips.distance(torch.zeros(3, MIN_SIDE, MIN_SIDE), torch.ones(3, MIN_SIDE, MIN_SIDE)) > 0
     with pytest.raises(ValueError, match="31 pixels"):
-        lpips.distance(torch.zeros(3, SMALLEST - 1, 64), torch.ones(3, SMALLEST - 1, 64))
+        lpips.distance(torch.zeros(3, MIN_SIDE - 1, 64), torch.ones(3, MIN_SIDE - 1, 64))
     with pytest.raises(RuntimeError):  # the bound is the net's own
-        alexnet()(torch.zeros(1, 3, SMALLEST - 1, 64))
+        alexnet_features()(torch.zeros(1, 3, MIN_SIDE - 1, 64))
 
 
 def test_files_open_as_downloaded(lpips, folder):
@@ -89,13 +89,13 @@ def test_outside_a_mask_it_is_the_mean_over_the_pixels_there(lpips):
     a, b = (Image.fromarray((p.permute(1, 2, 0) * 255).byte().numpy()) for p in pictures())
     mask = Image.new("L", a.size)
     mask.paste(255, (0, 0, 20, 40))
-    gone = Absent("x", "not here")
-    found = outside_measures(lambda: a, lambda: b, lambda: mask, gone, gone, lpips)
-    expected = lpips.map(as_tensor(a), as_tensor(b))[:, 20:].mean()
+    gone = MissingEncoder("x", "not here")
+    found = metrics_outside_mask(lambda: a, lambda: b, lambda: mask, gone, gone, lpips)
+    expected = lpips.distance_map(as_tensor(a), as_tensor(b))[:, 20:].mean()
     assert found["lpips_alex_outside"]() == pytest.approx(float(expected))
     small = a.crop((0, 0, 30, 40))
-    with pytest.raises(Undefined, match="31 x 31"):
-        perceptual_measures(lambda: small, lambda: small, lpips)["lpips_alex"]()
+    with pytest.raises(UndefinedMetric, match="31 x 31"):
+        perceptual_metrics(lambda: small, lambda: small, lpips)["lpips_alex"]()
 
 
 def invoke(*words):

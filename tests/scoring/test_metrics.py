@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from npedit.scoring import metrics as m
-from npedit.scoring.encoders import Absent
-from npedit.scoring.results import NoScore, Row, Undefined
+from npedit.scoring.encoders import MissingEncoder
+from npedit.scoring.results import MissingScore, Row, UndefinedMetric
 
-GONE = Absent("vits16", "not here")
+GONE = MissingEncoder("vits16", "not here")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def test_values_by_hand():
     assert m.psnr(a, b, kept) == pytest.approx(6.0206, abs=1e-4)
     c1 = 0.01**2  # without variance only the means count
     assert m.ssim(a, b, kept) == pytest.approx(c1 / (0.25 + c1), rel=1e-6)
-    assert m.changed_area(a, b, kept) == 1 and m.copied(a, b, kept) == 0
+    assert m.changed_area(a, b, kept) == 1 and m.is_copy(a, b, kept) == 0
 
 
 def test_equal_pictures(pictures):
     a, _, kept = both(pictures)
     assert m.l1(a, a, kept) == m.l2(a, a, kept) == m.changed_area(a, a, kept) == 0
-    assert m.ssim(a, a, kept) == pytest.approx(1, abs=1e-12) and m.copied(a, a, kept) == 1
-    with pytest.raises(Undefined, match="undefined: the pictures are equal"):
+    assert m.ssim(a, a, kept) == pytest.approx(1, abs=1e-12) and m.is_copy(a, a, kept) == 1
+    with pytest.raises(UndefinedMetric, match="undefined: the pictures are equal"):
         m.psnr(a, a, kept)
 
 
@@ -79,26 +79,26 @@ def test_outside_a_mask_is_brute_force_over_the_kept_pixels(pictures):
 def test_what_happens_inside_a_mask_does_not_count(pictures):
     photo, _ = pictures
     painted = Image.composite(Image.new("RGB", photo.size, "magenta"), photo, mask())
-    found = Row.of("i", "t", m.outside_measures(lambda: photo, lambda: painted, mask, GONE, GONE))
+    found = Row.from_metrics("i", "t", m.metrics_outside_mask(lambda: photo, lambda: painted, mask, GONE, GONE))
     assert found.scores["l1_outside"] == 0 and found.scores["ssim_outside"] == pytest.approx(1)
     assert found.scores["psnr_outside"] is None and found.why["psnr_outside"].startswith("undefined: ")
     assert found.scores["dino_vits16_outside"] is None and found.why["dino_vits16_outside"] == "not here"
     spilt = painted.copy()
     spilt.putpixel((40, 20), (255, 0, 255))
-    found = Row.of("i", "t", m.outside_measures(lambda: photo, lambda: spilt, mask, GONE, GONE))
+    found = Row.from_metrics("i", "t", m.metrics_outside_mask(lambda: photo, lambda: spilt, mask, GONE, GONE))
     assert 0 < found.scores["l1_outside"] < 0.001 and found.scores["psnr_outside"] > 20
 
 
 def test_a_mask_of_everything_leaves_nothing(pictures):
     a, b, kept = both(pictures)
     for measure in (m.l1, m.l2, m.psnr, m.ssim):
-        with pytest.raises(Undefined, match="nothing is left outside"):
+        with pytest.raises(UndefinedMetric, match="nothing is left outside"):
             measure(a, b, ~kept)
     kept[:, ::5] = False  # lines everywhere: no whole window is outside
     assert m.l1(a, b, kept) > 0
-    with pytest.raises(Undefined, match="nothing is left outside"):
+    with pytest.raises(UndefinedMetric, match="nothing is left outside"):
         m.ssim(a, b, kept)
-    with pytest.raises(Undefined, match="11 x 11"):
+    with pytest.raises(UndefinedMetric, match="11 x 11"):
         m.ssim(a[:, :8], b[:, :8], kept[:8])
 
 
@@ -113,34 +113,34 @@ def test_noise_of_a_vae_is_a_copy_and_a_small_edit_is_none(pictures):
     other[:, 100:112, 100:110] = 0.5  # of 5 x 5 pixels at 512 more than a fifth must be in it: the corners are rounded
     share = m.changed_area(large, other, torch.ones(512, 600, dtype=torch.bool))
     assert 12 * 10 < share * 512 * 600 <= 16 * 14
-    assert m.copied(a, c, kept) == 0
+    assert m.is_copy(a, c, kept) == 0
     slight = (a + 0.02 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    assert m.copied(a, slight, kept) == 1
+    assert m.is_copy(a, slight, kept) == 1
 
 
 def test_another_size_is_scaled_and_another_shape_refused(pictures):
     photo, _ = pictures
     larger = photo.resize((160, 96), Image.Resampling.BICUBIC)
-    found = Row.of("i", "t", m.pixel_measures(lambda: photo, lambda: larger))
+    found = Row.from_metrics("i", "t", m.pixel_metrics(lambda: photo, lambda: larger))
     assert found.scores["psnr"] > 30 and found.scores["ssim"] > 0.95
-    found = Row.of("i", "t", m.pixel_measures(lambda: photo, lambda: photo.resize((80, 80))))
+    found = Row.from_metrics("i", "t", m.pixel_metrics(lambda: photo, lambda: photo.resize((80, 80))))
     assert set(found.scores.values()) == {None} and found.why["l1"] == "expected the reference's shape 80x48; got 80x80"
 
 
 def test_a_picture_that_is_missing_is_the_reason_of_all(pictures):
     def broken():
-        raise NoScore("no edited picture x.png: no such file")
+        raise MissingScore("no edited picture x.png: no such file")
 
-    measures = m.pixel_measures(lambda: pictures[0], broken) | m.feature_measures(broken, broken, GONE, GONE)
-    found = Row.of("i", "t", measures)
+    measures = m.pixel_metrics(lambda: pictures[0], broken) | m.feature_metrics(broken, broken, GONE, GONE)
+    found = Row.from_metrics("i", "t", measures)
     assert len(found.scores) == 8 and set(found.scores.values()) == {None}
     assert found.why["copied"] == "no edited picture x.png: no such file"
 
 
 def test_directions():
     images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [-2.0, 2.0]])
-    assert m.directional(images, texts) == pytest.approx(1)
-    assert m.directional(images.flip(0), texts) == pytest.approx(-1)
+    assert m.directional_similarity(images, texts) == pytest.approx(1)
+    assert m.directional_similarity(images.flip(0), texts) == pytest.approx(-1)
     for same in ((images[[0, 0]], texts), (images, texts[[1, 1]])):
-        with pytest.raises(Undefined, match="is unchanged"):
-            m.directional(*same)
+        with pytest.raises(UndefinedMetric, match="is unchanged"):
+            m.directional_similarity(*same)

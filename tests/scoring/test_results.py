@@ -8,7 +8,7 @@ import pytest
 from npedit.cli.compare import opened
 from npedit.errors import UserError
 from npedit.scoring import results as r
-from npedit.scoring.human_agreement import against_people, read_labels
+from npedit.scoring.human_agreement import agreement_with_people, read_labels
 
 
 def row(key, task, **scores):
@@ -25,11 +25,11 @@ def fails(error):
 def test_a_row_keeps_numbers_and_reasons_apart():
     measures = {
         "fine": lambda: 0.0,
-        "failed": fails(r.NoScore("no picture")),
-        "undefined": fails(r.Undefined("equal pictures")),
+        "failed": fails(r.MissingScore("no picture")),
+        "undefined": fails(r.UndefinedMetric("equal pictures")),
         "infinite": lambda: float("inf"),
     }
-    found = r.Row.of("i", "t", measures)
+    found = r.Row.from_metrics("i", "t", measures)
     assert found.scores == {"fine": 0.0, "failed": None, "undefined": None, "infinite": None}
     assert found.why == {
         "failed": "no picture",
@@ -37,7 +37,7 @@ def test_a_row_keeps_numbers_and_reasons_apart():
         "infinite": "the measure gave inf",
     }
     with pytest.raises(ZeroDivisionError):  # a bug is no missing score
-        r.Row.of("i", "t", {"x": lambda: 1 / 0})
+        r.Row.from_metrics("i", "t", {"x": lambda: 1 / 0})
 
 
 def test_headlines_by_hand(tmp_path):
@@ -125,13 +125,13 @@ def test_agreement_with_people_by_hand(tmp_path):
     lines = [{"result": n, "id": k, "score": s + d} for (n, k), s in people.items() for d in (-0.5, 0.5)]
     labels = read_labels(labelled(tmp_path, lines), ["A", "B"])
     assert labels == people
-    found = against_people([a, b], "x", labels, lower=False)
-    spearman, kendall, plain, calibrated = found.figures
+    found = agreement_with_people([a, b], "x", labels, lower=False)
+    spearman, kendall, plain, calibrated = found.estimates
     assert found.n == 6
     assert spearman[0] == pytest.approx(1 - 6 * 2 / (6 * 35)) and kendall[0] == pytest.approx(13 / 15)
     assert plain[0] == pytest.approx(2 / 3) == calibrated[0]
     assert plain[1][0] <= 2 / 3 <= plain[1][1]
-    assert against_people([a, b], "x", labels, lower=True).figures[2][0] == pytest.approx(1 / 3)
+    assert agreement_with_people([a, b], "x", labels, lower=True).estimates[2][0] == pytest.approx(1 / 3)
 
 
 def test_labels_that_cannot_be_used(tmp_path):
@@ -143,8 +143,8 @@ def test_labels_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="Did you mean 'editor-1'"):
         read_labels(labelled(tmp_path, [{"result": "editor1", "id": "x", "score": 1}]), ["editor-1"])
     rows = r.Results("A", (row("x", "t", x=1.0),), {})
-    assert against_people([rows], "x", {}, False).figures == (None,) * 4
-    assert against_people([rows], "x", {("A", "x"): 2.0}, False).figures == (None,) * 4
+    assert agreement_with_people([rows], "x", {}, False).estimates == (None,) * 4
+    assert agreement_with_people([rows], "x", {("A", "x"): 2.0}, False).estimates == (None,) * 4
 
 
 def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from npedit.scoring.reward_hacking import alarms, critic_score
+from npedit.scoring.reward_hacking import critic_score, reward_hacking_alarms
 
 # (step, critic's p_edit, p_identity, oracle's applied, preserved) at the evaluations of the run that made the shipped
 # editor (recipes/toy.yaml): the critic grows content faster than the oracle, but both rise.
@@ -33,29 +33,29 @@ def rows(points: list[tuple], held: str = "eval", every: int = 10) -> list[dict]
 
 @pytest.mark.parametrize("held", ["eval", "judge"])
 def test_it_fires_when_the_critic_is_deceived(held: str) -> None:
-    found = alarms(rows(DECEIVED, held), 180)
+    found = reward_hacking_alarms(rows(DECEIVED, held), 180)
     assert [(a.step, a.since) for a in found] == [(300, 100), (400, 100)]
     assert found[-1].judge == {"eval": "oracle", "judge": "held-out judge"}[held]
     assert found[-1].critic == pytest.approx((0.475, 0.865)) and found[-1].held_out == pytest.approx((0.45, 0.08))
-    assert found[-1].words().startswith("at update 400: since update 100 the critic's score rose from 0.4")
+    assert found[-1].message().startswith("at update 400: since update 100 the critic's score rose from 0.4")
 
 
 @pytest.mark.parametrize("held", ["eval", "judge"])
 def test_it_is_silent_on_a_healthy_run(held: str) -> None:
-    assert alarms(rows(HEALTHY, held), 180) == []
+    assert reward_hacking_alarms(rows(HEALTHY, held), 180) == []
 
 
 def test_both_must_happen() -> None:
     critic_stays = [(s, *DECEIVED[0][1:3], a, p) for s, _, _, a, p in DECEIVED]
-    assert alarms(rows(critic_stays), 180) == []
+    assert reward_hacking_alarms(rows(critic_stays), 180) == []
     better_for_both = [(s, e, i, 0.3, 0.9) for s, e, i, _, _ in DECEIVED]
-    assert alarms(rows(better_for_both), 180) == []
+    assert reward_hacking_alarms(rows(better_for_both), 180) == []
 
 
 def test_a_fall_that_chance_explains_is_none() -> None:
     small = [(100, 0.1, 0.9, 0.3, 0.7), (200, 0.6, 0.9, 0.25, 0.65)]
-    assert alarms(rows(small), 90) == []
-    assert len(alarms(rows(small), 2000)) == 1
+    assert reward_hacking_alarms(rows(small), 90) == []
+    assert len(reward_hacking_alarms(rows(small), 2000)) == 1
 
 
 def test_a_warm_up_that_only_copies_is_what_the_first_updates_are_compared_with() -> None:
@@ -63,7 +63,7 @@ def test_a_warm_up_that_only_copies_is_what_the_first_updates_are_compared_with(
     warm = [{"step": 40, "eval/applied": 0.02, "eval/preserved": 0.9}]
     after = [{"step": n, "critic/p_edit": 0.02 * n / 4, "critic/p_identity": 0.8} for n in range(41, 141)]
     after[-1] |= {"eval/applied": 0.05, "eval/preserved": 0.1}
-    (alarm,) = alarms(warm + after, 90)
+    (alarm,) = reward_hacking_alarms(warm + after, 90)
     assert alarm.since == 40 and alarm.step == 140
 
 
@@ -73,7 +73,10 @@ def test_the_score_is_taken_over_the_last_updates() -> None:
 
 
 def test_runs_without_a_critic_or_without_evaluations_have_none() -> None:
-    assert alarms([], 90) == []
-    assert alarms([{"step": 1, "eval/applied": 0.5, "eval/preserved": 0.5}], 90) == []
-    assert alarms([{"step": 1, "critic/p_edit": 0.5, "critic/p_identity": 0.5}], 90) == []
-    assert alarms([{"step": 1, "critic/p_edit": None, "critic/p_identity": 0.5, "eval/applied": None}], 90) == []
+    assert reward_hacking_alarms([], 90) == []
+    assert reward_hacking_alarms([{"step": 1, "eval/applied": 0.5, "eval/preserved": 0.5}], 90) == []
+    assert reward_hacking_alarms([{"step": 1, "critic/p_edit": 0.5, "critic/p_identity": 0.5}], 90) == []
+    assert (
+        reward_hacking_alarms([{"step": 1, "critic/p_edit": None, "critic/p_identity": 0.5, "eval/applied": None}], 90)
+        == []
+    )

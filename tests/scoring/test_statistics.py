@@ -12,10 +12,10 @@ TASKS = ["a", "a", "a", "b"]
 
 
 def test_the_mean_over_tasks_is_not_that_over_items():
-    assert st.mean([1, 2, 3, 10], TASKS) == 6.0
-    assert st.mean([1, 2, 3, 10], TASKS, over_tasks=False) == 4.0
+    assert st.mean_over_tasks([1, 2, 3, 10], TASKS) == 6.0
+    assert st.mean_over_tasks([1, 2, 3, 10], TASKS, over_tasks=False) == 4.0
     with pytest.raises(ValueError, match="as many values as tasks"):
-        st.mean([1.0], TASKS)
+        st.mean_over_tasks([1.0], TASKS)
 
 
 def test_the_bootstraps_spread_is_the_analytic_standard_error():
@@ -25,7 +25,7 @@ def test_the_bootstraps_spread_is_the_analytic_standard_error():
     tasks = ["a"] * 5 + ["b"] * 40 + ["c"] * 12
     parts = [values[:5], values[5:45], values[45:]]
     expected = math.sqrt(sum(p.var(ddof=1) / len(p) for p in parts)) / 3
-    assert st.resampled(values, tasks, True, 0, 20_000).std() == pytest.approx(expected, rel=0.02)
+    assert st.bootstrap_means(values, tasks, True, 0, 20_000).std() == pytest.approx(expected, rel=0.02)
 
 
 def test_the_interval_covers_what_it_says():
@@ -36,36 +36,36 @@ def test_the_interval_covers_what_it_says():
     truth, covered = 10 * float(np.mean(chances)), 0
     for run in range(400):
         values = np.concatenate([10.0 * (rng.random(n) < p) for n, p in zip(sizes, chances)])
-        low, high = st.interval(values, tasks, seed=run, draws=400)
+        low, high = st.bootstrap_interval(values, tasks, seed=run, draws=400)
         covered += low <= truth <= high
     assert covered / 400 == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 400))
 
 
 def test_tasks_of_one_item_do_not_shrink_the_interval():
     values, tasks = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0], list("abcdef")
-    low, high = st.interval(values, tasks)
+    low, high = st.bootstrap_interval(values, tasks)
     assert low < 0.25 and high > 0.75
-    assert st.interval([1.0, 2.0, 3.0, 9.0], TASKS) is None  # a lone item says nothing of its task's spread
-    assert st.interval([3.0, 3.0, 3.0], ["a"] * 3) == (3.0, 3.0)
+    assert st.bootstrap_interval([1.0, 2.0, 3.0, 9.0], TASKS) is None  # a lone item says nothing of its task's spread
+    assert st.bootstrap_interval([3.0, 3.0, 3.0], ["a"] * 3) == (3.0, 3.0)
 
 
 def test_paired_intervals_are_narrower_where_scores_go_together():
     rng = np.random.default_rng(2)
     a = rng.normal(0, 3, 200)
     b, tasks = a + 0.3 + rng.normal(0, 0.5, 200), ["t"] * 200
-    found = st.difference(a, b, tasks)
-    one, two = st.interval(a, tasks), st.interval(b, tasks)
+    found = st.paired_difference(a, b, tasks)
+    one, two = st.bootstrap_interval(a, tasks), st.bootstrap_interval(b, tasks)
     assert found.ci95[1] - found.ci95[0] < 0.3 * (two[1] - two[0])
     assert found.ci95[0] > 0 and found.p < 0.001 and one[1] > two[0]  # the unpaired intervals overlap
 
 
 def test_a_difference_by_hand():
-    found = st.difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS)
+    found = st.paired_difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS)
     assert (found.wins, found.ties, found.losses, found.n) == (2, 1, 1, 4)
     assert found.win_rate == 0.625 and found.mean == pytest.approx((0 + 2) / 2)
-    turned = st.difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS, lower=True)
+    turned = st.paired_difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS, lower=True)
     assert (turned.wins, turned.losses, turned.mean) == (1, 2, found.mean)
-    assert st.difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS, margin=1).ties == 3
+    assert st.paired_difference([1, 1, 1, 1], [2, 1, 0, 3], TASKS, margin=1).ties == 3
 
 
 def test_sign_flips_against_all_of_them():
@@ -73,41 +73,41 @@ def test_sign_flips_against_all_of_them():
     d = np.array([1.0, 2.0, 3.0, 4.0, -1.0])
     patterns = np.array([[1 if k >> i & 1 else -1 for i in range(5)] for k in range(32)])
     exact = (np.abs(patterns @ d) >= abs(d.sum()) - 1e-9).mean()
-    assert st.sign_flip(d, ["t"] * 5, flips=20_000) == pytest.approx(exact, abs=0.012)
-    assert st.sign_flip([0.0] * 4, TASKS) == 1.0
+    assert st.sign_flip_p_value(d, ["t"] * 5, flips=20_000) == pytest.approx(exact, abs=0.012)
+    assert st.sign_flip_p_value([0.0] * 4, TASKS) == 1.0
     big = np.ones(40)
-    assert st.sign_flip(big, ["t"] * 40, flips=999) == 1 / 1000
+    assert st.sign_flip_p_value(big, ["t"] * 40, flips=999) == 1 / 1000
 
 
 def test_p_is_uniform_when_nothing_differs():
     rng, tasks = np.random.default_rng(3), ["a"] * 10 + ["b"] * 20
-    found = [st.sign_flip(rng.normal(size=30), tasks, seed=i, flips=200) for i in range(400)]
+    found = [st.sign_flip_p_value(rng.normal(size=30), tasks, seed=i, flips=200) for i in range(400)]
     for level in (0.05, 0.2, 0.5):
         assert np.mean(np.array(found) <= level) == pytest.approx(level, abs=3 * math.sqrt(level * (1 - level) / 400))
 
 
 def test_holm_by_hand():
-    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert st.holm([0.5, 0.9]) == [1.0, 1.0] and st.holm([]) == []
+    assert st.holm_adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.holm_adjusted([0.5, 0.9]) == [1.0, 1.0] and st.holm_adjusted([]) == []
 
 
 def test_a_win_counts_only_if_both_orders_agree():
-    found, flips = st.both_orders([1, 1, 0, -1, 1], [1, -1, 0, -1, 0])
+    found, flips = st.debias_order([1, 1, 0, -1, 1], [1, -1, 0, -1, 0])
     assert found.tolist() == [1, 0, 0, -1, 0] and flips == 0.4
     with pytest.raises(ValueError, match="verdicts"):
-        st.both_orders([1], [2])
+        st.debias_order([1], [2])
     with pytest.raises(ValueError, match="verdicts"):
-        st.both_orders([1], [1, 1])
+        st.debias_order([1], [1, 1])
 
 
 def test_davidson_of_two_editors_has_a_closed_form():
     """Without penalty theta_1 - theta_2 = ln(W / L) and nu = T / sqrt(W L)."""
     wins, ties = np.array([[0, 12], [3, 0]]), np.array([[0, 5], [5, 0]])
-    found = st.davidson(wins, ties, l2=0.0)
+    found = st.fit_davidson(wins, ties, l2=0.0)
     assert found.theta[0] - found.theta[1] == pytest.approx(math.log(4), abs=1e-6)
     assert found.nu == pytest.approx(5 / 6, abs=1e-6)
     assert found.elo.mean() == pytest.approx(1000) and np.ptp(found.elo) == pytest.approx(400 * math.log10(4), abs=1e-3)
-    plain = st.davidson(wins, 0 * ties, l2=0.0)  # Bradley-Terry
+    plain = st.fit_davidson(wins, 0 * ties, l2=0.0)  # Bradley-Terry
     assert plain.theta[0] - plain.theta[1] == pytest.approx(math.log(4), abs=1e-6) and plain.nu == 0
 
 
@@ -119,27 +119,27 @@ def test_davidson_finds_the_strengths_that_made_the_outcomes():
             w = np.array([np.exp(theta[i]), np.exp(theta[j]), nu * np.exp((theta[i] + theta[j]) / 2)])
             wins[i, j], wins[j, i], ties[i, j] = rng.multinomial(20_000, w / w.sum())
             ties[j, i] = ties[i, j]
-    found = st.davidson(wins, ties)
+    found = st.fit_davidson(wins, ties)
     assert found.theta == pytest.approx(theta, abs=0.03) and found.nu == pytest.approx(nu, abs=0.02)
 
 
 def test_davidson_at_the_edges():
-    always = st.davidson(np.array([[0, 9], [0, 0]]), np.zeros((2, 2)))
+    always = st.fit_davidson(np.array([[0, 9], [0, 0]]), np.zeros((2, 2)))
     assert 0 < always.theta[0] < 5  # finite by the penalty
-    assert st.davidson(np.zeros((2, 2)), np.array([[0, 4], [4, 0]])).theta.tolist() == [0, 0]
+    assert st.fit_davidson(np.zeros((2, 2)), np.array([[0, 4], [4, 0]])).theta.tolist() == [0, 0]
     apart = np.zeros((4, 4))
     apart[0, 1] = apart[2, 3] = 1
     with pytest.raises(ValueError, match=r"separate groups \[\[0, 1\], \[2, 3\]\]"):
-        st.davidson(apart, np.zeros((4, 4)))
+        st.fit_davidson(apart, np.zeros((4, 4)))
 
 
 def test_ranks_follow_the_scores():
     rng = np.random.default_rng(5)
     scores = rng.normal(size=(3, 60)) + np.array([[0.0], [1.0], [0.3]])
-    found, ci = st.rank(scores, ["t"] * 60, draws=60)
+    found, ci = st.rank_editors(scores, ["t"] * 60, draws=60)
     assert np.argsort(-found.elo).tolist() == [1, 2, 0]
     assert (ci[:, 0] < found.elo).all() and (found.elo < ci[:, 1]).all()
-    turned, _ = st.rank(scores, ["t"] * 60, lower=True, draws=2)
+    turned, _ = st.rank_editors(scores, ["t"] * 60, lower=True, draws=2)
     assert turned.theta == pytest.approx(-found.theta, abs=1e-6)
 
 
@@ -152,23 +152,23 @@ def test_correlations_are_scipys():
     assert st.spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1) and st.kendall([1, 2, 3], [3, 2, 1]) == -1
     with pytest.raises(ValueError, match="values differ"):
         st.spearman([1, 1], [1, 2])
-    assert st.fisher_mean([0.5, 0.5]) == pytest.approx(0.5) and st.fisher_mean([0.9, 0.1]) > 0.5
+    assert st.fisher_z_mean([0.5, 0.5]) == pytest.approx(0.5) and st.fisher_z_mean([0.9, 0.1]) > 0.5
 
 
 def test_right_pairs_by_hand():
     """Item x: judge 1 < 2 < 2.1, people 1 < 2 = 2; item y: one picture, so no pair."""
     judge, people, items = [1, 2, 2.1, 5], [1, 2, 2, 0], ["x", "x", "x", "y"]
-    right, groups = st.right_pairs(judge, people, items)
+    right, groups = st.correct_pairs(judge, people, items)
     assert right.tolist() == [True, True, False] and groups.tolist() == ["x"] * 3
-    margin = st.calibrated_margin(judge, people, items)
-    assert margin == pytest.approx(0.1) and st.right_pairs(judge, people, items, margin)[0].all()
+    margin = st.calibrate_tie_margin(judge, people, items)
+    assert margin == pytest.approx(0.1) and st.correct_pairs(judge, people, items, margin)[0].all()
     with pytest.raises(ValueError, match="two scores of one item"):
-        st.right_pairs([1, 2], [1, 2], ["x", "y"])
+        st.correct_pairs([1, 2], [1, 2], ["x", "y"])
 
 
 def test_clusters_are_drawn_whole():
     """Ten copies of each of eight values: as independent items the interval would be far too narrow."""
     values, ids = np.repeat(np.arange(8.0), 10), np.repeat([str(k) for k in range(8)], 10)
-    low, high = st.cluster_interval(lambda at: float(values[at].mean()), ids, draws=1000)
+    low, high = st.cluster_bootstrap_interval(lambda at: float(values[at].mean()), ids, draws=1000)
     assert high - low == pytest.approx(2 * 1.96 * np.arange(8).std() / math.sqrt(8), rel=0.12)
-    assert st.cluster_interval(lambda at: st.spearman(at * 0, at), ids) is None
+    assert st.cluster_bootstrap_interval(lambda at: st.spearman(at * 0, at), ids) is None

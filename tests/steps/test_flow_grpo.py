@@ -11,9 +11,9 @@ from torch.distributions import Normal
 from npedit import flow, grpo
 from npedit.data import PairedBatch
 from npedit.errors import UserError
-from npedit.recipe.config import Recipe, validate_settings, make_recipe
+from npedit.recipe.config import Recipe, make_recipe, validate_settings
 from npedit.runs import checkpoint
-from npedit.scoring.critic_scores import CriticScores, verdict
+from npedit.scoring.critic_scores import CriticScores
 from npedit.steps.base import Parts
 from npedit.steps.flow_grpo import FlowGrpoSettings, Step, Trajectories
 from npedit.training import trainer
@@ -84,16 +84,18 @@ def test_the_reward_is_the_product_of_the_critics_answers_on_what_the_last_step_
     seen: list[torch.Tensor] = []
     real = frozen.family.decode
     monkeypatch.setattr(frozen.family, "decode", lambda x: seen.append(x) or real(x))
-    found, (rewards, said) = sampled(step)
+    found, (rewards, scores) = sampled(step)
     given, (x0,) = batch(0, 1), seen
     family, x, t = frozen.family, found.states[-1], found.times[-1]
     with torch.no_grad():
         v = family.velocity(step.learners["student"].net, x, torch.full((6,), t), found.text, (found.references,))
     torch.testing.assert_close(x0, x - t * v, atol=1e-5, rtol=1e-5)
-    wanted = [verdict(frozen.critic, "short", given, real(x0[i : i + 2])).joint_probability() for i in (0, 2, 4)]
+    wanted = [
+        score_with_critic(frozen.critic, "short", given, real(x0[i : i + 2])).joint_probability() for i in (0, 2, 4)
+    ]
     assert rewards["reward/mean"] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)
     torch.testing.assert_close(found.advantages.view(3, 2), grpo.advantages(torch.stack(wanted)), atol=0.02, rtol=0.02)
-    assert set(said) == {"critic/p_edit", "critic/p_identity", "critic/p_yes/recolour", "critic/p_yes/remove"}
+    assert set(scores) == {"critic/p_edit", "critic/p_identity", "critic/p_yes/recolour", "critic/p_yes/remove"}
 
 
 def test_the_gradient_is_the_written_out_one(frozen: Parts) -> None:
@@ -143,7 +145,7 @@ def test_equal_rewards_move_nothing(frozen: Parts, monkeypatch: pytest.MonkeyPat
     def same(critic, wording, given, edited):
         return CriticScores(tuple(range(len(given))), ("edit",) * len(given), torch.full((len(given),), 0.3))
 
-    monkeypatch.setattr("npedit.steps.flow_grpo.verdict", same)
+    monkeypatch.setattr("npedit.steps.flow_grpo.score_with_critic", same)
     step = make(frozen)
     before = weights(step.learners["student"].net)
     metrics = step.step([batch(0, 1)], 0)
@@ -158,7 +160,7 @@ def test_the_policy_finds_what_the_reward_pays_for(monkeypatch: pytest.MonkeyPat
         p = (4 * (edited.mean((1, 2, 3)) - 0.5)).sigmoid()
         return CriticScores(tuple(range(len(given))), ("edit",) * len(given), p)
 
-    monkeypatch.setattr("npedit.steps.flow_grpo.verdict", bright)
+    monkeypatch.setattr("npedit.steps.flow_grpo.score_with_critic", bright)
     gained = {}
     for kl_weight in (0.0, 300.0):
         settings = {"group": 6, "clip": 0.02, "kl_weight": kl_weight, "student": {"lr": 4e-3, "betas": (0.5, 0.95)}}

@@ -15,10 +15,10 @@ from npedit.generator import edit_images
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
 from npedit.scoring import reward_hacking as hacking
-from npedit.scoring.critic_scores import verdict
+from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Judge, Parts
 from npedit.training import evaluation, trainer
-from npedit.training.samples import held_out
+from npedit.training.samples import held_out_examples
 
 TRAINER = {"save_every": 1, "sample_items": 1, "steps": 1, "sample_every": 0, "evaluate_every": 0}
 
@@ -60,7 +60,7 @@ def test_the_student_starts_from_the_other_runs_editor(tmp_path: Path, lora: dic
     slow["stages"][0]["settings"]["student"]["lr"] = 1e-12  # so that it stays where it starts
     slow["data"] = {"name": "toy"}
     second = train(make_recipe(slow), tmp_path / "second")
-    a, b = (checkpoint.load(r / "checkpoint-000002")[0] for r in (first, second))
+    a, b = (checkpoint.load_checkpoint(r / "checkpoint-000002")[0] for r in (first, second))
     names = [k for k in a if k.startswith("student/ema.")]
     assert names and all(torch.allclose(a[k], b[k], rtol=0, atol=1e-6) for k in names)
     fresh = parts(recipe("reference_copy", lora=lora)).create_trainable("student", 0)
@@ -87,20 +87,20 @@ def test_a_stopped_run_goes_on_from_itself_and_not_from_the_start(supervised: Pa
     with pytest.raises(Crash):
         train(made, tmp_path / "run", on_event=crash)
     train(made, tmp_path / "run")
-    a, b = (checkpoint.load(r / "checkpoint-000002")[0] for r in (whole, tmp_path / "run"))
+    a, b = (checkpoint.load_checkpoint(r / "checkpoint-000002")[0] for r in (whole, tmp_path / "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "scores"),
     [
         ({"start": "nowhere"}, "expected a run"),
         ({"lora": {"rank": 4}}, "start: expected an editor of the same kind.*rank"),
         ({"family": {"name": "sd3"}}, "start: expected an editor of the same kind.*sd3.*flux"),
     ],
 )
-def test_starts_that_cannot_be(supervised: Path, tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_starts_that_cannot_be(supervised: Path, tmp_path: Path, changes: dict, scores: str) -> None:
+    with pytest.raises(UserError, match=scores):
         train(recipe("reference_copy", **({"start": str(supervised)} | changes)), tmp_path / "run")
 
 
@@ -118,13 +118,13 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     assert [r["step"] for r in rows if "judge/p_edit" in r and "eval/applied" in r] == [0, 1, 2]
     assert "judge/p_yes/move" in rows[0] and "critic/p_edit" in rows[1]
     have = parts(made)
-    given = held_out(made, None, 9)
+    given = held_out_examples(made, None, 9)
     net = have.family.open_net(run / "final" / "transformer")
     seeds = list(range(9))
     edited = edit_images(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
-    said = verdict(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
-    assert rows[-1]["judge/p_edit"] == pytest.approx(said["judge/p_edit"], abs=1e-4)
-    assert rows[-1]["judge/p_identity"] == pytest.approx(said["judge/p_identity"], abs=1e-4)
+    scores = score_with_critic(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
+    assert rows[-1]["judge/p_edit"] == pytest.approx(scores["judge/p_edit"], abs=1e-4)
+    assert rows[-1]["judge/p_identity"] == pytest.approx(scores["judge/p_identity"], abs=1e-4)
     page = (run / "report.html").read_text()
     assert "The critic against what is held out" in page and "Where it fails, and whose fault it is" in page
     counts = json.loads((run / "blame.json").read_text())

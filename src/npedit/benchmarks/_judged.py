@@ -38,7 +38,7 @@ from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_E
 from npedit.judges.cache import Cache, key_of
 from npedit.runs.checkpoint import write_text
 from npedit.scoring import results
-from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_metrics
 
@@ -133,7 +133,8 @@ class Scorer:
         self, prompt: str, images: Sequence[Image.Image], count: int, place: Mapping[str, Any]
     ) -> tuple[str, tuple[float, ...]]:
         """Ask until an answer can be read, at most the protocol's number of tries."""
-        p, outcome, numbers = self.protocol, "", ()
+        p, outcome = self.protocol, ""
+        numbers: tuple[float, ...] = ()
         for attempt in range(p.tries):
             text = f"{prompt}\n\n{p.reminder}" if attempt and p.reminder else prompt
             if attempt and text == prompt and self.judge.identity["kind"] == "local":
@@ -363,7 +364,7 @@ def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress) -> None:
 
 
 def preserved(
-    items: Sequence[Item], dino: Dino | Absent, clip: Clip | Absent, lpips: Lpips | None, told: Progress
+    items: Sequence[Item], dino: Dino | MissingEncoder, clip: Clip | MissingEncoder, lpips: Lpips | None, told: Progress
 ) -> list[results.Row]:
     """How much of each source its edited picture has kept, without a judge. Without a picture: no score."""
     rows = []

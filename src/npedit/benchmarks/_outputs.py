@@ -72,7 +72,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def opener(path: Path, what: str) -> ImageOpener:
-    """A function that opens a picture, once; it raises `NoScore` if that cannot be done."""
+    """A function that opens a picture, once; it raises `MissingScore` if that cannot be done."""
 
     @cache
     def opened() -> Image.Image:

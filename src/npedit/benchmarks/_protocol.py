@@ -83,7 +83,9 @@ class Protocol:
             UserError: there is none of this name, or its texts are not found or have no slot.
         """
         if name not in names():
-            raise UserError(f"--protocol: expected one of {', '.join(names())}; got {name!r}.{did_you_mean(name, names())}")
+            raise UserError(
+                f"--protocol: expected one of {', '.join(names())}; got {name!r}.{did_you_mean(name, names())}"
+            )
         raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         foreign = any("blocks" in q for q in raw["questions"].values())
         if prompts and not foreign:

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from npedit.benchmarks._outputs import Job, Told, opener
 from npedit.errors import UserError
-from npedit.scoring.encoders import Absent, Clip, Dino
-from npedit.scoring.results import Measures, NoScore, Row
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder
+from npedit.scoring.results import Metrics, MissingScore, Row
 
 PROMPTS = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes with the second list of prompts
@@ -95,11 +95,11 @@ def parse(text: str) -> tuple[dict[str, str], list[str], list[str]]:
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
     classes = {name.strip(): kind.strip() for name, kind in pairs if name.strip() != "subject_name"}
     plain, _, live = lists.partition("Live Subject Prompts")
-    found = (
+    of_objects, of_live = (
         [a or b for a, b in re.findall(r"'([^'\n]*\{1\}[^'\n]*)'|\"([^\"\n]*\{1\}[^\"\n]*)\"", p)]
         for p in (plain, live)
     )
-    return classes, *found
+    return classes, of_objects, of_live
 
 
 def official(subjects: Sequence[Subject]) -> bool:
@@ -129,8 +129,8 @@ def jobs(subjects: Sequence[Subject], seed: int, per_prompt: int = PER_PROMPT) -
 def score(
     subjects: Sequence[Subject],
     edited: Path,
-    dino: Dino | Absent,
-    clip: Clip | Absent,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
     told: Told,
     per_prompt: int = PER_PROMPT,
 ) -> list[Row]:
@@ -140,19 +140,23 @@ def score(
         features = {e: _real(subject, e) for e in (dino, clip)}
         for i in range(len(subject.prompts)):
             measures = _measures(subject, i, per_prompt, edited, dino, clip, features)
-            rows.append(Row.of(f"{subject.name}/{i:02d}", subject.name, measures))
+            rows.append(Row.from_metrics(f"{subject.name}/{i:02d}", subject.name, measures))
             told(len(rows), total)
     return rows
 
 
-def _real(subject: Subject, encoder: Dino | Clip | Absent) -> Features:
+def _real(subject: Subject, encoder: Dino | Clip | MissingEncoder) -> Features:
     """A function that gives the features of the real photos, made once."""
 
     @cache
     def features() -> Tensor:
-        return encoder.images([opener(p, "photo")() for p in subject.photos])
+        return encoder.encode_images([opener(p, "photo")() for p in subject.photos])
 
     return features
+
+
+def _rows_of(features: Features, rows: Sequence[int]) -> Tensor:
+    return features()[list(rows)]
 
 
 def _measures(
@@ -160,10 +164,10 @@ def _measures(
     prompt: int,
     per_prompt: int,
     folder: Path,
-    dino: Dino | Absent,
-    clip: Clip | Absent,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
     features: Mapping[Any, Features],
-) -> Measures:
+) -> Metrics:
     paths = [folder / file(subject, prompt, k) for k in range(per_prompt)]
     others = [j for j in range(len(subject.photos)) if j != subject.given]
     everything = {"": [*others, subject.given], "_input": [subject.given], "_held_out": others}
@@ -171,10 +175,10 @@ def _measures(
     copy: dict[str, Any] = {}
 
     def pictures(encoder: Any) -> Features:
-        return cache(lambda: encoder.images([opener(p, "edited picture")() for p in paths]))
+        return cache(lambda: encoder.encode_images([opener(p, "edited picture")() for p in paths]))
 
     def text() -> Tensor:
-        return clip.texts([subject.prompts[prompt]])
+        return clip.encode_texts([subject.prompts[prompt]])
 
     def given(encoder: Any) -> Features:
         return lambda: features[encoder]()[[subject.given]]
@@ -182,7 +186,7 @@ def _measures(
     for name, encoder in (("dino", dino), ("clip_i", clip)):
         seen, real = pictures(encoder), features[encoder]
         for suffix, which in everything.items():
-            measure = partial(_mean_cosine, theirs=lambda real=real, which=which: real()[which])
+            measure = partial(_mean_cosine, theirs=partial(_rows_of, real, which))
             made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, seen)
             if suffix != "_input":  # of the input to itself: one
                 copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, given(encoder))
@@ -196,7 +200,9 @@ def _mean_cosine(ours: Features, theirs: Features) -> float:
     return float((ours() @ theirs().T).double().mean())
 
 
-def real_images(subjects: Sequence[Subject], dino: Dino | Absent, clip: Clip | Absent) -> dict[str, dict[str, Any]]:
+def real_images(
+    subjects: Sequence[Subject], dino: Dino | MissingEncoder, clip: Clip | MissingEncoder
+) -> dict[str, dict[str, Any]]:
     """The "real images" headlines: the mean over pairs of unlike photos of a subject, then over subjects."""
     out = {}
     for name, encoder in (("dino", dino), ("clip_i", clip)):
@@ -204,7 +210,7 @@ def real_images(subjects: Sequence[Subject], dino: Dino | Absent, clip: Clip | A
         for subject in subjects:
             try:
                 seen = _real(subject, encoder)()
-            except NoScore:
+            except MissingScore:
                 continue
             off = ~torch.eye(len(seen), dtype=torch.bool)
             values.append(float((seen @ seen.T)[off].double().mean()))

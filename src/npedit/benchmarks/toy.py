@@ -167,13 +167,8 @@ def score(
         _save(save_to, items, rows, kept)
     kinds = [e.edit_type for e in items]
     return {
-        "n": len(rows),
         **_rates(rows),
-        "by_type": {
-            t: {"n": kinds.count(t), **_rates([r for r, k in zip(rows, kinds) if k == t])}
-            for t in EDIT_TYPES
-            if t in kinds
-        },
+        "by_type": {t: _rates([r for r, k in zip(rows, kinds) if k == t]) for t in EDIT_TYPES if t in kinds},
         "copy_rate": copies / len(rows),
         "outside_change": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
@@ -202,9 +197,10 @@ def blame(items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn:
     return counts
 
 
-def _rates(rows: Sequence[tuple[bool, bool]]) -> dict[str, Rate]:
-    counts = sum(a for a, _ in rows), sum(p for _, p in rows), sum(a and p for a, p in rows)
-    return {name: wilson(hits, len(rows)) for name, hits in zip(MEASURES, counts)}
+def _rates(rows: Sequence[tuple[bool, bool]]) -> TypeScores:
+    applied, preserved, both = sum(a for a, _ in rows), sum(p for _, p in rows), sum(a and p for a, p in rows)
+    n = len(rows)
+    return {"n": n, "applied": wilson(applied, n), "preserved": wilson(preserved, n), "both": wilson(both, n)}
 
 
 def _save(

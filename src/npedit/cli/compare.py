@@ -97,14 +97,14 @@ def _unnamed(fact: Any) -> Any:
 
 def _read(folder: Path) -> Results:
     """One folder of results, or several joined by +, which are one editor's under several judges."""
-    from npedit.scoring.results import Results, panel
+    from npedit.scoring.results import Results, average_judges
 
     if folder.exists() or "+" not in str(folder):
         return Results.read(folder)
     judged = [Results.read(Path(part)) for part in str(folder).split("+")]
     if len({json.dumps(r.settings.get("protocol"), sort_keys=True) for r in judged}) > 1:
         raise UserError(f"{folder}: expected results of one protocol under several judges; got several protocols")
-    return panel(judged)
+    return average_judges(judged)
 
 
 def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -113,9 +113,9 @@ def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[
     Raises:
         UserError: a wanted measure that the first result does not have.
     """
-    from npedit.scoring.results import LEAST, UNDEFINED, shared
+    from npedit.scoring.results import MIN_COVERAGE, UNDEFINED_PREFIX, common_scores
 
-    names = results[0].names()
+    names = results[0].score_names()
     for name in wanted:
         if name not in names:
             raise UserError(f"expected a measure of {results[0].name}; got {name!r}.{did_you_mean(name, names)} "
@@ -124,12 +124,14 @@ def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[
     for name in wanted or [n for n in names if "/" not in n]:
         failed = {}
         for r in results:
-            bad = sum(r_.scores.get(name) is None and not r_.why.get(name, "").startswith(UNDEFINED) for r_ in r.rows)
-            if bad > (1 - LEAST) * len(r.rows):
+            bad = sum(
+                r_.scores.get(name) is None and not r_.why.get(name, "").startswith(UNDEFINED_PREFIX) for r_ in r.rows
+            )
+            if bad > (1 - MIN_COVERAGE) * len(r.rows):
                 failed[r.name] = f"{bad} of {len(r.rows)} missing in {r.name}"
         if failed:
             notes.append(f"{name} is left out: {', '.join(failed.values())}")
-        elif not shared(results, name)[0].size:
+        elif not common_scores(results, name)[0].size:
             notes.append(f"{name} is left out: no item has it in all results")
         else:
             kept.append(name)
@@ -139,18 +141,18 @@ def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[
 def differences(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
     """A line for each measure and editor: its mean, and against the first the difference, its test and the wins."""
     from npedit.scoring import statistics
-    from npedit.scoring.results import lower_is_better, shared
+    from npedit.scoring.results import common_scores, lower_is_better
 
     tests = []
     for name in measures:
-        values, tasks, _ = shared(results, name)
+        values, tasks, _ = common_scores(results, name)
         for k in range(len(results)):
             low = lower_is_better(name)
-            d = statistics.difference(values[0], values[k], tasks, low, margin, seed) if k else None
-            better = statistics.outcomes(values[k] - values[0], margin) * (-1 if low else 1)
-            mean = statistics.mean(values[k], tasks), statistics.interval(values[k], tasks, seed)
+            d = statistics.paired_difference(values[0], values[k], tasks, low, margin, seed) if k else None
+            better = statistics.compare_with_margin(values[k] - values[0], margin) * (-1 if low else 1)
+            mean = statistics.mean_over_tasks(values[k], tasks), statistics.bootstrap_interval(values[k], tasks, seed)
             tests.append((name, k, mean, d, statistics.win_rate_interval(better, tasks, seed)))
-    adjusted = iter(statistics.holm([d.p for *_, d, _ in tests if d]))
+    adjusted = iter(statistics.holm_adjusted([d.p for *_, d, _ in tests if d]))
     shown = Table(title=f"Against {results[0].name}, on the items that all have")
     for column in ("measure", "better", "editor", "n", "mean", "difference", "p (Holm)", "win/tie/loss", "win rate"):
         shown.add_column(
@@ -165,7 +167,7 @@ def differences(results: Sequence[Results], measures: Sequence[str], margin: flo
             cells = [f"{d.n}", _with(d.mean, d.ci95), f"{next(adjusted):.4f}", f"{d.wins}/{d.ties}/{d.losses}"]
             cells.append(_with(d.win_rate, ci))
         else:
-            cells[0] = str(len(shared(results, name)[2]))
+            cells[0] = str(len(common_scores(results, name)[2]))
         shown.add_row(*head, escape(results[k].name), cells[0], _with(*mean), *cells[1:])
     count = sum(bool(d) for *_, d, _ in tests)
     shown.caption = f"difference = editor less {results[0].name}; p by sign flips, adjusted for {count} tests"
@@ -175,14 +177,14 @@ def differences(results: Sequence[Results], measures: Sequence[str], margin: flo
 def ranking(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
     """Davidson's model of each measure: every pair of editors is compared on every item."""
     from npedit.scoring import statistics
-    from npedit.scoring.results import lower_is_better, shared
+    from npedit.scoring.results import common_scores, lower_is_better
 
     shown = Table(title="Ranking: Davidson's model of wins and ties")
     for column in ("measure", "editor", "Elo"):
         shown.add_column(column, justify="right" if column == "Elo" else "left", overflow="fold")
     for name in measures:
-        values, tasks, _ = shared(results, name)
-        found, ci = statistics.rank(values, tasks, lower_is_better(name), margin, seed)
+        values, tasks, _ = common_scores(results, name)
+        found, ci = statistics.rank_editors(values, tasks, lower_is_better(name), margin, seed)
         shown.add_section()
         for place, k in enumerate(sorted(range(len(results)), key=lambda k: -found.elo[k])):
             span = None if ci is None else tuple(ci[k])
@@ -201,8 +203,8 @@ def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path,
     for column in ("measure", "n", "Spearman", "Kendall tau-b", "pairwise accuracy", "with calibrated ties"):
         shown.add_column(column, justify="left" if column == "measure" else "right", overflow="fold")
     for name in measures:
-        found = agree.against_people(results, name, given, lower_is_better(name), seed)
-        cells = ["-" if value is None else _with(*value) for value in found.figures]
+        found = agree.agreement_with_people(results, name, given, lower_is_better(name), seed)
+        cells = ["-" if value is None else _with(*value) for value in found.estimates]
         shown.add_row(name, str(found.n), *cells)
     shown.caption = (
         "correlations: the mean of those of the tasks through Fisher's z; pairs: two editors of one item; the margin "
@@ -214,12 +216,12 @@ def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path,
 def _draw(results: Sequence[Results], measures: Sequence[str], path: Path, seed: int) -> None:
     from npedit.report.plots import plot_comparison
     from npedit.scoring import statistics
-    from npedit.scoring.results import lower_is_better, shared
+    from npedit.scoring.results import common_scores, lower_is_better
 
     panels = []
     for name in measures:
-        values, tasks, _ = shared(results, name)
-        means = [(statistics.mean(v, tasks), statistics.interval(v, tasks, seed)) for v in values]
+        values, tasks, _ = common_scores(results, name)
+        means = [(statistics.mean_over_tasks(v, tasks), statistics.bootstrap_interval(v, tasks, seed)) for v in values]
         panels.append((f"{name} ({'lower' if lower_is_better(name) else 'higher'} is better)", means))
     with explain_write_errors(path):
         path.write_bytes(plot_comparison([r.name for r in results], panels))

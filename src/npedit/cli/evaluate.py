@@ -68,7 +68,7 @@ def toy(
     import tempfile
 
     from npedit.benchmarks import toy as bench
-    from npedit.cli.edit import check_writable, save_pictures
+    from npedit.cli.pictures import check_writable, save_picture
     from npedit.editor import Editor
     from npedit.report.report import draw_results_sheet
     from npedit.runs.checkpoint import write_text
@@ -80,7 +80,7 @@ def toy(
     with tempfile.TemporaryDirectory() as kept:
         scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
         if picture:
-            save_pictures([(draw_results_sheet(Path(kept)), picture)])
+            save_picture(draw_results_sheet(Path(kept)), picture)
     out.print(bench.table(scores))
     if json_file:
         facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
@@ -217,7 +217,8 @@ def judged(bench: ModuleType, wish: Wish, items: Callable[[Path], list[Any]]) ->
     if lacking := bench.incomplete(found):
         err.print(f"[yellow]note[/] {escape(lacking)}: the figures are not those of the whole benchmark.")
     if wish.scores:
-        facts, protocol, rows = {"scores": str(wish.scores)}, "imported", bench.imported(wish.scores, found)
+        facts: dict[str, Any] = {"scores": str(wish.scores)}
+        protocol, rows = "imported", bench.imported(wish.scores, found)
     else:
         todo, near = _judged.spread_over(found, wish.first), open_lpips(wish.lpips)
         encoders, used = open_encoders(wish.encoders, near)
@@ -241,7 +242,9 @@ def preserved(name: str, folder: Path, items: list[Any], measuring: tuple[Any, A
     from npedit.benchmarks._outputs import table
     from npedit.scoring import results
 
-    results.begin(folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}})
+    results.prepare_folder(
+        folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}}
+    )
     with ProgressBar("measuring what was kept", len(items)) as told:
         rows = _judged.preserved(items, *measuring, told)
     out.print(table(results.write_results(folder, rows), f"{name}: what was kept of the references, without a judge"))
@@ -264,7 +267,11 @@ def asked(
     if words := kinship(judge, wish):
         err.print(f"[yellow]note[/] {escape(words)}")
     edit, editor = (None, {"pictures": str(wish.edited)}) if wish.edited else open_editor(wish)
-    facts = {"protocol": protocol.record(), "judge": {"name": judge.name, **judge.identity}, "editor": editor}
+    facts: dict[str, Any] = {
+        "protocol": protocol.record(),
+        "judge": {"name": judge.name, **judge.identity},
+        "editor": editor,
+    }
     facts |= {"repeats": wish.repeats, "swap": wish.swap}
     with Cache(folder / _judged.ANSWERS) as cache:
         scorer = _judged.Scorer(judge, protocol, cache, passes, bench.combine)
@@ -315,11 +322,12 @@ def open_editor(wish: Wish) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What edits pictures, and what its pictures depend on."""
     if wish.model == COPY:
         return (lambda pictures, _: pictures), {"editor": COPY}
-    from npedit.editor import Editor, locate
+    from npedit.editor import Editor
     from npedit.judges.local import fingerprint
+    from npedit.runs.resolve import resolve_editor
 
     editor = Editor.open(wish.model)
-    facts = {"editor": wish.model, "weights": fingerprint(locate(wish.model))}
+    facts = {"editor": wish.model, "weights": fingerprint(resolve_editor(wish.model).folder)}
     return (
         lambda pictures, words: editor.edit(pictures, words, wish.seed, wish.steps),
         facts | {"seed": wish.seed, "steps": wish.steps or editor.steps},
@@ -349,11 +357,11 @@ def critics_of(model: str) -> set[str]:
     """The families of the critics that a run's editor was trained with; empty if there is no record."""
     import yaml
 
-    from npedit.editor import locate
+    from npedit.runs.resolve import resolve_editor
 
     if model == "embedded":
         return {"llava_onevision"}
-    run = next((p for p in (locate(model), locate(model).parent) if (p / "config.resolved.yaml").is_file()), None)
+    run = resolve_editor(model).run
     critic = (yaml.safe_load((run / "config.resolved.yaml").read_text()) if run else {}).get("critic") or {}
     if critic.get("name") == "ensemble" and Path(critic["weights"]).is_file():
         return {member["name"] for member in yaml.safe_load(Path(critic["weights"]).read_text())}

@@ -129,7 +129,7 @@ class _Run:
         if not edited and not copy:
             source = {"model": model, "files": fingerprint(model), "seed": seed, "steps": steps}
         settings = {"npedit": __version__, "source": source, "encoders": used}
-        results.begin(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
+        results.prepare_folder(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
         return cls(name, folder, edited or folder / EDITED, source, encoders)
 
     def make(self, jobs: Sequence[Any], longest: int = 0) -> None:
@@ -162,13 +162,13 @@ class _Run:
 
 def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """DINO and CLIP, or why they are missing, which is said; and what to note of them all."""
-    from npedit.scoring.encoders import Absent, Clip, Dino, open_encoder
+    from npedit.scoring.encoders import Clip, Dino, MissingEncoder, open_encoder
 
     encoders = open_encoder(Dino, weights[0]), open_encoder(Clip, weights[1])
     for encoder in encoders:
-        if isinstance(encoder, Absent):
+        if isinstance(encoder, MissingEncoder):
             err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
-    used = {"dino": weights[0] or Dino.usual, "clip": weights[1] or Clip.usual, "dtype": "float32"}
+    used = {"dino": weights[0] or Dino.default_weights, "clip": weights[1] or Clip.default_weights, "dtype": "float32"}
     return encoders, used | ({"lpips": lpips.tag} if lpips else {})
 
 
@@ -182,8 +182,8 @@ def open_lpips(folder: Path | None) -> Any:
 
 def fingerprint(model: str) -> str:
     """A hash of the names, sizes and times of an editor's files: enough to tell that they changed."""
-    from npedit.editor import locate
+    from npedit.runs.resolve import resolve_editor
 
-    folder = locate(model)
+    folder = resolve_editor(model).folder
     facts = [(f.relative_to(folder).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*.*")]
     return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()

@@ -27,6 +27,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -142,7 +143,7 @@ class ServerJudge(Judge):
         except (OSError, http.client.HTTPException) as error:  # URLError, time-outs, resets, cut bodies
             raise _Failed(f"{type(error).__name__}: {error}") from None
 
-    def _status(self, code: int, text: str, headers: Mapping[str, str]) -> Reply:
+    def _status(self, code: int, text: str, headers: Mapping[str, str] | Message) -> Reply:
         said, detail = text.lower(), f"HTTP {code}: {' '.join(text.split())[:300]}"
         if any(mark in said for mark in NO_CREDIT_MARKS) or code == 402:
             raise JudgeStopped(f"expected credit left at {self.url}; got {detail}; add some and run the same command")

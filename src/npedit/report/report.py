@@ -128,7 +128,7 @@ def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
     """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
     found = reward_hacking_alarms(rows, evaluate_items)
     if found:
-        lines = "".join(f"<li>{_escape(a.words()[0].upper() + a.words()[1:])}.</li>" for a in found)
+        lines = "".join(f"<li>{_escape(a.message()[0].upper() + a.message()[1:])}.</li>" for a in found)
         return (
             f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
             "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"

@@ -39,7 +39,7 @@ class CriticScores:
             out[item] = out[item] and p > 0.5
         return out
 
-    def means(self, prefix: str, edit_types: Sequence[str]) -> dict[str, float]:
+    def mean_by_kind(self, prefix: str, edit_types: Sequence[str]) -> dict[str, float]:
         """Figures to log: PREFIX/p_edit and PREFIX/p_identity, and the edit question's mean by edit type as
         PREFIX/p_yes/TYPE. `edit_types` are the items'."""
         rows: dict[str, list[float]] = {}
@@ -51,7 +51,7 @@ class CriticScores:
 
 
 @torch.no_grad()
-def verdict(
+def score_with_critic(
     critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b 3 H W"], chunk: int = 64
 ) -> CriticScores:
     """Ask all questions about edits of a batch's references; the images are held to [0, 1]. `chunk` items are asked

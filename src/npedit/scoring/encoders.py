@@ -7,7 +7,7 @@ processor does: the short side is scaled with Pillow's bicubic filter and the ce
   is the CLS token after the last LayerNorm. It is never `pooler_output`, a layer that DINO does not have.
 - CLIP (arXiv 2103.00020): short side equal to the net's input; the projected features.
 
-An encoder that is not there is an `Absent`, every use of which raises `NoScore` with the reason.
+An encoder that is not there is an `MissingEncoder`, every use of which raises `MissingScore` with the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZE_LETTERS = {192: "t", 384: "s", 768: "b", 1024: "l", 1280: "h"}
 class Dino:
     """DINO features of pictures. `tag` names the net in the names of measures: vits16."""
 
-    usual = "facebook/dino-vits16"
+    default_weights = "facebook/dino-vits16"
 
     def __init__(self, model: ViTModel, device: torch.device):
         self.model = model.requires_grad_(False).eval().to(device)
@@ -64,7 +64,7 @@ class Dino:
 class Clip:
     """CLIP features of pictures and texts. `tag` names the net in the names of measures: vitb32."""
 
-    usual = "openai/clip-vit-base-patch32"
+    default_weights = "openai/clip-vit-base-patch32"
 
     def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, device: torch.device):
         self.model = model.requires_grad_(False).eval().to(device)
@@ -102,7 +102,7 @@ class Clip:
         return F.normalize(self.model.get_text_features(**told).pooler_output.float(), dim=1).cpu()
 
 
-class Absent:
+class MissingEncoder:
     """Stands where an encoder is not to be had."""
 
     def __init__(self, tag: str, reason: str):
@@ -116,7 +116,7 @@ class Absent:
     encode_resized = encode_texts = encode_images
 
 
-def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Clip | Absent:
+def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Clip | MissingEncoder:
     """Open `weights`, a Hub id or a local folder; "" is the literature's, "none" leaves the encoder out.
 
     The literature's may be out of reach: then it is absent, with the reason.
@@ -126,16 +126,16 @@ def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Cli
     """
     name, tag = kind.__name__.upper(), {Dino: "vits16", Clip: "vitb32"}[kind]
     if weights == "none":
-        return Absent(tag, f"{name} was left out")
+        return MissingEncoder(tag, f"{name} was left out")
     try:
-        return kind.load(weights or kind.usual, pick_device())
+        return kind.load(weights or kind.default_weights, pick_device())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         if weights:
             raise UserError(
                 f"expected {name} weights, a Hub id or a folder; got {weights!r}: {said}; name others, or 'none'"
             ) from None
-        return Absent(tag, f"{kind.usual} cannot be opened: {said[:200]}")
+        return MissingEncoder(tag, f"{kind.default_weights} cannot be opened: {said[:200]}")
 
 
 def _load_model(kind: Any, expected: str, weights: str, **options: Any) -> Any:

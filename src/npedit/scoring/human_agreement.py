@@ -29,7 +29,7 @@ class Agreement:
     that fits best, over `n` labelled pictures."""
 
     n: int
-    figures: tuple[Estimate, ...]  # four
+    estimates: tuple[Estimate, ...]  # four
 
 
 def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float]:
@@ -60,7 +60,9 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
     return {key: sum(scores) / len(scores) for key, scores in found.items()}
 
 
-def against_people(results: Sequence[Results], measure: str, labels: Labels, lower: bool, seed: int = 0) -> Agreement:
+def agreement_with_people(
+    results: Sequence[Results], measure: str, labels: Labels, lower: bool, seed: int = 0
+) -> Agreement:
     """Compare a measure with labels. Correlations are taken in each task over all editors' pictures and averaged
     through Fisher's z; pairs are two editors' pictures of one item. `lower`: less is better. Intervals draw whole
     items."""

@@ -70,11 +70,16 @@ class Lpips:
         """The same at each pixel, each layer scaled to the picture's size (`spatial` in the authors' package). Errors
         as in `distance`."""
         size = tuple(a.shape[1:])
-        layers = [F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0, 0] for x in self._layer_differences(a, b)]
+        layers = [
+            F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0, 0]
+            for x in self._layer_differences(a, b)
+        ]
         return torch.stack(layers).sum(0).cpu()
 
     @torch.no_grad()
-    def _layer_differences(self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> list[Float[Tensor, "1 h2 w2"]]:
+    def _layer_differences(
+        self, a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]
+    ) -> list[Float[Tensor, "1 h2 w2"]]:
         if min(a.shape[1:]) < MIN_SIDE:
             raise ValueError(f"expected pictures of {MIN_SIDE} pixels a side or more; got {tuple(a.shape[1:])}")
         shift, scale = (torch.tensor(m, device=self.device)[:, None, None] for m in (SHIFT, SCALE))

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from npedit.scoring.encoders import Absent, Clip, Dino
+from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import MIN_SIDE, Lpips
 from npedit.scoring.results import Metrics, MissingScore, UndefinedMetric
 
@@ -130,7 +130,7 @@ def resize_to_reference(edited: Image.Image, size: tuple[int, int]) -> Image.Ima
     """An edited picture at the reference's (width, height), with Pillow's bicubic filter.
 
     Raises:
-        NoScore: its shape is not the reference's.
+        MissingScore: its shape is not the reference's.
     """
     if abs(edited.width * size[1] / (edited.height * size[0]) - 1) > ASPECT_TOLERANCE:
         raise MissingScore(f"expected the reference's shape {size[0]}x{size[1]}; got {edited.width}x{edited.height}")
@@ -150,15 +150,22 @@ def pixel_metrics(reference: ImageOpener, edited: ImageOpener, suffix: str = "")
         kept = torch.ones(a.height, a.width, dtype=torch.bool)
         return what(as_tensor(a), as_tensor(resize_to_reference(edited(), a.size)), kept)
 
-    return {f"{name}{suffix}": partial(measure, what) for name, what in (PIXEL_METRICS if suffix else WHOLE_IMAGE_METRICS).items()}
+    return {
+        f"{name}{suffix}": partial(measure, what)
+        for name, what in (PIXEL_METRICS if suffix else WHOLE_IMAGE_METRICS).items()
+    }
 
 
-def _similarity(encoder: Dino | Clip | Absent, reference: ImageOpener, edited: ImageOpener) -> float:
+def _similarity(encoder: Dino | Clip | MissingEncoder, reference: ImageOpener, edited: ImageOpener) -> float:
     return cosine_similarity(*encoder.encode_images([reference(), edited()]))
 
 
 def feature_metrics(
-    reference: ImageOpener, edited: ImageOpener, dino: Dino | Absent, clip: Clip | Absent, suffix: str = ""
+    reference: ImageOpener,
+    edited: ImageOpener,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
+    suffix: str = "",
 ) -> Metrics:
     """DINO and CLIP similarity of two pictures."""
     return {
@@ -187,8 +194,8 @@ def metrics_outside_mask(
     reference: ImageOpener,
     edited: ImageOpener,
     mask: ImageOpener,
-    dino: Dino | Absent,
-    clip: Clip | Absent,
+    dino: Dino | MissingEncoder,
+    clip: Clip | MissingEncoder,
     lpips: Lpips | None = None,
 ) -> Metrics:
     """L1, L2, PSNR, SSIM and LPIPS over the pixels outside the mask (white is the edit), and DINO and CLIP similarity
@@ -203,23 +210,25 @@ def metrics_outside_mask(
         kept = torch.from_numpy(np.array(inside()) == 0)
         return what(as_tensor(a), as_tensor(resize_to_reference(edited(), a.size)), kept)
 
-    def put_back() -> Image.Image:
+    def paste_back() -> Image.Image:
         a = reference()
         return Image.composite(a, resize_to_reference(edited(), a.size), inside())
 
-    def perceived(net: Lpips) -> float:
+    def perceptual_distance(net: Lpips) -> float:
         a = reference()
         kept = torch.from_numpy(np.array(inside()) == 0)
         return _masked_mean(_lpips_of(net.distance_map, a, resize_to_reference(edited(), a.size)), kept)
 
-    pixels: dict[str, Callable[[], float]] = {f"{name}{OUTSIDE}": partial(measure, what) for name, what in PIXEL_METRICS.items()}
+    pixels: dict[str, Callable[[], float]] = {
+        f"{name}{OUTSIDE}": partial(measure, what) for name, what in PIXEL_METRICS.items()
+    }
     if lpips:
-        pixels[f"lpips_{lpips.tag}{OUTSIDE}"] = partial(perceived, lpips)
-    return pixels | dict(feature_metrics(reference, put_back, dino, clip, OUTSIDE))
+        pixels[f"lpips_{lpips.tag}{OUTSIDE}"] = partial(perceptual_distance, lpips)
+    return pixels | dict(feature_metrics(reference, paste_back, dino, clip, OUTSIDE))
 
 
 def text_metrics(
-    reference: ImageOpener, edited: ImageOpener, source_caption: str, target_caption: str, clip: Clip | Absent
+    reference: ImageOpener, edited: ImageOpener, source_caption: str, target_caption: str, clip: Clip | MissingEncoder
 ) -> Metrics:
     """CLIP-T, the similarity of the edited picture to the wanted caption, and CLIP directional similarity. A caption ""
     is none, and what needs it is undefined."""
@@ -232,6 +241,8 @@ def text_metrics(
     def direction() -> float:
         if not (source_caption and target_caption):
             raise UndefinedMetric("captions of both pictures are not given")
-        return directional_similarity(clip.encode_resized([reference(), edited()]), clip.encode_texts([source_caption, target_caption]))
+        return directional_similarity(
+            clip.encode_resized([reference(), edited()]), clip.encode_texts([source_caption, target_caption])
+        )
 
     return {f"clip_t_{clip.tag}": to_caption, f"clip_dir_{clip.tag}": direction}

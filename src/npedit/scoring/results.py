@@ -6,7 +6,7 @@
 
 A score that is not there is null with a reason and never a number. Two kinds of reason are kept apart: a *failure* (no
 picture, no encoder) lowers the coverage; a measure that is *undefined* (its reason begins so) has no value for these
-pictures at all, as the PSNR of two equal ones, and does not. Below `LEAST` coverage a headline is null.
+pictures at all, as the PSNR of two equal ones, and does not. Below `MIN_COVERAGE` coverage a headline is null.
 
 A headline is the mean over tasks of each task's mean, as GEdit-Bench takes it; NAME/micro is the mean over items. A
 task that has no number is left out of both. A name with a slash (`copy/dino_vits16`) is that of a baseline.
@@ -28,8 +28,8 @@ from npedit.runs.checkpoint import write_text
 from npedit.scoring import statistics
 
 ROWS, SUMMARY, SETTINGS = "rows.jsonl", "summary.json", "settings.json"
-LEAST = 0.99  # coverage below which there is no headline
-UNDEFINED = "undefined: "
+MIN_COVERAGE = 0.99  # coverage below which there is no headline
+UNDEFINED_PREFIX = "undefined: "
 LOWER_IS_BETTER = ("l1", "l2", "lpips", "changed_area", "copied")  # of these, less is better
 Metrics = Mapping[str, Callable[[], float]]
 
@@ -42,7 +42,7 @@ class UndefinedMetric(MissingScore):
     """The measure has no value for these pictures, though nothing failed."""
 
     def __str__(self) -> str:
-        return UNDEFINED + super().__str__()
+        return UNDEFINED_PREFIX + super().__str__()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Row:
 
     @classmethod
     def from_metrics(cls, id: str, task: str, measures: Metrics) -> Self:
-        """Take every measure; one that raises `NoScore`, or gives a number that is not finite, is missing."""
+        """Take every measure; one that raises `MissingScore`, or gives a number that is not finite, is missing."""
         scores: dict[str, float | None] = {}
         why: dict[str, str] = {}
         for name, measure in measures.items():
@@ -78,7 +78,7 @@ class Results:
     rows: tuple[Row, ...]
     settings: dict[str, Any]
 
-    def names(self) -> list[str]:
+    def score_names(self) -> list[str]:
         """The names of all scores, in the order in which they come first."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
@@ -108,7 +108,7 @@ class Results:
         return cls(folder.resolve().name, tuple(rows.values()), _read_settings(settings) if settings.is_file() else {})
 
 
-def panel(judged: Sequence[Results]) -> Results:
+def average_judges(judged: Sequence[Results]) -> Results:
     """One editor's results under several judges as one: a score is the mean of the judges', and missing where one of
     them has none.
 
@@ -163,25 +163,25 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """{name: {"value", "n", "coverage", "undefined", "ci95"}} of each score, and of its mean over items (NAME/micro).
 
     `n` counts numbers, `coverage` is the share of rows that did not fail, `ci95` the interval of the task-stratified
-    bootstrap. Value and interval are null where coverage is below `LEAST` or there is no number.
+    bootstrap. Value and interval are null where coverage is below `MIN_COVERAGE` or there is no number.
     """
     out: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for row in rows for name in row.scores):
         there = [row for row in rows if row.scores.get(name) is not None]
-        undefined = sum(row.why.get(name, "").startswith(UNDEFINED) for row in rows)
+        undefined = sum(row.why.get(name, "").startswith(UNDEFINED_PREFIX) for row in rows)
         coverage = (len(there) + undefined) / len(rows)
         values = [v for row in there if (v := row.scores[name]) is not None]
         tasks = [row.task for row in there]
         for key, over_tasks in ((name, True), (f"{name}/micro", False)):
             if "/" in name and not over_tasks:
                 continue  # of a baseline the headline is enough
-            shown = bool(there) and coverage >= LEAST
+            shown = bool(there) and coverage >= MIN_COVERAGE
             out[key] = {
-                "value": statistics.mean(values, tasks, over_tasks) if shown else None,
+                "value": statistics.mean_over_tasks(values, tasks, over_tasks) if shown else None,
                 "n": len(there),
                 "coverage": coverage,
                 "undefined": undefined,
-                "ci95": statistics.interval(values, tasks, over_tasks=over_tasks) if shown else None,
+                "ci95": statistics.bootstrap_interval(values, tasks, over_tasks=over_tasks) if shown else None,
             }
     return out
 
@@ -199,7 +199,7 @@ def write_results(folder: Path, rows: Sequence[Row], extra: Mapping[str, Any] | 
     return summary
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write settings.json into a new folder, or into one whose pictures are of the same "protocol" and "source".
 
     Raises:
@@ -226,7 +226,7 @@ def lower_is_better(name: str) -> bool:
     return any(name == low or name.startswith(f"{low}_") for low in LOWER_IS_BETTER)
 
 
-def shared(results: Sequence[Results], name: str) -> tuple[np.ndarray, list[str], list[str]]:
+def common_scores(results: Sequence[Results], name: str) -> tuple[np.ndarray, list[str], list[str]]:
     """The scores (results, items) of the items that have a number everywhere, with their tasks and ids."""
     tables = [{row.id: row for row in r.rows} for r in results]
     ids = [i for i in tables[0] if all(i in t and t[i].scores.get(name) is not None for t in tables)]

@@ -34,7 +34,7 @@ class RewardHackingAlarm:
     critic: tuple[float, float]
     held_out: tuple[float, float]
 
-    def words(self) -> str:
+    def message(self) -> str:
         """One sentence, for a log."""
         return (
             f"at update {self.step}: since update {self.since} the critic's score rose from {self.critic[0]:.2f} to "
@@ -52,7 +52,9 @@ def reward_hacking_alarms(rows: Rows, items: int) -> list[RewardHackingAlarm]:
                   and (score := critic_score(rows, r["step"])) is not None]  # fmt: skip
         for i in range(1, len(points)):
             (since, before, best), (step, now, held) = max(points[:i], key=lambda p: p[2]), points[i]
-            if now - before > MIN_CRITIC_RISE and best - held > MIN_FALL_STANDARD_ERRORS * _standard_error(best, held, items):
+            if now - before > MIN_CRITIC_RISE and best - held > MIN_FALL_STANDARD_ERRORS * _standard_error(
+                best, held, items
+            ):
                 found.append(RewardHackingAlarm(step, since, name, (before, now), (best, held)))
     return sorted(found, key=lambda a: a.step)
 
@@ -60,7 +62,9 @@ def reward_hacking_alarms(rows: Rows, items: int) -> list[RewardHackingAlarm]:
 def critic_score(rows: Rows, step: int) -> float | None:
     """The training critic's score around an evaluation at `step`; None where no critic was asked."""
     scored = [(r["step"], s) for r in rows if (s := _mean_of_keys(r, CRITIC_KEYS)) is not None]
-    near = [s for n, s in scored if step - WINDOW_BEFORE < n <= step] or [s for n, s in scored if step < n <= step + WINDOW_AFTER]
+    near = [s for n, s in scored if step - WINDOW_BEFORE < n <= step] or [
+        s for n, s in scored if step < n <= step + WINDOW_AFTER
+    ]
     return sum(near) / len(near) if near else None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS, FLIPS = 2000, 10_000
+BOOTSTRAP_DRAWS, SIGN_FLIPS = 2000, 10_000
 Numbers = Sequence[float] | np.ndarray
 Labels = Sequence[str] | np.ndarray  # of tasks or items
 
@@ -26,7 +26,7 @@ def _weights(tasks: Sequence[str], over_tasks: bool) -> np.ndarray:
     return 1 / (counts[place] * len(counts))
 
 
-def mean(values: Numbers, tasks: Sequence[str], over_tasks: bool = True) -> float:
+def mean_over_tasks(values: Numbers, tasks: Sequence[str], over_tasks: bool = True) -> float:
     """The mean over tasks of each task's mean, or without `over_tasks` the mean over items.
 
     Raises:
@@ -70,8 +70,8 @@ def _percentiles(found: Numbers) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def interval(
-    values: Numbers, tasks: Sequence[str], seed: int = 0, draws: int = DRAWS, over_tasks: bool = True
+def bootstrap_interval(
+    values: Numbers, tasks: Sequence[str], seed: int = 0, draws: int = BOOTSTRAP_DRAWS, over_tasks: bool = True
 ) -> tuple[float, float] | None:
     """The 95 % percentile interval of the mean. None where the scores cannot tell: a lone item in a task."""
     found = bootstrap_means(values, tasks, over_tasks, seed, draws)
@@ -100,7 +100,7 @@ class PairedDifference:
         return (self.wins + self.ties / 2) / self.n
 
 
-def difference(
+def paired_difference(
     a: Numbers, b: Numbers, tasks: Sequence[str], lower: bool = False, margin: float = 0.0, seed: int = 0
 ) -> PairedDifference:
     """Compare B with A, item by item. `lower`: less is better. Within `margin` (inclusive) items tie.
@@ -109,20 +109,26 @@ def difference(
         ValueError: no items, or of unlike number.
     """
     d = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    better = outcomes(d, margin) * (-1 if lower else 1)
+    better = compare_with_margin(d, margin) * (-1 if lower else 1)
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
-    found = mean(d, tasks)
+    found = mean_over_tasks(d, tasks)
     return PairedDifference(
-        found, interval(d, tasks, seed), sign_flip_p_value(d, tasks, seed), len(d), wins, len(d) - wins - losses, losses
+        found,
+        bootstrap_interval(d, tasks, seed),
+        sign_flip_p_value(d, tasks, seed),
+        len(d),
+        wins,
+        len(d) - wins - losses,
+        losses,
     )
 
 
-def outcomes(d: np.ndarray, margin: float = 0.0) -> np.ndarray:
+def compare_with_margin(d: np.ndarray, margin: float = 0.0) -> np.ndarray:
     """Differences -> 1, 0 or -1; 0 within the margin."""
     return np.where(np.abs(d) <= margin, 0, np.sign(d)).astype(int)
 
 
-def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: int = FLIPS) -> float:
+def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: int = SIGN_FLIPS) -> float:
     """The two-sided p-value of no mean difference, by flipping the signs of items: (1 + #{|d*| >= |d|}) / (flips + 1).
     It supposes that each item's difference is symmetric about zero if there is none."""
     weighted, rng = np.asarray(d, dtype=float) * _weights(tasks, True), np.random.default_rng(seed)
@@ -134,7 +140,7 @@ def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: in
     return (1 + reached) / (flips + 1)
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def holm_adjusted(p: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, so that with all true nulls at most 5 % of families show one below .05
     (S. Holm, 1979)."""
     adjusted, highest = [0.0] * len(p), 0.0
@@ -146,7 +152,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def win_rate_interval(better: Numbers, tasks: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
     """The 95 % interval of (wins + ties / 2) / n for items that are 1, 0 or -1, drawn within tasks."""
-    return interval((np.asarray(better) + 1) / 2, tasks, seed, over_tasks=False)
+    return bootstrap_interval((np.asarray(better) + 1) / 2, tasks, seed, over_tasks=False)
 
 
 def debias_order(first: Sequence[int], second: Sequence[int]) -> tuple[np.ndarray, float]:
@@ -254,7 +260,7 @@ def _connected_components(links: np.ndarray) -> list[list[int]]:
     return parts
 
 
-def rank(
+def rank_editors(
     scores: np.ndarray, tasks: Sequence[str], lower: bool = False, margin: float = 0.0, seed: int = 0, draws: int = 200
 ) -> tuple[Ranking, np.ndarray | None]:
     """Rank editors by (editors, items) scores: every pair is compared on every item.
@@ -263,7 +269,7 @@ def rank(
     its comparisons go together); None where the scores cannot tell.
     """
     k = len(scores)
-    better = outcomes(scores[:, None] - scores[None], margin) * (-1 if lower else 1)  # (k, k, items)
+    better = compare_with_margin(scores[:, None] - scores[None], margin) * (-1 if lower else 1)  # (k, k, items)
     off = ~np.eye(k, dtype=bool)
 
     def counted(pick: np.ndarray) -> Ranking:
@@ -336,7 +342,7 @@ def correct_pairs(
         raise ValueError("expected at least two scores of one item; got none")
     i, j = np.array(pairs).T
     one, two = np.asarray(judge, dtype=float), np.asarray(people, dtype=float)
-    return outcomes(one[i] - one[j], margin) == outcomes(two[i] - two[j]), np.asarray(groups)[i]
+    return compare_with_margin(one[i] - one[j], margin) == compare_with_margin(two[i] - two[j]), np.asarray(groups)[i]
 
 
 def calibrate_tie_margin(judge: Numbers, people: Numbers, groups: Labels) -> float:

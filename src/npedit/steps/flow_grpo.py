@@ -36,7 +36,7 @@ from npedit.families.base import Text
 from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
-from npedit.scoring.critic_scores import verdict
+from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Parts, Timers
 from npedit.steps.base import Step as Base
 
@@ -137,11 +137,11 @@ class Step(Base):
                 references=batch.references.repeat(group, 1, 1, 1),
                 **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
             )
-            said = verdict(self.parts.critic, self.parts.wording, again, edited)
-        rewards = said.joint_probability().view(group, -1).to(x0.device)
+            scores = score_with_critic(self.parts.critic, self.parts.wording, again, edited)
+        rewards = scores.joint_probability().view(group, -1).to(x0.device)
         spread = float(rewards.std(0, unbiased=False).mean())
         metrics.append({"reward/mean": float(rewards.mean()), "reward/group_std": spread})
-        metrics.append(said.means("critic", again.edit_types))
+        metrics.append(scores.mean_by_kind("critic", again.edit_types))
         return rewards
 
     def _reference_means(self, samples: Trajectories) -> tuple[Tensor, ...]:

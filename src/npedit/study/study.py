@@ -188,7 +188,7 @@ def _score_run(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         "seconds": sum(r.get("time/update") or 0.0 for r in rows),
         "passes": json.loads((run / "passes.json").read_text()),
         "alarms": [
-            alarm.words() for alarm in reward_hacking_alarms(rows, read_config(run)["trainer"]["evaluate_items"])
+            alarm.message() for alarm in reward_hacking_alarms(rows, read_config(run)["trainer"]["evaluate_items"])
         ],
         "critic_right": _critic_accuracy(study, run),
     }

@@ -19,7 +19,7 @@ from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
-from npedit.scoring.critic_scores import verdict
+from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Parts, Step
 from npedit.training.samples import held_out_examples, write_samples
 
@@ -99,8 +99,8 @@ class Evaluation:
             if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
                 made = [self._edit(net, self.asked.references, self.asked.instructions, 0)]
             with self.parts.on_device("judge"):
-                said = verdict(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
-            found |= said.means("judge", self.asked.edit_types)
+                scores = score_with_critic(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
+            found |= scores.mean_by_kind("judge", self.asked.edit_types)
         if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic and self.asked:
             self._attribute_failures(self.parts.critic, self.asked, torch.cat(made))
         return found
@@ -109,7 +109,7 @@ class Evaluation:
         """Leave in `blame.json` whose fault the finished editor's wrong edits are; see `benchmarks.toy.blame`."""
         module, family, drawn = find_module("benchmarks", "toy"), self.parts.family, []
         with self.parts.on_device("critic"):
-            content = verdict(critic, self.parts.wording, asked, edited, CHUNK).is_accepted()
+            content = score_with_critic(critic, self.parts.wording, asked, edited, CHUNK).is_accepted()
         chosen = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
         times = few_step_times(DRAWING_STEPS, family.shift(*edited.shape[-2:])).tolist()
         for start in range(0, len(edited), CHUNK):

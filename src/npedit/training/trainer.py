@@ -1,4 +1,4 @@
-"""Train by a recipe: run the stages, log, draw samples, evaluate, save, go on after a stop.
+"""Train by a recipe: run the stages, log, draw samples, evaluate, save, resume after a stop.
 
 The state of a run is (stage, update) and what the step's learners hold. Data and noise are functions of the seed and
 the update's number, so a run that was stopped at any moment, `kill -9` included, repeats itself exactly from its last
@@ -10,18 +10,18 @@ pictures to edit, and what is logged are shared out; stops and saves are agreed 
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from npedit.errors import BadRowsError, UserError, resume_command
 from npedit.flow import few_step_times
@@ -30,12 +30,16 @@ from npedit.nets.device import peak_memory_gb
 from npedit.recipe.config import Recipe, find_class, torch_dtype
 from npedit.report.report import write_report
 from npedit.runs import checkpoint
+from npedit.runs.changes import Change
+from npedit.runs.final import write_final
+from npedit.runs.lock import Lock
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import Evaluation
-from npedit.training.parts import build_parts, build_source, check_recipe_fits, load_start_weights
+from npedit.training.out_of_memory import Progress, explain_out_of_memory
+from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
+from npedit.training.signals import catch_stop_signals, exit_code
 
-STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
 PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
 
@@ -52,34 +56,47 @@ def train(
     parts: Callable[[Recipe], Parts] = build_parts,
     source: Callable[[Recipe], Any] = build_source,
 ) -> Path:
-    """Train, or go on with training, in the folder `run`; the same call goes on after any kind of stop. Returns `run`.
+    """Train in the folder `run`, or resume the training there; the same call resumes after any kind of stop. Returns
+    `run`.
 
     `on_event(name, facts)` is called with "update", "sample", "evaluate", "save" and "end", in every process, and
     with "alarm" in the first; facts hold at least "step".
 
     Raises:
-        UserError: see `checkpoint.hold_run`; also a full disk, data that do not fit, gradients that stay not finite.
-        SystemExit: SIGINT or SIGTERM came; everything is saved.
+        UserError: see `checkpoint.hold_run`; also a full disk or memory, data that do not fit, gradients or weights
+            that are not finite.
+        SystemExit: SIGINT, SIGTERM or SIGUSR1 came; everything is saved. The exit codes are in `signals.py`.
     """
-    run = Path(run)
+    run, progress = Path(run), Progress()
     with (
         distributed.process_group(),
-        _hold_run(run, recipe, resume),
+        _hold_run(run, recipe, resume) as lock,
         _list_bad_rows(run),
         catch_stop_signals() as caught,
+        explain_out_of_memory(recipe, run, progress),
     ):
         data = source(recipe)
         made = parts(recipe)
         check_recipe_fits(recipe, data, made)
         fingerprint = data.fingerprint()
         if distributed.is_main_process():
-            checkpoint.write_run_metadata(run, recipe, checkpoint.make_manifest(recipe, fingerprint, made.device))
+            manifest = checkpoint.make_manifest(recipe, fingerprint, made.device)
+            inventory = data.inventory() if hasattr(data, "inventory") else None
+            _print_changes(checkpoint.write_run_metadata(run, recipe, manifest, inventory))
         _require_shared_files(run, fingerprint)
         distributed.set_sharding_plan(
             recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device
         )
-        TrainingLoop(recipe, run, made, data, on_event, caught).run_stages()
+        TrainingLoop(recipe, run, made, data, on_event, caught, progress, lock).run_stages()
     return run
+
+
+def _print_changes(changes: Sequence[Change]) -> None:
+    """Say which recorded changes a resumed run has, and how its schedule goes on."""
+    for change in changes:
+        note = f" ({change.note})" if change.note else ""
+        words = f"Changed after update {change.update}: {change.setting}: {change.old} -> {change.new}{note}"
+        Console().print(words, highlight=False, soft_wrap=True, markup=False)
 
 
 def _hold_run(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Any]:
@@ -116,39 +133,22 @@ def _require_shared_files(run: Path, fingerprint: str) -> None:
         )
 
 
-@contextmanager
-def catch_stop_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of dying from it; a second one acts as usual. Not so for one of
-    several processes: there the system and torchrun may both send the one signal."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.getsignal(n) for n in numbers}
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        for n in numbers if not distributed.is_multi_process() else ():
-            signal.signal(n, before[n])
-
-    for n in numbers:
-        signal.signal(n, note)
-    try:
-        yield caught
-    finally:
-        for n in numbers:
-            signal.signal(n, before[n])
-
-
 class TrainingLoop:
     """One training under way."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, parts: Parts, data: Any, on_event: EventFn, caught: list[int]
+        self,
+        recipe: Recipe,
+        run: Path,
+        parts: Parts,
+        data: Any,
+        on_event: EventFn,
+        caught: list[int],
+        progress: Progress,
+        lock: Lock | None,
     ) -> None:
         self.recipe, self.run, self.parts, self.data = recipe, run, parts, data
-        self.on_event, self.caught = on_event, caught
+        self.on_event, self.caught, self.progress, self.lock = on_event, caught, progress, lock
         self.total = recipe.total_updates()
         self.first = distributed.is_main_process()
         self.console = Console(quiet=not self.first)
@@ -158,13 +158,13 @@ class TrainingLoop:
         self.evaluation = Evaluation(recipe, run, parts, data, on_event)
 
     def run_stages(self) -> None:
-        """All stages, from the last checkpoint if there is one."""
-        folder = distributed.broadcast_object(checkpoint.latest_complete_checkpoint(self.run))
-        numbers = checkpoint.read_state(folder) if folder else {"stage": 0, "update": 0, "step": -1}
+        """All stages, from the last checkpoint that is not damaged if there is one."""
+        folder, numbers = distributed.broadcast_object(checkpoint.usable_checkpoint(self.run) if self.first else None)
+        numbers = numbers or {"stage": 0, "update": 0, "step": -1}
         if self.first:
             checkpoint.drop_metrics_after(self.run, numbers["step"])
         if folder:
-            self.console.print(f"Going on from {folder}", highlight=False)
+            self.console.print(f"Resuming from {folder}", highlight=False)
         student = self.parts.create_trainable("student", self.recipe.seed)
         if not folder:
             load_start_weights(self.recipe, self.parts, student)
@@ -175,7 +175,7 @@ class TrainingLoop:
             TimeElapsedColumn(),
             TextColumn("ETA"),
         )
-        with Progress(
+        with ProgressBar(
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console
         ) as self.bar:
             self.task = self.bar.add_task(
@@ -187,7 +187,10 @@ class TrainingLoop:
                 if i == numbers["stage"] and folder:
                     restore_step(step, folder)
                     start = numbers["update"]
+                    if numbers.get("is_evaluation_due"):
+                        self._evaluate_late(step, numbers["step"])
                 if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
+                    self.progress.phase = "the first samples and evaluation"
                     self._log({"step": 0, **self.evaluation.evaluate_if_due(step, 0), "time": time.time()})
                 self._train_stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
@@ -219,6 +222,7 @@ class TrainingLoop:
         for update in range(start, stage.updates):
             if number := self._agreed_signal():
                 self._save_and_stop(number, i, step, update, first_step + update)
+            self.progress.phase = f"update {first_step + update + 1} ({stage.step})"
             began = time.monotonic()
             index = first_batch + update * count
             batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
@@ -229,11 +233,17 @@ class TrainingLoop:
             metrics = distributed.merge_metrics(
                 distributed.all_gather(metrics | {"mem/peak_gb": peak_memory_gb(self.parts.device)})
             )
-            metrics |= self._count_skipped_and_bad(step) | self.evaluation.evaluate_if_due(step, n)
+            metrics |= self._count_skipped_and_bad(step)
+            number = self._agreed_signal()
+            if not number:
+                self.progress.phase = f"samples and evaluation after update {n}"
+                metrics |= self.evaluation.evaluate_if_due(step, n)
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
             self._log(row)
             self._show_progress(n, stage.step, metrics)
             self._report_alarms(row)
+            if number:  # an evaluation may take minutes: the resumed run makes it up
+                self._save_and_stop(number, i, step, update + 1, n, evaluated=False)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
             late = distributed.broadcast_object(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
             if due or late or n == self.total:
@@ -282,10 +292,22 @@ class TrainingLoop:
             checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items
         )
         for alarm in (a for a in found if a.step == row["step"]):
-            self.console.print(f"ALARM {alarm.words()}", style="bold red", highlight=False, soft_wrap=True)
+            self.console.print(f"ALARM {alarm.message()}", style="bold red", highlight=False, soft_wrap=True)
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
 
-    def _save(self, i: int, step: Step, update: int, n: int) -> None:
+    def _evaluate_late(self, step: Step, n: int) -> None:
+        """Add to the last row the evaluation that a stop left out."""
+        found = self.evaluation.evaluate_if_due(step, n)
+        rows = checkpoint.read_rows(self.run / checkpoint.METRICS) if self.first else []
+        if rows and found:
+            rows[-1] |= found
+            checkpoint.write_rows(self.run / checkpoint.METRICS, rows)
+
+    def _save(self, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> None:
+        self.progress.phase = f"the checkpoint after update {n}"
+        require_finite_weights(step, self.run, n)
+        if self.lock:
+            self.lock.check()
         tensors: dict[str, Tensor] = {}
         learners: dict[str, Any] = {}
         for name, learner in step.learners.items():
@@ -293,31 +315,33 @@ class TrainingLoop:
             tensors |= {f"{name}/{k}": v for k, v in own.items()}
         tensors |= {f"extra/{k}": v for k, v in step.extra_state().items()}
         numbers = {"format": 1, "stage": i, "update": update, "step": n, "learners": learners}
+        numbers |= {} if evaluated else {"is_evaluation_due": True}
         checkpoint.save_checkpoint(self.run, n, tensors, numbers, self.recipe.trainer.keep)
         self.saved_at = time.monotonic()
         self.on_event("save", {"step": n})
 
-    def _save_and_stop(self, number: int, i: int, step: Step, update: int, n: int) -> None:
-        self._save(i, step, update, n)
+    def _save_and_stop(self, number: int, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> NoReturn:
+        self._save(i, step, update, n, evaluated)
         self.bar.stop()
         self._exit_with_command(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
 
-    def _exit_with_command(self, number: int, words: str) -> None:
-        self.console.print(f"{words} To go on, run the same command:", markup=False)
+    def _exit_with_command(self, number: int, words: str) -> NoReturn:
+        self.console.print(f"{words} To resume, run the same command:", markup=False)
         command = "torchrun ..." if distributed.is_started_by_torchrun() else resume_command()
         self.console.print(f"  {command}", highlight=False, soft_wrap=True)
-        raise SystemExit(128 + number)
+        raise SystemExit(exit_code(number))
 
     def _write_editor_and_report(self, step: Step) -> None:
+        self.progress.phase = "the finished editor"
+        require_finite_weights(step, self.run, self.total)
         family, steps = self.parts.family, self.recipe.trainer.steps
         shift = family.shift(*self.data.sizes[0])
         times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
-        with step.learners[
-            "student"
-        ].use_ema_weights() as net:  # until it is written: a net that is not sharded is no copy
+        # Held until it is written: a net that is not sharded is no copy.
+        with step.learners["student"].use_ema_weights() as net:
             whole = distributed.gather_full_model(net)
             if whole is not None:
-                final = checkpoint.write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
+                final = write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
         if whole is None:
             self.on_event("end", {"step": self.total})
             return
@@ -336,6 +360,34 @@ class TrainingLoop:
 def batches_per_update(stage: Any) -> int:
     """Batches that one update of a stage takes."""
     return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
+
+
+def require_finite_weights(step: Step, run: Path, n: int) -> None:
+    """Make sure that the trained weights and their averages after update n are finite, in all processes.
+
+    Raises:
+        UserError: they are not; names the first such tensor and the last good checkpoint.
+    """
+    found = [
+        f"{role}/{key}"
+        for role, learner in step.learners.items()
+        for key, value in learner.state()[0].items()
+        if key.startswith(("net.", "ema.")) and not local_part(value).isfinite().all()
+    ]
+    bad = [name for names in distributed.all_gather(found) for name in names]
+    if bad:
+        latest = checkpoint.latest_complete_checkpoint(run)
+        raise UserError(
+            f"expected finite weights after update {n}; got NaN or infinity in {bad[0]}"
+            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; no checkpoint and no editor is written from "
+            f"them. {f'The last good state is {latest}' if latest else 'There is no earlier checkpoint'}. Lower lr, raise "
+            "warmup_updates, or use float32, in a new folder"
+        )
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This process's slice of a sharded tensor; any other tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def restore_step(step: Step, folder: Path) -> None:
@@ -358,5 +410,5 @@ def restore_step(step: Step, folder: Path) -> None:
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"expected a checkpoint of this recipe and its weights; got another ({error}); "
-            "put the weights back that the run was begun with, or choose another folder"
+            "put the weights back that the run was started with, or choose another folder"
         ) from error
