@@ -49,7 +49,7 @@ lint: $(READY) ## style, and who imports whom
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs ## build the documentation site into build/site, with strict links
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove the virtual environment and the tools' caches (runs are kept)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist
