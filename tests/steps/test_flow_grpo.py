@@ -13,7 +13,7 @@ from npedit.data import PairedBatch
 from npedit.errors import UserError
 from npedit.recipe.config import Recipe, make_recipe, validate_settings
 from npedit.runs import checkpoint
-from npedit.scoring.critic_scores import CriticScores
+from npedit.scoring.critic_scores import CriticScores, score_with_critic
 from npedit.steps.base import Parts
 from npedit.steps.flow_grpo import FlowGrpoSettings, Step, Trajectories
 from npedit.training import trainer
