@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
 from npedit.critics._bits import quantisation_arguments
 from npedit.critics.base import Critic
-from npedit.editor import locate
 from npedit.errors import UserError
+from npedit.families._prompts import truncation_message
 from npedit.nets import distributed
 from npedit.nets.device import device_name, pick_device, supports_dtype
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import CriticChoice, Recipe, find_class, find_module, torch_dtype
-from npedit.runs.checkpoint import read_config, require_run
+from npedit.runs.checkpoint import read_config
+from npedit.runs.editor_facts import EditorFacts
+from npedit.runs.editor_weights import load_ema_weights, require_finite_weights
+from npedit.runs.resolve import EditorSource, resolve_editor
 from npedit.steps.base import Judge, Parts
+
+log = logging.getLogger(__name__)
+
+STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
 
 
 def build_parts(recipe: Recipe) -> Parts:
@@ -56,23 +66,39 @@ def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None
     """Give a fresh student the weights of the editor that the recipe starts from, if it names one.
 
     Raises:
-        UserError: it is not a finished run, or its editor is one of another family or has other adapters.
+        UserError: there is no editor there, or it is one of another family or has other adapters.
     """
     if not recipe.start:
         return
-    begun, folder = read_config(require_run(recipe.start)), locate(recipe.start)
-    mine = recipe.as_dict()
-    there, here = ({"family": c["family"]["name"], "lora": c.get("lora")} for c in (begun, mine))
+    source = resolve_editor(recipe.start)
+    there, here = _editor_kind(source, recipe), {"family": recipe.family.name, "lora": recipe.as_dict().get("lora")}
     if there != here:
         raise UserError(
             f"start: expected an editor of the same kind as this recipe's, {here}; got {there} in {recipe.start}; "
             "change the recipe to fit, or start from another run"
         )
     with explain_loading_errors("start", recipe.start):
-        if isinstance(student, LoraAdapter):
-            student.take(folder)
+        if source.is_checkpoint:
+            load_ema_weights(source.folder, student)
+        elif isinstance(student, LoraAdapter):
+            student.load_weights(source.folder)
         else:
-            student.load_state_dict(parts.family.open_net(folder / "transformer").state_dict())
+            student.load_state_dict(parts.family.open_net(source.folder / "transformer").state_dict())
+    require_finite_weights(student, source.folder)
+    if distributed.is_main_process():
+        Console(highlight=False, soft_wrap=True).print(f"Starting from {source}", markup=False)
+
+
+def _editor_kind(source: EditorSource, recipe: Recipe) -> dict[str, Any]:
+    """The family and the LoRA settings of an editor. Without its run, only whether it has adapters is known."""
+    if source.run is not None:
+        begun = read_config(source.run)
+        return {"family": begun["family"]["name"], "lora": begun.get("lora")}
+    has_adapter, mine = (source.folder / LORA_FILE).is_file(), recipe.as_dict().get("lora")
+    return {
+        "family": EditorFacts.read(source.folder).family,
+        "lora": mine if has_adapter == bool(mine) else "adapters" if has_adapter else None,
+    }
 
 
 def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -83,8 +109,8 @@ def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
     """
     if not supports_dtype(device, dtype):
         raise UserError(
-            f"{part}.dtype: expected a type that this device ({device_name(device)}) computes with; got {str(dtype)[6:]}, which it "
-            "lacks; use float32"
+            f"{part}.dtype: expected a type that this device ({device_name(device)}) computes with; got "
+            f"{str(dtype)[6:]}, which it lacks; use float32"
         )
 
 
@@ -102,7 +128,7 @@ def build_source(recipe: Recipe) -> Any:
 
 
 def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
-    """Refuse data that the stages, the family or the benchmark cannot use.
+    """Refuse data that the stages, the family or the benchmark cannot use; report texts that are too long.
 
     Raises:
         UserError: names what is missing or of the wrong size.
@@ -110,8 +136,8 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
     check_processes(recipe, distributed.world_size())
     if distributed.world_size() > 1 and distributed.world_size() > len(data):
         raise UserError(
-            f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} processes; "
-            "start fewer, or add data"
+            f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} "
+            "processes; start fewer, or add data"
         )
     for i, stage in enumerate(recipe.stages):
         needs = find_class("steps", stage.step).needs(stage.settings)
@@ -137,6 +163,8 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             )
     if recipe.trainer.benchmark:
         _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
+    if distributed.is_main_process() and (message := truncation_message(parts.family, data.texts())):
+        log.warning("data: %s", message)
 
 
 def check_processes(recipe: Recipe, count: int) -> None:
