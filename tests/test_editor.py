@@ -11,9 +11,11 @@ from PIL import Image
 
 import npedit
 from npedit.benchmarks import toy
-from npedit.editor import Editor, Facts, locate, nearest_size, open_picture, paired, resized, to_pil, to_rgb, to_tensor
+from npedit.editor import Editor, nearest_size, open_picture, pair_up, resize, to_pil, to_rgb, to_tensor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.runs.editor_facts import EditorFacts
+from npedit.runs.resolve import resolve_editor
 from npedit.toy.world import render
 
 FACTS = {"format": 1, "family": "flux", "base": "embedded", "steps": 2, "sizes": [[32, 32]], "recipe": "toy"}
@@ -100,12 +102,12 @@ def test_edit_tensor_takes_a_seed_each_and_refuses_other_shapes(editor):
 
 
 def test_images_and_instructions_pair_up():
-    assert paired(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
-    assert paired(["a"], ["x", "y"]) == [("a", "x"), ("a", "y")]
-    assert paired(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
+    assert pair_up(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
+    assert pair_up(["a"], ["x", "y"]) == [("a", "x"), ("a", "y")]
+    assert pair_up(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
     for images, words in (("abc", ["x", "y"]), ("", ["x"]), ("a", []), ("a", ["  "])):
         with pytest.raises(UserError, match="expected"):
-            paired(list(images), words)
+            pair_up(list(images), words)
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -144,8 +146,8 @@ def test_transparency_lies_on_white_and_sixteen_bits_keep_their_brightness():
 def test_scaling_a_block_enlargement_down_gives_the_original_back():
     small = noise("RGB", (32, 32))
     large = small.resize((256, 256), Image.Resampling.NEAREST)
-    assert resized(large, (32, 32)).tobytes() == small.tobytes()
-    assert resized(small, (32, 32)) is small
+    assert resize(large, (32, 32)).tobytes() == small.tobytes()
+    assert resize(small, (32, 32)) is small
     assert to_pil(to_tensor(small)).tobytes() == small.tobytes()
 
 
@@ -201,8 +203,8 @@ def test_what_is_not_an_editor_is_told_so(folder, tmp_path):
     with pytest.raises(UserError, match="no npedit.json"):
         Editor.open(tmp_path)
     (tmp_path / "config.resolved.yaml").write_text("")
-    with pytest.raises(UserError, match="no finished editor yet"):
-        locate(tmp_path)
+    with pytest.raises(UserError, match="no editor yet"):
+        resolve_editor(tmp_path)
     final = tmp_path / "final"
     final.mkdir()
     for text, words in {
@@ -214,7 +216,7 @@ def test_what_is_not_an_editor_is_told_so(folder, tmp_path):
     }.items():
         (final / "npedit.json").write_text(text)
         with pytest.raises(UserError, match=words):
-            Facts.read(final)
+            EditorFacts.read(final)
     (final / "npedit.json").write_text(json.dumps({**FACTS, "family": "flix"}))
     with pytest.raises(UserError, match="flux"):
         Editor.open(tmp_path, device="cpu")

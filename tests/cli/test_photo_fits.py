@@ -15,7 +15,7 @@ from npedit.recipe.config import Recipe, load_recipe, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.base import Parts
 from npedit.training import trainer
-from npedit.training.parts import build_parts, build_source, check_fits
+from npedit.training.parts import build_parts, build_source, check_recipe_fits
 from tests.support.photo_sets import opened, plain, row, save, write_metadata
 
 
@@ -79,9 +79,9 @@ def test_an_override_of_one_of_the_steps_is_refused(tmp_path: Path) -> None:
 def test_the_toy_benchmark_wants_its_own_size() -> None:
     made = make_recipe(raw(trainer={"benchmark": "toy"}))
     with pytest.raises(UserError, match="trainer.benchmark: .*32x32.*got data of 64x64, 80x48"):
-        check_fits(made, _sized(((64, 64), (32, 32), (48, 80))), parts(made))
-    check_fits(made, _sized(((32, 32),)), parts(made))
-    check_fits(make_recipe(raw()), _sized(((64, 64),)), parts(made))
+        check_recipe_fits(made, _sized(((64, 64), (32, 32), (48, 80))), parts(made))
+    check_recipe_fits(made, _sized(((32, 32),)), parts(made))
+    check_recipe_fits(make_recipe(raw()), _sized(((64, 64),)), parts(made))
 
 
 def _sized(sizes) -> SimpleNamespace:
@@ -92,7 +92,7 @@ def test_the_toy_benchmark_wants_a_family_that_takes_its_size() -> None:
     made = make_recipe(raw(trainer={"benchmark": "toy"}))
     coarse = SimpleNamespace(family=SimpleNamespace(facts=SimpleNamespace(multiple=64)))
     with pytest.raises(UserError, match=r"multiples of 64"):
-        check_fits(made, _sized(((32, 32),)), coarse)
+        check_recipe_fits(made, _sized(((32, 32),)), coarse)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
-from npedit.editor import Editor, Facts
+from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families._decode import MIN_TILE_LATENTS, decode_latents
 from npedit.families.base import Family
 from npedit.families.sana import Sana
 from npedit.generator import edit_images
 from npedit.recipe.config import find_class, make_recipe, names
+from npedit.runs.editor_facts import EditorFacts
 from npedit.steps.base import Parts
 from npedit.steps.np_edit import NpEditSettings, Step
 from npedit.training.estimate import estimate
@@ -158,12 +159,12 @@ def test_editor_and_training_decode_the_same_way(tmp_path: Path) -> None:
     assert torch.equal(editor.edit_tensor(x, ["a"]), tiled) and not torch.equal(tiled, plain)
     facts = {"format": 1, "family": "flux", "base": "embedded", "steps": 2, "sizes": [[32, 32]]}
     (tmp_path / "npedit.json").write_text(json.dumps(facts | {"tile": 16}))
-    assert Facts.read(tmp_path).tile == 16
+    assert EditorFacts.read(tmp_path).tile == 16
     (tmp_path / "npedit.json").write_text(json.dumps(facts))
-    assert Facts.read(tmp_path).tile == 0
+    assert EditorFacts.read(tmp_path).tile == 0
     (tmp_path / "npedit.json").write_text(json.dumps(facts | {"tile": -1}))
     with pytest.raises(UserError, match="tile >= 0"):
-        Facts.read(tmp_path)
+        EditorFacts.read(tmp_path)
 
 
 def test_the_estimate_shows_what_is_saved(tmp_path: Path) -> None:

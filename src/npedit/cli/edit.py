@@ -1,24 +1,35 @@
-"""What `npedit edit` does: check every input and output first, edit, then put all pictures in place at once. And
-`npedit export`: copy an editor."""
+"""What `npedit edit` does: check every input and output first, then edit in bounded memory and write each result as
+soon as it is ready."""
 
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.editor import Editor, Facts, locate, open_picture, paired, to_rgb
-from npedit.errors import UserError, did_you_mean, npedit_command
+from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
+from npedit.data._photos import lay_on_white
+from npedit.editor import Editor, open_picture, pair_up
+from npedit.errors import UserError, did_you_mean
+from npedit.runs.resolve import resolve_editor
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this
-OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+STDOUT = "-"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to edit: where it is, what to change, and where the result goes (None is standard output)."""
+
+    source: Path
+    instruction: str
+    target: Path | None
 
 
 def run_edit(
@@ -30,35 +41,38 @@ def run_edit(
     model: str,
     err: Console,
     tile: int | None = None,
-) -> list[str]:
-    """Edit the named pictures and write the results; returns a line for each.
+    overwrite: bool = False,
+    base: str = "",
+) -> Iterator[str]:
+    """Edit the named pictures; yields a line for each result that is written.
 
-    `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a
-    folder, or "" for a file beside each picture; `tile` is that of `Editor.open`. Nothing is written unless everything
-    could be read and edited.
+    `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a folder,
+    "-" for standard output, or "" for a free name beside each picture; `tile` and `base` are those of `Editor.open`.
+    All pictures are read and all targets checked before the first is edited.
 
     Raises:
-        UserError: bad pictures, instructions, output or model.
+        UserError: bad pictures, instructions, output or model. Results written until then stay.
     """
     paths, texts = split_arguments(words, instructions)
-    pairs = paired(paths, texts)
-    targets = plan(pairs, target)
-    pictures = {path: to_rgb(open_picture(path)) for path in paths}
-    for path in targets:
-        check_writable(path)
-    editor = Editor.open(model, tile=tile)
-    for path, picture in pictures.items():
-        if all(max(picture.size) > 2 * max(size) for size in editor.sizes) and not _blocks(picture, editor.sizes):
-            sizes = ", ".join(f"{w}x{h}" for h, w in editor.sizes)
-            note = f"{path} is {picture.width}x{picture.height}, but this editor works at {sizes}: detail will be lost."
-            err.print(f"[yellow]note[/] {escape(note)}")
-    if unknown := _unknown_words(model, texts):
-        named, hints = ", ".join(map(repr, unknown)), "".join(unknown.values())
-        note = f"the embedded editor never learnt {named}.{hints} See what it knows: npedit toy sheet sheet.png"
-        err.print(f"[yellow]note[/] {escape(note)}")
-    edited = editor.edit([pictures[p] for p, _ in pairs], [t for _, t in pairs], seed, steps)
-    save_pictures(list(zip(edited, targets)))
-    return [f'{source} "{text}" -> {path}' for (source, text), path in zip(pairs, targets)]
+    jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
+    _check_pictures(jobs, err)
+    for job in jobs:
+        if job.target is not None:
+            check_writable(job.target)
+    if (source := resolve_editor(model)).is_checkpoint:
+        _note(err, f"using {source}")
+    editor = Editor.open(model, tile=tile, base=base)
+    _note_unknown_words(model, texts, err)
+    reader = _Reader(jobs, editor, err)
+    edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps)
+    for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
+        if alpha := reader.alpha.pop(number, None):
+            picture.putalpha(alpha)
+        if job.target is None:
+            write_to_stdout(picture)
+        else:
+            save_picture(picture, job.target, overwrite)
+            yield f'{job.source} "{job.instruction}" -> {job.target}'
 
 
 def split_arguments(words: Sequence[str], instructions: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -82,14 +96,20 @@ def split_arguments(words: Sequence[str], instructions: Sequence[str]) -> tuple[
     return [Path(w) for w in words[:-1]], [words[-1]]
 
 
-def plan(pairs: Sequence[tuple[Path, str]], target: str) -> list[Path]:
-    """Where each result goes: the file `target`, or names of their own in the folder `target` or beside their pictures.
+def plan_outputs(pairs: Sequence[tuple[Path, str]], target: str, overwrite: bool = False) -> list[Job]:
+    """Decide where each result goes: the file `target`, names in the folder `target`, or free names beside the
+    pictures.
 
     Raises:
-        UserError: one file for several results, an unknown suffix, or a picture that would be overwritten.
+        UserError: one file for several results, an unknown suffix, a picture that would be overwritten, or a file that
+            exists and may not be replaced.
     """
     given = Path(target)
-    if target and given.suffix and not target.endswith(("/", os.sep)) and not os.path.isdir(given):
+    is_file = bool(given.suffix) and not target.endswith(("/", os.sep)) and not os.path.isdir(given)
+    if target == STDOUT:
+        _require_pipe(pairs)
+        return [Job(path, text, None) for path, text in pairs]
+    if target and is_file:
         if given.suffix.lower() not in FORMATS:
             known = ", ".join(FORMATS)
             raise UserError(f"expected an output name ending in {known}, or a folder; got {target}. Change the ending.")
@@ -97,110 +117,113 @@ def plan(pairs: Sequence[tuple[Path, str]], target: str) -> list[Path]:
             raise UserError(f"expected a folder for {len(pairs)} results; got the file {target}. Name a folder: out/")
         targets = [given]
     else:
-        targets, taken = [], set()
-        for path, _ in pairs:
-            folder = given if target else path.parent
-            suffix = path.suffix if path.suffix.lower() in FORMATS else ".png"
-            k, name = 1, folder / f"{path.stem}-edited{suffix}"
-            while name in taken:
-                k, name = k + 1, folder / f"{path.stem}-edited-{k + 1}{suffix}"
-            taken.add(name)
-            targets.append(name)
-    sources = {p.resolve() for p, _ in pairs}
+        targets = _name_outputs([path for path, _ in pairs], given if target else None)
+    sources = {path.resolve() for path, _ in pairs}
     for path in targets:
         if path.resolve() in sources:
             raise UserError(f"expected an output other than the picture itself; got {path}. Choose another name.")
-    return targets
+    existing = [str(path) for path in targets if os.path.isfile(path)]
+    if existing and not overwrite:
+        more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
+        raise UserError(
+            f"expected new files for the results; {', '.join(existing[:3])}{more} exist already. "
+            "Choose another place, or replace them with --overwrite."
+        )
+    return [Job(path, text, to) for (path, text), to in zip(pairs, targets, strict=True)]
 
 
-def check_writable(path: Path) -> None:
-    """Make the folder of `path` and try a file there, so that a bad place is told of before the work.
+def _name_outputs(sources: Sequence[Path], folder: Path | None) -> list[Path]:
+    """PICTURE-edited.EXT for each source, in `folder`. With None the files go beside the sources, under names that no
+    file has yet."""
+    names: list[Path] = []
+    for source in sources:
+        suffix = source.suffix if source.suffix.lower() in FORMATS else ".png"
+        place = folder if folder is not None else source.parent
+        k, name = 1, place / f"{source.stem}-edited{suffix}"
+        while name in names or (folder is None and os.path.lexists(name)):
+            k, name = k + 1, place / f"{source.stem}-edited-{k + 1}{suffix}"
+        names.append(name)
+    return names
+
+
+def _require_pipe(pairs: Sequence[tuple[Path, str]]) -> None:
+    if len(pairs) > 1:
+        raise UserError(f"expected one result for standard output (-o -); got {len(pairs)}. Name a folder: -o out/")
+    if sys.stdout.isatty():
+        raise UserError("expected a pipe or a file for -o -; got a terminal. Write: npedit edit ... -o - > out.png")
+
+
+def _check_pictures(jobs: Sequence[Job], err: Console) -> None:
+    """Read every picture once and forget it, so that a bad one is reported before any work.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: one cannot be used, or its result does not fit its file format.
     """
-    if os.path.isdir(path):
-        raise UserError(f"expected a file to write; {path} is a folder. Give a file name in it.")
-    probe = _aside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"expected a place that can be written; got {path}: {error.strerror or error}.") from None
+    checked: dict[Path, tuple[tuple[int, int], str]] = {}
+    for job in jobs:
+        if job.source not in checked:
+            picture = open_picture(job.source)
+            checked[job.source] = picture.size, picture.mode
+        size, mode = checked[job.source]
+        if job.target is None:
+            continue
+        require_size(size, job.target)
+        if mode == "RGBA" and job.target.suffix.lower() not in ALPHA:
+            kept = " and ".join(sorted(ALPHA))
+            _note(err, f"{job.target} cannot hold the transparency of {job.source}: laid on white. {kept} keep it.")
 
 
-def save_pictures(results: Sequence[tuple[Image.Image, Path]]) -> None:
-    """Write all pictures aside, then rename them: each file is whole, and none appears unless all could be written.
+class _Reader:
+    """Reads the jobs' pictures one by one. `alpha` has the transparency of those that are read and not yet written,
+    by the job's number."""
 
-    Raises:
-        UserError: one cannot be written, or its suffix is unknown.
-    """
-    written: list[tuple[Path, Path]] = []
-    try:
-        for picture, path in results:
-            if path.suffix.lower() not in FORMATS:
-                raise UserError(f"expected a name ending in {', '.join(FORMATS)}; got {path}. Change the ending.")
-            kind, aside = FORMATS[path.suffix.lower()], _aside(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written.append((aside, path))
-            picture.save(aside, kind, **OPTIONS.get(kind, {}))
-        for aside, path in written:
-            os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"expected to write {path}; got: {error.strerror or error}. Choose another place.") from None
-    finally:
-        for aside, _ in written:
-            if os.path.exists(aside):
-                aside.unlink()
+    def __init__(self, jobs: Sequence[Job], editor: Editor, err: Console) -> None:
+        self.jobs, self.editor, self.err = jobs, editor, err
+        self.alpha: dict[int, Image.Image] = {}
 
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    def read_each(self) -> Iterator[Image.Image]:
+        """The pictures as opaque RGB, in the jobs' order."""
+        noted: set[Path] = set()
+        for number, job in enumerate(self.jobs):
+            picture = open_picture(job.source)
+            if picture.mode == "RGBA":
+                if job.target is None or job.target.suffix.lower() in ALPHA:
+                    self.alpha[number] = picture.getchannel("A")
+                picture = lay_on_white(picture)
+            if job.source not in noted and _loses_detail(picture, self.editor.sizes):
+                sizes = ", ".join(f"{w}x{h}" for h, w in self.editor.sizes)
+                size = f"{picture.width}x{picture.height}"
+                _note(self.err, f"{job.source} is {size}, but this editor works at {sizes}: detail will be lost.")
+            noted.add(job.source)
+            yield picture
 
 
-def _blocks(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> bool:
-    """Is the picture a pixel-block enlargement of one of the sizes, so that nothing is lost by scaling it down?"""
+def _note(err: Console, words: str) -> None:
+    err.print(f"[yellow]note[/] {escape(words)}")
+
+
+def _loses_detail(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether the picture is much larger than all of these sizes (H, W), and no pixel-block enlargement of one."""
+    if any(max(picture.size) <= 2 * max(size) for size in sizes):
+        return False
     for h, w in sizes:
         if picture.height % h == 0 and picture.width % w == 0:
             small = picture.resize((w, h), Image.Resampling.NEAREST)
             if small.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes():
-                return True
-    return False
+                return False
+    return True
 
 
-def _unknown_words(model: str, texts: Sequence[str]) -> dict[str, str]:
-    """Words that the embedded toy editor has no token for -> a hint at the nearest that it knows, or ""."""
+def _note_unknown_words(model: str, texts: Sequence[str], err: Console) -> None:
+    """Say which words the embedded toy editor has no token for, with the nearest that it knows."""
     if model != "embedded":
-        return {}
+        return
     from npedit.toy.words import UNKNOWN, new_tokenizer, vocabulary
 
     tokenizer = new_tokenizer(64, ends=False)
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
-    return {w: did_you_mean(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}
-
-
-def run_export(run: str, folder: Path) -> list[str]:
-    """Copy a finished editor, whole or not at all, to a new folder; returns lines about it.
-
-    Raises:
-        UserError: there is no finished editor, or the folder is not new or cannot be written.
-    """
-    source = locate(run)
-    facts = Facts.read(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
-    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, aside)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return [
-        f"Exported to {folder}. Its base model: {facts.base}.",
-        f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}",
-    ]
+    unknown = {w: did_you_mean(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}
+    if unknown:
+        named, hints = ", ".join(map(repr, unknown)), "".join(unknown.values())
+        _note(err, f"the embedded editor never learnt {named}.{hints} See what it knows: npedit toy sheet sheet.png")

@@ -6,9 +6,9 @@ Whatever a user can put right ends with one message and exit code 2; Ctrl-C ends
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,8 @@ from rich.markup import escape
 
 from npedit import __version__
 from npedit.cli.compare import compare
-from npedit.cli.evaluate import HELD_OUT_SEED, score_toy
 from npedit.cli.evaluate import app as evaluate_app
-from npedit.cli.options import ModelOption, SeedOption, StepsOption
+from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.train import move_aside
 from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
@@ -67,14 +66,32 @@ def exit_on_user_error(command: Callable[..., None]) -> Callable[..., None]:
 for name, command in BENCHMARKS.items():
     evaluate_app.command(name)(command)
 for registered in evaluate_app.registered_commands:
-    registered.callback = exit_on_user_error(registered.callback)
+    if registered.callback:
+        registered.callback = exit_on_user_error(registered.callback)
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(exit_on_user_error(compare))
 
 
 def main() -> None:
     """The entry point of the command `npedit`."""
+    for number, word in enumerate(sys.argv[1:], 1):
+        if not _is_unicode(word):
+            shown = os.fsencode(word).decode("ascii", "backslashreplace")
+            err.print(
+                f"[bold red]error[/] expected UTF-8 on the command line; got {escape(shown)} as word {number}. Set the "
+                "terminal to UTF-8, or rename the file."
+            )
+            raise SystemExit(2)
     app()
+
+
+def _is_unicode(word: str) -> bool:
+    """Whether a word can be encoded: Python hands on bytes that are no UTF-8 as lone surrogates."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @app.callback(invoke_without_command=True)
@@ -105,6 +122,7 @@ def demo(
     """
     if not 0 < minutes <= 10_000:
         raise UserError(f"expected --minutes above 0; got {minutes}; 10 is usual")
+    from npedit.cli.demo import score_before_and_after, show_demo_result
     from npedit.recipe import config
     from npedit.training import trainer
 
@@ -112,7 +130,8 @@ def demo(
     base = config.load_recipe(path)
     long = {f"stages.{i}.updates": stage.updates for i, stage in enumerate(base.stages)}
     long |= {f"trainer.{k}": getattr(base.trainer, k) for k in ("evaluate_every", "sample_every")}
-    long["stages.1.settings.ramp_updates"] = base.stages[1].settings.ramp_updates
+    editing: Any = base.stages[1].settings
+    long["stages.1.settings.ramp_updates"] = editing.ramp_updates
     recipe = config.load_recipe(path, [f"{k}={max(1, round(v * minutes / 10))}" for k, v in long.items()])
     if fresh:
         move_aside(folder)
@@ -120,60 +139,6 @@ def demo(
     trainer.train(recipe, folder)
     before, after = score_before_and_after(folder, recipe, items)
     show_demo_result(folder, before, after)
-
-
-def score_before_and_after(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:
-    """Score the untrained start and the finished editor of a toy run on held-out scenes; kept in `evaluation.json`."""
-    kept = run / "evaluation.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-        if found["after"]["n"] == items:
-            return found["before"], found["after"]
-    from npedit.editor import Editor
-    from npedit.runs.checkpoint import write_text
-
-    trained = Editor.open(run)
-    start = Editor(trained.family, trained.family.trainable_net(), trained.steps, trained.sizes, trained.tile)
-    before = score_toy(start, items, HELD_OUT_SEED, "the start")
-    after = score_toy(trained, items, HELD_OUT_SEED, "the result", save_to=run / "evaluation")
-    write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")
-    return before, after
-
-
-def show_demo_result(run: Path, before: Any, after: Any) -> None:
-    """The table, where the report is, and what to type next."""
-    from npedit.benchmarks import toy
-    from npedit.report.report import write_report
-
-    report = write_report(run)
-    out.print(toy.table(after, before))
-    picture = run / "try" / "picture.png"
-    words = write_example_picture(picture)
-    out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")
-    there, given = shlex.quote(str(run)), shlex.join([str(picture), words])
-    mine, embedded = (shlex.quote(str(run / "try" / name)) for name in ("out.png", "out-embedded.png"))
-    for line in (
-        f"edit {given} --model {there} -o {mine}",
-        f"edit {given} -o {embedded}   # the one that ships",
-        f"evaluate toy --run {there} --items 900 --seed 2",
-        f"export {there} my-editor",
-        "train toy   # the full recipe",
-    ):
-        out.print(f"  {escape(f'{npedit_command()} {line}')}")
-
-
-def write_example_picture(path: Path) -> str:
-    """Leave one held-out scene, enlarged to 256 x 256, for the user's own first edit; returns an instruction for it."""
-    from PIL import Image
-
-    from npedit.benchmarks import toy
-    from npedit.toy.world import render
-
-    edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "recolour")
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
-    return edit.instruction
 
 
 @app.command()
@@ -208,7 +173,13 @@ def edit(
         typer.Option("--instruction", "-i", help="What to change; repeat it for one instruction a picture, in order."),
     ] = None,
     target: Annotated[
-        str, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder. If not given: IMAGE-edited.png")
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            help="A .png, .jpg or .webp file, a folder, or - for a PNG on standard output. "
+            "If not given: IMAGE-edited.png, or IMAGE-edited-2.png and so on.",
+        ),
     ] = "",
     seed: SeedOption = 0,
     steps: StepsOption = None,
@@ -216,9 +187,11 @@ def edit(
     tile: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Decode in tiles of so many pixels, to save memory; 0: whole; if not given: as trained."
+            min=0, help="Decode in tiles of this many pixels to save memory; 0: whole. If not given: as in training."
         ),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")] = False,
+    base: BaseOption = "",
 ) -> None:
     """Edit pictures of any size.
 
@@ -228,7 +201,7 @@ def edit(
     """
     from npedit.cli.edit import run_edit
 
-    for line in run_edit(words, instructions or [], target, seed, steps, model, err, tile):
+    for line in run_edit(words, instructions or [], target, seed, steps, model, err, tile, overwrite, base):
         out.print(escape(line))
 
 
@@ -292,13 +265,14 @@ def curves(
 @app.command()
 @exit_on_user_error
 def export(
-    run: Annotated[str, typer.Argument(help="A run, or 'embedded'.")],
+    run: Annotated[str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded'.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[str, typer.Option(help="Base model to name in npedit.json: a Hub id or a folder.")] = "",
 ) -> None:
-    """Copy a finished editor to a folder of its own: weights, scheduler, model card."""
-    from npedit.cli.edit import run_export
+    """Copy an editor to a new folder: weights, scheduler, model card. Of a checkpoint, the EMA weights."""
+    from npedit.cli.export import run_export
 
-    for line in run_export(run, folder):
+    for line in run_export(run, folder, base):
         out.print(escape(line))
 
 
@@ -317,10 +291,10 @@ def estimate_memory(
 ) -> None:
     """Say what a recipe will hold in memory and on disk, without its weights and without a GPU."""
     from npedit.recipe.config import load_recipe
-    from npedit.training.estimate import estimate, table, verdict
+    from npedit.training.estimate import estimate, estimate_table, fit_message
 
     found = estimate(load_recipe(recipe, overrides or []), processes)
-    for line in [*table(found), *([verdict(found, gpu)] if gpu else [])]:
+    for line in [*estimate_table(found), *([fit_message(found, gpu)] if gpu else [])]:
         out.print(escape(line))
 
 
@@ -389,8 +363,8 @@ def toy_sheet(
     seed: SeedOption = 0,
 ) -> None:
     """Draw one random scene of every edit type, its instruction and the true result."""
-    from npedit.cli.edit import save_pictures
+    from npedit.cli.pictures import save_picture
     from npedit.report.report import draw_toy_sheet
 
-    save_pictures([(draw_toy_sheet(seed), picture)])
+    save_picture(draw_toy_sheet(seed), picture)
     out.print(f"Sheet: {escape(str(picture))}")

@@ -11,7 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "--run", "-m", help="A run, its final/ folder, or 'embedded': the one that ships.")
+    str, typer.Option("--model", "--run", "-m", help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded': the toy editor.")
+]
+BaseOption = Annotated[
+    str,
+    typer.Option("--base", help="Base model, if it is not where the editor's npedit.json says: a folder or Hub id."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
 StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
@@ -29,7 +33,7 @@ ClipOption = Annotated[
 ]
 LpipsOption = Annotated[
     Path | None,
-    typer.Option(help="LPIPS: a folder with its two files of weights (docs/measures.md); else left out."),
+    typer.Option(help="LPIPS: a folder with its two files of weights (docs/metrics.md); else left out."),
 ]
 
 # Of judged benchmarks.
@@ -39,7 +43,7 @@ JudgedModelOption = Annotated[
         "--model",
         "--run",
         "-m",
-        help="A run, its final/ folder, 'embedded', or 'copy': the input unchanged, a baseline.",
+        help="RUN, RUN/final, RUN/checkpoint-N, 'embedded', or 'copy': the input unchanged, a baseline.",
     ),
 ]
 JudgeOption = Annotated[

@@ -27,12 +27,12 @@ def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: b
     with distributed.process_group():
         loaded = config.load_recipe(name, overrides)
         run = folder or Path("runs") / loaded.name
-        count = 1 if distributed.is_multi_process() else processes or launch.visible()
+        count = 1 if distributed.is_multi_process() else processes or launch.default_process_count()
         parts.check_processes(loaded, count)
         if fresh and distributed.is_main_process():
             move_aside(run)
         if count > 1:
-            return launch.start(count, ["train", name, *overrides, "--out", str(run)])
+            return launch.start_processes(count, ["train", name, *overrides, "--out", str(run)])
         trainer.train(loaded, run)
         if distributed.is_main_process():
             out.print(escape(f"\nNext:\n  {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(run))}"))

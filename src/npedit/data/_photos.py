@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -75,17 +76,20 @@ def decoding() -> Iterator[None]:
 
 
 class _QuietPillow:
-    """A context manager that hides warnings from Pillow's modules; it may be entered by many threads at once, where
-    `warnings.catch_warnings` alone would leave its filters behind."""
+    """A context manager that hides the warnings and log messages of Pillow's modules. Many threads may be inside at
+    once, where `warnings.catch_warnings` alone would leave its filters behind."""
 
     def __init__(self) -> None:
         self._lock, self._depth = threading.Lock(), 0
+        self._log, self._level = logging.getLogger("PIL"), logging.NOTSET
         self._filters: warnings.catch_warnings[Any] | None = None
 
     def __enter__(self) -> None:
         with self._lock:
             self._depth += 1
             if self._depth == 1:
+                self._level = self._log.level
+                self._log.setLevel(logging.CRITICAL)
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -96,6 +100,7 @@ class _QuietPillow:
             self._depth -= 1
             if self._depth == 0 and self._filters is not None:
                 self._filters.__exit__(None, None, None)
+                self._log.setLevel(self._level)
 
 
 _quiet_pillow = _QuietPillow()
@@ -198,22 +203,23 @@ def to_srgb(image: Image.Image, keep_alpha: bool = False) -> Image.Image:
     """
     with decoding():
         image.load()  # a PNG's EXIF data may stand behind its pixels
+        icc, name = image.info.get("icc_profile"), str(getattr(image, "filename", "") or "a picture")
         turn = UPRIGHT.get(_orientation(image))
         image = _to_8_bits(image)
         if turn is not None:
             image = image.transpose(turn)
         if image.has_transparency_data:
-            out = _convert_transparent(image, keep_alpha)
+            out = _convert_transparent(image, keep_alpha, icc, name)
         else:
-            out = _convert_colours(image)
+            out = _convert_colours(image, icc, name)
         out.info = {}
         return out
 
 
-def _convert_transparent(image: Image.Image, keep_alpha: bool) -> Image.Image:
-    icc, image = image.info.get("icc_profile"), image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
+def _convert_transparent(image: Image.Image, keep_alpha: bool, icc: bytes | None, name: str) -> Image.Image:
+    image = image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
     alpha = image.getchannel("A")
-    colours = _convert_colours(image.convert("L" if image.mode == "LA" else "RGB"), icc)
+    colours = _convert_colours(image.convert("L" if image.mode == "LA" else "RGB"), icc, name)
     if alpha.getextrema() == (255, 255):
         return colours
     colours.putalpha(alpha)
@@ -225,9 +231,12 @@ def lay_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+@lru_cache(maxsize=1)
 def srgb_profile() -> bytes:
-    """The ICC profile of sRGB, to be written into a picture's file."""
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    """The ICC profile of sRGB, to be written into a picture's file; the same bytes at every call."""
+    made = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    made[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the date in its header (ICC.1:2022, 7.2.10): else today's
+    return bytes(made)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -264,9 +273,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     most = 2 ** (bits - (signed and bits > 8)) - 1
     if _first(tags.get(PHOTOMETRIC), 1) == 0:  # 0 is white; Pillow turns this round for 8 bits alone
         values = most - values
-    out = Image.fromarray((values.clip(0, most) * (255 / most)).round().astype(np.uint8))
-    out.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
-    return out
+    return Image.fromarray((values.clip(0, most) * (255 / most)).round().astype(np.uint8))
 
 
 def _guess_range(values: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
@@ -286,30 +293,29 @@ def _first(value: Any, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def _convert_colours(image: Image.Image, icc: bytes | None = None) -> Image.Image:
-    """The picture as RGB in sRGB; `icc` is its colour profile where the picture itself has lost it."""
-    icc = icc or image.info.get("icc_profile")
+def _convert_colours(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
+    """The picture as RGB in sRGB; `icc` is its colour profile, `name` is its name in a message."""
     if not icc:
         return image.convert("RGB")
+    mode, transform = _transform_to_srgb(icc, image.mode == "CMYK", name)
+    if transform is None:
+        return image.convert("RGB")
+    return ImageCms.applyTransform(image.convert(mode), transform)
+
+
+@lru_cache(maxsize=64)
+def _transform_to_srgb(icc: bytes, is_cmyk: bool, name: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """(mode of the pictures that a profile is for, its transform to sRGB); None where that changes no colour by more
+    than one step of 255, and where the profile cannot be used, which is reported."""
     try:
         with decoding():
-            mode, transform = _transform_to_srgb(icc, image.mode == "CMYK")
-            if transform is None:
-                return image.convert("RGB")
-            return ImageCms.applyTransform(image if image.mode == mode else image.convert(mode), transform)
+            return _build_transform(icc, is_cmyk)
     except BadImage as error:
-        log.warning("a colour profile cannot be used (%s): the picture is read as sRGB", error)
-        return image.convert("RGB")
+        log.warning("%s: its colour profile cannot be used (%s); it is read as sRGB", name, error)
+        return "RGB", None
 
 
-@lru_cache(maxsize=16)
-def _transform_to_srgb(icc: bytes, is_cmyk: bool) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """(mode of the pictures that a profile is for, its transform to sRGB; None where that changes no colour by more
-    than one step of 255).
-
-    Raises:
-        BadImage: the profile is for another kind of picture.
-    """
+def _build_transform(icc: bytes, is_cmyk: bool) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     space = profile.profile.xcolor_space.strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)

@@ -1,0 +1,88 @@
+"""Write pictures: sRGB with its profile, whole or not at all, within what the file format can hold."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from npedit.data._photos import srgb_profile
+from npedit.errors import UserError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+ALPHA = {".png", ".webp"}  # the suffixes of formats with transparency
+OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # in pixels, by the formats' own specifications
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and try a file there, so that a bad place is reported before the work.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"expected a file to write; {path} is a folder. Give a file name in it.")
+    probe = _temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"expected a place that can be written; got {path}: {error.strerror or error}.") from None
+
+
+def require_size(size: tuple[int, int], path: Path) -> None:
+    """Check that a picture of this (width, height) can be written to `path`.
+
+    Raises:
+        UserError: a side is longer than the file format allows.
+    """
+    kind = FORMATS.get(path.suffix.lower(), "")
+    longest = LONGEST_SIDE.get(kind)
+    if longest and max(size) > longest:
+        raise UserError(
+            f"expected at most {longest} pixels a side for {kind}; the result for {path} has {size[0]}x{size[1]}. "
+            "Write a .png instead."
+        )
+
+
+def save_picture(picture: Image.Image, path: Path, overwrite: bool = True) -> None:
+    """Write a picture to a temporary file and rename it, so that the file is whole whenever it is there.
+
+    Raises:
+        UserError: it cannot be written, its suffix is unknown, or the file exists and `overwrite` is false.
+    """
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"expected a name ending in {', '.join(FORMATS)}; got {path}. Change the ending.")
+    require_size(picture.size, path)
+    aside = _temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(aside, kind, icc_profile=srgb_profile(), **OPTIONS.get(kind, {}))
+        if not overwrite and os.path.lexists(path):
+            raise UserError(
+                f"expected a new file; {path} was made meanwhile. Choose another place, or use --overwrite."
+            )
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"expected to write {path}; got: {error.strerror or error}. Choose another place.") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_to_stdout(picture: Image.Image) -> None:
+    """Write a picture to standard output as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", icc_profile=srgb_profile())
+    sys.stdout.buffer.write(buffer.getvalue())
+    sys.stdout.buffer.flush()
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,100 @@
+"""Load the EMA weights of a checkpoint into a net, and check that weights are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from npedit.errors import UserError
+from npedit.nets import sharded_checkpoint
+from npedit.recipe.config import Recipe, make_recipe
+from npedit.runs.checkpoint import read_config
+from npedit.runs.resolve import CONFIG, EditorSource
+
+EMA_PREFIX, BUFFER_PREFIX = "student/ema.", "student/buffer."
+
+
+def read_recipe(source: EditorSource) -> Recipe:
+    """The recipe of the run that an editor comes from.
+
+    Raises:
+        UserError: the editor has no run, or its recipe is damaged.
+    """
+    if source.run is None:
+        raise UserError(f"expected an editor in its run's folder; {source.folder} has no {CONFIG} beside it.")
+    return make_recipe(read_config(source.run))
+
+
+@torch.no_grad()
+def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
+    """Put the student's EMA weights from a checkpoint into `net`, a trainable net or adapter as training made it.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is of another net.
+    """
+    try:
+        tensors = dict(_student_tensors(checkpoint))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"expected a whole checkpoint; got {checkpoint} ({error}). Use an earlier one.") from error
+    places = {EMA_PREFIX + name: p for name, p in net.named_parameters() if p.requires_grad}
+    places |= {BUFFER_PREFIX + name: b for name, b in net.named_buffers()}
+    for name, place in places.items():
+        if name not in tensors:
+            if name.startswith(BUFFER_PREFIX):  # one that is not saved
+                continue
+            raise UserError(f"expected {name} in {checkpoint}; there is none. It is a checkpoint of another net.")
+        if tensors[name].shape != place.shape:
+            got, wanted = tuple(tensors[name].shape), tuple(place.shape)
+            raise UserError(f"expected {name} of shape {wanted} in {checkpoint}; got {got}: it is of another net.")
+        place.copy_(tensors[name])
+
+
+def _student_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """The student's EMA weights and buffers by name, without the optimizer's state where one file holds all."""
+    wanted = (EMA_PREFIX, BUFFER_PREFIX)
+    single = checkpoint / sharded_checkpoint.SINGLE_FILE
+    if not single.is_file():
+        every = sharded_checkpoint.read_tensors(checkpoint, lambda name: None)
+        yield from ((name, tensor) for name, tensor in every.items() if name.startswith(wanted))
+        return
+    with safe_open(single, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name.startswith(wanted):
+                yield name, file.get_tensor(name)
+
+
+def require_finite_weights(net: nn.Module, where: object) -> None:
+    """Check that all weights are numbers.
+
+    Raises:
+        UserError: one is NaN or infinite, as after a training that diverged.
+    """
+    for name, tensor in net.named_parameters():
+        _require_finite(name, tensor, where)
+
+
+def require_finite_files(folder: Path) -> None:
+    """Check that all weights in the safetensors files below a folder are numbers, one tensor at a time.
+
+    Raises:
+        UserError: one is NaN or infinite, or a file is damaged.
+    """
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    _require_finite(name, file.get_tensor(name), path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"expected whole weights; got {path} ({error}). Use an earlier checkpoint.") from error
+
+
+def _require_finite(name: str, tensor: Tensor, where: object) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise UserError(
+            f"expected finite weights in {where}; got NaN or infinity in {name}: its training diverged. "
+            "Use an earlier checkpoint (RUN/checkpoint-N), or train again with a lower lr."
+        )
