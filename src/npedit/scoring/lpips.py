@@ -54,7 +54,7 @@ class Lpips:
             said = " ".join(str(error).split())[:300]
             raise UserError(
                 f"expected LPIPS' weights in a folder, {TRUNK} and {HEADS}; got {folder}: {said}; "
-                "see docs/measures.md for where they are from"
+                "see docs/metrics.md for where they are from"
             ) from None
         return cls(trunk, heads, device)
 

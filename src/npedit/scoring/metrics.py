@@ -1,5 +1,5 @@
 """How near an edited picture is to its reference, without a judge. An editor that does nothing is best at most of
-these: they say what an edit cost, not whether it was done. `docs/measures.md` has ranges and directions.
+these: they say what an edit cost, not whether it was done. `docs/metrics.md` has ranges and directions.
 
 Pictures are (3, h, w) in [0, 1]. `kept` (h, w) says which pixels count: all of them, or those outside a mask. There,
 means are over the counted pixels alone, not over the frame with the rest blackened as in PIE-Bench's code, which makes
