@@ -191,3 +191,20 @@ def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):
     (tmp_path / "new" / METRICS).unlink()
     refused = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), str(tmp_path / "new")])
     assert refused.exit_code == 2 and "got new" in refused.output
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), 1e300])
+def test_a_run_with_metrics_that_are_not_finite_is_drawn_as_far_as_it_goes(tmp_path, bad):
+    """Each figure's numbers are bad from the third row on, or in every row: report and curves are made all the same."""
+    keys = [*plots.LOSSES, *plots.NORMS, *plots.OVERLAID, "eval/applied", "eval/preserved", "eval/by_type/remove"]
+    keys += ["critic/p_yes/remove", "critic/p_edit", "critic/p_identity"]
+    for always in (False, True):
+        rows = [{"step": n, "stage": 0, "stage_name": "np_edit"} | dict.fromkeys(keys, bad if always or n > 2 else 0.5)
+                for n in range(1, 6)]  # fmt: skip
+        figures = plots.draw_figures(rows, 9)
+        assert bool(figures) is not always and all(f[2][:4] == b"\x89PNG" for f in figures)
+        if always:
+            with pytest.raises(UserError, match="finite metrics"):
+                plots.plot_runs({"a": rows})
+        else:
+            assert plots.plot_runs({"a": rows, "b": rows})[:4] == b"\x89PNG"

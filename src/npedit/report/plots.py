@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from npedit.benchmarks.toy import wilson
+from npedit.errors import UserError
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, HELD_OUT_KEYS, critic_score, reward_hacking_alarms
 
 Rows = Sequence[dict[str, Any]]
@@ -21,6 +22,7 @@ Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
 COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
+LARGEST = 1e30  # numbers beyond it, as of a training that diverged, are not drawn: axes of floats end there
 LOSSES = {
     "loss/critic_edit": "critic: was the edit done?",
     "loss/critic_identity": "critic: is the rest the same?",
@@ -51,7 +53,7 @@ def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
                 lambda figure: _plot_success(figure, rows, evaluate_items),
             )
         )
-    answers = sorted({k for r in rows for k in r if k.startswith("critic/p_yes/")})
+    answers = [k for k in sorted({k for r in rows for k in r if k.startswith("critic/p_yes/")}) if series(rows, k)]
     if answers:
         out.append(
             _render_light_and_dark(
@@ -89,7 +91,7 @@ def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
 
 def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
     steps = sorted({r["step"] for r in rows if any(k in r for k in HELD_OUT_EDIT_KEYS)})
-    critic = [(n, s) for n in steps if (s := critic_score(rows, n)) is not None]
+    critic = [(n, s) for n in steps if (s := critic_score(rows, n)) is not None and abs(s) <= LARGEST]
     if not critic:
         return []
     caption = (
@@ -106,8 +108,9 @@ def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
 
 
 def series(rows: Rows, key: str) -> list[tuple[int, float]]:
-    """(step, value) of every row that has a number there."""
-    return [(r["step"], float(r[key])) for r in rows if isinstance(r.get(key), int | float)]
+    """(step, value) of every row that has a finite number there, of a size that can be drawn."""
+    values = ((r["step"], r.get(key)) for r in rows)
+    return [(step, float(v)) for step, v in values if isinstance(v, int | float) and abs(v) <= LARGEST]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -166,8 +169,14 @@ OVERLAID = {
 
 
 def plot_runs(runs: Mapping[str, Rows]) -> bytes:
-    """A PNG with a panel for each figure in `OVERLAID` that a run has numbers for, and a line for each run."""
+    """A PNG with a panel for each figure in `OVERLAID` that a run has numbers for, and a line for each run.
+
+    Raises:
+        UserError: no run has a finite number of any of them.
+    """
     keys = [k for k in OVERLAID if any(series(rows, k) for rows in runs.values())]
+    if not keys:
+        raise UserError("expected runs with finite metrics to draw; got none in any of them; look at metrics.jsonl")
     columns = min(2, len(keys))
     lines = -(-len(keys) // columns)
     figure = Figure(figsize=(5.4 * columns, 2.7 * lines + 0.4), layout="constrained")
@@ -190,7 +199,8 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     for axes in list(figure.axes)[len(keys) :]:
         axes.remove()
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label() in runs}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(5, len(runs)), frameon=False)
+    names = [str(name) for name in drawn]
+    figure.legend(list(drawn.values()), names, loc="outside upper center", ncols=min(5, len(runs)), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -298,7 +308,7 @@ def _plot_success(figure: Figure, rows: Rows, n: int) -> None:
     _label_axes(left, rows, "all edit types", "share of scenes")
     _percent_axis(left)
     _add_legend(left)
-    kinds = sorted({k for r in rows for k in r if k.startswith("eval/by_type/")})
+    kinds = [k for k in sorted({k for r in rows for k in r if k.startswith("eval/by_type/")}) if series(rows, k)]
     for i, key in enumerate(kinds):
         points = series(rows, key)
         right.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=key.split("/")[-1])
