@@ -23,6 +23,7 @@ from npedit.steps.base import Parts
 from npedit.toy.dataset import write_dataset
 from npedit.training import trainer
 from npedit.training.parts import build_parts, build_source
+from npedit.training.signals import STOP_SIGNALS
 
 STUDENT = {"lr": 0.001, "warmup_updates": 2}
 
@@ -160,7 +161,7 @@ def test_a_half_written_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -
     assert same_bits(end_state(run), end_state(whole))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -171,12 +172,12 @@ def test_a_signal_saves_and_says_how_to_go_on(
         if name == "update" and facts["step"] == 3:
             os.kill(os.getpid(), number)
 
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     with pytest.raises(SystemExit) as caught:
         trainer.train(recipe(trainer=never), run, parts=parts, on_event=on_event)
-    assert caught.value.code == 128 + number
+    assert caught.value.code == {signal.SIGINT: 130}.get(number, 75)
     assert "npedit train 'my recipe.yaml'" in capsys.readouterr().out
-    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(s) for s in STOP_SIGNALS]
     assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000003"
     trainer.train(recipe(trainer=never), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
@@ -198,19 +199,19 @@ def test_another_recipe_is_refused_before_anything_is_loaded(whole: Path) -> Non
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    run, write = tmp_path / "run", checkpoint._write_marks
+    run, write = tmp_path / "run", checkpoint._write_state
 
-    def full(folder: Path, *rest) -> None:
+    def full(run: Path, folder: Path, *rest) -> None:
         if folder.name == "checkpoint-000003.tmp":
             (folder / "state.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        write(folder, *rest)
+        write(run, folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "_write_marks", full)
+    monkeypatch.setattr(checkpoint, "_write_state", full)
     with pytest.raises(UserError, match="free some space"):
         trainer.train(recipe(), run, parts=parts)
     assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000002" and not list(run.glob("*.tmp"))
-    monkeypatch.setattr(checkpoint, "_write_marks", write)
+    monkeypatch.setattr(checkpoint, "_write_state", write)
     trainer.train(recipe(), run, parts=parts)
     assert same_bits(end_state(run), end_state(whole))
 

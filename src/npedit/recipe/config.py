@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.overrides import apply_override
 from npedit.recipe.packaged import recipe_path
+from npedit.recipe.yaml_file import parse_yaml
 
 KINDS = ("families", "critics", "steps", "data", "benchmarks")
 BASES = {"families": "Family", "critics": "Critic", "steps": "Step"}
@@ -162,10 +162,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"expected a recipe (a YAML file); got {path}, which cannot be read ({error}); check the path"
         ) from None
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"expected YAML; got {path}, where {error}; correct the file") from None
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(
             f"expected a recipe with keys such as name and stages; got {path}, a {type(raw).__name__}; see recipes/"
@@ -261,7 +258,10 @@ def validate_settings(model: type[Model], values: Any, path: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain_validation_error(model, e, path) for e in error.errors()]
+        found = error.errors()
+        places = [e["loc"] for e in found]  # a list whose items are wrong is reported as too short as well
+        own = [e for e in found if not any(p[: len(e["loc"])] == e["loc"] != p for p in places)]
+        lines = [_explain_validation_error(model, e, path) for e in own]
         raise UserError("\n".join(lines)) from None
 
 
@@ -300,7 +300,8 @@ def _require_known_name(kind: str, name: Any, path: str) -> None:
     known = available_names(kind)
     if name not in known:
         raise UserError(
-            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it.{did_you_mean(name, known)}"
+            f"{path}: expected one of {', '.join(known) or 'none yet'}; got {name!r}; correct it."
+            f"{did_you_mean(name, known)}"
         )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from npedit.errors import UserError
+from npedit.recipe.yaml_file import parse_yaml
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -20,9 +19,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"expected KEY=VALUE such as stages.0.updates=100; got {override!r}; write it that way")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"expected a YAML value after '='; got {override!r}; put quotes around it") from None
+        value = parse_yaml(text, f"the value in {override!r}")
+    except UserError as error:
+        raise UserError(f"expected a YAML value after '='; got {override!r} ({error}); put quotes around it") from None
     place: Any = raw
     for depth, key in enumerate(keys):
         here, last = ".".join(keys[: depth + 1]), depth + 1 == len(keys)

@@ -10,42 +10,48 @@ Whatever must be whole is written aside and renamed; a checkpoint without its ma
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from npedit.errors import UserError, explain_write_errors, resume_command
 from npedit.nets import distributed, sharded_checkpoint
 from npedit.nets.device import device_name
-from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
-from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import Recipe, differences, make_recipe
+from npedit.recipe.config import EMBEDDED, Recipe, make_recipe
+from npedit.runs.changes import Change, data_change, recorded_changes
+from npedit.runs.files import append_row as append_row
+from npedit.runs.files import fsync_folder, fsync_rows, read_json_object, read_rows, write_rows, write_text
+from npedit.runs.files import repair_rows as repair_rows
 from npedit.runs.lock import LOCK_FILES, Lock, hold
+from npedit.runs.resolve import COMPLETE, resolve_editor
+from npedit.runs.resolve import CONFIG as CONFIG
+from npedit.runs.resolve import complete_checkpoints as complete_checkpoints
+from npedit.runs.resolve import latest_complete_checkpoint as latest_complete_checkpoint
 
-CONFIG, MANIFEST, METRICS, BAD_ROWS, COMPLETE, FAILURES = (
-    "config.resolved.yaml", "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "COMPLETE", "blame.json",
-)  # fmt: skip
+MANIFEST, METRICS, BAD_ROWS, FAILURES = "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "blame.json"
+PHOTOS = "photos.json"  # the training photos and their sizes in bytes
 # what a run leaves that was ended before it began
-UNBORN = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS}
-FREE = ("trainer.keep", "trainer.save_every", "trainer.save_seconds", "trainer.shard")  # may differ when a run goes on
+UNBORN = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS, PHOTOS, f"{PHOTOS}.tmp"}
+log = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a run was begun in this folder."""
-    return (Path(path) / CONFIG).is_file() and (Path(path) / MANIFEST).is_file()
+    """Whether a run was started in this folder. Both of its files may be lost where a checkpoint holds copies."""
+    run = Path(path)
+    return ((run / CONFIG).is_file() and (run / MANIFEST).is_file()) or bool(complete_checkpoints(run))
 
 
 def require_run(path: str | Path) -> Path:
@@ -69,7 +75,7 @@ def hold_run(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
         UserError: the folder holds something else, cannot be written, is in use, or is a run with another recipe.
     """
     if is_run(run):
-        same_recipe(run, recipe, resume)
+        require_allowed_changes(run, recipe, resume)
     with explain_write_errors(run):
         if run.exists() and not is_run(run) and {p.name for p in run.iterdir()} - UNBORN:
             raise UserError(
@@ -79,43 +85,108 @@ def hold_run(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
         yield lock
 
 
-def same_recipe(run: Path, recipe: Recipe, resume: bool = True) -> None:
-    """Raise a UserError unless the run was begun with this recipe and may go on (`resume`)."""
-    if not resume:
-        raise UserError(f"expected a new folder; got {run}, which is a run already; choose another, or go on with it")
-    begun = make_recipe(read_config(run)).as_dict()  # with the defaults of keys that are newer than the run
-    changed = {k: v for k, v in differences(begun, recipe.as_dict()).items() if k not in FREE}
-    if changed:
-        lines = "\n".join(f"  {k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
-        raise UserError(
-            f"expected the recipe that {run} was begun with; got another (old -> new):\n{lines}\n"
-            "choose another folder, or undo the changes"
-        )
-
-
-def write_run_metadata(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
-    """Write what a run is made of; for an old run, make sure that its data are the same.
+def require_allowed_changes(run: Path, recipe: Recipe, resume: bool = True) -> list[Change]:
+    """The changes since the run was started that have to be recorded; see `runs/changes.py`.
 
     Raises:
-        UserError: the data are others.
+        UserError: the recipe differs in a setting that cannot change, or the run may not be resumed (`resume`).
     """
+    if not resume:
+        raise UserError(f"expected a new folder; got {run}, which is a run already; choose another, or resume it")
+    started = make_recipe(read_config(run)).as_dict()  # with the defaults of keys that are newer than the run
+    latest = latest_complete_checkpoint(run)
+    return recorded_changes(started, recipe.as_dict(), int(latest.name[11:]) if latest else 0, run)
+
+
+def write_run_metadata(
+    run: Path, recipe: Recipe, manifest: Mapping[str, Any], inventory: Mapping[str, Any] | None = None
+) -> list[Change]:
+    """Write what a run is made of; returns what has changed since an old run was started, which the manifest lists.
+
+    `inventory` is the data source's list of photos, if it has one: it tells which photo was lost.
+
+    Raises:
+        UserError: the data, or settings that cannot change, are others.
+    """
+    changes: list[Change] = []
+    kept = dict(manifest)
     if is_run(run):
-        was, now = read_manifest(run)["data_fingerprint"], manifest["data_fingerprint"]
-        if was != now:
-            raise UserError(f"expected the data {run} was begun with, {was}; got others, {now}; choose another folder")
-    else:
-        write_text(run / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        kept, changes = read_manifest(run), require_allowed_changes(run, recipe)
+        latest = latest_complete_checkpoint(run)
+        done = int(latest.name[11:]) if latest else 0
+        if kept["data_fingerprint"] != manifest["data_fingerprint"]:
+            changes.append(_data_change(run, inventory, done))
+        if kept.get("processes", 1) != manifest["processes"]:
+            changes.append(Change("processes", kept.get("processes", 1), manifest["processes"], done))
+        kept |= {key: manifest[key] for key in ("data_fingerprint", "processes")}
+        kept["changes"] = [*kept.get("changes", []), *(change.as_dict() for change in changes)]
+    if inventory is not None:
+        write_text(run / PHOTOS, json.dumps(inventory) + "\n")
+    write_text(run / MANIFEST, json.dumps(kept, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    return changes
+
+
+def _data_change(run: Path, inventory: Mapping[str, Any] | None, done: int) -> Change:
+    try:
+        before = read_json_object(run / PHOTOS)
+    except ValueError:
+        before = None
+    words, allowed = data_change(before, inventory)
+    if not allowed:
+        raise UserError(
+            f"expected the data that {run} was started with; got other data ({words}); restore the data, or choose "
+            f"another folder (--out) with start={run}"
+        )
+    return Change("data", "as recorded before", words, done)
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The resolved recipe of a run, as plain values."""
-    return yaml.safe_load((run / CONFIG).read_text())
+    """The resolved recipe of a run, as plain values. Errors as in `read_manifest`."""
+
+    def parse(path: Path) -> dict[str, Any]:
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(str(error)) from None
+        if not isinstance(found, dict) or "stages" not in found:
+            raise ValueError("expected a recipe")
+        return found
+
+    return _read_or_recover(run, CONFIG, parse)
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """What a run was made with."""
-    return json.loads((run / MANIFEST).read_text())
+    """What a run was made with. A damaged file is replaced by the copy in the latest checkpoint, with a warning.
+
+    Raises:
+        UserError: the file is damaged and there is no copy.
+    """
+
+    def parse(path: Path) -> dict[str, Any]:
+        found = read_json_object(path)
+        if "no_pairs" not in found:
+            raise ValueError("expected the key no_pairs")
+        return found
+
+    return _read_or_recover(run, MANIFEST, parse)
+
+
+def _read_or_recover(run: Path, name: str, parse: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    errors: list[ValueError] = []
+    for place in (run, *reversed(complete_checkpoints(run))):
+        try:
+            found = parse(place / name)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        if errors:
+            log.warning("%s is damaged (%s); the copy in %s is used", run / name, errors[0], place)
+        return found
+    raise UserError(
+        f"expected {run / name} to be readable; got a damaged file ({errors[0]}) and no checkpoint with a copy; "
+        "restore the file, or start anew with --fresh, which moves this folder aside"
+    )
 
 
 def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -> dict[str, Any]:
@@ -137,12 +208,16 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
 
 
 def is_trained_without_pairs(recipe: Recipe) -> bool:
-    """Whether neither this training nor the run that it starts from is shown edited images.
+    """Whether neither this training nor the one that it starts from is shown edited images. An editor's folder without
+    its run does not say so, and counts as trained with pairs.
 
     Raises:
-        UserError: what it starts from is not a run.
+        UserError: there is no editor where it starts from.
     """
-    return not recipe.uses_pairs() and (not recipe.start or read_manifest(require_run(recipe.start))["no_pairs"])
+    if recipe.uses_pairs() or not recipe.start or recipe.start == EMBEDDED:
+        return not recipe.uses_pairs()
+    run = resolve_editor(recipe.start).run
+    return run is not None and bool(read_manifest(run)["no_pairs"])
 
 
 def git_revision() -> str:
@@ -157,34 +232,7 @@ def git_revision() -> str:
     return subprocess.run(described, capture_output=True, text=True).stdout.strip()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with explain_write_errors(path):
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            _to_disk(file)
-        os.replace(aside, path)
-
-
-def _to_disk(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 # ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / COMPLETE).is_file()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
-
-
-def latest_complete_checkpoint(run: Path) -> Path | None:
-    """The checkpoint to go on from; None if there is none yet."""
-    found = complete_checkpoints(run)
-    return found[-1] if found else None
 
 
 def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
@@ -207,9 +255,9 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
             distributed.all_gather(None)  # until the folder is there
             sharded_checkpoint.write_tensors(aside, tensors)
             if first:
-                _write_marks(aside, numbers)
+                _write_state(run, aside, numbers)
                 os.rename(aside, folder)
-                _sync_folder(run)
+                fsync_folder(run)
     except BaseException:
         if first:
             shutil.rmtree(aside, ignore_errors=True)  # makes room again; what went wrong is raised
@@ -227,23 +275,47 @@ def _sweep(run: Path) -> None:
             shutil.rmtree(path)
 
 
-def _write_marks(folder: Path, numbers: Mapping[str, Any]) -> None:
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
+def _write_state(run: Path, folder: Path, numbers: Mapping[str, Any]) -> None:
+    """Complete a checkpoint: state.json with the sizes of the tensor files, copies of the run's own files, the mark."""
+    for rows in (METRICS, BAD_ROWS):
+        fsync_rows(run / rows)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    for name in sizes:
+        with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
-    for name, text in (("state.json", json.dumps(numbers, indent=2)), (COMPLETE, "")):
-        with open(folder / name, "w") as file:
-            file.write(text)
-            _to_disk(file)
-    _sync_folder(folder)
+    for name in (CONFIG, MANIFEST):
+        if (run / name).is_file():
+            write_text(folder / name, (run / name).read_text(encoding="utf-8"))
+    write_text(folder / "state.json", json.dumps({**numbers, "files": sizes}, indent=2))
+    write_text(folder / COMPLETE, "")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The latest complete checkpoint that is not damaged, and its state; (None, {}) if the run has none at all.
+
+    A damaged one is reported in the log and loses its mark, so the next save removes it.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    damaged: list[UserError] = []
+    for folder in reversed(complete_checkpoints(run)):
+        try:
+            state = read_state(folder)
+            if any(not isinstance(state.get(key), int) for key in ("stage", "update", "step")):
+                raise _damaged(folder, ValueError("state.json: expected the numbers stage, update and step"))
+        except UserError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            log.warning("%s; resuming from %s", error, folder)
+        for later in complete_checkpoints(run):
+            if int(later.name[11:]) > int(folder.name[11:]):
+                (later / COMPLETE).unlink()
+        return folder, state
+    if damaged:
+        raise UserError(f"{damaged[0]}. There is no other checkpoint; start anew with --fresh, which keeps this folder")
+    return None, {}
 
 
 def load_checkpoint(
@@ -262,133 +334,30 @@ def load_checkpoint(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The numbers that `save` was given. Errors as in `load`."""
+    """The numbers that `save_checkpoint` was given, of a checkpoint whose files are all there.
+
+    Raises:
+        UserError: a file of the checkpoint is missing, cut off or of another kind.
+    """
     try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = read_json_object(folder / "state.json")
+        sizes = state.pop("files", None) or {sharded_checkpoint.SINGLE_FILE: None}
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size
+            if size is not None and found != size:
+                raise ValueError(f"{name}: expected {size} bytes; got {found}")
+            with safe_open(folder / name, "pt"):
+                pass  # the header is read
+    except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(folder, error) from error
+    return state
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"expected a whole checkpoint; got {folder} ({error}); delete that folder to go on from the one before"
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- row files
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one JSON line. A number that is not finite becomes null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with explain_write_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a row file; a last line cut off by a kill is left out. [] if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def repair_rows(path: Path) -> list[dict[str, Any]]:
-    """Drop a last line that a kill cut off, so that the next row does not run on from it; returns the rows."""
-    rows = read_rows(path)
-    if path.exists():
-        write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
-    return rows
+    return UserError(f"expected a complete checkpoint; got a damaged {folder} ({error})")
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
     """Drop the rows after `step` (all of them, if it is negative): they are about to be made again."""
-    rows = [r for r in read_rows(run / METRICS) if r["step"] <= step]
-    write_text(run / METRICS, "".join(json.dumps(r) + "\n" for r in rows))
-
-
-# ------------------------------------------------------------------------------------------------------------- final
-
-
-def write_final(
-    run: Path,
-    recipe: Recipe,
-    net: torch.nn.Module,
-    scheduler: Any,
-    times: Sequence[float],
-    sizes: Sequence[tuple[int, int]],
-) -> Path:
-    """Write `final/`: the editor as diffusers opens it, and `npedit.json` for `Editor.open`.
-
-    `net` is a diffusers model or a `LoraAdapter` of one, `scheduler` a diffusers object; `times` are the few-step
-    times for the first of `sizes` (H, W, pixels).
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    folder, aside, base = run / "final", run / "final.tmp", Path(recipe.family.weights)
-    facts = {
-        "format": 1,
-        "family": recipe.family.name,
-        "base": str(base.resolve()) if base.is_dir() else recipe.family.weights,
-        "dtype": recipe.family.dtype,
-        "steps": len(times),
-        "tile": recipe.memory.decode_tile,
-        "times": [round(float(t), 6) for t in times],
-        "sizes": [list(s) for s in sizes],
-        "recipe": recipe.name,
-    }
-    shutil.rmtree(aside, ignore_errors=True)
-    with explain_write_errors(folder):
-        aside.mkdir()
-        if isinstance(net, LoraAdapter):
-            net.save(aside)
-        else:
-            diffusers_net: Any = net
-            diffusers_net.save_pretrained(aside / "transformer")
-        scheduler.save_pretrained(aside / "scheduler")
-        write_text(aside / "npedit.json", json.dumps(facts, indent=2) + "\n")
-        write_text(aside / "README.md", model_card(recipe, facts))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(aside, folder)
-    return folder
-
-
-def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
-    """A short card: what the editor is, how it was made, how to use it."""
-    stages = "\n".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}" for s in recipe.stages)
-    sizes = ", ".join(f"{w}x{h}" for h, w in facts["sizes"])
-    how = "No edited image was used, and no critic."
-    if recipe.critic:
-        how = (
-            f"No edited image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) "
-            "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
-            "that of NP-Edit (arXiv 2510.14978)."
-        )
-    unpaired = is_trained_without_pairs(recipe)
-    if not unpaired and not recipe.uses_pairs():
-        how = f"It starts from the run `{recipe.start}`, which was shown edited images; it was shown none itself."
-    if recipe.uses_pairs():
-        how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
-    weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
-    return f"""---
-library_name: npedit
-tags: [image-editing{", no-pairs" if unpaired else ""}]
----
-# {recipe.name}: an image editor trained {"without" if unpaired else "on"} pairs
-
-A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{facts["base"]}`.
-{how}
-
-Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {recipe.seed}.
-
-{stages}
-
-## Use
-
-    npedit edit --run PATH_OF_THIS_RUN picture.png "paint the circle red" -o out.png
-
-{weights} and `scheduler/` are as diffusers wants them (the averaged weights; the scheduler re-noises with fresh noise,
-as in training). The times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"])}.
-"""
+    rows = [r for r in read_rows(run / METRICS) if isinstance(r.get("step"), int) and r["step"] <= step]
+    write_rows(run / METRICS, rows)

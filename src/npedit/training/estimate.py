@@ -34,8 +34,7 @@ from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_pa
 from npedit.recipe.config import EMBEDDED, Recipe, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
-from npedit.training.parts import check_processes
-from npedit.training.trainer import STAGE_SEEDS
+from npedit.training.parts import STAGE_SEEDS, check_processes
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
@@ -152,7 +151,9 @@ class _MetaParts(Parts):
         with META:
             net = super().create_trainable(role, seed)
         if self.sliced and self.lora is None:
-            net.__dict__["float"] = lambda: net  # it computes in the family's type; its slices in float32 are arithmetic
+            net.__dict__["float"] = lambda: (
+                net
+            )  # it computes in the family's type; its slices in float32 are arithmetic
         return net
 
     def move_modules(self, names: Sequence[str], device: torch.device) -> None:

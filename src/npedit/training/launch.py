@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from npedit.training.signals import STOP_SIGNALS, exit_code
+
 LIBC = ctypes.CDLL(None)  # opened before any fork
 GRACE = 10.0  # seconds for the others to end by themselves when one has failed
-STOP_CODES = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+STOP_CODES = (0, *(exit_code(n) for n in STOP_SIGNALS))
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -33,10 +35,11 @@ def default_process_count() -> int:
 def start_processes(count: int, arguments: Sequence[str]) -> int:
     """Run `npedit ARGUMENTS` in `count` processes that train together, and wait for them.
 
-    The first SIGINT or SIGTERM is passed on to all, a second one kills them. When one fails, the others are ended.
+    The first SIGINT, SIGTERM or SIGUSR1 is sent to all, a second one kills them. When one fails, the others are ended.
 
     Returns:
-        the exit code: 0; 130 or 143 if they were told to stop; 2 for a user's error; else that of the first to fail.
+        the exit code: 0; 130 or 75 if a signal stopped them (`signals.py`); 2 for a user's error; else that of the
+        first to fail.
     """
     command = [sys.executable, "-m", "npedit", *arguments]
     common = os.environ | {
@@ -76,13 +79,13 @@ def _wait_for_all(children: Sequence[subprocess.Popen]) -> int:
 def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
     heard = []
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward_signal(number: int, frame: Any) -> None:
         heard.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number if len(heard) == 1 else signal.SIGKILL)
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, forward_signal) for n in STOP_SIGNALS}
     try:
         yield
     finally:

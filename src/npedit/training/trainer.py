@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from npedit.errors import BadRowsError, UserError, resume_command
 from npedit.flow import few_step_times
@@ -36,6 +35,7 @@ from npedit.runs.lock import Lock
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import Evaluation
+from npedit.training.finite import require_finite_weights
 from npedit.training.out_of_memory import Progress, explain_out_of_memory
 from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
 from npedit.training.signals import catch_stop_signals, exit_code
@@ -360,34 +360,6 @@ class TrainingLoop:
 def batches_per_update(stage: Any) -> int:
     """Batches that one update of a stage takes."""
     return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
-
-
-def require_finite_weights(step: Step, run: Path, n: int) -> None:
-    """Make sure that the trained weights and their averages after update n are finite, in all processes.
-
-    Raises:
-        UserError: they are not; names the first such tensor and the last good checkpoint.
-    """
-    found = [
-        f"{role}/{key}"
-        for role, learner in step.learners.items()
-        for key, value in learner.state()[0].items()
-        if key.startswith(("net.", "ema.")) and not local_part(value).isfinite().all()
-    ]
-    bad = [name for names in distributed.all_gather(found) for name in names]
-    if bad:
-        latest = checkpoint.latest_complete_checkpoint(run)
-        raise UserError(
-            f"expected finite weights after update {n}; got NaN or infinity in {bad[0]}"
-            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; no checkpoint and no editor is written from "
-            f"them. {f'The last good state is {latest}' if latest else 'There is no earlier checkpoint'}. Lower lr, raise "
-            "warmup_updates, or use float32, in a new folder"
-        )
-
-
-def local_part(value: Tensor) -> Tensor:
-    """This process's slice of a sharded tensor; any other tensor as it is."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def restore_step(step: Step, folder: Path) -> None:

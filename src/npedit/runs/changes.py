@@ -1,0 +1,174 @@
+"""What may change when a run is resumed: one decision for every setting of a recipe.
+
+    free      does not touch the result
+    recorded  allowed; changes the result by rounding, or extends the run; the manifest lists setting, old, new, update
+    refused   would make another training; train in a new folder, with `start:` to begin from this run's editor
+
+`docs/resuming.md` shows the table, and a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from npedit.errors import UserError
+from npedit.recipe.config import differences
+
+Kind = Literal["free", "recorded", "refused"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a change of the settings that match `pattern` (dots separate keys, `*` stands for any)."""
+
+    pattern: str
+    kind: Kind
+    reason: str
+
+
+DECISIONS = (  # the first pattern that matches decides
+    Decision("name", "free", "a label"),
+    Decision("seed", "refused", "other data order and noise"),
+    Decision("family*", "refused", "another base model, or another number type of it"),
+    Decision("start", "refused", "read once, before the first update"),
+    Decision("lora*", "refused", "other trainable weights"),
+    Decision("critic.bits", "recorded", "the critic's answers change by rounding"),
+    Decision("critic.dtype", "recorded", "the critic's answers change by rounding"),
+    Decision("critic*", "refused", "another critic, or other questions"),
+    Decision("judge*", "recorded", "its curve before and after cannot be compared; training is untouched"),
+    Decision("data.path", "free", "a moved folder; the data's fingerprint must be the same"),
+    Decision("data.prefetch", "free", "speed only"),
+    Decision("data.max_bad_share", "free", "when the run gives up on bad rows"),
+    Decision("data*", "refused", "other training data"),
+    Decision("stages.*.updates", "recorded", "last stage only, and not below what is done; a cosine schedule follows "
+             "the new length from the next update on"),
+    Decision("stages.*.batch_size", "recorded", "batch_size x accumulate must keep its product"),
+    Decision("stages.*.accumulate", "recorded", "batch_size x accumulate must keep its product"),
+    Decision("stages.*.settings.*.max_skipped", "free", "when the run gives up on gradients that are not finite"),
+    Decision("stages*", "refused", "another method, or other settings of it"),
+    Decision("trainer.steps", "refused", "another few-step editor"),
+    Decision("trainer.shard", "recorded", "sums change by rounding"),
+    Decision("trainer.*", "free", "how often the run samples, evaluates and saves"),
+    Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
+    Decision("memory.*", "free", "memory against time"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change to be recorded: `update` is the number of updates done before it."""
+
+    setting: str
+    old: Any
+    new: Any
+    update: int
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The change as the manifest lists it."""
+        return {key: value for key, value in asdict(self).items() if value != ""}
+
+
+def decision_for(setting: str) -> Decision:
+    """The decision for a dotted setting such as "stages.0.updates". A setting that no pattern knows is refused."""
+    return next(
+        (d for d in DECISIONS if fnmatchcase(setting, d.pattern)),
+        Decision(setting, "refused", "not known to be harmless"),
+    )
+
+
+def recorded_changes(old: Mapping[str, Any], new: Mapping[str, Any], done: int, run: Path) -> list[Change]:
+    """The changes between two recipes (as `Recipe.as_dict` gives them) that have to be recorded; `done` is the number
+    of updates that the run has made.
+
+    Raises:
+        UserError: there are changes that are refused; all of them are listed, with the way out.
+    """
+    recorded, refused = [], []
+    for setting, (before, after) in differences(old, new).items():
+        decision = decision_for(setting)
+        problem = decision.reason if decision.kind == "refused" else _problem(setting, old, new, done)
+        if problem:
+            refused.append(f"  {setting}: {before!r} -> {after!r} ({problem})")
+        elif decision.kind == "recorded":
+            recorded.append(Change(setting, before, after, done, _note(setting, old, new, done)))
+    if refused:
+        lines = "\n".join(refused)
+        raise UserError(
+            f"expected the recipe that {run} was started with; got changes that cannot be made to a run:\n{lines}\n"
+            f"undo them, or train in another folder (--out) with start={run} to begin from this run's editor"
+        )
+    return recorded
+
+
+def _problem(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
+    """Why an allowed setting cannot have this new value; "" if it can."""
+    keys = setting.split(".")
+    if keys[0] != "stages" or len(keys) != 3:
+        return ""
+    before, after = old["stages"], new["stages"]
+    i = int(keys[1])
+    if i >= min(len(before), len(after)):
+        return "a stage more or less is another training"
+    if keys[2] == "updates":
+        if i + 1 < len(before):
+            return "only the last stage can be extended"
+        made = done - sum(stage["updates"] for stage in before[:-1])
+        return f"{made} updates of this stage are done" if after[i]["updates"] < made else ""
+    products = [stage[i]["batch_size"] * stage[i]["accumulate"] for stage in (before, after)]
+    return "" if products[0] == products[1] else f"batch_size x accumulate: {products[0]} -> {products[1]}"
+
+
+def _note(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
+    """The shape of the learning rate's schedule after a stage's length has changed."""
+    if not setting.endswith(".updates"):
+        return ""
+    i = int(setting.split(".")[1])
+    made = max(0, done - sum(stage["updates"] for stage in old["stages"][:i]))
+    shares = [
+        0.5 * (1 + math.cos(math.pi * min(1.0, made / stages[i]["updates"])))
+        for stages in (old["stages"], new["stages"])
+    ]
+    roles = {r: v["decay"] for r, v in new["stages"][i]["settings"].items() if isinstance(v, Mapping) and "decay" in v}
+    notes = [
+        f"{role}: cosine to zero at update {new['stages'][i]['updates']}, so the rate goes from {shares[0]:.3f} to "
+        f"{shares[1]:.3f} of lr here"
+        if decay == "cosine"
+        else f"{role}: {decay} rate as before"
+        for role, decay in roles.items()
+    ]
+    return "; ".join(notes)
+
+
+def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> tuple[str, bool]:
+    """What has happened to training data whose fingerprint changed, in words, and whether the run may go on: only if
+    photos are missing or have come back. Arguments are a source's `inventory()`, None where it has none."""
+    if not old or not new:
+        return "the data source's content or settings", False
+    if old["metadata"] != new["metadata"]:
+        return "the metadata file has changed", False
+    before, after = old["photos"], new["photos"]
+    changed = [name for name in after if before.get(name) != after[name]]
+    lost = [name for name in changed if after[name] < 0]
+    back = [name for name in changed if before.get(name, -1) < 0]
+    other = [name for name in changed if name not in lost and name not in back]
+    groups = (("missing or unreadable", lost), ("back again", back), ("of another size in bytes", other))
+    words = "; ".join(f"{what}: {_first(names)}" for what, names in groups if names)
+    return words or "the data source's settings", bool(changed) and not other
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def decisions_table() -> str:
+    """The decisions as a table in Markdown."""
+    lines = ["| setting | a change is | because |", "| --- | --- | --- |"]
+    rows = [f"| `{d.pattern}` | {d.kind} | {d.reason} |" for d in DECISIONS]
+    rows.append("| number of processes | recorded | sums change by rounding |")
+    return "\n".join([*lines, *rows]) + "\n"
