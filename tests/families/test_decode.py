@@ -16,7 +16,7 @@ from npedit.families._decode import MIN_TILE_LATENTS, decode_latents
 from npedit.families.base import Family
 from npedit.families.sana import Sana
 from npedit.generator import edit_images
-from npedit.recipe.config import find_class, make_recipe, names
+from npedit.recipe.config import find_class, make_recipe, available_names
 from npedit.runs.editor_facts import EditorFacts
 from npedit.steps.base import Parts
 from npedit.steps.np_edit import NpEditSettings, Step
@@ -24,7 +24,7 @@ from npedit.training.estimate import estimate
 from tests.support.parts import batch, parts
 
 
-@pytest.fixture(scope="module", params=names("families"))
+@pytest.fixture(scope="module", params=available_names("families"))
 def family(request) -> Family:
     return find_class("families", request.param).tiny(0)
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from npedit.families.sana import REFERENCES, Sana
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing, linear_layer_names
-from npedit.recipe.config import find_class, names
+from npedit.recipe.config import find_class, available_names
 from tests.support.parts import nudge, trained
 
 
-@pytest.mark.parametrize("name", names("families"))
+@pytest.mark.parametrize("name", available_names("families"))
 def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
     family = find_class("families", name).tiny(0)
     stream = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def test_an_adapter_begins_as_the_base_and_trains_alone(name: str) -> None:
     assert not any(p.requires_grad for n, p in family.base.named_parameters() if ".lora_" not in n)
 
 
-@pytest.mark.parametrize("name", names("families"))
+@pytest.mark.parametrize("name", available_names("families"))
 def test_every_layer_that_mixes_channels_is_adapted(name: str) -> None:
     """So that nothing that a reference or an instruction goes through stays as it was; norms, biases and depthwise
     convolutions stay."""

@@ -11,7 +11,7 @@ from npedit import flow
 from npedit.data import PairedBatch
 from npedit.errors import UserError
 from npedit.generator import sample_noise, sample_training_times, seeded_generator
-from npedit.recipe.config import Recipe, validate_settings, make_recipe
+from npedit.recipe.config import Recipe, make_recipe, validate_settings
 from npedit.runs import checkpoint
 from npedit.steps.supervised import Step, SupervisedSettings
 from npedit.training import trainer

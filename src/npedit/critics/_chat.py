@@ -1,8 +1,8 @@
 """What critics with a chat template share: opening, the prompt with its images, answers, and text.
 
-A family adds how its images become visual tokens (`pixels`, `encode_images`), which text stands for one image (`_image_placeholder`), and
-what else its language model is told (`_decoder_inputs`). Rows of a batch are padded on the right: under causal attention the
-padding cannot reach the answer position, so no mask is needed.
+A family adds how its images become visual tokens (`pixels`, `encode_images`), which text stands for one image
+(`_image_placeholder`), and the further inputs of its language model (`_decoder_inputs`). Rows of a batch are padded on
+the right: under causal attention the padding cannot reach the answer position, so no mask is needed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class ChatCritic(Critic):
 
     @abstractmethod
     def _set_resolution(self, resolution: int) -> None:
-        """Note the side in pixels that images are scaled to; 0 is the model's own. ValueError if it cannot be."""
+        """Set the side in pixels that images are scaled to; 0 is the default of the model. ValueError for a side that the
+        model does not take."""
 
     @abstractmethod
     def _image_placeholder(self, seen: Tensor) -> str:
@@ -97,7 +98,7 @@ class ChatCritic(Critic):
     def _decoder_inputs(
         self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]
     ) -> dict[str, Any]:
-        """What the language model is told beside the embeddings. `holes` (b, length) is true where marks are."""
+        """Inputs of the language model beside the embeddings. `holes` (b, length) is true where image tokens are."""
         return {}
 
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -158,7 +159,7 @@ class ChatCritic(Critic):
         return words
 
     def _next_decoder_inputs(self, extras: dict[str, Any]) -> dict[str, Any]:
-        """What the language model is told with one more word, after it was told `extras`."""
+        """The further inputs for one more token, after a call with `extras`."""
         return {}
 
     def save(self, folder: Path) -> None:
@@ -177,7 +178,7 @@ class ChatCritic(Critic):
         return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
 
     def _answer_text(self, prompt: str, word: str) -> str:
-        """An answer as the template writes it after its own prompt for "is it?": with the space before it, if any."""
+        """An answer as the template writes it after the prompt "is it?": with the space before it, if any."""
         whole = self._chat([_chat_turn("user", "is it?", 1), _chat_turn("assistant", word, 0)])
         before, found, _ = whole.removeprefix(prompt).partition(word)
         if not (whole.startswith(prompt) and found) or before.strip():
@@ -199,7 +200,7 @@ def _chat_turn(role: str, text: str, images: int) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def read_model_type(weights: str | Path, known: Mapping[str, type]) -> str:
+def read_model_type(weights: str | Path, known: Mapping[str, Any]) -> str:
     """The model_type in config.json of a folder or Hub id.
 
     Raises:

@@ -24,9 +24,7 @@ class Critic(ABC):
     no: int
     device: torch.device
     model: Any  # a transformers model: all weights, frozen; its attributes are set at run time
-    member_margins: Mapping[str, Tensor] = MappingProxyType(
-        {}
-    )  # of several as one: each member's last margins (b,), for the log
+    member_margins: Mapping[str, Tensor] = MappingProxyType({})  # of an ensemble: each member's last margins (b,)
 
     @classmethod
     @abstractmethod
@@ -48,14 +46,15 @@ class Critic(ABC):
         """The same real classes at toy size with random weights, for tests."""
 
     @abstractmethod
-    def encode_images(self, images: Tensor) -> list[Tensor]:
+    def encode_images(self, images: Tensor) -> list[Any]:
         """Images (n, 3, H, W) in [0, 1] -> one tensor of visual tokens (tokens, dim) an image. Differentiable; call it
         under `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Any]]) -> Tensor:
         """Next-token logits (b, vocabulary) at the answer position, in float32. `seen[i]` are the visual tokens (from
-        `encode_images`) of the images that question i looks at, in order. Any batch, any mix of one image and several."""
+        `encode_images`) of the images that question i looks at, in order.
+        Any batch, any mix of one image and several."""
 
     @abstractmethod
     def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:

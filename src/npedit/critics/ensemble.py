@@ -39,7 +39,7 @@ class Member(Settings):
 
 
 class Ensemble(Critic):
-    """See `critics/base.py` for the contract. `encode_images` gives a tuple an image: the visual tokens of each member."""
+    """See `critics/base.py` for the contract. `encode_images` gives a tuple an image: each member's visual tokens."""
 
     yes, no = 0, 1
 

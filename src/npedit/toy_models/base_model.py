@@ -1,4 +1,4 @@
-"""Teach the toy's text-to-image model: an ordinary diffusers `FluxPipeline` (transformer, T5, CLIP, VAE) at toy
+"""Train the toy's text-to-image model: an ordinary diffusers `FluxPipeline` (transformer, T5, CLIP, VAE) at toy
 size."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
         )
     )  # fmt: skip
     # Each head begins by looking at one neighbour (T5's buckets of the distances -1, -2, 1, 2): from nothing these
-    # biases take thousands of small steps, and until then it is not told which colour is which shape's.
+    # biases take thousands of small steps, and until then nothing links a colour to its shape.
     near = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     with torch.no_grad():
         near[(1, 2, 17, 18), (0, 1, 2, 3)] += 3.0
@@ -116,7 +116,7 @@ class _TextHeads(nn.Module):
 
 def parse_mentions(line: str) -> list[tuple[int, int, list[int]]]:
     """The words said of each thing in a caption or an instruction: first word, word after the last, and what is said:
-    for colour, shape, pattern, size and place the number in `THING_VALUES`, or the one after the last where nothing is."""
+    for colour, shape, pattern, size and place the number in `THING_VALUES`, or the one after the last for nothing."""
     words, found = line.split(), []
     for i, word in enumerate(words):
         if word not in SHAPES and word != "shape":
@@ -132,7 +132,7 @@ def parse_mentions(line: str) -> list[tuple[int, int, list[int]]]:
 
 
 def train_text_encoders(folder: Path, pipe: FluxPipeline, steps: int, seed: int = 0) -> None:
-    """Teach the text encoders to read, on captions and instructions alone; from then on they are frozen, as in FLUX.
+    """Train the text encoders, on captions and instructions alone; from then on they are frozen, as in FLUX.
 
     Together with the transformer, at its learning rate, T5's attention (which knows no 1 / sqrt(d)) hardens onto single
     words within a few hundred steps and never binds a colour to its shape.
@@ -145,10 +145,10 @@ def train_text_encoders(folder: Path, pipe: FluxPipeline, steps: int, seed: int 
         captions = [rng.choice((sample_caption, sample_full_caption))(sample_scene(rng), rng) for _ in range(64)]
         edits = [sample_edit(rng) for _ in range(64)]
         words = [e.instruction for e in edits]
-        told = _encode_with_gradient(pipe, words)
-        instruction_loss = reader.instruction_loss(told, edits)
+        encoded = _encode_with_gradient(pipe, words)
+        instruction_loss = reader.instruction_loss(encoded, edits)
         binding_loss = reader.binding_loss(_encode_with_gradient(pipe, captions), captions) + reader.binding_loss(
-            told, words
+            encoded, words
         )
         return instruction_loss + binding_loss, {
             "instruction_loss": float(instruction_loss.detach()),

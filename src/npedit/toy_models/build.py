@@ -1,10 +1,10 @@
-"""Teach the toy's parts from nothing and lay them down as ordinary diffusers and transformers folders.
+"""Train the toy's parts from random weights and save them as ordinary diffusers and transformers folders.
 
     FOLDER/base      FluxPipeline: vae, transformer, text encoders, tokenizers, scheduler
     FOLDER/critic    LLaVA-OneVision
     FOLDER/parts.json    what each part reached on held-out scenes
 
-Each part is resumable: the same command goes on where it was, and a finished part is not taught again.
+Each part is resumable: the same command resumes, and a finished part is not trained again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.families.flux import Flux
-from npedit.recipe.config import embedded
+from npedit.recipe.config import embedded_weights
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.oracle import judge_edit, read_scene
@@ -37,8 +37,8 @@ CPU = torch.device("cpu")
 
 
 def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
-    """Teach VAE, text-to-image model and critic, one after the other, and measure them. Returns what `parts.json`
-    holds."""
+    """Train VAE, text-to-image model and critic, one after the other, and measure them. Returns the content of
+    `parts.json`."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     steps = STEPS | (steps or {})
@@ -77,19 +77,19 @@ def _write_folder(part: Any, folder: Path) -> None:
 
 
 def train_graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -> float:
-    """Teach a critic for so many batches, on the embedded VAE, into FOLDER/critic; none is taught for 0 batches, where
+    """Train a critic for so many batches, on the embedded VAE, into FOLDER/critic; none is trained for 0 batches, where
     the embedded critic is meant. Returns its share of right answers on clean, held-out images, the mean over kinds of
     question, kept in FOLDER/right.json. Resumable like `build`."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "right.json"
     if not kept.is_file():
-        vae = AutoencoderKL.from_pretrained(embedded("base") / "vae").requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(embedded_weights("base") / "vae").requires_grad_(False)
         if batches and not (folder / "critic").is_dir():
             critic = train_critic(folder, vae, batches, seed)
             critic.model.half()
             _write_folder(critic, folder / "critic")
-        critic = LlavaOnevision.load(folder / "critic" if batches else embedded("critic"), torch.float32, CPU)
+        critic = LlavaOnevision.load(folder / "critic" if batches else embedded_weights("critic"), torch.float32, CPU)
         right = evaluate_critic(critic, vae, items, seed=1, damage=False)
         write_text(kept, json.dumps({"batches": batches, "items": items, "right": right}, indent=1) + "\n")
     found = json.loads(kept.read_text())
@@ -112,7 +112,7 @@ def vae_roundtrip_accuracy(family: Flux, items: int, seed: int) -> float:
 
 
 def measure_models(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
-    """Examine the parts as saved, on held-out scenes and phrasings: see `psnr`, `caption_accuracy`, `examine`."""
+    """Scores of the parts as saved, on held-out scenes and phrasings: see `reconstruction_psnr`, `caption_accuracy`, `evaluate_critic`."""
     family = Flux.load(folder / "base", torch.float32, CPU)
     critic = LlavaOnevision.load(folder / "critic", torch.float32, CPU)
     vae = family.pipe.vae

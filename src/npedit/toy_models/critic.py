@@ -1,7 +1,7 @@
-"""Teach the toy's critic: an ordinary transformers LLaVA-OneVision at toy size (SigLIP + Qwen2).
+"""Train the toy's critic: an ordinary transformers LLaVA-OneVision at toy size (SigLIP + Qwen2).
 
-Yes/No alone leaves a small model blind to images for a long time, so linear heads, thrown away at the end, teach it
-what the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
+Yes/No alone leaves a small model blind to images for a long time, so auxiliary linear heads, dropped at the end, train it
+to predict what the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
 language model's states of the second image), what it should hold after the edit and what is wrong with it (there too),
 and what the instruction names (at the answer position).
 """
@@ -162,7 +162,7 @@ def train_critic(
         seen = critic.encode_images(images)
         labels = _cell_labels(scenes)
         tower = torch.stack([s[:grid] for s in seen])
-        # the projector's output is as wide as the language model; a head on it teaches tower and projector alike
+        # the projector's output is as wide as the language model; a head on it trains tower and projector alike
         dense = heads.cell_loss(heads.cell(_by_cell(tower))[..., : sum(heads.sizes)], labels)
         texts: list[str] = []
         truths: list[float] = []
@@ -217,12 +217,12 @@ def train_critic(
         holds = heads.cell(_by_cell(states[-2][torch.tensor(list(single))[:, None], where]))[..., -1]
         fits = torch.tensor([_cells_that_match(texts[r], scene) for r, scene in single.items()])
         match = match + F.binary_cross_entropy_with_logits(holds, fits[:, :, None].expand_as(holds))
-        told = [i for i, f in enumerate(facts) if f is not None]
-        named, value = heads.answer(states[-2][torch.arange(len(last)), last][told]).split([5, len(VALUES)], 1)
-        about = torch.tensor([facts[i] for i in told])
+        about_edits = [i for i, f in enumerate(facts) if f is not None]
+        named, value = heads.answer(states[-2][torch.arange(len(last)), last][about_edits]).split([5, len(VALUES)], 1)
+        about = torch.tensor([facts[i] for i in about_edits])
         final = F.cross_entropy(named, about[:, 0]) + F.cross_entropy(value, about[:, 1])
         correct = ((logits[:, critic.yes] > logits[:, critic.no]) == (true > 0.5)).float()
-        pairs_right = correct[told].mean()
+        pairs_right = correct[about_edits].mean()
         figures = {
             "right": float(pairs_right),
             "dense": float(dense.detach()),

@@ -1,4 +1,4 @@
-"""One resumable training loop, for teaching the toy's parts from nothing. The editor's own loop is `trainer.py`."""
+"""One resumable training loop, for the toy's parts, from random weights. The editor's loop is `trainer.py`."""
 
 from __future__ import annotations
 

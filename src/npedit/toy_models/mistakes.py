@@ -1,4 +1,4 @@
-"""What an editor might return, right and wrong: the examples that teach and examine the critic."""
+"""What an editor might return, right and wrong: the examples that the critic is trained and evaluated on."""
 
 from __future__ import annotations
 

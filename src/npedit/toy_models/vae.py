@@ -1,4 +1,4 @@
-"""Teach the toy's VAE: an ordinary diffusers `AutoencoderKL`, factor 4, 8 latent channels."""
+"""Train the toy's VAE: an ordinary diffusers `AutoencoderKL`, factor 4, 8 latent channels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _render_weighted(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Pictures in [-1, 1] and the weight of each pixel (b, 1, 32, 32).
 
     Things count more than ground, and each scene by the contrast of its style: a plain pixel loss hardly sees the
-    outlines of small things, at night and in fog least, and then neither does anything taught in the latents.
+    outlines of small things, at night and in fog least, and then nothing trained on the latents sees them either.
     """
     bare = render([replace(s, cells=(None,) * 4) for s in scenes])
     images = render(scenes)
@@ -64,7 +64,7 @@ def _render_weighted(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
 def train_vae(folder: Path, steps: int, seed: int = 0) -> AutoencoderKL:
     """Train a VAE on scenes for `steps` batches of 64: weighted L1 + 2 MSE, a little KL, and noise on the latents.
 
-    The noise is a share of the latents' own spread, so that all that matters is written LOUDLY: the velocity loss of
+    The noise is a share of the latents' own spread, so that what matters has a large amplitude: the velocity loss of
     the text-to-image model sees the strong directions first. The last third of the steps has less, for the outlines.
     """
     torch.manual_seed(seed)
