@@ -16,7 +16,7 @@ from npedit.families._decode import MIN_TILE_LATENTS, decode_latents
 from npedit.families.base import Family
 from npedit.families.sana import Sana
 from npedit.generator import edit_images
-from npedit.recipe.config import find_class, make_recipe, available_names
+from npedit.recipe.config import available_names, find_class, make_recipe
 from npedit.runs.editor_facts import EditorFacts
 from npedit.steps.base import Parts
 from npedit.steps.np_edit import NpEditSettings, Step

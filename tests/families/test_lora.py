@@ -8,7 +8,7 @@ from torch import Tensor
 
 from npedit.families.sana import REFERENCES, Sana
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing, linear_layer_names
-from npedit.recipe.config import find_class, available_names
+from npedit.recipe.config import available_names, find_class
 from tests.support.parts import nudge, trained
 
 
