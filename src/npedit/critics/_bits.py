@@ -28,7 +28,7 @@ BLOCK_SIZE = 64  # weights of 4 bits that share a scale
 
 
 def quantisation_arguments(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told to hold weights in 8 or 4 bits; nothing for 0.
+    """The arguments that make `from_pretrained` hold weights in 8 or 4 bits; none for 0.
 
     Raises:
         ValueError: another number; or no CUDA device, or no bitsandbytes.

@@ -84,8 +84,8 @@ class ChatCritic(Critic):
 
     @abstractmethod
     def _set_resolution(self, resolution: int) -> None:
-        """Set the side in pixels that images are scaled to; 0 is the default of the model. ValueError for a side that the
-        model does not take."""
+        """Set the side in pixels that images are scaled to; 0 is the default of the model. ValueError for a side that
+        the model does not take."""
 
     @abstractmethod
     def _image_placeholder(self, seen: Tensor) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -12,7 +13,7 @@ from npedit.critics.base import Critic
 from npedit.nets.meta_device import META, read_model_config
 
 
-def critic_without_weights(kind: type[Critic], folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
+def critic_without_weights(kind: Any, folder: Path, dtype: torch.dtype, resolution: int) -> Critic:
     """The critic `kind` as the configs in `folder` describe it; weights and tokenizer need not lie there.
 
     Raises:

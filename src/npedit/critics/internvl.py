@@ -1,6 +1,6 @@
 """InternVL3 (arXiv 2504.10479) and its relatives, in transformers' own classes (weights whose names end in -hf).
 
-Each image is squeezed to one square tile, without the further tiles that the model's own processor may cut (its
+Each image is resized to one square tile, without the further tiles that the model's own processor may cut (its
 `crop_to_patches`): what NP-Edit's public code does too. The tile's side may be another than the model's own 448; then
 the vision tower interpolates its positions. The cost grows with the side's square.
 """

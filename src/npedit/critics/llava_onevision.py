@@ -1,6 +1,6 @@
 """LLaVA-OneVision (arXiv 2408.03326), the paper's critic; the embedded toy critic is the same classes at toy size.
 
-Each image is squeezed to the vision tower's square without tiles, as the model's own processor makes the base patch of
+Each image is resized to the vision tower's square without tiles, as the model's own processor makes the base patch of
 a single image. The question and the images are laid out by the model's own chat template; the padding on the right,
 under causal attention, cannot reach the answer position, so no mask is needed.
 """
@@ -93,7 +93,7 @@ class LlavaOnevision(Critic):
     def tiny(cls, seed: int) -> Self:
         """Random weights: vision tower of 2 layers on 32 x 32 pixels, language model of 2 layers, words as tokens."""
         text = " ".join(WORDINGS["plain"].values()).replace("{", " ").replace("}", " ")
-        return cls.new(
+        return cls.untrained(
             sorted({*re.findall(r"[a-z]+", text.lower()), *TINY_WORDS}), seed, vision=(32, 64, 2), text=(48, 96, 2)
         )
 

@@ -49,11 +49,11 @@ class QwenVL(ChatCritic):
         token, up to 48 x 48 pixels an image. `kind` is one of `kinds`."""
         torch.manual_seed(seed)
         tokenizer = word_tokenizer(TINY_MARKS, "<|im_end|>", {"image_token": "<|image_pad|>"})
-        tower = {
+        tower: dict[str, Any] = {
             "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48,
         }  # fmt: skip
-        language = {
+        language: dict[str, Any] = {
             "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None,
             "eos_token_id": 2, "pad_token_id": 0,

@@ -1,6 +1,6 @@
 """SmolVLM2 (arXiv 2504.05299), the small critic: 0.25, 0.5 and 2.2 thousand million weights.
 
-Each image is squeezed to the vision tower's square, the "global image" of the model's own processor without
+Each image is resized to the vision tower's square, the "global image" of the model's own processor without
 `do_image_splitting`. That processor scales twice with Lanczos' filter: the longer side to `size`, then both sides to
 the square; so does `pixels`, as products with the matrices of Pillow's own coefficients.
 """

@@ -28,7 +28,7 @@ class Example:
     target_caption: str
 
     def as_identity_edit(self, instruction: str) -> Example:
-        """The same picture with an instruction to leave it alone; its wanted result is described by its own caption."""
+        """The example with an instruction to change nothing: the reference's caption describes the wanted result too."""
         return Example(
             self.id,
             self.reference,

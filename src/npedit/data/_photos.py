@@ -300,7 +300,9 @@ def _convert_colours(image: Image.Image, icc: bytes | None, name: str) -> Image.
     mode, transform = _transform_to_srgb(icc, image.mode == "CMYK", name)
     if transform is None:
         return image.convert("RGB")
-    return ImageCms.applyTransform(image.convert(mode), transform)
+    converted = ImageCms.applyTransform(image.convert(mode), transform)
+    assert converted is not None  # it would be with inPlace alone
+    return converted
 
 
 @lru_cache(maxsize=64)

@@ -27,7 +27,7 @@ class Settings(Base):
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
     items: int = Field(0, ge=0, description="how many different items there are; 0 is no end of them")
     first: int = Field(
-        0, ge=0, repr=False, description="the first item's number; those before it may have taught a start"
+        0, ge=0, repr=False, description="the first item's number; a start may have been trained on those before it"
     )
 
 
@@ -84,7 +84,7 @@ class Source:
         return collate([self._make_example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
 
     def _numbered_generators(self, first: int, size: int) -> list[tuple[int, random.Random]]:
-        """Which items stand at these positions of the stream, each with its own source of chance."""
+        """Which items stand at these positions of the stream, each with its own random generator."""
         count, places = self.settings.items, range(first, first + size)
         numbers = [self._order(i // count)[i % count] for i in places] if count else places
         numbers = [self.settings.first + i for i in numbers]

@@ -18,7 +18,7 @@ def check_pipeline_folder(
     weights: str | Path, family: str, pipeline: str, parts: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, None]:
     """Look at a local diffusers folder before it is opened; a Hub id is left to diffusers. Returns those of the
-    `optional` parts that its index declares absent, each as None, which is how diffusers wants to be told.
+    `optional` parts that its index declares absent, each as None, the value that `from_pretrained` expects for it.
 
     Raises:
         FileNotFoundError: the index or a part is missing; the message names it.

@@ -90,7 +90,7 @@ class Family(ABC):
 
     @abstractmethod
     def shift(self, height: int, width: int) -> float:
-        """The noise shift of the base model's own schedule for images of this size in pixels (see `flow.shifted`)."""
+        """The noise shift of the base model's schedule for images of this size in pixels (see `flow.shift_times`)."""
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Text:
@@ -122,4 +122,4 @@ class Family(ABC):
 
     @abstractmethod
     def few_step_scheduler(self, shift: float) -> SchedulerMixin:
-        """The diffusers scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""

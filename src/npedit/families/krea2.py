@@ -163,7 +163,7 @@ class Krea2(Family):
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 

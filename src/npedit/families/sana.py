@@ -9,7 +9,7 @@
 - references: stacked on the channels of x, as InstructPix2Pix does (arXiv 2211.09800). Sana has no position ids: places
   are told apart by the 3 x 3 convolutions of its feed-forward alone, and its attention keeps one small matrix a head. A
   reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
-  counterpart there. A trial with one seed, six untrained blocks taught to return 6 x 6 latents of unit variance at
+  counterpart there. A trial with one seed, six untrained blocks trained to return 6 x 6 latents of unit variance at
   t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; without any reference it
   is 1. So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student
   starts as the base model exactly, with or without references. Absent references are zeros; one of another size
@@ -106,7 +106,7 @@ class Sana(Family):
         return _widen_input(copy.deepcopy(self.base)).requires_grad_(True).train()
 
     def lora_base(self) -> nn.Module:
-        """The base with its input widened for references, frozen; all other weights are the base's own."""
+        """The base with its input widened for references, frozen; it shares all other weights with the base."""
         return self._widened_base
 
     @cached_property

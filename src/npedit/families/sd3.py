@@ -2,14 +2,14 @@
 
 - time: the net is given 1000 t, in float32; its output is v, no sign change.
 - layout: the net takes latents (b, c, h, w) and makes patches of 2 x 2 itself.
-- text: two CLIPs beside each other, T5 after them (padding attended to, as SD3 does; zeros where the folder has no T5),
-  and the two pooled vectors. Always the same length.
+- text: the two CLIPs concatenated along features, T5 after them (padding attended to, as SD3 does; zeros where
+  the folder has no T5), and the two pooled vectors. Always the same length.
 - references: the net takes one picture, and its patch embedding adds to each patch the code of its place, cut from the
   middle of a table (192 x 192 patches, SD3.5 medium 384 x 384). A reference goes through that same embedding with the
   codes of the places beside the picture (right, else below, left, above: the first free side where the table has room,
   so four references at most) and its tokens follow the picture's; before the last norm they are dropped again. Two
   hooks, there for one call, do this around the net's own forward: no new weight, no code of diffusers copied. Why so:
-  - as in a diptych every token has a place of its own, so picture and references can be told apart at every t and in
+  - as in a diptych every token has its own position, so the net can distinguish picture and references at every t, and
     their order, which the picture's own codes would not allow (the net has no other mark);
   - the picture stays where text-to-image has it, and without references the call is the base model's. On one common
     canvas it would move, and references of another size would need filling.
@@ -174,7 +174,7 @@ class SD3(Family):
         return out.to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 

@@ -11,7 +11,7 @@
   the caption, and here the pieces before references are empty. So caption and picture stand to each other as without
   references, references may have any size, and no new weight is needed. The SigLIP states, which the omni
   checkpoint sees beside the latents, are left out: Z-Image and Turbo have no weights for them.
-- frames: a net that `npedit convert` made from NP-Edit's public reimplementation was taught otherwise, and its config
+- frames: a net that `npedit convert` made from NP-Edit's public reimplementation was trained otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
   thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
 - guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 in `dmd.guided`. Turbo is
@@ -107,7 +107,7 @@ class ZImage(Family):
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
     def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype. After one that was taught with frames,
+        """A transformer saved with `save_pretrained`, in the base's dtype. After one that was trained with frames,
         prompts are encoded as for it."""
         net = ZImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
         self.thinking = not _takes_frames(net)
@@ -170,7 +170,7 @@ class ZImage(Family):
 
         Raises:
             ValueError: not one prompt and one of each reference for each item, whose lists would be cut short; or a net
-                taught with frames is given other than one reference of the picture's size.
+                trained with frames is given other than one reference of the picture's size.
         """
         if len(text) != len(x) or any(len(r) != len(x) for r in references):
             came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
@@ -183,7 +183,7 @@ class ZImage(Family):
             if len(references) > 1 or references[0].shape != x.shape:
                 sizes = [tuple(r.shape) for r in references]
                 raise ValueError(
-                    f"expected one reference of shape {tuple(x.shape)}, as this net was taught; got {sizes}"
+                    f"expected one reference of shape {tuple(x.shape)}, as this net was trained; got {sizes}"
                 )
             films = [torch.cat(item, 1) for item in zip(*frames)]
             with _modulate_frames(net, x.shape[2] * x.shape[3] // 4, t):
@@ -202,7 +202,7 @@ class ZImage(Family):
         return -torch.stack(out).squeeze(2).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save beside a few-step editor: this family's own, with the shift fixed."""
+        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
@@ -217,7 +217,7 @@ def empty_frames_net(base: str | Path) -> nn.Module:
 
 
 def load_base_scheduler(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
-    """The base's own scheduler (a Hub id or a folder)."""
+    """The scheduler of the base model (a Hub id or a folder)."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
 

@@ -95,7 +95,7 @@ INSTRUCTIONS = {
               "change the picture to {v}", "turn the scene into {v}"),
 }  # fmt: skip
 HELD_OUT = 2
-# Captions: how the things, two of them, the ground and the styles are told. The last of each is held out of training.
+# Captions: how the things, a list of things, the background and the styles are described. The last of each is held out.
 CAPTIONS = {
     "all": ("{x}", "there is {x}", "a picture of {x}", "the scene shows {x}", "the picture shows {x}"),
     "joined": (" and ", " with ", " and there is "),
@@ -123,28 +123,28 @@ def sample_full_caption(scene: Scene, rng: random.Random) -> str:
 def sample_caption(
     scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = (), held_out: bool = False
 ) -> str:
-    """A caption that leaves things out. `tell` are cells always told of; `also` facts always told ("background",
+    """A caption that leaves things out. `tell` are cells always described; `also` facts always stated ("background",
     "style", "pattern", "size", "place"; the last three concern the cells in `tell`). `held_out` takes the phrasings
     kept out of training."""
-    told = [c for c in scene.filled if c in tell or rng.random() < 0.85] or [rng.choice(scene.filled)]
-    rng.shuffle(told)
+    described = [c for c in scene.filled if c in tell or rng.random() < 0.85] or [rng.choice(scene.filled)]
+    rng.shuffle(described)
     for attempt in range(1000):
         surely = tuple(f for f in also if attempt < 8 or f != "place" or len(tell) == 1)
-        caption = _draft_caption(scene, rng, told, tell, surely, held_out)
+        caption = _draft_caption(scene, rng, described, tell, surely, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
     raise AssertionError(f"no caption of {scene} is short enough")
 
 
 def _draft_caption(
-    scene: Scene, rng: random.Random, told: list[int], tell: tuple[int, ...], also: tuple[str, ...], held_out: bool
+    scene: Scene, rng: random.Random, described: list[int], tell: tuple[int, ...], also: tuple[str, ...], held_out: bool
 ) -> str:
     def phrased(part: str, **words: str) -> str:
         templates = CAPTIONS[part]
         return (templates[-1] if held_out else rng.choice(templates[:-1])).format(**words)
 
     phrases = []
-    for cell in told:
+    for cell in described:
         thing, sure = scene.thing(cell), cell in tell
         words = []
         if (sure and "size" in also) or rng.random() < 0.1:
@@ -179,7 +179,7 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
     scene = sample_scene(rng, things)
     cell = -1 if kind in ("add", "background", "style") else rng.choice(scene.filled)
     to_cell, value, place, name = -1, "", "", ""
-    told: tuple[int, ...] = (cell,)
+    described: tuple[int, ...] = (cell,)
     also: tuple[str, ...] = ()
     if cell >= 0:
         thing, name = scene.thing(cell), _describe_thing(scene, cell, rng)
@@ -190,13 +190,13 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         while (new.shape, new.colour) in looks:
             new = sample_thing(rng, pattern=new.pattern)
         name = " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
-        target, told, also = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
+        target, described, also = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
         if rng.random() < 0.5:
             place = PLACES[to_cell]
         else:
-            told, to_cell = (to_cell,), -1
+            described, to_cell = (to_cell,), -1
     elif kind == "remove":
-        target, told = scene.with_cell(cell, None), ()
+        target, described = scene.with_cell(cell, None), ()
     elif kind == "replace":
         value = rng.choice([s for s in SHAPES if s != thing.shape and _is_unique(scene, cell, s, thing.colour)])
         target = scene.with_cell(cell, replace(thing, shape=value))
@@ -214,13 +214,13 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         to_cell = rng.choice(scene.empty)
         value = PLACES[to_cell]
         target = scene.with_cell(cell, None).with_cell(to_cell, thing)
-        told, also = (to_cell,), (("place",) if rng.random() < 0.5 else ())
+        described, also = (to_cell,), (("place",) if rng.random() < 0.5 else ())
     elif kind == "background":
         value = rng.choice([b for b in BACKGROUNDS if b != scene.background])
-        target, told, also = replace(scene, background=value), (), ("background",)
+        target, described, also = replace(scene, background=value), (), ("background",)
     else:
         value = rng.choice([s for s in STYLES if s != scene.style])
-        target, told, also = replace(scene, style=value), (), ("style",)
+        target, described, also = replace(scene, style=value), (), ("style",)
     return Edit(
         edit_type=kind,
         reference=scene,
@@ -231,7 +231,7 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         instruction=sample_instruction(kind, name, value, place, rng, held_out),
         object=name,
         source_caption=sample_caption(scene, rng),
-        target_caption=sample_caption(target, rng, told, also),
+        target_caption=sample_caption(target, rng, described, also),
     )
 
 

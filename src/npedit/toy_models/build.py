@@ -112,7 +112,8 @@ def vae_roundtrip_accuracy(family: Flux, items: int, seed: int) -> float:
 
 
 def measure_models(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:
-    """Scores of the parts as saved, on held-out scenes and phrasings: see `reconstruction_psnr`, `caption_accuracy`, `evaluate_critic`."""
+    """Scores of the parts as saved, on held-out scenes and phrasings: see `reconstruction_psnr`, `caption_accuracy` and
+    `evaluate_critic`."""
     family = Flux.load(folder / "base", torch.float32, CPU)
     critic = LlavaOnevision.load(folder / "critic", torch.float32, CPU)
     vae = family.pipe.vae

@@ -1,9 +1,9 @@
 """Train the toy's critic: an ordinary transformers LLaVA-OneVision at toy size (SigLIP + Qwen2).
 
-Yes/No alone leaves a small model blind to images for a long time, so auxiliary linear heads, dropped at the end, train it
-to predict what the world knows: what each cell holds (on the visual tokens), what the other image holds in the same cell (on the
-language model's states of the second image), what it should hold after the edit and what is wrong with it (there too),
-and what the instruction names (at the answer position).
+Yes/No alone leaves a small model blind to images for a long time, so auxiliary linear heads, dropped at the end, train
+it to predict what the world knows: what each cell holds (on the visual tokens), what the other image holds in the same
+cell (on the language model's states of the second image), what it should hold after the edit and what is wrong with it
+(there too), and what the instruction names (at the answer position).
 """
 
 from __future__ import annotations
