@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from npedit.cli.export import run_export
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
@@ -96,3 +97,15 @@ def test_a_checkpoint_of_another_net_and_weights_that_are_not_finite_are_refused
     net = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="checkpoint of another net"):
         load_ema_weights(run / "checkpoint-000002", net)
+
+
+def test_an_exported_checkpoint_is_an_editor_like_the_final_folder(run: Path, tmp_path: Path) -> None:
+    lines = run_export(str(run / "checkpoint-1"), tmp_path / "mine")
+    assert "EMA weights after update 1" in lines[0]
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {p.name for p in (run / "final").iterdir()}
+    x = torch.rand(1, 3, 32, 32, generator=torch.manual_seed(0))
+    one, other = (
+        Editor.open(p, device="cpu").edit_tensor(x, ["make it night"])
+        for p in (tmp_path / "mine", run / "checkpoint-1")
+    )
+    assert torch.allclose(one, other, rtol=0, atol=1e-5)
