@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from npedit.benchmarks import own
 from npedit.cli import main as cli
 from npedit.errors import UserError
+from npedit.runs.lock import hold
 from npedit.scoring.results import Results
 from npedit.toy.dataset import write_dataset
 from npedit.training import parts
@@ -204,3 +205,72 @@ def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):
 def test_training_cannot_watch_a_benchmark_that_needs_data(name):
     with pytest.raises(UserError, match=f"npedit evaluate {name}"):
         parts._check_benchmark(name, [(32, 32)], 8)
+
+
+# ------------------------------------------------------------------------------------------- reused and found pictures
+
+
+def write_photos(folder, *ids, size=(40, 30)):
+    """A photo for each id, and their metadata."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for k, name in enumerate(ids):
+        Image.new("RGB", size, (40 * k, 90, 120)).save(folder / f"{k}.png")
+        rows.append({"file_name": f"{k}.png", "instruction": "paint it", "id": name})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def measured(data, out, *words, code=0):
+    return run("evaluate", "own", data, "--out", out, "--dino", "none", "--clip", "none", *words, code=code)
+
+
+def test_a_replaced_photo_is_edited_again_and_the_others_are_kept(tmp_path):
+    data = write_photos(tmp_path / "data", "a", "b")
+    measured(data, tmp_path / "r", "--copy")
+    kept = (tmp_path / "r/edited/b.png").stat().st_mtime_ns
+    Image.new("RGB", (40, 30), "white").save(data / "0.png")
+    measured(data, tmp_path / "r", "--copy")
+    rows = {row.id: row for row in Results.read(tmp_path / "r").rows}
+    assert rows["a"].scores["l1"] == 0
+    assert (tmp_path / "r/edited/b.png").stat().st_mtime_ns == kept
+
+
+def test_leftovers_of_a_full_disk_are_accepted(tmp_path):
+    data = write_photos(tmp_path / "data", "a")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/settings.json.tmp").write_text('{"half')
+    measured(data, tmp_path / "r", "--copy")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.txt").write_text("x")
+    assert "something else" in measured(data, tmp_path / "other", "--copy", code=2)
+
+
+def test_pictures_of_another_editor_with_another_ending_or_size_are_found_and_others_are_explained(tmp_path):
+    data = write_photos(tmp_path / "data", "a", "b")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    Image.new("RGB", (80, 60), "red").save(theirs / "a.jpg")
+    Image.new("RGB", (80, 20), "red").save(theirs / "b.JPG")
+    said = measured(data, tmp_path / "r", "--edited", theirs)
+    rows = {row.id: row for row in Results.read(tmp_path / "r").rows}
+    assert rows["a"].scores["l1"] is not None and rows["b"].scores["l1"] is None
+    assert "scores are missing in 1 of 2 rows; b: expected the reference's shape 40x30; got 80x20" in said
+    (tmp_path / "none").mkdir()
+    said = measured(data, tmp_path / "n", "--edited", tmp_path / "none", code=2)
+    assert "no edited picture a.png" in said and "got none for any of 2 rows" in said
+
+
+def test_ids_with_unicode_line_separators_survive_the_results_file(tmp_path):
+    """U+2028 and U+0085 end a line for str.splitlines, and not in JSON lines."""
+    data = write_photos(tmp_path / "data", "a\u2028b", "c\u0085d")
+    for name in ("x", "y"):
+        measured(data, tmp_path / name, "--copy")
+    assert {row.id for row in Results.read(tmp_path / "x").rows} == {"a\u2028b", "c\u0085d"}
+    run("compare", tmp_path / "x", tmp_path / "y", "--measure", "l1", "--plot", tmp_path / "p.png")
+
+
+def test_a_folder_that_another_evaluation_holds_is_refused(tmp_path):
+    data = write_photos(tmp_path / "data", "a")
+    with hold(tmp_path / "r", "evaluate own"):
+        assert "evaluate own" in measured(data, tmp_path / "r", "--copy", code=2)

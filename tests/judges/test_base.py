@@ -44,7 +44,7 @@ READ = [
 NOT_READ = [
     "", " ", "7", "7, 8", "I cannot help with that.", "无法评价", "{}", "[]", "[7]", "[7, 8, 9]", "{", "[7, 8",
     '{"score": [7, 8]', '{"score": 7}', '{"score": [7]}', '{"score": [7, 8, 9]}', '{"score": []}', '{"score": null}',
-    '{"score": ["7", "8"]}', '{"score": [true, false]}', '{"score": [NaN, 3]}', '{"score": [Infinity, 3]}',
+    '{"score": [true, false]}', '{"score": [NaN, 3]}', '{"score": [Infinity, 3]}',
     '{"score": [[7, 8]]}', '{"score": {"a": 7, "b": 8}}', '{"scores": [7, 8]}', "rate_limit_exceeded",
     f'{GOOD} or rather {{"score": [1, 2]}}', "<think>[7, 8] would be fair", '<think>{"score": [7, 8]}',
     "first 7 and then 8", "x" * 5 + "{" * 20_000, "[" * 20_000, '{"score": [7, 8] is my view}',

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from npedit.benchmarks import gedit
-from npedit.cli import evaluate as cli_evaluate
+from npedit.cli import judged as cli_judged
 from npedit.critics import _chat
 from npedit.critics.base import Critic
 from npedit.critics.llava_onevision import LlavaOnevision
@@ -211,8 +211,8 @@ def test_the_embedded_editor_edits_and_a_judge_of_the_critics_family_is_warned_o
     assert len(list((here / "r/official").rglob("*_SRCIMG.png"))) == 3
     editor = json.loads((here / "r" / "settings.json").read_text())["editor"]
     assert editor["steps"] == 1 and len(editor["weights"]) == 64
-    assert cli_evaluate.critics_of("embedded") == {"llava_onevision"}
-    monkeypatch.setattr(cli_evaluate, "critics_of", lambda model: {"smolvlm"})
+    assert cli_judged.critic_families("embedded") == {"llava_onevision"}
+    monkeypatch.setattr(cli_judged, "critic_families", lambda model: {"smolvlm"})
     assert "of the critic's family, smolvlm" in run(*words, "--out", "r")
 
 
@@ -269,19 +269,21 @@ def test_options_that_do_not_go_together(here, folder):
     assert not list(here.glob("runs/*/official"))
 
 
-def test_the_critics_of_a_run(tmp_path, monkeypatch):
+def test_the_critic_families_a_run(tmp_path, monkeypatch):
     run_folder = tmp_path / "run"
     (run_folder / "final").mkdir(parents=True)
     (run_folder / "final" / "npedit.json").write_text("{}")
-    assert cli_evaluate.critics_of(str(run_folder)) == set()
+    assert cli_judged.critic_families(str(run_folder)) == set()
     file = run_folder / "config.resolved.yaml"
     file.write_text(yaml.safe_dump({"critic": {"name": "internvl", "weights": "x"}}))
     assert (
-        cli_evaluate.critics_of(str(run_folder)) == {"internvl"} == cli_evaluate.critics_of(str(run_folder / "final"))
+        cli_judged.critic_families(str(run_folder))
+        == {"internvl"}
+        == cli_judged.critic_families(str(run_folder / "final"))
     )
     members = [{"name": "qwen_vl", "weights": "x"}, {"name": "smolvlm", "weights": "y"}]
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(members))
     file.write_text(yaml.safe_dump({"critic": {"name": "ensemble", "weights": str(tmp_path / "m.yaml")}}))
-    assert cli_evaluate.critics_of(str(run_folder)) == {"qwen_vl", "smolvlm"}
+    assert cli_judged.critic_families(str(run_folder)) == {"qwen_vl", "smolvlm"}
     file.write_text(yaml.safe_dump({"critic": None}))
-    assert cli_evaluate.critics_of(str(run_folder)) == set()
+    assert cli_judged.critic_families(str(run_folder)) == set()

@@ -12,6 +12,7 @@ from email.utils import formatdate
 import pytest
 
 from npedit.benchmarks import _judged, gedit
+from npedit.benchmarks._headlines import judge_noise
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.base import JudgeStopped, Manner
@@ -67,7 +68,16 @@ def test_the_official_manner_sends_text_first_jpeg_and_no_temperature():
 
 
 def test_bad_addresses_and_manners_are_refused():
-    for url in ("localhost:8000", "ftp://x/v1", "http://", "http://user:key@x/v1", "http://x/v1?key=1"):
+    for url in (
+        "localhost:8000",
+        "ftp://x/v1",
+        "http://",
+        "http://user:key@x/v1",
+        "http://x/v1?key=1",
+        "http://[::1",
+        "http://a b/",
+        "http://x:y/",
+    ):
         with pytest.raises(UserError):
             ServerJudge(url, "m")
     with pytest.raises(UserError, match="--judge-model"):
@@ -129,7 +139,6 @@ PASSING = {
     "cut": cut,
     "reset": reset,
     "half json": broken(completion(GOOD)[:40]),
-    "html": broken(b"<html>please log in</html>"),
     "empty": broken(b""),
     "no choice": broken(b'{"choices": []}'),
     "error in a 200": broken(b'{"error": {"message": "overloaded"}}'),
@@ -145,7 +154,7 @@ def test_a_passing_fault_costs_an_attempt(fault):
     assert server.bodies[0] == server.bodies[1]
 
 
-@pytest.mark.parametrize("fault", ["rate limit", "reset", "half json", "html", "cut"])
+@pytest.mark.parametrize("fault", ["rate limit", "reset", "half json", "cut"])
 def test_a_lasting_fault_is_a_missing_answer(fault):
     reply, server = ask(lambda *_: PASSING[fault])
     assert reply.outcome == "transport_error" and not reply.text and len(server.bodies) == 3
@@ -163,10 +172,57 @@ def test_retry_after_is_honoured(wait):
     assert reply.outcome == "ok" and time.monotonic() - start >= 0.4
 
 
-def test_a_server_that_is_not_there_is_a_missing_answer():
+def test_a_server_that_is_not_there_stops_the_run_within_seconds():
+    lines = []
     with serving(lambda *_: GOOD) as server:
-        judge = judge_at(server)
-    assert judge.ask("Look!", [], MANNER).outcome == "transport_error"
+        judge = judge_at(server, attempts=6, report=lines.append)
+    start = time.monotonic()
+    with pytest.raises(JudgeStopped, match="expected a server at .*refused"):
+        judge.ask("Look!", [], MANNER)
+    assert time.monotonic() - start < 5 and len(lines) == 2
+
+
+def test_a_login_page_stops_the_run_at_once():
+    with serving(lambda *_: broken(b"<html>please log in</html>")) as server:
+        with pytest.raises(JudgeStopped, match="please log in"):
+            judge_at(server).ask("Look!", [], MANNER)
+        assert len(server.bodies) == 1
+
+
+def test_each_wait_for_a_retry_is_reported():
+    lines = []
+    reply, _ = ask(lambda n, _: status(503, "busy") if n < 1 else GOOD, report=lines.append)
+    assert reply.outcome == "ok" and len(lines) == 1 and "HTTP 503" in lines[0] and "attempt 2 of 3" in lines[0]
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", "\u201csk-secret\u201d", "sk secret", "sk-secr\u00e9t"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(UserError, match=KEY_VARIABLE) as caught:
+        ServerJudge("http://localhost:1/v1", "m")
+    assert "secr" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_key_that_the_server_repeats_reaches_neither_message_nor_file(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
+    with serving(lambda *_: status(401, "Incorrect API key: sk-very-secret")) as server:
+        with pytest.raises(JudgeStopped) as caught:
+            run(server, bench, tmp_path / "a.jsonl")
+    assert "secret" not in str(caught.value) and "[the key]" in str(caught.value)
+    with serving(lambda *_: {"content": "your key is sk-very-secret"}) as server:
+        with pytest.raises(JudgeStopped) as caught:
+            run(server, bench, tmp_path / "a.jsonl")
+    assert "secret" not in str(caught.value) + (tmp_path / "a.jsonl").read_text()
+
+
+def test_the_users_parameters_replace_the_protocols():
+    given = {"max_tokens": None, "max_completion_tokens": 9, "temperature": None, "extra": {"a": 1}}
+    _, server = ask(lambda *_: GOOD, parameters=given)
+    (body,) = server.bodies
+    assert "max_tokens" not in body and "temperature" not in body
+    assert (body["max_completion_tokens"], body["extra"]) == (9, {"a": 1})
+    with pytest.raises(UserError, match="messages"):
+        ServerJudge("http://x/v1", "m", parameters={"messages": []})
 
 
 REFUSALS = {
@@ -362,9 +418,60 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
         assert len(server.bodies) == 6
     assert rows[0]["scores"] == {"SC": 7.0, "PQ": 4.0, "O": pytest.approx(28**0.5)}
     assert rows[0]["numbers"]["SC"] == [[10, 4], [10, 6], [10, 8], [10, 10]]
-    noise = _judged.noise(rows, passes, min)
+    noise = judge_noise(rows, 2, True, min)
     assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
     with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or seen[True] < 2 else "no") as server:
         seen.update({False: 0, True: 2})
         rows = run(server, bench[:1], tmp_path / "b.jsonl", _judged.Passes(swap=True))
     assert rows[0]["scores"]["SC"] is None and rows[0]["why"]["SC"] == "parse_error"  # one order alone is one-sided
+
+
+# ------------------------------------------------------------------------------------------------ what cannot go well
+
+
+def test_five_equal_refusals_stop_the_run_with_the_servers_words(bench, tmp_path):
+    words = "Unsupported parameter: use max_completion_tokens (request {})"
+    with serving(lambda n, _: status(400, words.format(1000 + n))) as server:
+        with pytest.raises(JudgeStopped, match="5 requests in a row.*use max_completion_tokens.*--judge-parameters"):
+            run(server, bench, tmp_path / "a.jsonl")
+        assert len(server.bodies) == 5
+
+
+def test_ten_unreadable_answers_with_none_read_stop_the_run_with_an_excerpt(bench, tmp_path):
+    with serving(lambda *_: {"content": None, "finish_reason": "length"}) as server:
+        with pytest.raises(JudgeStopped, match="can read none.*length.*cut off by the token limit"):
+            run(server, bench, tmp_path / "a.jsonl")
+        assert len(server.bodies) == 10
+    with serving(lambda *_: "What a nice picture!") as server:
+        with pytest.raises(JudgeStopped, match="What a nice picture!"):
+            run(server, bench, tmp_path / "b.jsonl")
+
+
+def test_an_interruption_ends_within_seconds_though_the_server_never_answers(bench, tmp_path):
+    released = threading.Event()
+
+    def answer(n, body):
+        return scores_of(body) if n < 4 else lambda handler: released.wait(30)
+
+    def interrupt(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with serving(answer) as server:
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(server, bench, tmp_path / "a.jsonl", told=interrupt, timeout=60, workers=1)
+        assert time.monotonic() - start < 10
+        with Cache(tmp_path / "a.jsonl") as cache:
+            assert len(cache) == 4
+        released.set()
+
+
+def test_another_address_goes_on_with_the_same_results(bench, tmp_path):
+    with serving(lambda _, body: scores_of(body)) as first:
+        run(first, bench[:3], tmp_path / "a.jsonl")
+    with serving(lambda _, body: scores_of(body)) as second:
+        run(second, bench[:5], tmp_path / "a.jsonl")
+        assert len(second.bodies) == 4
+    with Cache(tmp_path / "a.jsonl") as cache:
+        assert cache.count_by_address() == {first.url: 6, second.url: 4}

@@ -93,14 +93,14 @@ def test_other_broken_folders_are_refused(tmp_path):
 
 def test_a_folder_goes_on_only_under_its_settings(tmp_path):
     settings = {"protocol": {"a": 1}, "source": {"model": "x"}, "encoders": {}}
-    r.begin(tmp_path / "o", settings)
-    r.begin(tmp_path / "o", settings | {"encoders": {"dino": "found by now"}})
+    r.prepare_folder(tmp_path / "o", settings)
+    r.prepare_folder(tmp_path / "o", settings | {"encoders": {"dino": "found by now"}})
     with pytest.raises(UserError, match="has another source"):
-        r.begin(tmp_path / "o", settings | {"source": {"model": "y"}})
+        r.prepare_folder(tmp_path / "o", settings | {"source": {"model": "y"}})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UserError, match="holds something else"):
-        r.begin(tmp_path / "mine", settings)
+        r.prepare_folder(tmp_path / "mine", settings)
 
 
 def test_directions():

@@ -17,12 +17,14 @@ from npedit.judges.base import OK, PARSE_ERROR, RANGE_ERROR
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 LEAST_MASS = 0.5  # of the probability, on digits: below it, the judge meant to say something else
+FULL_WIDTH = str.maketrans("\uff0c\uff1a\uff3b\uff3d\uff0f", ",:[]/")  # as judges write them in Chinese
 Read = tuple[str, tuple[float, ...]]  # outcome; the scores if it is ok, else ()
 
 
 def read(kind: str, text: str, count: int, low: float, high: float) -> Read:
     """The `count` scores of an answer in the form `kind` (json, lines, digits), each in [low, high]."""
     found = {"json": _json, "lines": _lines, "digits": _digits}[kind](_plain(text), count)
+    found = found and [_number(value, high) for value in found]
     if found is None or len(found) != count or not all(_is_number(n) for n in found):
         return PARSE_ERROR, ()
     if not all(low <= n <= high for n in found):
@@ -40,6 +42,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _number(value: Any, high: float) -> Any:
+    """A number that was written as text, "8" or "8/10" with the scale's end, as a number; all else unchanged."""
+    found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*(\d+)\s*)?", value) if isinstance(value, str) else None
+    return float(found[1]) if found and float(found[2] or high) == high else value
+
+
 def _json(text: str, count: int) -> Sequence[Any] | None:
     """The one list under "score" in the text's objects; without any object, the text may be the bare list. Several
     different ones: None."""
@@ -48,9 +56,23 @@ def _json(text: str, count: int) -> Sequence[Any] | None:
     if scores:
         return scores[0] if all(s == scores[0] for s in scores) else None
     if "{" in text:
-        return None
+        return _lone_score(text)
     bare = _value(text.strip())
     return bare if isinstance(bare, list) else [bare] if count == 1 else None
+
+
+def _lone_score(text: str) -> Sequence[Any] | None:
+    """The value behind the one "score" in an object that is no JSON, as with an unescaped quote in the reasoning. None
+    if the object does not end, or holds several different scores."""
+    found = re.findall(r'"score"\s*:\s*(\[[^][{}]*\]|"[^"]*"|-?\d+(?:\.\d+)?(?:\s*/\s*\d+)?)\s*(?=[,}])', text)
+    if not found or len(found) != len(re.findall(r'"score"\s*:', text)) or not text.rstrip().endswith("}"):
+        return None
+    values = [_value(value) for value in found]
+    return _as_list(values[0]) if all(v == values[0] for v in values) else None
+
+
+def _as_list(value: Any) -> Sequence[Any] | None:
+    return None if value is None else value if isinstance(value, list) else [value]
 
 
 def _objects(text: str) -> Iterator[Any]:
@@ -75,10 +97,17 @@ def _objects(text: str) -> Iterator[Any]:
 
 def _value(text: str) -> Any:
     """A JSON value, or a Python literal (single quotes, a last comma); None if it is neither."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        pass
+    for form in (text, text.translate(FULL_WIDTH)):
+        try:
+            return json.loads(form, strict=False)
+        except (ValueError, RecursionError):
+            pass
+    slash = re.sub(r"(?<=[\[,\s:])(\d+(?:\.\d+)?\s*/\s*\d+)(?=\s*[\],}])", r'"\1"', text.translate(FULL_WIDTH))
+    if slash != text:
+        try:
+            return json.loads(slash, strict=False)
+        except (ValueError, RecursionError):
+            pass
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -87,7 +116,7 @@ def _value(text: str) -> Any:
 
 def _lines(text: str, count: int) -> Sequence[Any]:
     """The whole numbers of lines "criterion: number", marks of emphasis aside."""
-    plain = text.replace("*", "").replace("#", "")
+    plain = text.translate(FULL_WIDTH).replace("*", "").replace("#", "")
     return [
         int(n) for n in re.findall(r"^[^:\n]+:[ \t]*(-?\d+)(?:[ \t]*/[ \t]*5)?[ \t]*\.?[ \t]*$", plain, re.MULTILINE)
     ]

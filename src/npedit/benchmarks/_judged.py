@@ -15,26 +15,28 @@ A result is a folder:
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from PIL import Image
 from rich.table import Table
 
 from npedit.benchmarks._answers import read
-from npedit.benchmarks._outputs import opener, save
+from npedit.benchmarks._headlines import Row
+from npedit.benchmarks._outputs import find_picture, has_key, opener, picture_key, save
 from npedit.benchmarks._protocol import Protocol, Question
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import UserError, explain_write_errors
-from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped
+from npedit.judges.base import MISSING_IMAGE, OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped, Reply
 from npedit.judges.cache import Cache, key_of
 from npedit.runs.checkpoint import write_text
 from npedit.scoring import results
@@ -44,8 +46,10 @@ from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_me
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
+MOST_REJECTIONS = 5  # requests in a row that were refused with the same status and message
+MOST_UNREADABLE = 10  # answers without a score, none with one before
+STOP_SECONDS = 2.0  # for questions under way when a run is stopped
 CHUNK = 16  # pictures edited at a time
-Row = dict[str, Any]
 Progress = Callable[[int, int], None]  # done, of all
 EditFn = Callable[[list[Image.Image], list[str]], list[Image.Image]]  # RGB pictures and instructions -> results
 
@@ -97,6 +101,8 @@ class Scorer:
             raise UserError("--repeats: expected 1 for a local judge, which is greedy: it would answer the same again")
         self.judge, self.protocol, self.cache, self.passes, self.combine = judge, protocol, cache, passes, combine
         self._failures, self._lock = 0, threading.Lock()
+        self._rejections: list[str] = []  # the same message, in a row
+        self._readable, self._unreadable = 0, 0
 
     def ask(self, item: Item) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
         """Question -> for each pass its outcome, and its numbers if that is ok.
@@ -106,7 +112,7 @@ class Scorer:
         """
         source = item.source()
         try:
-            edited = open_rgb(item.edited)
+            edited = open_rgb(find_picture(item.edited))
         except BadImage:  # none there, or broken
             return {q.name: [(MISSING_IMAGE, ())] for q in self.protocol.questions}
         if self.protocol.resize == "source" and edited.size != source.size:
@@ -143,6 +149,7 @@ class Scorer:
             outcome = record["outcome"]
             if outcome == OK:
                 outcome, numbers = read(p.answer, record["text"], count, p.low, p.high)
+                self._count_readable(outcome == OK, record)
             if outcome in (OK, REFUSED, REJECTED, TRANSPORT_ERROR):
                 break
         return outcome, numbers
@@ -159,10 +166,12 @@ class Scorer:
         record = {
             "key": key, **place, "outcome": reply.outcome, "text": reply.text, "detail": reply.detail,
             "usage": dict(reply.usage), "seconds": round(time.monotonic() - start, 2), "judge": self.judge.name,
-            "served_by": reply.served_by, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "served_by": reply.served_by, "address": self.judge.address,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         self.cache.put(record)
         with self._lock:
+            self._count_rejections(reply)
             self._failures = self._failures + 1 if reply.outcome == TRANSPORT_ERROR else 0
             if self._failures >= MOST_FAILURES:
                 raise JudgeStopped(
@@ -170,6 +179,34 @@ class Scorer:
                     f"{reply.detail}; see to the server and run the same command: {len(self.cache)} answers are kept"
                 )
         return record
+
+    def _count_rejections(self, reply: Reply) -> None:
+        """Stop the run where the server refuses every request alike: all others would end so too."""
+        message = re.sub(r"[0-9a-f-]{12,}|\d+", "#", reply.detail)  # without the request's number
+        same = reply.outcome == REJECTED and self._rejections[-1:] in ([], [message])
+        self._rejections = [*self._rejections, message] if same else [message] if reply.outcome == REJECTED else []
+        if len(self._rejections) >= MOST_REJECTIONS:
+            raise JudgeStopped(
+                f"expected answers from {self.judge.name}; it refused {len(self._rejections)} requests in a row with "
+                f"{reply.detail}; change the request with --judge-parameters, or choose another --judge or --protocol; "
+                f"{len(self.cache)} answers are kept"
+            )
+
+    def _count_readable(self, is_readable: bool, record: Mapping[str, Any]) -> None:
+        """Stop the run where no answer so far has scores."""
+        with self._lock:
+            self._readable += is_readable
+            self._unreadable += not is_readable
+            if self._readable or self._unreadable < MOST_UNREADABLE:
+                return
+        cut = "length" in record["detail"]
+        advice = "its answers are cut off by the token limit: raise it" if cut else "change the request"
+        raise JudgeStopped(
+            f"expected scores from {self.judge.name}; got {self._unreadable} answers and can read none; the last one "
+            f"({record['detail']}) begins: {record['text'][:200]!r}; "
+            f"{advice} with --judge-parameters, or choose "
+            "another --judge or --protocol"
+        )
 
     def row(self, item: Item) -> Row:
         """An item's row without its overall score, which is the benchmark's to add (`add`)."""
@@ -224,18 +261,48 @@ def score_all(scorer: Scorer, items: Sequence[Item], finish: Callable[[Row], Row
         JudgeStopped: see `Scorer.ask`. Other errors, and Ctrl-C, pass too; the answers so far are kept.
     """
     rows: dict[int, Row] = {}
-    pool = ThreadPoolExecutor(scorer.judge.workers, "judge")
+    waiting, done = SimpleQueue(), SimpleQueue()
+    for place in enumerate(items):
+        waiting.put(place)
+    stopping = threading.Event()
+    threads = [
+        threading.Thread(target=_score_waiting, args=(scorer, waiting, done, stopping), name="judge", daemon=True)
+        for _ in range(min(scorer.judge.workers, len(items)))
+    ]
     try:
-        waiting = {pool.submit(scorer.row, item): i for i, item in enumerate(items)}
-        for done in as_completed(waiting):
-            rows[waiting[done]] = finish(done.result())
+        for thread in threads:
+            thread.start()
+        while len(rows) < len(items):
+            number, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            rows[number] = finish(result)
             told(len(rows), len(items))
     except BaseException:
+        stopping.set()
         scorer.judge.stop()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        end = time.monotonic() + STOP_SECONDS
+        for thread in threads:
+            if thread.ident is not None:  # a question without an answer ends with the process
+                thread.join(max(0.0, end - time.monotonic()))
     return [rows[i] for i in range(len(items))]
+
+
+def _score_waiting(scorer: Scorer, waiting: Any, done: Any, stopping: threading.Event) -> None:
+    """One worker: score items until none waits. A daemon thread, so that a server that never answers cannot hold the
+    process."""
+    while not stopping.is_set():
+        try:
+            number, item = waiting.get_nowait()
+        except Empty:
+            return
+        try:
+            done.put((number, scorer.row(item)))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            stopping.set()
+            done.put((number, error))
 
 
 def spread_over(items: Sequence[Item], n: int | None) -> list[Item]:
@@ -247,65 +314,6 @@ def spread_over(items: Sequence[Item], n: int | None) -> list[Item]:
         sorted((k, i, item) for i, group in enumerate(by_task.values()) for k, item in enumerate(group)) if n else ()
     )
     return [item for _, _, item in turns][:n] if n else list(items)
-
-
-# --------------------------------------------------------------------------------------------------------- headlines
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The ends of a score's scale, and the least coverage, a share, that a headline needs."""
-
-    low: float
-    high: float
-    least: float
-
-
-def headline(
-    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: Scale, micro: bool = False
-) -> dict[str, Any]:
-    """One figure over rows: the mean of the tasks' means, or with `micro` the mean over items. `groups` is the number
-    of items that each task has in the benchmark, judged or not."""
-    by_task: dict[str, list[float]] = {task: [] for task in groups}
-    for row in rows:
-        if row["scores"][name] is not None:
-            by_task[row["task"]].append(row["scores"][name])
-    n, total = sum(map(len, by_task.values())), sum(groups.values())
-    coverage = n / total if total else 0.0
-    result = {"value": None, "n": n, "coverage": coverage}
-    bounds = []
-    for end in (scale.low, scale.high):
-        filled = {t: v + [end] * (groups[t] - len(v)) for t, v in by_task.items()}
-        bounds.append(_mean_of(filled, micro))
-    if n and all(by_task.values()) and coverage >= scale.least:
-        result["value"] = _mean_of(by_task, micro)
-    return {**result, "bounds": bounds}
-
-
-def _mean_of(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | None:
-    if micro:
-        by_task = {"all": [v for values in by_task.values() for v in values]}
-    means = [statistics.fmean(v) for v in by_task.values() if v]
-    return statistics.fmean(means) if means else None
-
-
-def noise(
-    rows: Sequence[Row], passes: Passes, combine: Callable[[Sequence[float]], float]
-) -> dict[str, dict[str, float]]:
-    """By score: `repeat_sd`, the deviation of single answers about their item's mean, and `order_gap`, the mean
-    absolute difference between the two orders of the pictures. What was not asked more than once is left out."""
-    found: dict[str, dict[str, float]] = {}
-    for name in rows[0]["numbers"] if rows else ():
-        whole = [[combine(numbers) for numbers in r["numbers"][name]] for r in rows]
-        k = passes.repeats
-        groups = [p[i : i + k] for p in whole if len(p) in (k, 2 * k) for i in range(0, len(p), k)]
-        pairs = [p for p in whole if passes.swap and len(p) == 2 * k]
-        if k > 1 and groups:
-            found.setdefault(name, {})["repeat_sd"] = statistics.fmean(map(statistics.variance, groups)) ** 0.5
-        if pairs:
-            gaps = [abs(statistics.fmean(p[:k]) - statistics.fmean(p[k:])) for p in pairs]
-            found.setdefault(name, {})["order_gap"] = statistics.fmean(gaps)
-    return found
 
 
 def table(title: str, rows: Sequence[Row], found: Sequence[Item], summary: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -351,15 +359,17 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> None:
     write_text(path, json.dumps({"state": "under way", **facts}, indent=1, ensure_ascii=False) + "\n")
 
 
-def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress) -> None:
-    """Edit every item whose picture is not there yet."""
-    todo = [item for item in items if not item.edited.is_file()]
+def make_pictures(edit: EditFn, items: Sequence[Item], told: Progress, editor: Mapping[str, Any]) -> None:
+    """Edit every item whose picture is not there yet, or was made from another source, instruction or `editor` (facts:
+    weights, seed, steps)."""
+    keys = {item.id: picture_key(item.source(), item.instruction, editor) for item in items}
+    todo = [item for item in items if not has_key(item.edited, keys[item.id])]
     told(len(items) - len(todo), len(items))
     for start in range(0, len(todo), CHUNK):
         part = todo[start : start + CHUNK]
         edited = edit([item.source() for item in part], [item.instruction for item in part])
         for item, picture in zip(part, edited):
-            save(picture, item.edited)
+            save(picture, item.edited, keys[item.id])
         told(len(items) - len(todo) + start + len(part), len(items))
 
 
@@ -369,7 +379,7 @@ def preserved(
     """How much of each source its edited picture has kept, without a judge. Without a picture: no score."""
     rows = []
     for item in items:
-        source, edited = cache(item.source), opener(item.edited, "edited picture")
+        source, edited = cache(item.source), opener(find_picture(item.edited), "edited picture")
         measures = {**pixel_metrics(source, edited), **feature_metrics(source, edited, dino, clip)}
         measures |= perceptual_metrics(source, edited, lpips) if lpips else {}
         rows.append(results.Row.from_metrics(item.id, item.task, measures))

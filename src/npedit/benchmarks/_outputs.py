@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.table import Table
 
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
+from npedit.judges.cache import digest_of
+from npedit.judges.cache import key_of as answer_key
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16
+KEY_FIELD = "npedit:key"  # of a PNG's text: what the picture depends on
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 Edit = Callable[[Sequence[Image.Image], Sequence[str], int], list[Image.Image]]  # pictures, instructions, seed
 Told = Callable[[int, int], None]  # done, of
 
@@ -33,14 +38,24 @@ class Job:
     seed: int
 
 
-def make(jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int = 0) -> None:
-    """Edit what is not there yet and write each picture whole or not at all, so that a stopped run goes on.
+def make(
+    jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int = 0, editor: Mapping[str, Any] | None = None
+) -> None:
+    """Edit what is not there yet, or was made from another photo, instruction or `editor` (facts: weights, steps).
+    Each picture is written whole or not at all, so that a stopped run resumes.
 
     References whose longer side exceeds `longest` pixels are scaled down to it first; 0 leaves them.
 
     A job whose reference cannot be opened is passed over: its scores will be missing for that reason.
     """
-    left = [job for job in jobs if not (folder / job.file).is_file()]
+    digest = cache(_photo_digest)
+    keys = {
+        job.file: _combined_key(
+            digest(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
+        )
+        for job in jobs
+    }
+    left = [job for job in jobs if not has_key(folder / job.file, keys[job.file])]
     done = len(jobs) - len(left)
     while left:
         part = [job for job in left[:CHUNK] if job.seed == left[0].seed]
@@ -57,17 +72,57 @@ def make(jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int
         if opened:
             pictures = edit([p for _, p in opened], [job.instruction for job, _ in opened], opened[0][0].seed)
             for (job, _), picture in zip(opened, pictures, strict=True):
-                save(picture, folder / job.file)
+                save(picture, folder / job.file, keys[job.file])
         done += len(part)
         told(done, len(jobs))
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG aside and rename it."""
+def picture_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:
+    """A hash of everything that an edited picture depends on: the source's pixels, the instruction, and the editor's
+    facts (weights, seed, steps)."""
+    return _combined_key(answer_key([source]), instruction, editor)
+
+
+def _combined_key(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:
+    return digest_of({"source": source_digest, "instruction": instruction, "editor": dict(editor)})
+
+
+def _photo_digest(path: Path) -> str:
+    """A hash of a photo's pixels; "" for one that cannot be read."""
+    try:
+        return answer_key([read_photo(path)])
+    except BadImage:
+        return ""
+
+
+def has_key(path: Path, key: str) -> bool:
+    """Whether a picture is there that was saved under this key and can be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(KEY_FIELD) == key
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def find_picture(path: Path) -> Path:
+    """The picture at `path`, or where there is none, the one beside it with the same name and another ending (.jpg,
+    .webp, ...); `path` if there is no such one or several."""
+    if path.is_file() or not path.parent.is_dir():
+        return path
+    names = (path.with_name(path.stem + ending) for kind in ENDINGS for ending in (kind, kind.upper()))
+    found = [name for name in names if name.is_file()]
+    return found[0] if len(found) == 1 else path
+
+
+def save(picture: Image.Image, path: Path, key: str = "") -> None:
+    """Write a PNG aside and rename it. `key` goes into its metadata, see `has_key`."""
+    facts = PngInfo()
+    if key:
+        facts.add_text(KEY_FIELD, key)
     aside = path.with_name(f".{path.name}.tmp")
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, "PNG")
+        picture.save(aside, "PNG", pnginfo=facts)
         os.replace(aside, path)
 
 

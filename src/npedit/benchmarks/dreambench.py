@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npedit.benchmarks._outputs import Job, Told, opener
+from npedit.benchmarks._outputs import Job, Told, find_picture, opener
 from npedit.errors import UserError
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.results import Metrics, MissingScore, Row
@@ -175,7 +175,7 @@ def _measures(
     copy: dict[str, Any] = {}
 
     def pictures(encoder: Any) -> Features:
-        return cache(lambda: encoder.encode_images([opener(p, "edited picture")() for p in paths]))
+        return cache(lambda: encoder.encode_images([opener(find_picture(p), "edited picture")() for p in paths]))
 
     def text() -> Tensor:
         return clip.encode_texts([subject.prompts[prompt]])

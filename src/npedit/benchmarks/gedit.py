@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
-from npedit.benchmarks._outputs import save
+from npedit.benchmarks._headlines import Row, Scale, headline
+from npedit.benchmarks._judged import Item, Source, add
+from npedit.benchmarks._outputs import has_key, save
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK
+from npedit.judges.cache import key_of
 
 TASKS = (
     "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
@@ -148,8 +150,8 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
     `folder` get their sources beside them."""
     for item in found:
         path = source_picture(item.edited)
-        if item.edited.is_relative_to(folder) and item.edited.is_file() and not path.is_file():
-            save(item.source(), path)
+        if item.edited.is_relative_to(folder) and item.edited.is_file() and not has_key(path, key_of([item.source()])):
+            save(item.source(), path, key_of([item.source()]))
     by_id = {i.id: i for i in found}
     place = folder / judge / "eval_results_new"
     lines: dict[str, list[list[Any]]] = {}

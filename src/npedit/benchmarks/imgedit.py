@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from npedit.benchmarks._answers import read
-from npedit.benchmarks._judged import Item, Row, Scale, Source, add, headline
+from npedit.benchmarks._headlines import Row, Scale, headline
+from npedit.benchmarks._judged import Item, Source, add
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
 from npedit.runs.checkpoint import write_text

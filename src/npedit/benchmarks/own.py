@@ -21,7 +21,7 @@ from urllib.parse import quote
 from PIL import Image
 from rich.table import Table
 
-from npedit.benchmarks._outputs import Job, Told, opener
+from npedit.benchmarks._outputs import Job, Told, find_picture, opener
 from npedit.data._metadata import find_metadata, parse_row, read_json_lines, resolve_photo_path
 from npedit.data._photos import BadImage
 from npedit.errors import UserError
@@ -144,7 +144,7 @@ def _measures(
     lpips: Lpips | None,
     parts: _Parts,
 ) -> Metrics:
-    reference, edited = opener(item.reference, "reference"), opener(folder / item.file, "edited picture")
+    reference, edited = opener(item.reference, "reference"), opener(find_picture(folder / item.file), "edited picture")
     found = dict(pixel_metrics(reference, edited)) | dict(feature_metrics(reference, edited, dino, clip))
     if lpips:
         found |= perceptual_metrics(reference, edited, lpips)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +47,17 @@ def own(
     editor (--edited) are named ID.png.
     """
     from npedit.benchmarks import own as bench
+    from npedit.runs.lock import hold
 
     rows, digest = bench.read(data)
     rows = rows[:items]
     near = open_lpips(lpips)
-    run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
-    run.make(bench.jobs(rows, seed))
-    scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
-    run.finish(scored, {})
-    out.print(bench.by_task(scored))
+    with hold(folder, "evaluate own"):
+        run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
+        run.make(bench.jobs(rows, seed))
+        scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
+        run.finish(scored, {})
+        out.print(bench.by_task(scored))
 
 
 def dreambench(
@@ -76,10 +77,19 @@ def dreambench(
     Pictures of another editor (--edited) are named SUBJECT/PP-K.png, both counted from 0: cat/07-0.png.
     """
     from npedit.benchmarks import dreambench as bench
+    from npedit.runs.lock import hold
 
     subjects, digest = bench.read(data)
     facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
-    run = _Run.begin("dreambench", folder, facts, model, edited, copy, seed, steps, (dino, clip))
+    with hold(folder, "evaluate dreambench"):
+        run = _Run.begin("dreambench", folder, facts, model, edited, copy, seed, steps, (dino, clip))
+        _dreambench_in(run, subjects, seed, pictures)
+
+
+def _dreambench_in(run: _Run, subjects: Sequence[Any], seed: int, pictures: int) -> None:
+    """`dreambench` in a folder that this process holds."""
+    from npedit.benchmarks import dreambench as bench
+
     real = bench.real_images(subjects, *run.encoders)
     wrong = bench.acceptance(real) if bench.official(subjects) else ["these are not the official subjects and photos"]
     for words in wrong:
@@ -139,12 +149,13 @@ class _Run:
 
         if "edited" in self.source:
             return
+        editor = {k: v for k, v in self.source.items() if k not in ("model", "seed")}
         if "copy" in self.source:
             edit = lambda pictures, instructions, seed: list(pictures)  # noqa: E731
         else:
             editor, steps = Editor.open(self.source["model"]), self.source["steps"]
             edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, steps)  # noqa: E731
-        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest))
+        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest, editor))
 
     def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         """Do `work(told)` behind a bar."""
@@ -157,7 +168,23 @@ class _Run:
         from npedit.scoring.results import write_results
 
         out.print(table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
+        print_reasons(rows)
         out.print(f"Results: {escape(str(self.folder))}")
+        if rows and not any(value is not None for row in rows for value in row.scores.values()):
+            raise UserError(f"expected scores; got none for any of {len(rows)} rows; see the reasons above")
+
+
+def print_reasons(rows: Sequence[Any]) -> None:
+    """Say why scores are missing: each kind of reason once, with the number of rows and one example."""
+    from npedit.scoring.results import UNDEFINED_PREFIX
+
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for reason in dict.fromkeys(why for why in row.why.values() if not why.startswith(UNDEFINED_PREFIX)):
+            kind = re.sub(r"\d+", "#", reason.split(":")[0]) if row.id not in reason else reason.split(row.id)[0]
+            found.setdefault(kind[:24], []).append(f"{row.id}: {reason}")
+    for reasons in found.values():
+        err.print(f"[yellow]note[/] scores are missing in {len(reasons)} of {len(rows)} rows; {escape(reasons[0])}")
 
 
 def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
@@ -181,9 +208,8 @@ def open_lpips(folder: Path | None) -> Any:
 
 
 def fingerprint(model: str) -> str:
-    """A hash of the names, sizes and times of an editor's files: enough to tell that they changed."""
-    from npedit.runs.resolve import resolve_editor
+    """A hash of the names and contents of an editor's files."""
+    from npedit.editor import locate
+    from npedit.judges.local import fingerprint as folder_digest
 
-    folder = resolve_editor(model).folder
-    facts = [(f.relative_to(folder).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*.*")]
-    return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
+    return folder_digest(locate(model))

@@ -72,6 +72,11 @@ class Judge(ABC):
         """What its answers depend on beside the question: model, revision, where and in what precision it runs. Part of
         every cache key, and written beside every result."""
 
+    @property
+    def address(self) -> str:
+        """Where its answers come from, recorded with each of them; "" in this process."""
+        return ""
+
     @abstractmethod
     def accepts(self, manner: Manner) -> None:
         """Check once, before any question, that it can be asked in this manner.

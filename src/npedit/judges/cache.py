@@ -36,7 +36,7 @@ class Cache:
         self._final: dict[str, dict[str, Any]] = {}
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
@@ -76,6 +76,12 @@ class Cache:
         with self._lock:
             return dict(sum((Counter(r.get("usage", {})) for r in self._final.values()), Counter()))
 
+    def count_by_address(self) -> dict[str, int]:
+        """How many of the kept answers each server's address gave."""
+        with self._lock:
+            found = Counter(r["address"] for r in self._final.values() if r.get("address"))
+        return dict(sorted(found.items()))
+
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer or refusal under this key. What ended otherwise is not served: it is asked again."""
         with self._lock:
@@ -83,10 +89,16 @@ class Cache:
 
     def put(self, record: Mapping[str, Any]) -> None:
         """Add one record with at least `key` and `outcome`; it is on the disk when this returns."""
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock, explain_write_errors(self.path):
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(before)  # half a line would spoil the next one
+                raise
             if record["outcome"] in FINAL:
                 self._final[record["key"]] = dict(record)
 

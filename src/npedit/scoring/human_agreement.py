@@ -40,7 +40,7 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
     """
     found: dict[tuple[str, str], list[float]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a file of labels; got {path}: {error}; correct --people") from None
     for number, line in enumerate(lines, 1):

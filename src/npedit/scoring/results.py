@@ -25,6 +25,7 @@ import numpy as np
 
 from npedit.errors import UserError, explain_write_errors
 from npedit.runs.checkpoint import write_text
+from npedit.runs.lock import LOCK_FILES
 from npedit.scoring import statistics
 
 ROWS, SUMMARY, SETTINGS = "rows.jsonl", "summary.json", "settings.json"
@@ -91,7 +92,7 @@ class Results:
         """
         path = folder / ROWS
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: an id may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"expected a folder of results with {ROWS}; got {folder}: {error}; name another") from None
         rows: dict[str, Row] = {}
@@ -214,11 +215,16 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"expected a new folder, or one of the same settings to go on with; {folder} has another "
                 f"{' and '.join(other)}; choose another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(_is_foreign(p.name) for p in folder.iterdir())):
         raise UserError(f"expected a new folder for results; {folder} holds something else; choose another")
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file is none that an evaluation leaves behind that ended before settings.json was written."""
+    return not name.endswith(".tmp") and name not in LOCK_FILES
 
 
 def lower_is_better(name: str) -> bool:

@@ -1,0 +1,66 @@
+"""Rows of scores -> a benchmark's headlines, with their bounds, and the judge's own noise."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The ends of a score's scale, and the least coverage, a share, that a headline needs."""
+
+    low: float
+    high: float
+    least: float
+
+
+def headline(
+    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: Scale, micro: bool = False
+) -> dict[str, Any]:
+    """One figure over rows: the mean of the tasks' means, or with `micro` the mean over items. `groups` is the number
+    of items that each task has in the benchmark, judged or not."""
+    by_task: dict[str, list[float]] = {task: [] for task in groups}
+    for row in rows:
+        if row["scores"][name] is not None:
+            by_task[row["task"]].append(row["scores"][name])
+    n, total = sum(map(len, by_task.values())), sum(groups.values())
+    coverage = n / total if total else 0.0
+    result = {"value": None, "n": n, "coverage": coverage}
+    bounds = []
+    for end in (scale.low, scale.high):
+        filled = {t: v + [end] * (groups[t] - len(v)) for t, v in by_task.items()}
+        bounds.append(_mean_of(filled, micro))
+    if n and all(by_task.values()) and coverage >= scale.least:
+        result["value"] = _mean_of(by_task, micro)
+    return {**result, "bounds": bounds}
+
+
+def _mean_of(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | None:
+    if micro:
+        by_task = {"all": [v for values in by_task.values() for v in values]}
+    means = [statistics.fmean(v) for v in by_task.values() if v]
+    return statistics.fmean(means) if means else None
+
+
+def judge_noise(
+    rows: Sequence[Row], repeats: int, swap: bool, combine: Callable[[Sequence[float]], float]
+) -> dict[str, dict[str, float]]:
+    """By score: `repeat_sd`, the deviation of single answers about their item's mean, and `order_gap`, the mean
+    absolute difference between the two orders of the pictures. What was not asked more than once is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name in rows[0]["numbers"] if rows else ():
+        whole = [[combine(numbers) for numbers in r["numbers"][name]] for r in rows]
+        k = repeats
+        groups = [p[i : i + k] for p in whole if len(p) in (k, 2 * k) for i in range(0, len(p), k)]
+        pairs = [p for p in whole if swap and len(p) == 2 * k]
+        if k > 1 and groups:
+            found.setdefault(name, {})["repeat_sd"] = statistics.fmean(map(statistics.variance, groups)) ** 0.5
+        if pairs:
+            gaps = [abs(statistics.fmean(p[:k]) - statistics.fmean(p[k:])) for p in pairs]
+            found.setdefault(name, {})["order_gap"] = statistics.fmean(gaps)
+    return found
