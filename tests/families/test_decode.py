@@ -199,17 +199,17 @@ def test_latents_are_kept_by_the_pixels_that_were_encoded(monkeypatch: pytest.Mo
     a, b, c = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     other = a.clone()
     other[0, 3, 3] += 1e-6  # the same item, another pixel
-    missed = made.encode(torch.stack([a, b, a]))
+    missed = made.encode_images(torch.stack([a, b, a]))
     assert [x.shape for x in asked] == [(1, 3, 16, 16)] * 2 and torch.equal(missed[0], missed[2])
-    hit = made.encode(torch.stack([b, a]))
+    hit = made.encode_images(torch.stack([b, a]))
     assert len(asked) == 2 and torch.equal(hit, missed[[1, 0]])
-    assert torch.equal(made.encode(a[None]), real(a[None]))
+    assert torch.equal(made.encode_images(a[None]), real(a[None]))
     torch.testing.assert_close(missed, real(torch.stack([a, b, a])), atol=1e-5, rtol=1e-4)
     for wrong in (other, a.reshape(3, 8, 32), a.bfloat16()):
         before = len(asked)
-        made.encode(wrong[None])
+        made.encode_images(wrong[None])
         assert len(asked) == before + 1
-    made.encode(torch.stack([c, b, a, c]))  # more than there is room for
+    made.encode_images(torch.stack([c, b, a, c]))  # more than there is room for
     assert len(made.latents) == 2 and len(parts(critic=False).latents) == 0
     assert all(kept.device.type == "cpu" for kept in made.latents.values())
 

@@ -259,7 +259,7 @@ class ChatCriticChecks:
         pictures = images(2, 50, 30)
         a, b = (c.margin([LONG, SHORT], [s, s[:1]]) for c in (critic, loaded) for s in [c.encode_images(pictures)])
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-        assert loaded.template == critic.template and loaded.ends == critic.stop_tokens
+        assert loaded.template == critic.template and loaded.stop_tokens == critic.stop_tokens
         assert not any(p.requires_grad for p in loaded.model.parameters())
 
     def test_the_folder_is_an_ordinary_transformers_folder(self, critic, folder):

@@ -28,7 +28,7 @@ class Example:
     target_caption: str
 
     def as_identity_edit(self, instruction: str) -> Example:
-        """The example with an instruction to change nothing: the reference's caption describes the wanted result too."""
+        """The example with an instruction to change nothing: the wanted result has the reference's caption."""
         return Example(
             self.id,
             self.reference,

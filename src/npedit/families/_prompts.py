@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from npedit.families.base import Family
 
 SHOWN_CHARACTERS = 80
 
@@ -29,7 +26,14 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def truncation_message(family: Family, texts: Iterable[tuple[str, str]]) -> str:
+class TruncatesPrompts(Protocol):
+    """A family, as far as this file needs it."""
+
+    def truncated_part(self, texts: Sequence[str]) -> list[str]:
+        """See `Family.truncated_part`."""
+
+
+def truncation_message(family: TruncatesPrompts, texts: Iterable[tuple[str, str]]) -> str:
     """A sentence that counts the rows with a text that the family's text encoder truncates, and names the worst; "" if
     there is none. `texts` are (name of the row, text); a row may come with several texts."""
     rows, worst, lost = set(), "", ""
