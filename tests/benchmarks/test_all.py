@@ -11,8 +11,8 @@ from npedit import benchmarks
 from npedit.toy.dataset import write_dataset
 from tests.benchmarks.test_dreambench import write_data as write_dreambench
 from tests.benchmarks.test_imgedit import write_data as write_imgedit
-from tests.cli.test_commands import run
 from tests.judges.test_local import taught
+from tests.support.command_line import run
 from tests.support.encoder_sets import clip, dino
 from tests.support.judge_server import write_gedit
 

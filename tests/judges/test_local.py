@@ -21,7 +21,7 @@ from npedit.judges.base import Manner
 from npedit.judges.local import LocalJudge, fingerprint
 from npedit.judges.server import ServerJudge
 from tests.benchmarks.test_imgedit import write_data
-from tests.cli.test_commands import run
+from tests.support.command_line import run
 from tests.support.judge_server import images_of, picture, serving, text_of, write_edited, write_gedit
 
 SAID = '{"score": [7, 8]}'

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from tests.cli.test_commands import run
 from tests.judges.test_local import records, taught
+from tests.support.command_line import run
 from tests.support.judge_server import write_gedit
 
 PATIENCE = 120  # seconds until the server answers

@@ -206,6 +206,6 @@ def test_dtype_names() -> None:
 
 def test_a_stage_with_several_mistakes_is_not_reported_as_a_list_that_is_too_short():
     with pytest.raises(UserError) as caught:
-        config.make_recipe({"name": "x", "family": {"name": "flux"}, "data": {"name": "toy"}, "stages": [{}]})
+        make_recipe({"name": "x", "family": {"name": "flux"}, "data": {"name": "toy"}, "stages": [{}]})
     lines = str(caught.value).splitlines()
     assert len(lines) == 4 and all(line.startswith("stages.0.") for line in lines)
