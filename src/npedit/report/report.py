@@ -5,18 +5,22 @@ from __future__ import annotations
 import base64
 import html
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from npedit.benchmarks.toy import percent
 from npedit.errors import UserError
 from npedit.report import plots
-from npedit.runs.checkpoint import CONFIG, FAILURES, METRICS, is_run, read_manifest, read_rows, write_text
+from npedit.runs.checkpoint import FAILURES, METRICS, is_run, read_config, read_manifest, read_rows, write_text
+from npedit.runs.files import read_json_object
 from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
 
+log = logging.getLogger(__name__)
 THUMBNAIL_SIDE = 160  # CSS pixels of a picture's longer side
 ENLARGED_SIDE = 320  # pixels up to which a small picture is enlarged by whole numbers
 MAX_ITEMS = 8
@@ -64,22 +68,23 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not is_run(run):
         raise UserError(f"expected a run to report on; {run} is not one; give a folder that 'npedit train' made")
-    rows = read_rows(run / METRICS)
-    manifest = read_manifest(run)
+    rows = [row for row in read_rows(run / METRICS) if isinstance(row.get("step"), int)]
+    manifest, config = read_manifest(run), read_config(run)
+    items = int(config["trainer"]["evaluate_items"])
     scores = _read_scores(run)
     name = str(manifest.get("recipe", run.name))
     parts = [
         f"<h1>{_escape(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
         f'<p class="soft">{_escape(_summary(rows))} {_pairs_sentence(manifest)}</p>',
-        _alarm_box(rows, _evaluate_items(run)),
+        _alarm_box(rows, items),
         _headline(rows, scores),
         _scores_table(scores),
         _failure_table(run),
         _progress_pictures(run),
-        _curves_section(rows, _evaluate_items(run)),
+        _curves_section(rows, items),
         _benchmark_pictures(run),
         "<h2>How it was made</h2>",
-        f"<details><summary>Recipe</summary><pre>{_escape((run / CONFIG).read_text())}</pre></details>",
+        f"<details><summary>Recipe</summary><pre>{_escape(yaml.safe_dump(config, sort_keys=False))}</pre></details>",
         f"<details open><summary>Manifest</summary><pre>{_escape(json.dumps(manifest, indent=2))}</pre></details>",
     ]
     page = (
@@ -112,16 +117,20 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
     return f"{rows[-1]['step']} updates ({names}) in {seconds / 60:.1f} minutes of training."
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no file, or a damaged one, which is reported in the log."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_json_object(path)
+    except ValueError as error:
+        log.warning("%s is left out of the report: %s", path, error)
+        return {}
+
+
 def _read_scores(run: Path) -> dict[str, Any]:
     """The final table {"before", "after"} that `npedit demo` leaves; {} if there is none."""
-    path = run / "evaluation.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _evaluate_items(run: Path) -> int:
-    import yaml
-
-    return int(yaml.safe_load((run / CONFIG).read_text())["trainer"]["evaluate_items"])
+    return _read_object(run / "evaluation.json")
 
 
 def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
@@ -176,9 +185,9 @@ def _scores_table(scores: dict[str, Any]) -> str:
 
 def _failure_table(run: Path) -> str:
     """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
-    if not (run / FAILURES).is_file():
+    counts = _read_object(run / FAILURES)
+    if not counts:
         return ""
-    counts = json.loads((run / FAILURES).read_text())
     counts["all"] = {k: sum(row[k] for row in counts.values()) for k in next(iter(counts.values()))}
     lines = []
     for kind, row in counts.items():

@@ -149,7 +149,7 @@ def read_config(run: Path) -> dict[str, Any]:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(str(error)) from None
-        if not isinstance(found, dict) or "stages" not in found:
+        if not isinstance(found, dict) or not isinstance(found.get("trainer"), dict):
             raise ValueError("expected a recipe")
         return found
 

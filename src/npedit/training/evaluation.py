@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from npedit.critics.base import Critic
 from npedit.data import Batch
+from npedit.errors import UserError
 from npedit.flow import few_step_times
 from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
@@ -56,6 +57,12 @@ class Evaluation:
             net.eval()
             if sample:
                 edited = self._edit(net, self.shown.references, self.shown.instructions, 0)
+                if not edited.isfinite().all():
+                    raise UserError(
+                        f"expected finite pixels in the samples after update {n}; got NaN or infinity: the training "
+                        f"has diverged, and no editor is written; the last checkpoint in {self.run} is kept; lower "
+                        "lr, raise warmup_updates, or use float32, in a new folder"
+                    )
                 if distributed.is_main_process():
                     folder = self.run / "samples" / f"step-{n:06d}"
                     write_samples(folder, self.shown.references, self.shown.instructions, edited)
