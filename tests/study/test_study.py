@@ -13,9 +13,9 @@ from scipy import stats
 
 from npedit.benchmarks.toy import wilson
 from npedit.errors import UserError
-from npedit.recipe.config import check
+from npedit.recipe.config import validate_settings
 from npedit.recipe.packaged import recipe_path
-from npedit.runs.checkpoint import METRICS, read_config, read_rows, same_recipe
+from npedit.runs.checkpoint import METRICS, read_config, read_rows
 from npedit.study import page as study_page
 from npedit.study import study
 from npedit.study.file import Study, load_study, variant_recipe
@@ -108,7 +108,7 @@ def test_seeds_do_not_narrow_what_the_scenes_leave_open():
 
 def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
     told: list[str] = []
-    made = check(Study, TINY, "")
+    made = validate_settings(Study, TINY, "")
     results = study.run_study(made, tmp_path / "s", recipe_path, told.append)
     words = results.read_text()
     assert len(told) == 2 and "full > dmd_only" in words and "(full-0/manifest.json)" in words
@@ -148,7 +148,8 @@ def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_variant_has_seeds_of_its_own_and_the_page_tells_which_are_missing(tmp_path, monkeypatch):
     variants = {"full": {"seeds": [0, 1]}, "dmd_only": TINY["variants"]["dmd_only"]}
-    made = check(Study, TINY | {"variants": variants, "tables": [{"title": "Losses", "rows": list(variants)}]}, "")
+    tables = [{"title": "Losses", "rows": list(variants)}]
+    made = validate_settings(Study, TINY | {"variants": variants, "tables": tables}, "")
     train, trained = study.trainer.train, []
 
     def broken_off(recipe, run, **more):
@@ -180,7 +181,7 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
     }
     tables = [{"title": "Critics", "rows": ["weak", "full"], "by_critic": True}]
     critics = {"weak": {"batches": 1}, "two": {"members": ["embedded", "weak"]}}
-    made = check(Study, TINY | {"variants": variants, "tables": tables, "critics": critics}, "")
+    made = validate_settings(Study, TINY | {"variants": variants, "tables": tables, "critics": critics}, "")
     results = study.run_study(made, tmp_path / "s", recipe_path, print)
     scores = json.loads((tmp_path / "s" / "results.json").read_text())
     assert scores["weak"]["critic_right"] < 0.8 < scores["full"]["critic_right"]
@@ -192,7 +193,7 @@ def test_a_study_teaches_critics_and_lets_a_variant_start_from_another(tmp_path)
     assert said and (tmp_path / "s" / "1.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="expected a critic of 2 batches"):
         train_graded_critic(tmp_path / "s" / "critics" / "weak-1", 2, 9)
-    edited = check(
+    edited = validate_settings(
         Study, TINY | {"variants": variants, "tables": tables, "critics": critics | {"weak": {"batches": 2}}}, ""
     )
     with pytest.raises(UserError, match=r"weak-1/critic' -> '.*weak-2/critic'"):
@@ -219,7 +220,7 @@ def test_the_published_study_is_what_its_numbers_say(tmp_path):
         assert score == study_page.pool_seeds([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
         for run in [] if made.variants[name].of else runs:
             stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
-            same_recipe(run, stated)
+            study.require_same_recipe(run, stated)
 
 
 @pytest.mark.parametrize(
@@ -246,23 +247,23 @@ def test_mistakes_in_a_study_are_named(tmp_path, change, said):
 def test_a_variant_with_an_unknown_key_stops_the_study_before_it_trains(tmp_path):
     variants = TINY["variants"] | {"odd": {"set": ["stages.1.settings.critc_weight=0"]}}
     with pytest.raises(UserError, match="critic_weight"):
-        study.run_study(check(Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
+        study.run_study(validate_settings(Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
     assert not (tmp_path / "s").exists()
 
 
 def test_an_edited_study_does_not_pass_old_runs_off_as_its_own(tmp_path):
-    study.run_study(check(Study, TINY, ""), tmp_path / "s", recipe_path, print)
+    study.run_study(validate_settings(Study, TINY, ""), tmp_path / "s", recipe_path, print)
     edited = TINY | {"set": [*TINY["set"], "stages.1.settings.guidance=2.5"]}
     with pytest.raises(UserError, match=r"guidance: 4\.0 -> 2\.5"):
-        study.run_study(check(Study, edited, ""), tmp_path / "s", recipe_path, print)
+        study.run_study(validate_settings(Study, edited, ""), tmp_path / "s", recipe_path, print)
     fewer = TINY | {"variants": TINY["variants"] | {"one_step": {"of": "full", "steps": 2}}}
-    study.run_study(check(Study, fewer, ""), tmp_path / "s", recipe_path, print)
+    study.run_study(validate_settings(Study, fewer, ""), tmp_path / "s", recipe_path, print)
     assert json.loads((tmp_path / "s" / "full-0" / "score-one_step.json").read_text())["steps"] == 2
 
 
 def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_path):
     """Two processes fill one folder; each leaves a page of what is finished."""
-    made = check(Study, TINY, "")
+    made = validate_settings(Study, TINY, "")
     words = study.run_study(made, tmp_path / "s", recipe_path, print, only=["dmd_only"]).read_text()
     assert "Not run: full, one_step." in words and "`full > dmd_only`: **not run** (full)" in words
     assert not (tmp_path / "s" / "full-0").exists() and "(dmd_only-0/manifest.json)" in words

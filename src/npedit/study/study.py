@@ -21,7 +21,14 @@ from npedit.benchmarks import toy
 from npedit.editor import Editor
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import EMBEDDED, Recipe
-from npedit.runs.checkpoint import METRICS, explain_write_errors, read_config, read_rows, same_recipe, write_text
+from npedit.runs.checkpoint import (
+    METRICS,
+    explain_write_errors,
+    read_config,
+    read_rows,
+    require_allowed_changes,
+    write_text,
+)
 from npedit.scoring.reward_hacking import reward_hacking_alarms
 from npedit.steps.base import Parts
 from npedit.study.file import Study, critic_weights, quick_study, variant_recipe
@@ -66,7 +73,7 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
     for run, (_, _, recipe) in runs.items():
         if _is_finished(run):
-            same_recipe(run, recipe)
+            require_same_recipe(run, recipe)
     _train_critics(study, folder, report_progress, {name for name, _, _ in todo.values()})
     for i, (run, (name, seed, recipe)) in enumerate(todo.items()):
         if _is_finished(run):  # by another process in the meantime
@@ -127,6 +134,17 @@ def _critic_accuracy(study: Study, run: Path) -> float | None:
         name for name, c in study.critics.items() if c.batches and weights == critic_weights(study, name, run.parent)
     ]
     return _train_and_score_critic(study, single[0], run.parent) if single else None
+
+
+def require_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Check that a finished run of the study was trained by this very recipe.
+
+    Raises:
+        UserError: the study has been edited since; a change that a resumed run may make counts too.
+    """
+    if changes := require_allowed_changes(run, recipe):
+        said = "; ".join(f"{c.setting}: {c.old!r} -> {c.new!r}" for c in changes)
+        raise UserError(f"expected a run of this study's recipe in {run}; got another ({said}); choose another folder")
 
 
 def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
