@@ -28,7 +28,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "npedit"
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))
-DOCUMENTS = ("README.md", *PAGES)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", *PAGES)
 NOTEBOOK = "docs/log.md"  # history: its commands are those of their day
 MARKS = " |`-+│├└─"
 
