@@ -1,14 +1,19 @@
 """What a text encoder does not read is known, for every family, and it is exactly that."""
 
+import json
 import random
 import string
 
 import pytest
 import torch
+from PIL import Image
 
+from npedit.editor import Editor
 from npedit.families._prompts import text_after, truncation_message
 from npedit.families.flux import Flux
-from npedit.recipe.config import embedded_weights, find_class
+from npedit.recipe.config import embedded_weights, find_class, load_recipe
+from npedit.training.parts import build_parts, build_source, check_recipe_fits
+from tests.support.photo_sets import plain, row, save, write_metadata
 
 FAMILIES = ("flux", "krea2", "qwen_image", "sana", "sd3", "z_image")
 
@@ -72,3 +77,22 @@ def test_the_message_counts_rows_and_names_the_worst(toy):
     assert "worst is 2," in message
     assert len(message) < 400
     assert truncation_message(toy, [("0", fits)]) == ""
+
+
+def test_the_editor_says_once_which_part_of_an_instruction_it_does_not_read(toy, caplog):
+    editor = Editor(toy, toy.trainable_net(), 1, [(32, 32)])
+    photo = Image.new("RGB", (32, 32))
+    for _ in range(2):
+        editor.edit([photo, photo], ["paint it red", "red " * 40 + "and a blue cross"])
+    (record,) = (r for r in caplog.records if r.name == "npedit.editor")  # diffusers logs what CLIP does not read
+    assert "blue cross" in record.getMessage()
+
+
+def test_training_reports_them_at_its_start(tmp_path, caplog):
+    save(tmp_path, "a.png", plain(32, 32))
+    long = row("a.png", instruction="red " * 60, source_caption="a red circle")
+    data = {"name": "imagefolder", "path": str(write_metadata(tmp_path, [long])), "sizes": [[32, 32]]}
+    recipe = load_recipe("toy", [f"data={json.dumps(data)}", 'trainer.benchmark=""'])
+    check_recipe_fits(recipe, build_source(recipe), build_parts(recipe))
+    assert "1 rows have" in caplog.text
+    assert "metadata.jsonl:1" in caplog.text
