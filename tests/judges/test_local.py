@@ -246,9 +246,12 @@ def test_gedit_with_a_server_and_the_official_scores_read_back(here):
 
 def test_imgedit_from_command_to_files(here, folder):
     write_data(here / "img")
-    said = run("evaluate", "imgedit", "--data", "img", "--judge", folder, "--model", "copy", "--out", "r")
+    said = run(
+        "evaluate", "imgedit", "--data", "img", "--judge", folder, "--model", "copy", "--out", "r", "--items", 4, code=2
+    )
+    assert "got none of 4 items" in said  # two scores each, not three
     rows = records(here / "r" / "rows.jsonl")
-    assert len(rows) == 11 and {w for r in rows for w in r["why"].values()} == {"parse_error"}  # two scores, not three
+    assert len(rows) == 4 and {w for r in rows for w in r["why"].values()} == {"parse_error"}  # two scores, not three
     assert "No headline npedit-imgedit-v1/O" in said
     kept = records(here / "r/preservation/rows.jsonl")
     assert [r["id"] for r in kept] == [r["id"] for r in rows] and {r["scores"]["copied"] for r in kept} == {1.0}

@@ -45,9 +45,8 @@ from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_metrics
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
-MOST_FAILURES = 8  # calls in a row without an answer, after which the server counts as gone
-MOST_REJECTIONS = 5  # requests in a row that were refused with the same status and message
-MOST_UNREADABLE = 10  # answers without a score, none with one before
+# in a row: calls without an answer, requests refused alike; and answers without a score where none had one before
+MOST_FAILURES, MOST_REJECTIONS, MOST_UNREADABLE = 8, 5, 10
 STOP_SECONDS = 2.0  # for questions under way when a run is stopped
 CHUNK = 16  # pictures edited at a time
 Progress = Callable[[int, int], None]  # done, of all
@@ -112,7 +111,7 @@ class Scorer:
         """
         source = item.source()
         try:
-            edited = open_rgb(find_picture(item.edited))
+            edited = read_photo(find_picture(item.edited))
         except BadImage:  # none there, or broken
             return {q.name: [(MISSING_IMAGE, ())] for q in self.protocol.questions}
         if self.protocol.resize == "source" and edited.size != source.size:
@@ -199,13 +198,13 @@ class Scorer:
             self._unreadable += not is_readable
             if self._readable or self._unreadable < MOST_UNREADABLE:
                 return
-        cut = "length" in record["detail"]
-        advice = "its answers are cut off by the token limit: raise it" if cut else "change the request"
+        cut, server = "length" in record["detail"], self.judge.identity["kind"] == "server"
+        advice = "its answers are cut off by the token limit: raise it" if cut else "change the request's parameters"
+        advice += " with --judge-parameters" if server else ""
         raise JudgeStopped(
             f"expected scores from {self.judge.name}; got {self._unreadable} answers and can read none; the last one "
             f"({record['detail']}) begins: {record['text'][:200]!r}; "
-            f"{advice} with --judge-parameters, or choose "
-            "another --judge or --protocol"
+            f"{advice}, or choose another --judge or --protocol"
         )
 
     def row(self, item: Item) -> Row:
@@ -218,15 +217,6 @@ class Scorer:
             row["numbers"][name] = [list(numbers) for outcome, numbers in passes if outcome == OK]
             add(row, name, sum(each) / len(each) if whole else None, failed[0] if failed else OK)
         return row
-
-
-def open_rgb(file: Path | bytes) -> Image.Image:
-    """A picture from a file or its bytes: upright, sRGB, transparency on white.
-
-    Raises:
-        BadImage: it is missing or cannot be decoded.
-    """
-    return read_photo(file)
 
 
 @dataclass(frozen=True)
@@ -242,7 +232,7 @@ class Source:
 
     def __call__(self) -> Image.Image:
         try:
-            return open_rgb(self.file)
+            return read_photo(self.file)
         except BadImage as error:
             raise UserError(f"expected the source picture of {self.name}; got: {error}; fetch the data again") from None
 
@@ -398,5 +388,4 @@ def write_result(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], 
 
 def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     """Score -> outcome -> number of items."""
-    names = rows[0]["scores"] if rows else ()
-    return {name: dict(Counter(r["why"].get(name, OK) for r in rows)) for name in names}
+    return {n: dict(Counter(r["why"].get(n, OK) for r in rows)) for n in (rows[0]["scores"] if rows else ())}

@@ -149,13 +149,13 @@ class _Run:
 
         if "edited" in self.source:
             return
-        editor = {k: v for k, v in self.source.items() if k not in ("model", "seed")}
+        facts = {k: v for k, v in self.source.items() if k not in ("model", "seed")}
         if "copy" in self.source:
             edit = lambda pictures, instructions, seed: list(pictures)  # noqa: E731
         else:
             editor, steps = Editor.open(self.source["model"]), self.source["steps"]
             edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, steps)  # noqa: E731
-        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest, editor))
+        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest, facts))
 
     def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         """Do `work(told)` behind a bar."""
@@ -209,7 +209,7 @@ def open_lpips(folder: Path | None) -> Any:
 
 def fingerprint(model: str) -> str:
     """A hash of the names and contents of an editor's files."""
-    from npedit.editor import locate
     from npedit.judges.local import fingerprint as folder_digest
+    from npedit.runs.resolve import resolve_editor
 
-    return folder_digest(locate(model))
+    return folder_digest(resolve_editor(model).folder)
