@@ -42,14 +42,14 @@ class Unshared(Critic):
         tokens = iter(self.critic.encode_images(torch.stack([image for look in seen for image in look])))
         return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen])
 
-    load = tiny = write = answer_id = None  # not asked for here
+    load = tiny = generate_text = answer_id = None  # not asked for here
 
 
 @dataclass(frozen=True)
 class Apart(Parts):
     """Adapters that have a frozen base of their own each."""
 
-    def net(self, role: str, seed: int) -> nn.Module:
+    def create_trainable(self, role: str, seed: int) -> nn.Module:
         """As in `Parts`, over a copy."""
         base, chosen = copy.deepcopy(self.family.lora_base()), self.lora
         return LoraAdapter.create(base, role, chosen.rank, chosen.alpha, seed)

@@ -85,7 +85,7 @@ def test_the_toy_benchmark_wants_its_own_size() -> None:
 
 
 def _sized(sizes) -> SimpleNamespace:
-    return SimpleNamespace(sizes=sizes, has_target_captions=True, has_source_captions=True)
+    return SimpleNamespace(sizes=sizes, has_target_captions=True, has_source_captions=True, texts=lambda: iter(()))
 
 
 def test_the_toy_benchmark_wants_a_family_that_takes_its_size() -> None:

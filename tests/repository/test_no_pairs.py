@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npedit.data import Batch, Example, PairedBatch, imagefolder, toy
+from npedit.data import Batch, Example, PairedBatch, _metadata, imagefolder, toy
 from npedit.generator import edit_images
 from npedit.steps import np_edit, reference_copy
 from npedit.toy import world
@@ -138,4 +138,4 @@ def test_a_paired_source_is_not_looked_at():
 def test_no_field_could_hold_an_edited_image():
     pictures = [f.name for kind in (Example, Batch) for f in dataclasses.fields(kind) if "Tensor" in str(f.type)]
     assert pictures == ["reference", "references"]
-    assert not [f for f in imagefolder.FIELDS if imagefolder.EDITED_COLUMN.fullmatch(f)]
+    assert not [f for f in _metadata.FIELDS if _metadata.EDITED_COLUMN.fullmatch(f)]
