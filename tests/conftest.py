@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "huggingface")
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are as wide in every process
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest

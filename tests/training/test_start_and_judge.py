@@ -122,7 +122,7 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     net = have.family.open_net(run / "final" / "transformer")
     seeds = list(range(9))
     edited = edit_images(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
-    scores = score_with_critic(have.judge.critic, "short", given, edited).means("judge", given.edit_types)
+    scores = score_with_critic(have.judge.critic, "short", given, edited).mean_by_kind("judge", given.edit_types)
     assert rows[-1]["judge/p_edit"] == pytest.approx(scores["judge/p_edit"], abs=1e-4)
     assert rows[-1]["judge/p_identity"] == pytest.approx(scores["judge/p_identity"], abs=1e-4)
     page = (run / "report.html").read_text()
