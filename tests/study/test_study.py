@@ -276,3 +276,10 @@ def test_only_some_variants_are_trained_and_the_page_says_which_are_missing(tmp_
     assert "ot run" not in words and "(dmd_only-0/manifest.json)" in words and "(full-0/manifest.json)" in words
     with pytest.raises(UserError, match=r"trained; got 'one_stp'"):
         study.run_study(made, tmp_path / "s", recipe_path, print, only=["one_stp"])
+
+
+def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(UserError, match=r"study.yaml: expected each key once; got 'name' in line 1 and again"):
+        load_study(path)

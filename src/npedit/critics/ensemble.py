@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
 from npedit.critics.base import Critic
 from npedit.recipe.config import EMBEDDED, Settings, embedded_weights, find_class, validate_settings
+from npedit.recipe.yaml_file import parse_yaml
 
 
 class Member(Settings):
@@ -61,10 +61,7 @@ class Ensemble(Critic):
                 raise ValueError(f"expected {key} 0, for each member has its own; got {value}; set it in {weights}")
         if not Path(weights).is_file():
             raise FileNotFoundError(f"expected a YAML file that lists critics; got {weights}, which is none")
-        try:
-            listed = yaml.safe_load(Path(weights).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"expected YAML in {weights}; got a file where {error}") from None
+        listed = parse_yaml(Path(weights).read_text(encoding="utf-8"), str(weights))
         if not isinstance(listed, list):
             raise ValueError(f"expected a list of critics in {weights}; got a {type(listed).__name__}")
         members = [validate_settings(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]

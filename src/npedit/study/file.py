@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import EMBEDDED, Recipe, Settings, load_recipe, make_recipe, validate_settings
+from npedit.recipe.yaml_file import parse_yaml
 
 CLAIM_PATTERN = re.compile(r"^(\S+) (>|~) (\S+)$")
 QUICK_FACTOR = 25  # how many times shorter a quick study is
@@ -120,10 +120,10 @@ def load_study(path: Path) -> Study:
         UserError: it cannot be read, or a line of it is wrong.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a study's YAML file; got {path}: {error}; correct it") from None
-    return validate_settings(Study, raw, "")
+    return validate_settings(Study, parse_yaml(text, str(path)), "")
 
 
 def quick_study(study: Study) -> Study:
