@@ -43,10 +43,11 @@ test-slow: $(READY) ## the tests that take minutes
 bench: $(READY) ## measure speed and memory on this machine and write the tables into docs/benchmarks.md
 	$(BIN)/python -m benchmarks --write docs/benchmarks.md $(ARGS)
 
-lint: $(READY) ## style, and who imports whom
+lint: $(READY) ## style, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 docs: $(VENV)/.docs ## build the documentation site into build/site, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

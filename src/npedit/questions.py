@@ -45,6 +45,9 @@ WORDINGS: dict[str, dict[str, str]] = {
 }
 
 
+Picture = Literal["reference", "edited"]
+
+
 @dataclass(frozen=True)
 class Question:
     """One question. `kind` says which loss it belongs to. `looks_at` names the images that the critic sees, in order.
@@ -52,7 +55,7 @@ class Question:
 
     kind: Literal["edit", "identity"]
     text: str
-    looks_at: tuple[Literal["reference", "edited"], ...]
+    looks_at: tuple[Picture, ...]
     answer: int
 
 
@@ -84,7 +87,7 @@ def questions_for(edit_type: str, instruction: str, object: str = "", wording: s
         raise ValueError(f"expected a wording among {', '.join(WORDINGS)}; got {wording!r}")
     words = WORDINGS[wording]
     kind = normalise_edit_type(edit_type)
-    pair = ("reference", "edited")
+    pair: tuple[Picture, ...] = ("reference", "edited")
     if kind == IDENTITY_EDIT:
         return (Question("identity", words["same"], pair, +1),)
     if kind == "remove":

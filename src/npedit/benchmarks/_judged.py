@@ -251,7 +251,8 @@ def score_all(scorer: Scorer, items: Sequence[Item], finish: Callable[[Row], Row
         JudgeStopped: see `Scorer.ask`. Other errors, and Ctrl-C, pass too; the answers so far are kept.
     """
     rows: dict[int, Row] = {}
-    waiting, done = SimpleQueue(), SimpleQueue()
+    waiting: SimpleQueue[Any] = SimpleQueue()
+    done: SimpleQueue[Any] = SimpleQueue()
     for place in enumerate(items):
         waiting.put(place)
     stopping = threading.Event()

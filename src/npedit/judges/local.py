@@ -83,6 +83,7 @@ class LocalJudge(Judge):
             found = {w: float(chances[i]) for w, i in zip(manner.options, self._option_ids(manner))}
             text = json.dumps({"probabilities": found})
         else:
+            assert manner.max_tokens is not None  # `accepts` has refused the others
             (text,) = self.critic.generate_text([prompt], [pictures], manner.max_tokens)
         return Reply(OK, text, detail=f"{time.monotonic() - start:.1f} s", served_by=self.name)
 

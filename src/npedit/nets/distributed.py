@@ -187,7 +187,8 @@ def average_gradients(params: Iterable[Tensor]) -> None:
     for work in [dist.all_reduce(p.grad, async_op=True) for p in used]:
         work.wait()
     for param in used:
-        param.grad /= world_size()
+        if param.grad is not None:
+            param.grad.div_(world_size())
 
 
 def to_float(value: Tensor) -> float:
@@ -258,14 +259,14 @@ def shard_frozen(net: nn.Module) -> None:
 
 
 def _shard(net: nn.Module, left_out: set[nn.Parameter]) -> None:
-    low = (
+    low: dict[str, Any] = (
         {}
         if _sharding_plan.dtype == torch.float32
         else {"param_dtype": _sharding_plan.dtype, "reduce_dtype": torch.float32}
     )
     inside = MixedPrecisionPolicy(**low, cast_forward_inputs=False)  # rotary embeddings stay in float32
     for name in _sharding_plan.blocks:
-        for block in net.get_submodule(name):
+        for block in net.get_submodule(name).children():
             fully_shard(block, mesh=_sharding_plan.mesh, mp_policy=inside, ignored_params=left_out)
     # Reshard after each call: else a call without gradient keeps gathered weights, and the next call uses stale ones.
     outside = MixedPrecisionPolicy(**low)

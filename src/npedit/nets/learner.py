@@ -169,7 +169,7 @@ class Learner:
         Raises:
             ValueError: the tensors are those of another model; the message names the first wrong one.
         """
-        wanted = {f"net.{n}": p for n, p in self._params.items()}
+        wanted: dict[str, Tensor] = {f"net.{n}": p for n, p in self._params.items()}
         wanted |= {f"ema.{n}": e for n, e in self._ema.items()}
         wanted |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
         for name, place in wanted.items():
@@ -181,10 +181,11 @@ class Learner:
         found: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, value in tensors.items():
             if name.startswith("optimizer."):
-                _, key, param = name.split(".", 2)
-                found[param][key] = value
+                _, key, param_name = name.split(".", 2)
+                found[param_name][key] = value
         for name, param in self._params.items():
             for key, value in found[name].items():
+                kept: Tensor | int
                 if key == "step":
                     kept = value.clone() if value.is_floating_point() else int(value)
                 else:
@@ -194,7 +195,7 @@ class Learner:
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
 
-def _optimizer_class(settings: LearnerSettings) -> type[torch.optim.Optimizer]:
+def _optimizer_class(settings: LearnerSettings) -> Callable[..., torch.optim.Optimizer]:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW
     from bitsandbytes.optim import AdamW8bit

@@ -37,7 +37,7 @@ class LoraAdapter(nn.Module):
     frozen parameters of the base first: families read the type to compute in there.
     """
 
-    def __init__(self, base: nn.Module, role: str):
+    def __init__(self, base: Any, role: str):
         """A view of the adapter `role` that `base` has already; see `new` and `open`."""
         super().__init__()
         self.__dict__["base"] = base  # not as a submodule: the base is shared
@@ -52,7 +52,7 @@ class LoraAdapter(nn.Module):
         self.lora_layers.float()  # peft creates them with the base's type
 
     @classmethod
-    def create(cls, base: nn.Module, role: str, rank: int, alpha: float, seed: int) -> Self:
+    def create(cls, base: Any, role: str, rank: int, alpha: float, seed: int) -> Self:
         """A new adapter of every linear layer; its output equals the base's at first. An earlier adapter of this role
         is deleted, and fails when it is called."""
         if role in getattr(base, "peft_config", {}):
@@ -64,7 +64,7 @@ class LoraAdapter(nn.Module):
         return cls(base, role)
 
     @classmethod
-    def open(cls, base: nn.Module, role: str, folder: Path) -> Self:
+    def open(cls, base: Any, role: str, folder: Path) -> Self:
         """The adapter that `save` wrote to this folder, frozen.
 
         Raises:
@@ -154,7 +154,7 @@ def _activate_adapters(module: nn.Module, roles: list[str]) -> Iterator[None]:
             layer._active_adapter = was
 
 
-def enable_gradient_checkpointing(net: nn.Module) -> None:
+def enable_gradient_checkpointing(net: Any) -> None:
     """Make a model or a `LoraAdapter` keep only its blocks' inputs for the backward pass, which recomputes the rest.
 
     Raises:
@@ -166,7 +166,7 @@ def enable_gradient_checkpointing(net: nn.Module) -> None:
 def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
     """The output of a block. The backward pass runs the block again with the adapter that is active now, since another
     one may be active by then."""
-    roles = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
+    roles: list[str] = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
 
     def run(*given: Any) -> Any:
         with _activate_adapters(block, roles):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from npedit.nets import distributed
@@ -53,9 +55,11 @@ def read_tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
     for name, facts in reader.read_metadata().state_dict_metadata.items():
-        model = like(name)
-        sliced = isinstance(model, DTensor) and model.shape == facts.size
-        tensors[name] = torch.empty_like(model) if sliced else torch.empty(facts.size, dtype=facts.properties.dtype)
+        model, tensor_facts = like(name), cast(TensorStorageMetadata, facts)  # the files hold nothing but tensors
+        if isinstance(model, DTensor) and model.shape == tensor_facts.size:
+            tensors[name] = torch.empty_like(model)
+        else:
+            tensors[name] = torch.empty(tensor_facts.size, dtype=tensor_facts.properties.dtype)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected: there is one process

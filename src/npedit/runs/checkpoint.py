@@ -307,8 +307,8 @@ def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
         except UserError as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            log.warning("%s; resuming from %s", error, folder)
+        for reason in damaged:
+            log.warning("%s; resuming from %s", reason, folder)
         for later in complete_checkpoints(run):
             if int(later.name[11:]) > int(folder.name[11:]):
                 (later / COMPLETE).unlink()

@@ -40,7 +40,7 @@ def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
         tensors = dict(_student_tensors(checkpoint))
     except (OSError, SafetensorError) as error:
         raise UserError(f"expected a whole checkpoint; got {checkpoint} ({error}). Use an earlier one.") from error
-    places = {EMA_PREFIX + name: p for name, p in net.named_parameters() if p.requires_grad}
+    places: dict[str, Tensor] = {EMA_PREFIX + name: p for name, p in net.named_parameters() if p.requires_grad}
     places |= {BUFFER_PREFIX + name: b for name, b in net.named_buffers()}
     for name, place in places.items():
         if name not in tensors:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from npedit.nets.device import offload_device
 from npedit.nets.learner import Learner
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
 from npedit.nets.meta_device import current_part
-from npedit.recipe.config import LoraChoice, MemorySettings, Settings
+from npedit.recipe.config import LoraChoice, MemorySettings
+from npedit.recipe.config import Settings as StepSettings
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Parts:
         return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
 
 
-Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 def _get_cached(cache: OrderedDict[Key, Value], capacity: int, key: Key, make: Callable[[], Value]) -> Value:
@@ -169,26 +171,27 @@ def image_digest(image: Tensor) -> bytes:
     """A digest of a tensor's values, type and shape."""
     plain = image.detach().to(offload_device()).contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-    digest.update(plain.view(torch.uint8).numpy())
+    digest.update(plain.view(torch.uint8).numpy().data)
     return digest.digest()
 
 
 class Step(ABC):
     """One training method. `Settings` is the class of its settings in a recipe."""
 
-    Settings: type[Settings]
+    Settings: type[StepSettings]
+    settings: Any  # an instance of `Settings`
     learners: dict[str, Learner]
 
     @abstractmethod
-    def __init__(self, settings: Settings, parts: Parts, student: nn.Module, updates: int, seed: int): ...
+    def __init__(self, settings: Any, parts: Parts, student: nn.Module, updates: int, seed: int): ...
 
     @classmethod
-    def batches_per_update(cls, settings: Settings) -> int:
+    def batches_per_update(cls, settings: Any) -> int:
         """How many batches one update needs, before gradient accumulation."""
         return 1
 
     @classmethod
-    def needs(cls, settings: Settings) -> frozenset[str]:
+    def needs(cls, settings: Any) -> frozenset[str]:
         """What the step needs: any of "critic", "target_caption", "source_caption", "edited"."""
         return frozenset()
 

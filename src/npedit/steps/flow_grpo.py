@@ -88,7 +88,8 @@ class Step(Base):
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One update: sample, compute rewards, improve the policy. Returns what to log."""
-        timers, metrics = Timers(), []
+        timers = Timers()
+        metrics: list[dict[str, float]] = []
         with timers("sample"):
             taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
         losses = [partial(self._loss, s, k, metrics) for s in taken for k in range(len(s.before))]
@@ -137,6 +138,7 @@ class Step(Base):
                 references=batch.references.repeat(group, 1, 1, 1),
                 **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
             )
+            assert self.parts.critic is not None  # `needs` has asked for it
             scores = score_with_critic(self.parts.critic, self.parts.wording, again, edited)
         rewards = scores.joint_probability().view(group, -1).to(x0.device)
         spread = float(rewards.std(0, unbiased=False).mean())

@@ -19,6 +19,7 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal, Self
 
 import torch
@@ -105,7 +106,8 @@ class Step(Base):
         """One student update and `fake_updates` fake score updates. Returns what to log."""
         per_update = self.batches_per_update(self.settings)
         groups = [batches[i::per_update] for i in range(per_update)]
-        timers, logged = Timers(), {}
+        timers = Timers()
+        logged: dict[str, float] = {}
         with timers("student"):
             logged |= self._update_student(groups[0], update, timers)
         if self.settings.dmd_weight:
@@ -133,7 +135,7 @@ class Step(Base):
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["fake"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        logged = self.learners["fake"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/fake": sum(values) / len(values), **{f"{k}/fake": v for k, v in logged.items()}}
 
     # --------------------------------------------------------------------------------------------------- student
@@ -151,7 +153,7 @@ class Step(Base):
             metrics.append(seen)
             return (x0.float() * gradient).sum()  # the gradient of this sum at x0 is `gradient`
 
-        logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         self.running_norms, self.observed_norms = self._updated_norms(), []
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
@@ -220,6 +222,7 @@ class Step(Base):
         1 - p(wanted answer) over its questions.
         """
         s, critic = self.settings, self.parts.critic
+        assert critic is not None  # `needs` has asked for it
         latents = x0.detach().requires_grad_(True)
         with torch.no_grad():
             references = critic.encode_images(batch.references)

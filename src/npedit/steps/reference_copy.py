@@ -11,6 +11,7 @@ Deviations from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -44,7 +45,7 @@ class Step(Base):
         self.learners = {"student": Learner(student, settings.student, updates)}
 
     @classmethod
-    def needs(cls, settings: Settings) -> frozenset[str]:
+    def needs(cls, settings: CopySettings) -> frozenset[str]:
         """The reference's caption, which is the text."""
         return frozenset({"source_caption"})
 
@@ -69,5 +70,5 @@ class Step(Base):
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/copy": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}

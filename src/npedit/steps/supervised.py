@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,7 +46,7 @@ class Step(Base):
         self.learners = {"student": Learner(student, settings.student, updates)}
 
     @classmethod
-    def needs(cls, settings: Settings) -> frozenset[str]:
+    def needs(cls, settings: SupervisedSettings) -> frozenset[str]:
         """The edited images: a data source of pairs."""
         return frozenset({"edited"})
 
@@ -65,7 +66,7 @@ class Step(Base):
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["student"].update([lambda b=b, i=i: loss(b, i) for i, b in enumerate(batches)])
+        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/supervised": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}
 
     def _few_step_loss(
