@@ -96,13 +96,13 @@ def test_wrong_data_are_told_of(tmp_path):
 def test_an_incomplete_benchmark_is_known_as_such(tmp_path):
     sizes = (40, 40, 40, 40, 70, 60, 60, 57, 60, 99, 40)
     found = found_in(tmp_path)
-    assert "the data hold 11 en" in gedit.incomplete(found)
+    assert "the data hold 11 en" in gedit.missing_items_message(found)
     whole = [
         _judged.Item(f"{t}{k}", f"en/{t}", t, "", None, tmp_path, {"language": "en"})
         for t, n in zip(gedit.TASKS, sizes)
         for k in range(n)
     ]
-    assert len(whole) == gedit.SIZE and gedit.incomplete(whole) == ""
+    assert len(whole) == gedit.SIZE and gedit.missing_items_message(whole) == ""
 
 
 # -------------------------------------------------------------------------------------------------------- aggregation

@@ -50,7 +50,7 @@ def rows_of(found, numbers):
 def test_items(found, tmp_path):
     assert [i.id for i in found][:4] == ["imgedit/add/100", "imgedit/add/109", "imgedit/add/110", "imgedit/adjust/101"]
     assert found[0].edited == tmp_path / "edited/100.png" and found[0].source().tobytes() == picture(0).tobytes()
-    assert "the data hold 11 of 9" in imgedit.incomplete(found)
+    assert "the data hold 11 of 9" in imgedit.missing_items_message(found)
     aliased = write_data(tmp_path / "other", ("alter", "hybrid"))
     assert {i.task for i in imgedit.items(aliased, tmp_path)} == {"adjust", "compose", "add"}
     (tmp_path / "data" / "3.png").unlink()

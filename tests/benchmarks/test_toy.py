@@ -94,7 +94,7 @@ def test_faults_are_laid_where_the_measurements_say(edits):
     edited = torch.cat([wanted[:9], references[9:]])
     content = [True] * 18 + [False] * 18
     drawn = torch.cat([wanted[:27], torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))])
-    counts = toy.blame(items, edited, content, drawn)
+    counts = toy.attribute_failures(items, edited, content, drawn)
     assert list(counts) == list(EDIT_TYPES)
     assert all(row == {"n": 4, "right": 1, "critic": 1, "student": 1, "teacher": 1} for row in counts.values())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from npedit.cli.compare import opened
+from npedit.cli.compare import open_results
 from npedit.errors import UserError
 from npedit.scoring import results as r
 from npedit.scoring.human_agreement import agreement_with_people, read_labels
@@ -162,7 +162,7 @@ def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):
     a1, a2 = judged("a1", "x", [4, 6, None]), judged("a2", "y", [8, 6, 2])
     b1, b2 = judged("b1", "x", [1, 2, 3]), judged("b2", "y", [3, 2, 1])
     both = Path(f"{a1}+{a2}")
-    whole, other = opened([both, Path(f"{b1}+{b2}")], force=False)
+    whole, other = open_results([both, Path(f"{b1}+{b2}")], force=False)
     assert [r.scores["O"] for r in whole.rows] == [6.0, 6.0, None] and whole.rows[2].why == {"O": "refused"}
     assert [r.scores["O"] for r in other.rows] == [2.0, 2.0, 2.0] and other.settings["judge"] == [
         {"name": "x"},
@@ -170,8 +170,8 @@ def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):
     ]
     for pair in ([a1, a2], [a1, b2], [both, b1]):
         with pytest.raises(UserError, match="one judge"):
-            opened(pair, force=False)
-    assert len(opened([a1, b1], force=False)) == len(opened([a1, a2], force=True)) == 2
+            open_results(pair, force=False)
+    assert len(open_results([a1, b1], force=False)) == len(open_results([a1, a2], force=True)) == 2
     (a2 / "rows.jsonl").write_text('{"id": "9", "task": "t", "scores": {"O": 1}}')
     with pytest.raises(UserError, match="same items of every judge"):
-        opened([both, b1], force=False)
+        open_results([both, b1], force=False)

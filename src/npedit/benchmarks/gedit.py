@@ -87,7 +87,7 @@ def _table(data: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def incomplete(found: Sequence[Item]) -> str:
+def missing_items_message(found: Sequence[Item]) -> str:
     """What the data lack of the real benchmark; "" if nothing."""
     sizes = Counter(i.more["language"] for i in found)
     tasks = {i.task for i in found}

@@ -61,7 +61,7 @@ def items(data: Path, pictures: Path) -> list[Item]:
     return sorted(found, key=lambda i: TASKS.index(i.task))
 
 
-def incomplete(found: Sequence[Item]) -> str:
+def missing_items_message(found: Sequence[Item]) -> str:
     """What the data lack of the real benchmark; "" if nothing."""
     if len(found) == SIZE and len({i.task for i in found}) == len(TASKS):
         return ""

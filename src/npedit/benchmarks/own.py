@@ -89,7 +89,7 @@ def _read_item(value: dict[str, Any], line: int, metadata: Path, root: Path) -> 
         reference = row.photo_path()
         mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
     except (BadImage, TypeError) as error:
-        raise UserError(f"{row.place}: {error}; correct the name") from None
+        raise UserError(f"{row.location}: {error}; correct the name") from None
     task = row.edit_type if value.get("edit_type") else NO_TASK
     return Item(row.id, task, row.instruction, reference, mask, target, row.source_caption, row.target_caption)
 

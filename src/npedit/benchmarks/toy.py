@@ -175,7 +175,9 @@ def score(
     }
 
 
-def blame(items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn: Tensor) -> dict[str, dict[str, int]]:
+def attribute_failures(
+    items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn: Tensor
+) -> dict[str, dict[str, int]]:
     """Whose fault are wrong edits? Counts by edit type: `n`, `right` (applied and preserved), and of the others
 
     critic    it is content: every wanted answer is the likelier one, so nothing was left to learn from it

@@ -46,8 +46,8 @@ def compare(
     Intervals are 95 % bootstrap ones with items drawn within tasks; p-values are those of sign flips, adjusted by Holm
     for all that are printed.
     """
-    results = opened(folders, force)
-    measures, left_out = comparable(results, wanted or [])
+    results = open_results(folders, force)
+    measures, left_out = select_common_metrics(results, wanted or [])
     for words in left_out:
         out.print(f"[yellow]note[/] {escape(words)}")
     if not measures:
@@ -63,7 +63,7 @@ def compare(
     out.print(f"Plot: {escape(str(plot))}")
 
 
-def opened(folders: Sequence[Path], force: bool) -> list[Results]:
+def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
     """Read folders of results; those of one name are told apart by their path.
 
     Raises:
@@ -79,7 +79,7 @@ def opened(folders: Sequence[Path], force: bool) -> list[Results]:
     if len({r.name for r in found}) < len(found):
         raise UserError("expected different folders; got one of them twice; leave it out")
     for key in ("protocol", "judge", "repeats", "swap"):
-        kinds = {json.dumps(_unnamed(r.settings.get(key)), sort_keys=True) for r in found}
+        kinds = {json.dumps(_without_names(r.settings.get(key)), sort_keys=True) for r in found}
         if len(kinds) > 1 and not force:
             raise UserError(
                 f"expected results of one {key}; got {'; '.join(sorted(kinds))}; "
@@ -88,10 +88,10 @@ def opened(folders: Sequence[Path], force: bool) -> list[Results]:
     return found
 
 
-def _unnamed(fact: Any) -> Any:
+def _without_names(fact: Any) -> Any:
     """A fact of a result, a judge without the name it went by if more is known of it: a folder may have moved."""
     if isinstance(fact, list):
-        return [_unnamed(f) for f in fact]
+        return [_without_names(f) for f in fact]
     return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
 
 
@@ -107,7 +107,7 @@ def _read(folder: Path) -> Results:
     return average_judges(judged)
 
 
-def comparable(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
     """The measures to compare (all but those of baselines if none is `wanted`), and why others are left out.
 
     Raises:

@@ -81,7 +81,7 @@ def _evaluate_in(
     name, label, judge = names
     pictures = folder / "official" / label
     found = items(request.edited or pictures)
-    if lacking := bench.incomplete(found):
+    if lacking := bench.missing_items_message(found):
         err.print(f"[yellow]note[/] {escape(lacking)}: the figures are not those of the whole benchmark.")
     if request.scores:
         facts: dict[str, Any] = {"scores": str(request.scores)}

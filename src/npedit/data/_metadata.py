@@ -45,7 +45,7 @@ class Row:
     inside: str  # the folder of `metadata` in that of all data, "." if they are one
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the row stands: file and line."""
         return f"{self.metadata}:{self.line}"
 

@@ -115,7 +115,7 @@ class Source:
         """(the row's place in its file, text) of every text that a text encoder may read."""
         for row in self.rows:
             for text in (row.instruction, row.source_caption, row.target_caption):
-                yield row.place, text
+                yield row.location, text
 
     def fingerprint(self) -> str:
         """A hash of the metadata and of the size in bytes of each photo, wherever the folder lies."""
@@ -154,10 +154,10 @@ class Source:
         if row.metadata.parent != self.folder:
             entry["metadata"] = row.metadata.relative_to(self.folder).as_posix()
         with self._lock:
-            if row.place in self._bad:
+            if row.location in self._bad:
                 return  # another thread found it at the same time
-            self._bad[row.place] = entry
-        log.warning("bad row: %s: %s: %s", row.place, row.file_name, reason)
+            self._bad[row.location] = entry
+        log.warning("bad row: %s: %s: %s", row.location, row.file_name, reason)
 
     def _check_bad_share(self) -> None:
         with self._lock:
@@ -246,7 +246,7 @@ class Source:
         others = (number for k, (_, members) in enumerate(self._buckets) if k != bucket for number in members)
         for number in chain(order[place:], order[:place], others):
             row = self.rows[number]
-            if row.place in self._bad:
+            if row.location in self._bad:
                 continue
             try:
                 picture = load_photo(row.photo_path(), size)

@@ -113,7 +113,7 @@ class Evaluation:
         return found
 
     def _attribute_failures(self, critic: Critic, asked: Batch, edited: Tensor) -> None:
-        """Leave in `blame.json` whose fault the finished editor's wrong edits are; see `benchmarks.toy.blame`."""
+        """Write `blame.json`: whose fault the wrong edits are; see `benchmarks.toy.attribute_failures`."""
         module, family, drawn = find_module("benchmarks", "toy"), self.parts.family, []
         with self.parts.on_device("critic"):
             content = score_with_critic(critic, self.parts.wording, asked, edited, CHUNK).is_accepted()
@@ -125,6 +125,6 @@ class Evaluation:
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
             drawn.append(generate_images(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
         items = module.sample_items(len(edited), self.recipe.seed)
-        counts = module.blame(items, edited, content, torch.cat(drawn))
+        counts = module.attribute_failures(items, edited, content, torch.cat(drawn))
         if distributed.is_main_process():
             write_text(self.run / FAILURES, json.dumps(counts, indent=1) + "\n")
