@@ -1,4 +1,5 @@
-"""A family without weights: real classes at real size on the meta device, from the configs of a diffusers folder alone.
+"""A family without its published weights: real classes at real size, from the configs of a diffusers folder alone. On
+the meta device there are no weights; elsewhere they are random.
 
 Tokenizers are those of the family's `tiny`, which cut text finer than real ones do: a short prompt stands for a usual
 one.
@@ -6,6 +7,8 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from npedit.families.base import Family
 from npedit.nets.meta_device import META, read_model_config
 
 
-def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Family:
+def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device = META) -> Family:
     """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
 
     Raises:
@@ -46,15 +49,30 @@ def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Famil
                 read_model_config(folder / name / "scheduler_config.json")
             )
         else:
-            parts[name] = _empty_model(library, made_by, read_model_config(folder / name / "config.json"), dtype)
-    return kind(type(like)(**parts), META)
+            parts[name] = _empty_model(
+                library, made_by, read_model_config(folder / name / "config.json"), dtype, device
+            )
+    return kind(type(like)(**parts), device)
 
 
-def _empty_model(library: str, made_by: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    with META:
+def _empty_model(
+    library: str, made_by: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    with device, _default_dtype(dtype):
         if library == "diffusers":
             model = getattr(diffusers, made_by).from_config(config)
         else:
             kind = getattr(transformers, made_by)
             model = kind(kind.config_class.from_dict(config))
     return nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers that it would keep in float32
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this type, so that a large model never exists in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

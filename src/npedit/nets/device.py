@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from npedit.errors import UserError
 
 VARIABLE = "NPEDIT_DEVICE"
 CPU = torch.device("cpu")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 
 def pick_device(requested: str | torch.device | None = None) -> torch.device:
@@ -96,12 +98,29 @@ def supports_dtype(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GiB since the start: of the accelerator, or of this process where PyTorch does not measure it."""
+    """Peak memory in GiB since the start or the last `reset_peak_memory`: of the accelerator, or of this process where
+    PyTorch does not measure it."""
     measure = getattr(torch.get_device_module(device), "max_memory_allocated", None) if is_accelerator(device) else None
     if measure:
         return measure(device) / 2**30
+    if STATUS.is_file():
+        return next(int(line.split()[1]) for line in STATUS.open() if line.startswith("VmHWM")) / 2**20  # KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory_gb` measure from now on. Returns whether this machine can do so."""
+    if is_accelerator(device):
+        reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
+        if reset:
+            reset(device)
+        return reset is not None
+    try:
+        CLEAR_REFS.write_text("5")  # Linux: sets the process's peak resident memory to the present one
+    except OSError:
+        return False
+    return True
 
 
 def set_process_device(device: torch.device, index: int) -> None:
