@@ -11,10 +11,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,10 @@ class Step(ABC):
 
 
 class Timers:
-    """Seconds spent in named parts of a step."""
+    """Seconds spent in named parts of a step. `around(part)` is a context manager around every part, for measurements
+    such as those of `npedit rehearse`."""
+
+    around: ClassVar[Callable[[str], AbstractContextManager[object]]] = staticmethod(nullcontext)
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -221,7 +224,8 @@ class Timers:
         start = time.perf_counter()
         before = current_part.set(part)
         try:
-            yield
+            with Timers.around(part):
+                yield
         finally:
             current_part.reset(before)
         key = f"time/{part}"
