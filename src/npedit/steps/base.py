@@ -213,7 +213,7 @@ class Timers:
     """Seconds spent in named parts of a step. `around(part)` is a context manager around every part, for measurements
     such as those of `npedit rehearse`."""
 
-    around: ClassVar[Callable[[str], AbstractContextManager[object]]] = staticmethod(nullcontext)
+    around: ClassVar[Callable[[str], AbstractContextManager[object]]] = nullcontext
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
