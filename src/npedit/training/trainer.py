@@ -304,7 +304,7 @@ class TrainingLoop:
             checkpoint.write_rows(self.run / checkpoint.METRICS, rows)
 
     def _save(self, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> None:
-        self.progress.phase = f"the checkpoint after update {n}"
+        self.progress.phase, began = f"the checkpoint after update {n}", time.monotonic()
         require_finite_weights(step, self.run, n)
         if self.lock:
             self.lock.check()
@@ -318,7 +318,7 @@ class TrainingLoop:
         numbers |= {} if evaluated else {"is_evaluation_due": True}
         checkpoint.save_checkpoint(self.run, n, tensors, numbers, self.recipe.trainer.keep)
         self.saved_at = time.monotonic()
-        self.on_event("save", {"step": n})
+        self.on_event("save", {"step": n, "seconds": self.saved_at - began})
 
     def _save_and_stop(self, number: int, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> NoReturn:
         self._save(i, step, update, n, evaluated)
