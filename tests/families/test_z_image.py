@@ -142,7 +142,8 @@ def test_a_reference_is_given_as_the_omni_pipeline_gives_it():
     """ZImageOmniPipeline on the same parts, with one reference of another size: the same lists, the same picture.
 
     Its SigLIP states have no effect on a transformer without weights for them, whatever width its config states. It
-    encodes in bfloat16.
+    encodes in bfloat16. The captions have a multiple of 32 tokens: for others the two differ on purpose, see the next
+    test.
     """
     family = ZImage.tiny(1)
     family.base.register_to_config(siglip_feat_dim=16)
@@ -157,7 +158,7 @@ def test_a_reference_is_given_as_the_omni_pipeline_gives_it():
     omni.set_progress_bar_config(disable=True)
     image = pictures(1, 64, 96)
     pixels = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
-    text, eps = family.encode_text(PROMPTS), latents(family, 2)
+    text, eps = family.encode_text([prompt_of_tokens(family, n) for n in (64, 96)]), latents(family, 2)
     captions = [[states[:0], states[:n]] for states, n in zip(*text.parts)]
     theirs, wanted = recorded(
         family.base,
@@ -173,6 +174,36 @@ def test_a_reference_is_given_as_the_omni_pipeline_gives_it():
     torch.testing.assert_close(x, wanted, atol=1e-5, rtol=0)
     exact = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     torch.testing.assert_close(family.encode(exact), reference[:1], atol=0.03, rtol=0.02)
+
+
+def prompt_of_tokens(family: ZImage, count: int) -> str:
+    """A prompt that has so many tokens together with the chat template."""
+    return "x" * (count - int(family.encode_text([""]).parts[1][0]))
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("tokens", [63, 64, 65, 90])
+def test_a_reference_does_not_move_the_picture_relative_to_its_caption(family, monkeypatch, tokens, references):
+    """RoPE ids: with references, caption and picture are as far apart as in text-to-image, for any prompt length."""
+    x, t, refs = (
+        latents(family, 1),
+        torch.tensor([0.7]),
+        [latents(family, 1, 16, 16, seed=s) for s in range(references)],
+    )
+    text = family.encode_text([prompt_of_tokens(family, tokens)])
+    ids, rope = [], family.base.rope_embedder
+    monkeypatch.setattr(family.base, "rope_embedder", lambda places: ids.append(places) or rope(places))
+    with torch.no_grad():
+        family.velocity(family.base, x, t, text)
+        family.velocity(family.base, x, t, text, refs)
+    plain_picture, plain_caption, omni_images, omni_caption = ids
+    shift = torch.tensor([2 * references, 0, 0])
+    length = -(-tokens // 32) * 32
+    assert torch.equal(omni_caption[:length], plain_caption[:length] + shift)
+    picture, padding = plain_picture[: 3 * 5], plain_picture[3 * 5 :]
+    assert torch.equal(omni_images[-32 : -32 + 3 * 5], picture + shift) and not padding.any()
+    assert not omni_images[-32 + 3 * 5 :].any()  # padding has no place
+    assert "patchify_and_embed_omni" not in vars(family.base)
 
 
 def test_a_reference_changes_the_output(family):
@@ -198,7 +229,7 @@ def test_several_references_of_several_sizes_in_order(family, monkeypatch):
     for i, one in enumerate(outs):
         assert all((one - other).abs().max() > 1e-4 for other in outs[:i])
     images, captions = ids[0][: len(ids[0]) // 2], ids[1]  # those of the first item, and of both
-    ends = int(text.parts[1][0]) + 5
+    ends = -(-int(text.parts[1][0]) // 32) * 32 + 5
     frames = [int(f) for f in images[:, 0].unique() if f]  # the padding has frame 0
     assert frames == [1, 3, ends]
     assert [int((images[:, 0] == f).sum()) for f in frames] == [3 * 5, 2 * 2, 3 * 5]

@@ -8,9 +8,12 @@
 - references: the net's own *omni* mode, of which diffusers' `ZImageOmniPipeline` is the user: each reference is a frame
   of its own, its tokens are modulated with the clean time and the picture's with the true one. Frames are
   1, 3, 5, ... for the references, then the caption, then the picture; diffusers puts each frame behind a piece of
-  the caption, and here the pieces before references are empty. So caption and picture stand to each other as without
-  references, references may have any size, and no new weight is needed. The SigLIP states, which the omni
-  checkpoint sees beside the latents, are left out: Z-Image and Turbo have no weights for them.
+  the caption, and here the pieces before references are empty. References may have any size, and no new weight is
+  needed. The SigLIP states, which the omni checkpoint sees in addition to the latents, are left out: Z-Image and Turbo
+  have no weights for them. One thing differs from the omni pipeline. Without references the net puts the picture's
+  frame after the caption *with its padding* to a multiple of 32 tokens; in the omni mode it puts the frame after the
+  caption without padding. `_picture_after_padded_caption` keeps the text-to-image distance in both, so that adding a
+  reference does not move the picture relative to its caption.
 - frames: a net that `npedit convert` made from NP-Edit's public reimplementation was trained otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
   thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
@@ -28,6 +31,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
@@ -38,6 +42,7 @@ from npedit.families.base import Facts, Family, Text
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own
+OMNI_PICTURE_IDS = 4  # where `patchify_and_embed_omni` of diffusers returns the position ids of all images
 FRAMES = {"_references": "frames"}  # in a net's config; diffusers keeps what begins with an underscore
 TINY_TEMPLATE = (  # Qwen3's, for one turn
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -189,14 +194,15 @@ class ZImage(Family):
             with _modulate_frames(net, x.shape[2] * x.shape[3] // 4, t):
                 out = [o[:, 1:] for o in net(x=films, t=1 - t.float(), cap_feats=captions, return_dict=False)[0]]
         elif references:
-            out = net(
-                x=[list(item) for item in zip(*frames)],
-                t=1 - t.float(),
-                cap_feats=[[caption[:0]] * len(references) + [caption] for caption in captions],
-                siglip_feats=[None] * len(x),
-                image_noise_mask=[[0] * len(references) + [1]] * len(x),
-                return_dict=False,
-            )[0]
+            with _picture_after_padded_caption(net, x.shape[2] * x.shape[3] // 4, lengths.tolist()):
+                out = net(
+                    x=[list(item) for item in zip(*frames)],
+                    t=1 - t.float(),
+                    cap_feats=[[caption[:0]] * len(references) + [caption] for caption in captions],
+                    siglip_feats=[None] * len(x),
+                    image_noise_mask=[[0] * len(references) + [1]] * len(x),
+                    return_dict=False,
+                )[0]
         else:
             out = net(x=list(frames[0]), t=1 - t.float(), cap_feats=captions, return_dict=False)[0]
         return -torch.stack(out).squeeze(2).to(x.dtype)
@@ -223,6 +229,37 @@ def load_base_scheduler(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
 
 def _takes_frames(net: Any) -> bool:
     return net.config.get("_references") == FRAMES["_references"]
+
+
+@contextmanager
+def _picture_after_padded_caption(net: Any, tokens: int, lengths: Sequence[int]) -> Iterator[None]:
+    """Inside the block, a call of the net in omni mode gives the picture, the last image of each item, the frame after
+    the padded caption, as text-to-image does. `tokens` is the picture's number of tokens; `lengths` are the numbers of
+    tokens of the captions without padding."""
+    inner: Any = net.patchify_and_embed_omni.__self__  # the net itself, also where `net` is an adapter of it
+    unchanged = inner.patchify_and_embed_omni
+    padded_tokens = _round_up(tokens)
+
+    def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        parts = list(unchanged(*args, **kwargs))
+        places: list[Tensor] = []
+        for ids, length in zip(parts[OMNI_PICTURE_IDS], lengths, strict=True):
+            first = len(ids) - padded_tokens
+            ids = ids.clone()
+            ids[first : first + tokens, 0] += _round_up(length) - length
+            places.append(ids)
+        parts[OMNI_PICTURE_IDS] = places
+        return tuple(parts)
+
+    inner.patchify_and_embed_omni = patchify
+    try:
+        yield
+    finally:
+        del inner.patchify_and_embed_omni
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
 
 @contextmanager
