@@ -2,7 +2,7 @@
 
 import pytest
 
-from npedit.benchmarks._answers import read
+from npedit.benchmarks._answers import parse_scores
 
 READABLE = {
     '{"score": ["8", "9"]}': (8, 9),
@@ -25,13 +25,13 @@ UNREADABLE = (
 
 @pytest.mark.parametrize("text", READABLE)
 def test_unambiguous_answers_are_read(text):
-    assert read("json", text, 2, 0, 10) == ("ok", READABLE[text])
+    assert parse_scores("json", text, 2, 0, 10) == ("ok", READABLE[text])
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_ambiguous_answers_are_not(text):
-    assert read("json", text, 2, 0, 10) == ("parse_error", ())
+    assert parse_scores("json", text, 2, 0, 10) == ("parse_error", ())
 
 
 def test_lines_with_full_width_colons_are_read():
-    assert read("lines", "Compliance：5\nLook：4\nDetail：3/5", 3, 1, 5) == ("ok", (5, 4, 3))
+    assert parse_scores("lines", "Compliance：5\nLook：4\nDetail：3/5", 3, 1, 5) == ("ok", (5, 4, 3))

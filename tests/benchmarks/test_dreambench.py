@@ -70,34 +70,34 @@ def nets(data):
 
 
 def test_the_official_form_is_read(data):
-    subjects, digest = bench.read(data)
+    subjects, digest = bench.read_subjects(data)
     can, bear, dog = subjects
     assert can.prompts == ("a can in the snow", "a can on a dog's bed")  # no doubled blank where the token was
     assert bear.prompts[0] == "a stuffed animal in the snow"
     assert dog.prompts == ("a dog wearing a red hat", "a red dog")  # live: the second list
-    assert [s.photos[s.given].name for s in subjects] == ["01.jpg", "03.jpg", "02.jpg"]
-    assert len(digest) == 64 and not bench.official(subjects)
+    assert [s.photos[s.input_index].name for s in subjects] == ["01.jpg", "03.jpg", "02.jpg"]
+    assert len(digest) == 64 and not bench.is_official_data(subjects)
 
 
 def test_other_folders_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="the folder 'dataset'"):
-        bench.read(tmp_path)
+        bench.read_subjects(tmp_path)
     (tmp_path / bench.PROMPTS).write_text("Classes\n\nPrompts\n")
     with pytest.raises(UserError, match="another form"):
-        bench.read(tmp_path)
+        bench.read_subjects(tmp_path)
     (tmp_path / bench.PROMPTS).write_text(TEXT)
     with pytest.raises(UserError, match="at least two photos"):
-        bench.read(tmp_path)
+        bench.read_subjects(tmp_path)
 
 
 def test_similarities_by_hand(data, nets, tmp_path):
     """One subject: each picture against every photo, the input, and the others; CLIP-T against the prompt."""
-    can = bench.read(data)[0][0]
+    can = bench.read_subjects(data)[0][0]
     made = [[photo(100 + 2 * i + k) for k in range(2)] for i in range(2)]
     (tmp_path / "can").mkdir()
     for i, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        made[i][k].save(tmp_path / bench.file(can, i, k))
-    rows = bench.score([can], tmp_path, *nets, lambda done, total: None, 2)
+        made[i][k].save(tmp_path / bench.picture_file_name(can, i, k))
+    rows = bench.score_pictures([can], tmp_path, *nets, lambda done, total: None, 2)
     assert [(r.id, r.task) for r in rows] == [("can/00", "can"), ("can/01", "can")]
     photos = [Image.open(p).convert("RGB") for p in can.photos]
     for net, name in zip(nets, ("dino", "clip_i")):
@@ -120,17 +120,17 @@ def test_similarities_by_hand(data, nets, tmp_path):
 
 
 def test_one_missing_picture_leaves_the_prompt_without_a_score(data, nets, tmp_path):
-    can = bench.read(data)[0][0]
+    can = bench.read_subjects(data)[0][0]
     (tmp_path / "can").mkdir()
-    photo(7).save(tmp_path / bench.file(can, 0, 0))
-    row = bench.score([can], tmp_path, *nets, lambda done, total: None, 2)[0]
+    photo(7).save(tmp_path / bench.picture_file_name(can, 0, 0))
+    row = bench.score_pictures([can], tmp_path, *nets, lambda done, total: None, 2)[0]
     assert row.scores["dino_vit32x2-7"] is None and row.why["dino_vit32x2-7"].startswith("no edited picture 00-1.png")
     assert row.scores["copy/dino_vit32x2-7"] is not None
 
 
 def test_real_images_leave_out_equal_pairs(data, nets):
-    subjects = bench.read(data)[0]
-    found = bench.real_images(subjects, nets[0], MissingEncoder("vitb32", "not here"))
+    subjects = bench.read_subjects(data)[0]
+    found = bench.real_image_baseline(subjects, nets[0], MissingEncoder("vitb32", "not here"))
     values = []
     for subject in subjects:
         seen = nets[0].encode_images([Image.open(p).convert("RGB") for p in subject.photos])
@@ -144,9 +144,9 @@ def test_acceptance_is_the_papers_row():
     def entries(a, b):
         return {"real/dino_vits16": {"value": a}, "real/clip_i_vitb32": {"value": b}}
 
-    assert bench.acceptance(entries(0.7765, 0.8805)) == []
-    assert "expected 0.774 +- 0.005; got 0.7100" in bench.acceptance(entries(0.71, 0.885))[0]
-    assert "not proven" in bench.acceptance(entries(0.774, None))[0]
+    assert bench.check_real_image_baseline(entries(0.7765, 0.8805)) == []
+    assert "expected 0.774 +- 0.005; got 0.7100" in bench.check_real_image_baseline(entries(0.71, 0.885))[0]
+    assert "not proven" in bench.check_real_image_baseline(entries(0.774, None))[0]
 
 
 def test_the_inputs_are_those_of_the_thirty_subjects():

@@ -16,13 +16,13 @@ import pytest
 from npedit.benchmarks import _judged, gedit
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
-from npedit.judges.cache import Cache
+from npedit.judges.cache import AnswerCache
 from npedit.judges.server import ServerJudge
 from tests.support.judge_server import encode_png, images_of, picture, serving, text_of, write_edited, write_gedit
 
 
 def found_in(tmp_path, sizes=None, languages=("en",)):
-    return gedit.items(write_gedit(tmp_path / "data", sizes, languages), languages, tmp_path / "edited")
+    return gedit.read_items(write_gedit(tmp_path / "data", sizes, languages), languages, tmp_path / "edited")
 
 
 def rows_of(found, scores):
@@ -31,8 +31,8 @@ def rows_of(found, scores):
     for item in found:
         row = {"id": item.id, "task": item.task, **item.more, "scores": {}, "why": {}, "numbers": {}}
         for name, value in zip(("SC", "PQ"), scores(item)):
-            _judged.add(row, name, value, "parse_error")
-        rows.append(gedit.finish(row, "O"))
+            _judged.set_score(row, name, value, "parse_error")
+        rows.append(gedit.add_overall_score(row, "O"))
     return rows
 
 
@@ -48,7 +48,7 @@ def test_items_come_in_the_official_order_with_whole_ids(tmp_path):
     )
     assert found[0].source().tobytes() == picture(0).tobytes()
     assert found[0].edited == tmp_path / f"edited/fullset/background_change/en/{0:032x}.png"
-    only = gedit.items(tmp_path / "data", ("cn",), tmp_path)
+    only = gedit.read_items(tmp_path / "data", ("cn",), tmp_path)
     assert {i.more["language"] for i in only} == {"cn"} and len(only) == 13
 
 
@@ -65,32 +65,32 @@ def test_a_key_of_two_tasks_is_two_items_and_the_column_tells_the_language(tmp_p
         {"task_type": "subject-remove", "key": "k", "instruction": "写上 “你好”"},
         {"task_type": "subject-replace", "key": "k", "instruction": "b"},
     ]
-    found = gedit.items(write_rows(tmp_path / "d", same), ("en",), tmp_path)
+    found = gedit.read_items(write_rows(tmp_path / "d", same), ("en",), tmp_path)
     assert [i.id for i in found] == ["gedit/en/subject-remove/k", "gedit/en/subject-replace/k"]
     assert found[0].edited != found[1].edited
     with pytest.raises(UserError, match="two for gedit/en/subject-remove/k"):
-        gedit.items(write_rows(tmp_path / "d", [same[0], same[0]]), ("en",), tmp_path)
+        gedit.read_items(write_rows(tmp_path / "d", [same[0], same[0]]), ("en",), tmp_path)
 
 
 def test_wrong_data_are_told_of(tmp_path):
     with pytest.raises(UserError, match="hf download stepfun-ai/GEdit-Bench"):
-        gedit.items(tmp_path, ("en",), tmp_path)
+        gedit.read_items(tmp_path, ("en",), tmp_path)
     with pytest.raises(UserError, match="expected a task of GEdit-Bench"):
         rows = [{"task_type": "subject_add", "key": "k", "instruction": "a"}]
-        gedit.items(write_rows(tmp_path / "d", rows), ("en",), tmp_path)
+        gedit.read_items(write_rows(tmp_path / "d", rows), ("en",), tmp_path)
     with pytest.raises(UserError, match="got none; check --data and --language"):
-        gedit.items(write_gedit(tmp_path / "e"), ("cn",), tmp_path)
+        gedit.read_items(write_gedit(tmp_path / "e"), ("cn",), tmp_path)
     pq.write_table(pa.Table.from_pylist([{"key": "a"}]), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="expected the columns"):
-        gedit.items(tmp_path / "x.parquet", ("en",), tmp_path)
+        gedit.read_items(tmp_path / "x.parquet", ("en",), tmp_path)
     (tmp_path / "y.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="expected a parquet file"):
-        gedit.items(tmp_path / "y.parquet", ("en",), tmp_path)
+        gedit.read_items(tmp_path / "y.parquet", ("en",), tmp_path)
     broken = [
         {"task_type": "subject-add", "key": "k", "instruction": "a", "input_image": {"bytes": b"x", "path": None}}
     ]
     with pytest.raises(UserError, match="source picture of gedit/en/subject-add/k"):
-        gedit.items(write_rows(tmp_path / "d", broken), ("en",), tmp_path)[0].source()
+        gedit.read_items(write_rows(tmp_path / "d", broken), ("en",), tmp_path)[0].source()
 
 
 def test_an_incomplete_benchmark_is_known_as_such(tmp_path):
@@ -175,23 +175,23 @@ def test_a_task_without_scores_makes_no_headline_however_few_are_wanted(tmp_path
 
 def test_a_trial_takes_tasks_in_turn(tmp_path):
     found = found_in(tmp_path, dict.fromkeys(gedit.TASKS, 3))
-    first = _judged.spread_over(found, 13)
+    first = _judged.sample_across_tasks(found, 13)
     assert [i.kind for i in first] == [*gedit.TASKS, *gedit.TASKS[:2]] and first[11].id.endswith("1")
-    assert _judged.spread_over(found, None) == found and len(_judged.spread_over(found, 99)) == 33
+    assert _judged.sample_across_tasks(found, None) == found and len(_judged.sample_across_tasks(found, 99)) == 33
 
 
 # --------------------------------------------------------------------------------------------------- official layout
 
 
 def test_the_official_protocol_scales_the_result_and_writes_the_official_files(tmp_path, monkeypatch):
-    """Official texts and manner through a server; our CSV gives the official headline, and reads back the same."""
+    """Official texts and settings through a server; our CSV gives the official headline, and reads back the same."""
     monkeypatch.setenv("NO_PROXY", "*")
     (tmp_path / "vie_prompts.py").write_text(
         "_context_no_delimit = 'C'\n_prompts_0shot_two_image_edit_rule = 'T'\n_prompts_0shot_rule_PQ = 'PQ'\n"
         "_prompts_0shot_tie_rule_SC = 'SC <instruction>'\n"
     )
     model = tmp_path / "model"
-    found = gedit.items(write_gedit(tmp_path / "data", {"ps_human": 2}), ("en",), model)
+    found = gedit.read_items(write_gedit(tmp_path / "data", {"ps_human": 2}), ("en",), model)
     write_edited(tmp_path, found)
     picture(7, (48, 32)).save(found[0].edited)  # twice the source's size
     sizes = []
@@ -202,12 +202,12 @@ def test_the_official_protocol_scales_the_result_and_writes_the_official_files(t
         return json.dumps({"score": [len(text_of(body)) % 7, 3 + len(images)], "reasoning": ""})
 
     protocol = Protocol.load("viescore-gpt", tmp_path)
-    with serving(answer) as server, Cache(tmp_path / "answers.jsonl") as cache:
+    with serving(answer) as server, AnswerCache(tmp_path / "answers.jsonl") as cache:
         judge = ServerJudge(server.url, "tiny", workers=1)
-        scorer = _judged.Scorer(judge, protocol, cache, _judged.Passes(), gedit.combine)
-        rows = _judged.score_all(scorer, found, lambda r: gedit.finish(r, "O"), lambda *_: None)
+        scorer = _judged.Scorer(judge, protocol, cache, _judged.RepeatSettings(), gedit.combine_numbers)
+        rows = _judged.score_items(scorer, found, lambda r: gedit.add_overall_score(r, "O"), lambda *_: None)
     assert set(sizes) == {(24, 16)}
-    written = gedit.export(rows, found, model, "gpt4o")
+    written = gedit.write_official_files(rows, found, model, "gpt4o")
     assert [p.relative_to(model).as_posix() for p in written[-2:]] == [
         "gpt4o/eval_results_new/model_tone_transfer_gpt_score.csv",
         "gpt4o/eval_results_new/model_combined_gpt_score.csv",
@@ -223,26 +223,26 @@ def test_the_official_protocol_scales_the_result_and_writes_the_official_files(t
     assert gedit.summarise(rows, found, 0.99, "v")["v/en/full/O"]["value"] == pytest.approx(official, abs=1e-12)
     for line in lines:
         assert all(os.path.isfile(line[k]) for k in ("source_image", "edited_image"))
-    again = gedit.imported(written[-1], found)
+    again = gedit.read_official_scores(written[-1], found)
     assert [r["scores"] for r in again] == [r["scores"] for r in rows]
 
 
 def test_official_scores_that_lack_items_or_are_off_the_scale(tmp_path):
     found = found_in(tmp_path)
     rows = rows_of(found, lambda i: (None, 3) if i.kind == "ps_human" else (3, 3))
-    path = gedit.export(rows, found, tmp_path / "m", "j")[-1]
-    again = gedit.imported(path, found)
+    path = gedit.write_official_files(rows, found, tmp_path / "m", "j")[-1]
+    again = gedit.read_official_scores(path, found)
     assert [r["why"] for r in again if r["why"]] == [dict.fromkeys(("SC", "PQ", "O"), "not_in_file")]
     text = path.read_text()
     path.write_text(text.replace(",3,3,", ",30,3,", 1))
     with pytest.raises(UserError, match="expected scores from 0 to 10"):
-        gedit.imported(path, found)
+        gedit.read_official_scores(path, found)
     path.write_text(text + text.splitlines()[1] + "\n")
     with pytest.raises(UserError, match="two for gedit/en/background_change"):
-        gedit.imported(path, found)
+        gedit.read_official_scores(path, found)
     path.write_text(text.replace("color_alter/en", "color_alter2/en"))
     with pytest.raises(UserError, match="expected items of the data"):
-        gedit.imported(path, found)
+        gedit.read_official_scores(path, found)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="expected the official combined CSV"):
-        gedit.imported(path, found)
+        gedit.read_official_scores(path, found)

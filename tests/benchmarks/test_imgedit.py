@@ -9,7 +9,7 @@ import pytest
 from npedit.benchmarks import _judged, imgedit
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
-from npedit.judges.cache import Cache
+from npedit.judges.cache import AnswerCache
 from npedit.judges.server import ServerJudge
 from tests.support.judge_server import picture, serving, text_of
 
@@ -29,7 +29,7 @@ def write_data(folder, tasks=imgedit.TASKS):
 
 @pytest.fixture
 def found(tmp_path):
-    found = imgedit.items(write_data(tmp_path / "data"), tmp_path / "edited")
+    found = imgedit.read_items(write_data(tmp_path / "data"), tmp_path / "edited")
     (tmp_path / "edited").mkdir()
     for i, item in enumerate(found):
         picture(1000 + i).save(item.edited)
@@ -42,8 +42,8 @@ def rows_of(found, numbers):
     for item in found:
         three = numbers(item)
         row = {"id": item.id, "task": item.task, "scores": {}, "why": {}, "numbers": {"S": [three] if three else []}}
-        _judged.add(row, "S", imgedit.combine(three) if three else None, "refused")
-        rows.append(imgedit.finish(row, "O"))
+        _judged.set_score(row, "S", imgedit.combine_numbers(three) if three else None, "refused")
+        rows.append(imgedit.add_overall_score(row, "O"))
     return rows
 
 
@@ -52,14 +52,14 @@ def test_items(found, tmp_path):
     assert found[0].edited == tmp_path / "edited/100.png" and found[0].source().tobytes() == picture(0).tobytes()
     assert "the data hold 11 of 9" in imgedit.missing_items_message(found)
     aliased = write_data(tmp_path / "other", ("alter", "hybrid"))
-    assert {i.task for i in imgedit.items(aliased, tmp_path)} == {"adjust", "compose", "add"}
+    assert {i.task for i in imgedit.read_items(aliased, tmp_path)} == {"adjust", "compose", "add"}
     (tmp_path / "data" / "3.png").unlink()
     with pytest.raises(UserError, match="1 are missing, such as .'3.png'"):
-        imgedit.items(tmp_path / "data", tmp_path)
+        imgedit.read_items(tmp_path / "data", tmp_path)
     with pytest.raises(UserError, match="expected an edit type among .*; got 'paint'"):
-        imgedit.items(write_data(tmp_path / "third", ("paint",)), tmp_path)
+        imgedit.read_items(write_data(tmp_path / "third", ("paint",)), tmp_path)
     with pytest.raises(UserError, match="basic_edit.json or singleturn.json"):
-        imgedit.items(tmp_path / "edited", tmp_path)
+        imgedit.read_items(tmp_path / "edited", tmp_path)
 
 
 def test_means_by_hand(found):
@@ -89,7 +89,7 @@ def test_missing_scores(found):
 def test_official_files_are_as_the_official_scripts_compute_them(found, tmp_path):
     told = iter([(5, 4, 4), (1, 1, 1), None])
     rows = rows_of(found, lambda i: next(told) if i.task == "add" else (4, 2, 3))
-    result, average, kinds = imgedit.export(rows, found, tmp_path / "out", "judge")
+    result, average, kinds = imgedit.write_official_files(rows, found, tmp_path / "out", "judge")
     answers = json.loads(result.read_text())
     assert answers["100"] == "S1: 5\nS2: 4\nS3: 4" and "110" not in answers and len(answers) == 10
     means = {}
@@ -98,7 +98,7 @@ def test_official_files_are_as_the_official_scripts_compute_them(found, tmp_path
         means[key] = round(sum(scores) / len(scores), 2)
     assert json.loads(average.read_text()) == means and means["100"] == 4.33
     assert json.loads(kinds.read_text())["add"] == round((4.33 + 1) / 2, 2)  # step 2
-    again = imgedit.imported(result, found)
+    again = imgedit.read_official_scores(result, found)
     assert [r["scores"] for r in again] == [r["scores"] for r in rows]
     assert again[2]["why"]["O"] == "not_in_file"
 
@@ -109,12 +109,12 @@ def test_official_answers_are_read_and_errors_in_them_are_missing(found, tmp_pat
     told = {keys[0]: lines.format(5), keys[1]: {"error": "rate limit"}, keys[2]: lines.format(0), keys[3]: "Sorry."}
     path = tmp_path / "result.json"
     path.write_text(json.dumps(told))
-    rows = imgedit.imported(path, found)
+    rows = imgedit.read_official_scores(path, found)
     assert rows[0]["scores"]["O"] == pytest.approx(11 / 3)
     assert [r["why"].get("O") for r in rows[1:5]] == ["parse_error", "range_error", "parse_error", "not_in_file"]
     path.write_text(json.dumps({"7": "x"}))
     with pytest.raises(UserError, match="expected keys of the data"):
-        imgedit.imported(path, found)
+        imgedit.read_official_scores(path, found)
 
 
 def test_a_server_judges_each_type_with_its_own_criteria(found, tmp_path, monkeypatch):
@@ -125,10 +125,10 @@ def test_a_server_judges_each_type_with_its_own_criteria(found, tmp_path, monkey
         number = text_of(body).split("was: request ")[1].split("\n")[0]
         return ANSWERS.get(number, '{"score": [3, 3, 3]}')
 
-    with serving(answer) as server, Cache(tmp_path / "a.jsonl") as cache:
+    with serving(answer) as server, AnswerCache(tmp_path / "a.jsonl") as cache:
         judge = ServerJudge(server.url, "tiny", workers=1)
-        scorer = _judged.Scorer(judge, protocol, cache, _judged.Passes(), imgedit.combine)
-        rows = _judged.score_all(scorer, found, lambda r: imgedit.finish(r, "O"), lambda *_: None)
+        scorer = _judged.Scorer(judge, protocol, cache, _judged.RepeatSettings(), imgedit.combine_numbers)
+        rows = _judged.score_items(scorer, found, lambda r: imgedit.add_overall_score(r, "O"), lambda *_: None)
         assert len(server.bodies) == 12  # the one that was no answer was asked for twice
         assert len({text_of(b).split("was: request")[1].partition("\n")[2] for b in server.bodies}) >= len(
             imgedit.TASKS

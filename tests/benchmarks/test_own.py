@@ -183,7 +183,7 @@ def test_bad_calls_and_data(done, tmp_path):
         rows[1] |= wrong
         (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
         with pytest.raises(UserError, match=f"jsonl:2: .*{words}"):
-            own.read(str(tmp_path))
+            own.read_items(str(tmp_path))
 
 
 def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):

@@ -47,7 +47,7 @@ def test_training_streams_never_meet_the_held_out_ones(edits):
 def test_true_edits_get_full_marks(edits):
     scores = toy.score(targets(edits), edits, chunk=16)
     assert scores["n"] == N
-    assert [scores[m]["value"] for m in toy.MEASURES] == [1.0, 1.0, 1.0]
+    assert [scores[m]["value"] for m in toy.METRICS] == [1.0, 1.0, 1.0]
     assert set(scores["by_type"]) == set(EDIT_TYPES)
     assert all(row["n"] == N // len(EDIT_TYPES) and row["both"]["value"] == 1 for row in scores["by_type"].values())
     assert scores["copy_rate"] == 0 and scores["outside_change"] < 1e-6
@@ -101,11 +101,11 @@ def test_faults_are_laid_where_the_measurements_say(edits):
 
 def test_wilson_against_published_values():
     """Newcombe (1998), table I: 81 of 263 and 15 of 148, score method without continuity correction."""
-    assert toy.wilson(81, 263)["ci95"] == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    assert toy.wilson(15, 148)["ci95"] == pytest.approx([0.0624, 0.1605], abs=1e-4)
-    assert toy.wilson(0, 20)["ci95"] == pytest.approx([0.0, 0.1611], abs=1e-4)
+    assert toy.wilson_interval(81, 263)["ci95"] == pytest.approx([0.2553, 0.3662], abs=1e-4)
+    assert toy.wilson_interval(15, 148)["ci95"] == pytest.approx([0.0624, 0.1605], abs=1e-4)
+    assert toy.wilson_interval(0, 20)["ci95"] == pytest.approx([0.0, 0.1611], abs=1e-4)
     with pytest.raises(ValueError, match="hits 3, n 2"):
-        toy.wilson(3, 2)
+        toy.wilson_interval(3, 2)
 
 
 def test_pictures_are_saved_in_the_layout_of_samples(edits, tmp_path):
@@ -119,7 +119,7 @@ def test_pictures_are_saved_in_the_layout_of_samples(edits, tmp_path):
 def test_the_table_shows_before_and_after(edits):
     before = toy.score(lambda references, _: references, edits)
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(toy.table(toy.score(targets(edits), edits), before))
+    console.print(toy.results_table(toy.score(targets(edits), edits), before))
     text = console.export_text()
     assert "0.0 % [0.0, 7.9]" in text and "100.0 % [92.1, 100.0]" in text
     assert all(t in text for t in EDIT_TYPES)

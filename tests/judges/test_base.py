@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from npedit.benchmarks._answers import read
-from npedit.benchmarks._protocol import FOLDER, Protocol, names
+from npedit.benchmarks._answers import parse_scores
+from npedit.benchmarks._protocol import PROTOCOL_FOLDER, Protocol, available_protocols
 from npedit.errors import UserError
-from npedit.judges.base import family_of
-from npedit.judges.cache import Cache, key_of
+from npedit.judges.base import guess_critic_family
+from npedit.judges.cache import AnswerCache, answer_cache_key
 from tests.support.judge_server import picture
 
 GOOD = '{"reasoning": "fine", "score": [7, 8]}'
@@ -53,44 +53,44 @@ NOT_READ = [
 
 @pytest.mark.parametrize(("text", "wanted"), READ)
 def test_answers_that_can_be_read(text, wanted):
-    assert read("json", text, 2, 0, 10) == ("ok", tuple(float(x) for x in wanted))
+    assert parse_scores("json", text, 2, 0, 10) == ("ok", tuple(float(x) for x in wanted))
 
 
 @pytest.mark.parametrize("text", NOT_READ)
 def test_answers_that_cannot_are_missing_and_no_number(text):
-    assert read("json", text, 2, 0, 10) == ("parse_error", ())
+    assert parse_scores("json", text, 2, 0, 10) == ("parse_error", ())
 
 
 @pytest.mark.parametrize("score", ["[11, 3]", "[-1, 3]", "[3, 10.01]", "[100, 100]"])
 def test_scores_off_the_scale_are_missing(score):
-    assert read("json", f'{{"score": {score}}}', 2, 0, 10) == ("range_error", ())
+    assert parse_scores("json", f'{{"score": {score}}}', 2, 0, 10) == ("range_error", ())
 
 
 def test_one_score_may_stand_without_a_list():
-    assert read("json", '{"score": 0}', 1, 0, 10) == ("ok", (0.0,))
-    assert read("json", "4", 1, 0, 10) == ("ok", (4.0,))
+    assert parse_scores("json", '{"score": 0}', 1, 0, 10) == ("ok", (0.0,))
+    assert parse_scores("json", "4", 1, 0, 10) == ("ok", (4.0,))
 
 
 LINES = "Brief reasoning: fine, though: small flaws.\n**Prompt Compliance:** 5\nVisual Naturalness: 4\n- Detail: 3/5\n"
 
 
 def test_lines_with_a_number_each():
-    assert read("lines", LINES, 3, 1, 5) == ("ok", (5.0, 4.0, 3.0))
-    assert read("lines", LINES.replace("4", "0"), 3, 1, 5) == ("range_error", ())
-    assert read("lines", LINES.replace("4", "four"), 3, 1, 5) == ("parse_error", ())
-    assert read("lines", LINES + "Total: 4", 3, 1, 5) == ("parse_error", ())
-    assert read("lines", "", 3, 1, 5) == ("parse_error", ())
+    assert parse_scores("lines", LINES, 3, 1, 5) == ("ok", (5.0, 4.0, 3.0))
+    assert parse_scores("lines", LINES.replace("4", "0"), 3, 1, 5) == ("range_error", ())
+    assert parse_scores("lines", LINES.replace("4", "four"), 3, 1, 5) == ("parse_error", ())
+    assert parse_scores("lines", LINES + "Total: 4", 3, 1, 5) == ("parse_error", ())
+    assert parse_scores("lines", "", 3, 1, 5) == ("parse_error", ())
 
 
 def test_an_expected_digit():
     """2 * (0.4 * 5 + 0.4 * 3 + 0.1 * 0) / 0.9; the tenth that is left is on other words."""
     chances = {"0": 0.1, "1": 0.0, "2": 0.0, "3": 0.4, "4": 0.0, "5": 0.4}
-    outcome, (score,) = read("digits", json.dumps({"probabilities": chances}), 1, 0, 10)
+    outcome, (score,) = parse_scores("digits", json.dumps({"probabilities": chances}), 1, 0, 10)
     assert outcome == "ok" and score == pytest.approx(64 / 9, abs=1e-12)
     sure = dict.fromkeys(chances, 0.0) | {"5": 0.7}
-    assert read("digits", json.dumps({"probabilities": sure}), 1, 0, 10) == ("ok", (10.0,))
+    assert parse_scores("digits", json.dumps({"probabilities": sure}), 1, 0, 10) == ("ok", (10.0,))
     elsewhere = {w: p / 2 for w, p in chances.items()}
-    assert read("digits", json.dumps({"probabilities": elsewhere}), 1, 0, 10) == ("parse_error", ())
+    assert parse_scores("digits", json.dumps({"probabilities": elsewhere}), 1, 0, 10) == ("parse_error", ())
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -98,60 +98,62 @@ def test_an_expected_digit():
 
 def test_the_cache_serves_answers_and_refusals_alone(tmp_path):
     path = tmp_path / "deep" / "answers.jsonl"
-    with Cache(path) as cache:
+    with AnswerCache(path) as cache:
         for outcome in ("ok", "refused", "rejected", "transport_error"):
             cache.put({"key": outcome, "outcome": outcome, "text": "é", "usage": {"prompt_tokens": 2}})
         with pytest.raises(UserError, match="another evaluation writes it"):
-            Cache(path)
-    with Cache(path) as again:
+            AnswerCache(path)
+    with AnswerCache(path) as again:
         assert len(again) == 2 and again.get("ok")["text"] == "é" and again.get("refused")
         assert again.get("rejected") is None and again.get("transport_error") is None
-        assert again.usage() == {"prompt_tokens": 4}
+        assert again.total_token_usage() == {"prompt_tokens": 4}
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_line_that_a_kill_cut_off_costs_that_answer_alone(tmp_path, cut):
     path = tmp_path / "answers.jsonl"
-    with Cache(path) as cache:
+    with AnswerCache(path) as cache:
         for k in "abc":
             cache.put({"key": k, "outcome": "ok", "text": ""})
     path.write_bytes(path.read_bytes()[:-cut])
-    with Cache(path) as cache:
+    with AnswerCache(path) as cache:
         assert cache.get("a") and cache.get("b") and not cache.get("c")
         cache.put({"key": "d", "outcome": "ok"})
-    with Cache(path) as cache:
+    with AnswerCache(path) as cache:
         assert [bool(cache.get(k)) for k in "abcd"] == [True, True, False, True]
 
 
-def test_a_bad_line_in_the_middle_is_told_of(tmp_path):
+@pytest.mark.parametrize("line", [b"nonsense", b"", b"\0\0\0", b"\xff\xfe", b"[1]", b'{"outcome": "ok"}'])
+def test_a_damaged_line_is_skipped_and_counted(tmp_path, line, caplog):
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"key": "a", "outcome": "ok"}\nnonsense\n{"key": "b", "outcome": "ok"}\n')
-    with pytest.raises(UserError, match="bad line 2"):
-        Cache(path)
-    path.write_text('{"key": "a", "outcome": "ok"}\n')
-    with Cache(path) as cache:  # and the file is free again
-        assert len(cache) == 1
+    path.write_bytes(b'{"key": "a", "outcome": "ok"}\n' + line + b'\n{"key": "b", "outcome": "ok"}\n')
+    with AnswerCache(path) as cache:
+        assert len(cache) == 2 and cache.get("a") and cache.get("b")
+    assert "1 damaged lines of 3 are skipped (2)" in caplog.text
 
 
 def test_a_key_covers_pixels_order_and_every_fact():
     a, b = picture(0), picture(1)
     facts = {"protocol": "p", "judge": {"model": "m", "revision": "r"}, "prompt": "q", "pass": 0, "attempt": 0}
-    keys = {key_of([a, b], **facts), key_of([b, a], **facts), key_of([a], **facts)}
+    keys = {answer_cache_key([a, b], **facts), answer_cache_key([b, a], **facts), answer_cache_key([a], **facts)}
     changed = a.copy()
     changed.putpixel((0, 0), tuple(255 - v for v in a.getpixel((0, 0))))
-    keys |= {key_of([changed, b], **facts), key_of([Image.frombytes("RGB", a.size[::-1], a.tobytes()), b], **facts)}
+    keys |= {
+        answer_cache_key([changed, b], **facts),
+        answer_cache_key([Image.frombytes("RGB", a.size[::-1], a.tobytes()), b], **facts),
+    }
     for name, other in (("protocol", "P"), ("prompt", "q "), ("pass", 1), ("attempt", 1)):
-        keys.add(key_of([a, b], **{**facts, name: other}))
-    keys.add(key_of([a, b], **{**facts, "judge": {"model": "m", "revision": "s"}}))
+        keys.add(answer_cache_key([a, b], **{**facts, name: other}))
+    keys.add(answer_cache_key([a, b], **{**facts, "judge": {"model": "m", "revision": "s"}}))
     assert len(keys) == 10
-    assert key_of([a.copy(), b.copy()], **facts) in keys  # of pixels, not of objects or files
+    assert answer_cache_key([a.copy(), b.copy()], **facts) in keys  # of pixels, not of objects or files
 
 
 # --------------------------------------------------------------------------------------------------------- protocols
 
 
 def test_own_protocols_are_whole_and_differ():
-    own = [n for n in names() if n.startswith("npedit-")]
+    own = [n for n in available_protocols() if n.startswith("npedit-")]
     loaded = [Protocol.load(n) for n in own]
     assert len(own) == 3 and len({p.hash for p in loaded}) == 3 and len({p.prompts_hash for p in loaded}) == 3
     for protocol in loaded:
@@ -162,17 +164,17 @@ def test_own_protocols_are_whole_and_differ():
                 assert all(("A <instruction> {x}" in p) == shown and "<criteria>" not in p for p in prompts)
                 other = question.prompts(task or "any", "A <instruction> {x}", swapped=True) if question.swapped else []
                 assert not shown or (len(other) == len(prompts) and set(other).isdisjoint(prompts))
-    assert "texts" not in json.dumps(loaded[0].record()) and loaded[0].record()["hash"] == loaded[0].hash
+    assert "texts" not in json.dumps(loaded[0].to_record()) and loaded[0].to_record()["hash"] == loaded[0].hash
 
 
 def test_the_hash_covers_every_field():
     protocol = Protocol.load("npedit-edit-v1")
-    manner, question = protocol.manner, protocol.questions[0]
+    settings, question = protocol.request_settings, protocol.questions[0]
     others = [
         replace(protocol, tries=3),
         replace(protocol, resize="source"),
-        replace(protocol, manner=replace(manner, max_tokens=9)),
-        replace(protocol, manner=replace(manner, temperature=0.5)),
+        replace(protocol, request_settings=replace(settings, max_tokens=9)),
+        replace(protocol, request_settings=replace(settings, temperature=0.5)),
         replace(protocol, questions=(replace(question, texts={"": ("x <instruction>",)}), *protocol.questions[1:])),
     ]
     assert len({protocol.hash, *(o.hash for o in others)}) == 6
@@ -186,8 +188,12 @@ def test_official_texts_are_read_from_a_folder_and_not_run(tmp_path):
     assert sc.prompts("any", "paint <instruction>") == ["CONTEXT\nTWO\nSC of paint <instruction>"]
     assert pq.prompts("any", "paint it") == ["CONTEXT\nPQ"]
     assert gpt.prompts_hash == qwen.prompts_hash and gpt.hash != qwen.hash
-    assert gpt.manner.text_first and gpt.manner.jpeg_quality == 75 and gpt.manner.temperature is None
-    assert gpt.resize == "source" and qwen.manner.max_tokens == 512 and not qwen.manner.text_first
+    assert (
+        gpt.request_settings.text_first
+        and gpt.request_settings.jpeg_quality == 75
+        and gpt.request_settings.temperature is None
+    )
+    assert gpt.resize == "source" and qwen.request_settings.max_tokens == 512 and not qwen.request_settings.text_first
     (tmp_path / "deep" / "vie_prompts.py").write_text(VIE.replace("SC of", "SC  of"))
     assert Protocol.load("viescore-gpt", tmp_path).prompts_hash != gpt.prompts_hash
 
@@ -235,12 +241,12 @@ def test_texts_that_are_not_there_are_told_of(tmp_path):
 def test_no_published_text_is_in_the_package():
     """Marks of VIEScore's and ImgEdit's wording, taken apart here so that this file has none either."""
     marks = ("professional digital " + "artist", "data " + "rater", "over" + "editing", "privacy " + "confidential")
-    for path in FOLDER.glob("*.yaml"):
+    for path in PROTOCOL_FOLDER.glob("*.yaml"):
         assert not [m for m in marks if m in path.read_text(encoding="utf-8").lower()], path
 
 
 def test_a_models_name_tells_its_family():
-    assert family_of("Qwen/Qwen2.5-VL-72B-Instruct-AWQ") == family_of("qwen3_vl_8b") == "qwen_vl"
-    assert family_of("OpenGVLab/InternVL3-14B-hf") == "internvl"
-    assert family_of("llava-hf/llava-onevision-qwen2-7b-ov-hf") == "llava_onevision"
-    assert family_of("gpt-4.1-2025-04-14") == ""
+    assert guess_critic_family("Qwen/Qwen2.5-VL-72B-Instruct-AWQ") == guess_critic_family("qwen3_vl_8b") == "qwen_vl"
+    assert guess_critic_family("OpenGVLab/InternVL3-14B-hf") == "internvl"
+    assert guess_critic_family("llava-hf/llava-onevision-qwen2-7b-ov-hf") == "llava_onevision"
+    assert guess_critic_family("gpt-4.1-2025-04-14") == ""

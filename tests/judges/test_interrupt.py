@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from npedit.judges.cache import Cache
+from npedit.judges.cache import AnswerCache
 from tests.support.judge_server import serving, write_gedit
 
 
@@ -38,5 +38,5 @@ def test_one_ctrl_c_ends_the_command_with_a_server_that_never_answers(tmp_path):
         assert time.monotonic() - start < 10 and process.returncode not in (0, None), said
         assert b"Traceback" not in said
         released.set()
-    with Cache(tmp_path / "r" / "answers.jsonl") as cache:
+    with AnswerCache(tmp_path / "r" / "answers.jsonl") as cache:
         assert len(cache) == 3

@@ -17,16 +17,16 @@ from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.critics.qwen_vl import QwenVL
 from npedit.critics.smolvlm import SmolVLM
 from npedit.errors import UserError
-from npedit.judges.base import Manner
-from npedit.judges.local import LocalJudge, fingerprint
+from npedit.judges.base import RequestSettings
+from npedit.judges.local import LocalJudge, hash_folder
 from npedit.judges.server import ServerJudge
 from tests.benchmarks.test_imgedit import write_data
 from tests.support.command_line import run
 from tests.support.judge_server import images_of, picture, serving, text_of, write_edited, write_gedit
 
 SAID = '{"score": [7, 8]}'
-MANNER = Manner(temperature=0, max_tokens=40)
-DIGITS = Manner(temperature=0, max_tokens=1, options=("0", "1", "2", "3", "4", "5"))
+MANNER = RequestSettings(temperature=0, max_tokens=40)
+DIGITS = RequestSettings(temperature=0, max_tokens=1, answer_choices=("0", "1", "2", "3", "4", "5"))
 
 
 def with_digits(seed: int) -> SmolVLM:
@@ -82,7 +82,7 @@ def test_the_revision_tells_weights_apart_and_not_folders(folder, tmp_path):
     QwenVL.tiny(0).save(tmp_path / "a")
     QwenVL.tiny(0).save(tmp_path / "b")
     QwenVL.tiny(1).save(tmp_path / "c")
-    a, b, c = (fingerprint(tmp_path / n) for n in "abc")
+    a, b, c = (hash_folder(tmp_path / n) for n in "abc")
     assert a == b != c
     assert LocalJudge.open(str(tmp_path / "a")).identity == LocalJudge.open(str(tmp_path / "b")).identity
 
@@ -98,19 +98,19 @@ def test_wrong_weights_are_told_of(tmp_path):
 def test_a_manner_for_servers_and_digits_that_are_no_tokens_are_refused(folder):
     judge = LocalJudge.open(str(folder))
     with pytest.raises(UserError, match="shows pictures before the text"):
-        judge.accepts(Manner(0, 10, text_first=True))
+        judge.check_supported(RequestSettings(0, 10, text_first=True))
     with pytest.raises(UserError, match="limits the answer"):
-        judge.accepts(Manner(0, None))
+        judge.check_supported(RequestSettings(0, None))
     toy = LocalJudge(LlavaOnevision.tiny(0), "toy", "llava_onevision", "0")
     with pytest.raises(UserError, match="in one token each"):
-        toy.accepts(DIGITS)
+        toy.check_supported(DIGITS)
 
 
 def test_scores_from_logits_are_the_models_own_probabilities(tmp_path):
     """Against transformers' forward pass: softmax over the whole vocabulary, read at the six digits."""
     with_digits(1).save(tmp_path / "judge")
     judge = LocalJudge.open(str(tmp_path / "judge"))
-    judge.accepts(DIGITS)
+    judge.check_supported(DIGITS)
     image = picture(3, (32, 32))
     found = json.loads(judge.ask("is it ?", [image], DIGITS).text)["probabilities"]
     critic: Critic = judge.critic
@@ -119,7 +119,7 @@ def test_scores_from_logits_are_the_models_own_probabilities(tmp_path):
     row = torch.tensor([critic._prompt_ids("is it ?", seen)])
     with torch.no_grad():
         logits = critic.model(input_ids=row, pixel_values=pixels).logits[0, -1].double()
-    spoken = {w: critic.answer_id(w) for w in DIGITS.options}
+    spoken = {w: critic.answer_id(w) for w in DIGITS.answer_choices}
     assert len(set(spoken.values())) == 6
     for word, token in spoken.items():
         assert found[word] == pytest.approx(float(logits.softmax(0)[token]), rel=1e-2)
@@ -151,7 +151,7 @@ def test_gedit_with_a_local_judge_from_command_to_files(here, folder):
     figure = summary["npedit-edit-v1/en/full/O"]
     assert (figure["value"], figure["n"], figure["coverage"]) == (pytest.approx(7.0), 12, 1.0)
     facts = json.loads((here / "r" / "settings.json").read_text())
-    assert facts["judge"]["revision"] == fingerprint(folder) and facts["protocol"]["hash"]
+    assert facts["judge"]["revision"] == hash_folder(folder) and facts["protocol"]["hash"]
     assert facts["editor"] == {"editor": "copy"} and sum(facts["outcomes"]["O"].values()) == 12
     assert "npedit-edit-v1/en/full macro" in said and "the data hold 12 en" in said
     pictures = here / "r/official/copy/fullset/color_alter/en"
@@ -173,8 +173,8 @@ def behind(judge):
 
     def answer(number, body):
         with one_at_a_time:
-            manner = Manner(temperature=0, max_tokens=body["max_tokens"])
-            return judge.ask(text_of(body), images_of(body), manner).text
+            settings = RequestSettings(temperature=0, max_tokens=body["max_tokens"])
+            return judge.ask(text_of(body), images_of(body), settings).text
 
     return answer
 
@@ -217,7 +217,7 @@ def test_the_embedded_editor_edits_and_a_judge_of_the_critics_family_is_warned_o
 
 
 def test_gedit_with_a_server_and_the_official_scores_read_back(here):
-    found = gedit.items(here / "data", ("en",), here / "theirs")
+    found = gedit.read_items(here / "data", ("en",), here / "theirs")
     write_edited(here / "theirs", found)
     with serving(lambda *_: '{"score": [9, 4]}') as server:
         common = ("evaluate", "gedit", "--data", "data")

@@ -15,38 +15,38 @@ from npedit.benchmarks import _judged, gedit
 from npedit.benchmarks._headlines import judge_noise
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
-from npedit.judges.base import JudgeStopped, Manner
-from npedit.judges.cache import Cache
-from npedit.judges.server import KEY_VARIABLE, ServerJudge
+from npedit.judges.base import JudgeUnavailable, RequestSettings
+from npedit.judges.cache import AnswerCache
+from npedit.judges.server import API_KEY_VARIABLE, ServerJudge
 from tests.support.judge_server import completion, images_of, picture, send, serving, text_of, write_edited, write_gedit
 
 GOOD = '{"reasoning": "fine", "score": [7, 8]}'
-MANNER = Manner(temperature=0, max_tokens=64)
+MANNER = RequestSettings(temperature=0, max_tokens=64)
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No proxy, no key."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", API_KEY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
 def judge_at(server, **more) -> ServerJudge:
-    quick = {"timeout": 0.6, "attempts": 3, "first_wait": 0.01, "workers": 1}
+    quick = {"timeout": 0.6, "max_attempts": 3, "initial_backoff": 0.01, "workers": 1}
     return ServerJudge(server.url, "tiny", **{**quick, **more})
 
 
-def ask(answer, manner=MANNER, **more):
+def ask(answer, settings=MANNER, **more):
     """The reply to one question, and the server."""
     with serving(answer) as server:
-        return judge_at(server, **more).ask("Look!", [picture(0), picture(1)], manner), server
+        return judge_at(server, **more).ask("Look!", [picture(0), picture(1)], settings), server
 
 
 # ------------------------------------------------------------------------------------------------------ the protocol
 
 
 def test_a_question_is_one_user_message_with_pictures_first(monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     reply, server = ask(lambda *_: GOOD)
     assert (reply.outcome, reply.text, reply.served_by) == ("ok", GOOD, "tiny-1")
     assert reply.usage == {"prompt_tokens": 100, "completion_tokens": 7}
@@ -60,7 +60,7 @@ def test_a_question_is_one_user_message_with_pictures_first(monkeypatch):
 
 
 def test_the_official_manner_sends_text_first_jpeg_and_no_temperature():
-    _, server = ask(lambda *_: GOOD, Manner(None, None, text_first=True, jpeg_quality=75))
+    _, server = ask(lambda *_: GOOD, RequestSettings(None, None, text_first=True, jpeg_quality=75))
     (body,) = server.bodies
     assert "temperature" not in body and "max_tokens" not in body and "Authorization" not in server.headers[0]
     assert [p["type"] for p in body["messages"][0]["content"]] == ["text", "image_url", "image_url"]
@@ -83,7 +83,7 @@ def test_bad_addresses_and_manners_are_refused():
     with pytest.raises(UserError, match="--judge-model"):
         ServerJudge("http://x/v1", "")
     with pytest.raises(UserError, match="expected a local judge"):
-        ServerJudge("http://x/v1", "m").accepts(Manner(0, 1, options=("0", "1")))
+        ServerJudge("http://x/v1", "m").check_supported(RequestSettings(0, 1, answer_choices=("0", "1")))
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
@@ -175,42 +175,42 @@ def test_retry_after_is_honoured(wait):
 def test_a_server_that_is_not_there_stops_the_run_within_seconds():
     lines = []
     with serving(lambda *_: GOOD) as server:
-        judge = judge_at(server, attempts=6, report=lines.append)
+        judge = judge_at(server, max_attempts=6, on_retry=lines.append)
     start = time.monotonic()
-    with pytest.raises(JudgeStopped, match="expected a server at .*refused"):
+    with pytest.raises(JudgeUnavailable, match="expected a server at .*refused"):
         judge.ask("Look!", [], MANNER)
     assert time.monotonic() - start < 5 and len(lines) == 2
 
 
 def test_a_login_page_stops_the_run_at_once():
     with serving(lambda *_: broken(b"<html>please log in</html>")) as server:
-        with pytest.raises(JudgeStopped, match="please log in"):
+        with pytest.raises(JudgeUnavailable, match="please log in"):
             judge_at(server).ask("Look!", [], MANNER)
         assert len(server.bodies) == 1
 
 
 def test_each_wait_for_a_retry_is_reported():
     lines = []
-    reply, _ = ask(lambda n, _: status(503, "busy") if n < 1 else GOOD, report=lines.append)
+    reply, _ = ask(lambda n, _: status(503, "busy") if n < 1 else GOOD, on_retry=lines.append)
     assert reply.outcome == "ok" and len(lines) == 1 and "HTTP 503" in lines[0] and "attempt 2 of 3" in lines[0]
 
 
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", "\u201csk-secret\u201d", "sk secret", "sk-secr\u00e9t"])
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, key)
-    with pytest.raises(UserError, match=KEY_VARIABLE) as caught:
+    monkeypatch.setenv(API_KEY_VARIABLE, key)
+    with pytest.raises(UserError, match=API_KEY_VARIABLE) as caught:
         ServerJudge("http://localhost:1/v1", "m")
     assert "secr" not in str(caught.value) and caught.value.__cause__ is None
 
 
 def test_a_key_that_the_server_repeats_reaches_neither_message_nor_file(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
+    monkeypatch.setenv(API_KEY_VARIABLE, "sk-very-secret")
     with serving(lambda *_: status(401, "Incorrect API key: sk-very-secret")) as server:
-        with pytest.raises(JudgeStopped) as caught:
+        with pytest.raises(JudgeUnavailable) as caught:
             run(server, bench, tmp_path / "a.jsonl")
     assert "secret" not in str(caught.value) and "[the key]" in str(caught.value)
     with serving(lambda *_: {"content": "your key is sk-very-secret"}) as server:
-        with pytest.raises(JudgeStopped) as caught:
+        with pytest.raises(JudgeUnavailable) as caught:
             run(server, bench, tmp_path / "a.jsonl")
     assert "secret" not in str(caught.value) + (tmp_path / "a.jsonl").read_text()
 
@@ -251,15 +251,15 @@ def test_a_request_that_does_not_fit_is_rejected_and_not_repeated():
     [status(401), status(403), status(404, "no such model"), status(402), status(429, "insufficient_quota")],
 )
 def test_what_every_call_would_meet_stops_the_run(fault):
-    with pytest.raises(JudgeStopped):
+    with pytest.raises(JudgeUnavailable):
         ask(lambda *_: fault)
 
 
 def test_a_redirect_is_not_followed_so_that_the_key_stays(monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     with serving(lambda *_: GOOD) as other:
         for code in (301, 302, 307, 308):
-            with pytest.raises(JudgeStopped, match=f"HTTP {code}"):
+            with pytest.raises(JudgeUnavailable, match=f"HTTP {code}"):
                 ask(lambda *_, code=code: status(code, Location=f"{other.url}/chat/completions"))
         assert not other.bodies
 
@@ -271,7 +271,7 @@ def test_a_redirect_is_not_followed_so_that_the_key_stays(monkeypatch):
 def bench(tmp_path):
     """An item of each task, two of some, and edited pictures."""
     data = write_gedit(tmp_path / "data", dict.fromkeys(gedit.TASKS[:4], 2))
-    found = gedit.items(data, ("en",), tmp_path / "edited")
+    found = gedit.read_items(data, ("en",), tmp_path / "edited")
     write_edited(tmp_path / "edited", found)
     return found
 
@@ -283,11 +283,15 @@ def scores_of(body):
     return json.dumps({"reasoning": f"{kind} pictures", "score": [value, 10 - kind]})
 
 
-def run(server, found, answers, passes=None, name="npedit-edit-v1", told=lambda *_: None, **more):
+def run(server, found, answers, passes=None, name="npedit-edit-v1", on_progress=lambda *_: None, **more):
     protocol = Protocol.load(name)
-    with Cache(answers) as cache:
-        scorer = _judged.Scorer(judge_at(server, **more), protocol, cache, passes or _judged.Passes(), gedit.combine)
-        return _judged.score_all(scorer, found, lambda row: gedit.finish(row, protocol.overall), told)
+    with AnswerCache(answers) as cache:
+        scorer = _judged.Scorer(
+            judge_at(server, **more), protocol, cache, passes or _judged.RepeatSettings(), gedit.combine_numbers
+        )
+        return _judged.score_items(
+            scorer, found, lambda row: gedit.add_overall_score(row, protocol.overall), on_progress
+        )
 
 
 FAULTS = [
@@ -311,7 +315,7 @@ def test_no_fault_becomes_a_score(bench, tmp_path):
         return scores_of(body) if place % 3 == 0 else quick[(place - place // 3 - 1) % len(quick)]
 
     with serving(answer) as server:
-        faulty = run(server, bench, tmp_path / "faulty.jsonl", attempts=2)
+        faulty = run(server, bench, tmp_path / "faulty.jsonl", max_attempts=2)
     missing = 0
     for before, after in zip(clean, faulty):
         assert before["id"] == after["id"]
@@ -354,8 +358,8 @@ def test_a_server_that_dies_stops_the_run_and_what_was_answered_is_kept(bench, t
         return scores_of(body) if n < 15 else reset
 
     with serving(answer) as server:
-        with pytest.raises(JudgeStopped, match="8 calls in a row.*15 answers are kept"):
-            run(server, bench, tmp_path / "a.jsonl", attempts=1)
+        with pytest.raises(JudgeUnavailable, match="8 calls in a row.*15 answers are kept"):
+            run(server, bench, tmp_path / "a.jsonl", max_attempts=1)
         server.answer = lambda _, body: scores_of(body)
         before = len(server.bodies)
         rows = run(server, bench, tmp_path / "a.jsonl")
@@ -365,7 +369,7 @@ def test_a_server_that_dies_stops_the_run_and_what_was_answered_is_kept(bench, t
 
 def test_a_wrong_key_stops_all_workers_at_once(bench, tmp_path):
     with serving(lambda *_: status(401, "bad key")) as server:
-        with pytest.raises(JudgeStopped, match="NPEDIT_JUDGE_KEY"):
+        with pytest.raises(JudgeUnavailable, match="NPEDIT_JUDGE_KEY"):
             run(server, bench, tmp_path / "a.jsonl", workers=4)
         assert len(server.bodies) <= 8
 
@@ -377,7 +381,7 @@ def test_ctrl_c_keeps_what_was_answered(bench, tmp_path):
 
     with serving(lambda _, body: scores_of(body)) as server:
         with pytest.raises(KeyboardInterrupt):
-            run(server, bench, tmp_path / "a.jsonl", told=interrupt)
+            run(server, bench, tmp_path / "a.jsonl", on_progress=interrupt)
         kept = len(server.bodies)
         run(server, bench, tmp_path / "a.jsonl")
         assert 8 <= kept < 2 * len(bench) and len(server.bodies) == 2 * len(bench)
@@ -412,7 +416,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
         seen[exchanged] += 1
         return json.dumps({"score": [10, value]})
 
-    passes = _judged.Passes(repeats=2, swap=True)
+    passes = _judged.RepeatSettings(repeats=2, swap=True)
     with serving(answer) as server:
         rows = run(server, bench[:1], tmp_path / "a.jsonl", passes)
         assert len(server.bodies) == 6
@@ -422,7 +426,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
     assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
     with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or seen[True] < 2 else "no") as server:
         seen.update({False: 0, True: 2})
-        rows = run(server, bench[:1], tmp_path / "b.jsonl", _judged.Passes(swap=True))
+        rows = run(server, bench[:1], tmp_path / "b.jsonl", _judged.RepeatSettings(swap=True))
     assert rows[0]["scores"]["SC"] is None and rows[0]["why"]["SC"] == "parse_error"  # one order alone is one-sided
 
 
@@ -432,18 +436,20 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
 def test_five_equal_refusals_stop_the_run_with_the_servers_words(bench, tmp_path):
     words = "Unsupported parameter: use max_completion_tokens (request {})"
     with serving(lambda n, _: status(400, words.format(1000 + n))) as server:
-        with pytest.raises(JudgeStopped, match="5 requests in a row.*use max_completion_tokens.*--judge-parameters"):
+        with pytest.raises(
+            JudgeUnavailable, match="5 requests in a row.*use max_completion_tokens.*--judge-parameters"
+        ):
             run(server, bench, tmp_path / "a.jsonl")
         assert len(server.bodies) == 5
 
 
 def test_ten_unreadable_answers_with_none_read_stop_the_run_with_an_excerpt(bench, tmp_path):
     with serving(lambda *_: {"content": None, "finish_reason": "length"}) as server:
-        with pytest.raises(JudgeStopped, match="can read none.*length.*cut off by the token limit"):
+        with pytest.raises(JudgeUnavailable, match="can read none.*length.*cut off by the token limit"):
             run(server, bench, tmp_path / "a.jsonl")
         assert len(server.bodies) == 10
     with serving(lambda *_: "What a nice picture!") as server:
-        with pytest.raises(JudgeStopped, match="What a nice picture!"):
+        with pytest.raises(JudgeUnavailable, match="What a nice picture!"):
             run(server, bench, tmp_path / "b.jsonl")
 
 
@@ -460,9 +466,9 @@ def test_an_interruption_ends_within_seconds_though_the_server_never_answers(ben
     with serving(answer) as server:
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            run(server, bench, tmp_path / "a.jsonl", told=interrupt, timeout=60, workers=1)
+            run(server, bench, tmp_path / "a.jsonl", on_progress=interrupt, timeout=60, workers=1)
         assert time.monotonic() - start < 10
-        with Cache(tmp_path / "a.jsonl") as cache:
+        with AnswerCache(tmp_path / "a.jsonl") as cache:
             assert len(cache) == 4
         released.set()
 
@@ -473,5 +479,5 @@ def test_another_address_goes_on_with_the_same_results(bench, tmp_path):
     with serving(lambda _, body: scores_of(body)) as second:
         run(second, bench[:5], tmp_path / "a.jsonl")
         assert len(second.bodies) == 4
-    with Cache(tmp_path / "a.jsonl") as cache:
-        assert cache.count_by_address() == {first.url: 6, second.url: 4}
+    with AnswerCache(tmp_path / "a.jsonl") as cache:
+        assert cache.count_answers_by_address() == {first.url: 6, second.url: 4}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from npedit.benchmarks.toy import wilson
+from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
 from npedit.recipe.config import validate_settings
 from npedit.recipe.packaged import recipe_path
@@ -41,7 +41,11 @@ TINY = {
 def row(name: str, n: int, *hits: int) -> dict:
     """A row of as many seeds as hits."""
     each = [h / n for h in hits]
-    return {"both": wilson(sum(hits) / len(hits), n), "each": each, "runs": [f"{name}-{i}" for i in range(len(hits))]}
+    return {
+        "both": wilson_interval(sum(hits) / len(hits), n),
+        "each": each,
+        "runs": [f"{name}-{i}" for i in range(len(hits))],
+    }
 
 
 def rates(a: int, b: int, n: int) -> dict:
@@ -50,7 +54,7 @@ def rates(a: int, b: int, n: int) -> dict:
 
 def test_the_difference_is_newcombes():
     """The worked example of Newcombe (1998): 56/70 against 48/80 gives 0.2 [0.0524, 0.3339] by method 10."""
-    d, low, high = study_page.difference(wilson(56, 70), wilson(48, 80))
+    d, low, high = study_page.difference(wilson_interval(56, 70), wilson_interval(48, 80))
     assert (d, low, high) == (pytest.approx(0.2), pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
 
 
@@ -101,9 +105,9 @@ def test_students_t():
 def test_seeds_do_not_narrow_what_the_scenes_leave_open():
     """Three seeds on the same scenes: their mean, and the interval of one."""
     one = {"n": 900, "by_type": {}, "copy_rate": 0.1, "run": "a", "alarms": [], "seconds": 60, "passes": {}}
-    one |= {"critic_right": None, "applied": wilson(600, 900), "preserved": wilson(600, 900)}
-    found = study_page.pool_seeds([one | {"both": wilson(h, 900)} for h in (440, 450, 460)])
-    assert found["both"] == wilson(450, 900) and found["each"] == [440 / 900, 0.5, 460 / 900]
+    one |= {"critic_right": None, "applied": wilson_interval(600, 900), "preserved": wilson_interval(600, 900)}
+    found = study_page.pool_seeds([one | {"both": wilson_interval(h, 900)} for h in (440, 450, 460)])
+    assert found["both"] == wilson_interval(450, 900) and found["each"] == [440 / 900, 0.5, 460 / 900]
 
 
 def test_it_trains_scores_and_writes_and_goes_on(tmp_path, monkeypatch):

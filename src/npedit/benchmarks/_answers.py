@@ -16,15 +16,17 @@ from typing import Any
 from npedit.judges.base import OK, PARSE_ERROR, RANGE_ERROR
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
-LEAST_MASS = 0.5  # of the probability, on digits: below it, the judge meant to say something else
+MIN_DIGIT_PROBABILITY = 0.5  # of the probability, on digits: below it, the judge meant to say something else
 FULL_WIDTH = str.maketrans("\uff0c\uff1a\uff3b\uff3d\uff0f", ",:[]/")  # as judges write them in Chinese
-Read = tuple[str, tuple[float, ...]]  # outcome; the scores if it is ok, else ()
+ParsedScores = tuple[str, tuple[float, ...]]  # outcome; the scores if it is ok, else ()
 
 
-def read(kind: str, text: str, count: int, low: float, high: float) -> Read:
+def parse_scores(kind: str, text: str, count: int, low: float, high: float) -> ParsedScores:
     """The `count` scores of an answer in the form `kind` (json, lines, digits), each in [low, high]."""
-    found = {"json": _json, "lines": _lines, "digits": _digits}[kind](_plain(text), count)
-    found = found and [_number(value, high) for value in found]
+    found = {"json": _scores_from_json, "lines": _scores_from_lines, "digits": _score_from_digit_probabilities}[kind](
+        _strip_reasoning(text), count
+    )
+    found = found and [_parse_number_text(value, high) for value in found]
     if found is None or len(found) != count or not all(_is_number(n) for n in found):
         return PARSE_ERROR, ()
     if not all(low <= n <= high for n in found):
@@ -32,7 +34,7 @@ def read(kind: str, text: str, count: int, low: float, high: float) -> Read:
     return OK, tuple(float(n) for n in found)
 
 
-def _plain(text: str) -> str:
+def _strip_reasoning(text: str) -> str:
     """Without thoughts, finished or not, and without code fences."""
     text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL).rpartition("</think>")[2]
     return re.sub(r"```\w*", " ", text)
@@ -42,32 +44,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _number(value: Any, high: float) -> Any:
+def _parse_number_text(value: Any, high: float) -> Any:
     """A number that was written as text, "8" or "8/10" with the scale's end, as a number; all else unchanged."""
     found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*(\d+)\s*)?", value) if isinstance(value, str) else None
     return float(found[1]) if found and float(found[2] or high) == high else value
 
 
-def _json(text: str, count: int) -> Sequence[Any] | None:
+def _scores_from_json(text: str, count: int) -> Sequence[Any] | None:
     """The one list under "score" in the text's objects; without any object, the text may be the bare list. Several
     different ones: None."""
-    found = [o["score"] for o in _objects(text) if isinstance(o, dict) and "score" in o]
+    found = [o["score"] for o in _iterate_objects(text) if isinstance(o, dict) and "score" in o]
     scores = [s if isinstance(s, list) else [s] for s in found]
     if scores:
         return scores[0] if all(s == scores[0] for s in scores) else None
     if "{" in text:
-        return _lone_score(text)
-    bare = _value(text.strip())
+        return _scores_from_malformed_json(text)
+    bare = _parse_json_or_literal(text.strip())
     return bare if isinstance(bare, list) else [bare] if count == 1 else None
 
 
-def _lone_score(text: str) -> Sequence[Any] | None:
+def _scores_from_malformed_json(text: str) -> Sequence[Any] | None:
     """The value behind the one "score" in an object that is no JSON, as with an unescaped quote in the reasoning. None
     if the object does not end, or holds several different scores."""
     found = re.findall(r'"score"\s*:\s*(\[[^][{}]*\]|"[^"]*"|-?\d+(?:\.\d+)?(?:\s*/\s*\d+)?)\s*(?=[,}])', text)
     if not found or len(found) != len(re.findall(r'"score"\s*:', text)) or not text.rstrip().endswith("}"):
         return None
-    values = [_value(value) for value in found]
+    values = [_parse_json_or_literal(value) for value in found]
     return _as_list(values[0]) if all(v == values[0] for v in values) else None
 
 
@@ -75,7 +77,7 @@ def _as_list(value: Any) -> Sequence[Any] | None:
     return None if value is None else value if isinstance(value, list) else [value]
 
 
-def _objects(text: str) -> Iterator[Any]:
+def _iterate_objects(text: str) -> Iterator[Any]:
     """The values of all outermost {...}; braces within strings do not count. What cannot be read gives None."""
     depth, start, quoted, i = 0, 0, False, 0
     while i < len(text):
@@ -91,11 +93,11 @@ def _objects(text: str) -> Iterator[Any]:
         elif mark == "}" and depth:
             depth -= 1
             if not depth:
-                yield _value(text[start : i + 1])
+                yield _parse_json_or_literal(text[start : i + 1])
         i += 1
 
 
-def _value(text: str) -> Any:
+def _parse_json_or_literal(text: str) -> Any:
     """A JSON value, or a Python literal (single quotes, a last comma); None if it is neither."""
     for form in (text, text.translate(FULL_WIDTH)):
         try:
@@ -114,7 +116,7 @@ def _value(text: str) -> Any:
         return None
 
 
-def _lines(text: str, count: int) -> Sequence[Any]:
+def _scores_from_lines(text: str, count: int) -> Sequence[Any]:
     """The whole numbers of lines "criterion: number", marks of emphasis aside."""
     plain = text.translate(FULL_WIDTH).replace("*", "").replace("#", "")
     return [
@@ -122,9 +124,9 @@ def _lines(text: str, count: int) -> Sequence[Any]:
     ]
 
 
-def _digits(text: str, count: int) -> Sequence[Any] | None:
+def _score_from_digit_probabilities(text: str, count: int) -> Sequence[Any] | None:
     """Twice the expected digit, from {"probabilities": {digit: number}}, on the scale 0 to 10."""
     found = json.loads(text)["probabilities"]
     mass = sum(found.values())
-    expected = sum(int(w) * p for w, p in found.items()) / max(mass, LEAST_MASS)
-    return [min(2 * expected, 10.0)] if mass >= LEAST_MASS else None
+    expected = sum(int(w) * p for w, p in found.items()) / max(mass, MIN_DIGIT_PROBABILITY)
+    return [min(2 * expected, 10.0)] if mass >= MIN_DIGIT_PROBABILITY else None

@@ -11,16 +11,16 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The ends of a score's scale, and the least coverage, a share, that a headline needs."""
+class ScoreScale:
+    """The ends of a score's scale, and the least coverage, a share in [0, 1], that a headline needs."""
 
     low: float
     high: float
-    least: float
+    min_coverage: float
 
 
-def headline(
-    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: Scale, micro: bool = False
+def summarise_score(
+    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: ScoreScale, micro: bool = False
 ) -> dict[str, Any]:
     """One figure over rows: the mean of the tasks' means, or with `micro` the mean over items. `groups` is the number
     of items that each task has in the benchmark, judged or not."""
@@ -35,7 +35,7 @@ def headline(
     for end in (scale.low, scale.high):
         filled = {t: v + [end] * (groups[t] - len(v)) for t, v in by_task.items()}
         bounds.append(_mean_of(filled, micro))
-    if n and all(by_task.values()) and coverage >= scale.least:
+    if n and all(by_task.values()) and coverage >= scale.min_coverage:
         result["value"] = _mean_of(by_task, micro)
     return {**result, "bounds": bounds}
 

@@ -15,21 +15,20 @@ from rich.table import Table
 
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
-from npedit.judges.cache import digest_of
-from npedit.judges.cache import key_of as answer_key
+from npedit.judges.cache import answer_cache_key, hash_json
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16
-KEY_FIELD = "npedit:key"  # of a PNG's text: what the picture depends on
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+CACHE_KEY_FIELD = "npedit:key"  # of a PNG's text: what the picture depends on
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 Edit = Callable[[Sequence[Image.Image], Sequence[str], int], list[Image.Image]]  # pictures, instructions, seed
-Told = Callable[[int, int], None]  # done, of
+ProgressCallback = Callable[[int, int], None]  # done, of
 
 
 @dataclass(frozen=True)
-class Job:
+class EditJob:
     """One picture to make: `file` is its name in the folder of edited pictures."""
 
     file: str
@@ -38,8 +37,13 @@ class Job:
     seed: int
 
 
-def make(
-    jobs: Sequence[Job], edit: Edit, folder: Path, told: Told, longest: int = 0, editor: Mapping[str, Any] | None = None
+def edit_missing(
+    jobs: Sequence[EditJob],
+    edit: Edit,
+    folder: Path,
+    on_progress: ProgressCallback,
+    longest: int = 0,
+    editor: Mapping[str, Any] | None = None,
 ) -> None:
     """Edit what is not there yet, or was made from another photo, instruction or `editor` (facts: weights, steps).
     Each picture is written whole or not at all, so that a stopped run resumes.
@@ -48,14 +52,14 @@ def make(
 
     A job whose reference cannot be opened is passed over: its scores will be missing for that reason.
     """
-    digest = cache(_photo_digest)
+    digest = cache(_hash_photo)
     keys = {
         job.file: _combined_key(
             digest(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
         )
         for job in jobs
     }
-    left = [job for job in jobs if not has_key(folder / job.file, keys[job.file])]
+    left = [job for job in jobs if not has_cache_key(folder / job.file, keys[job.file])]
     done = len(jobs) - len(left)
     while left:
         part = [job for job in left[:CHUNK] if job.seed == left[0].seed]
@@ -72,53 +76,53 @@ def make(
         if opened:
             pictures = edit([p for _, p in opened], [job.instruction for job, _ in opened], opened[0][0].seed)
             for (job, _), picture in zip(opened, pictures, strict=True):
-                save(picture, folder / job.file, keys[job.file])
+                save_png(picture, folder / job.file, keys[job.file])
         done += len(part)
-        told(done, len(jobs))
+        on_progress(done, len(jobs))
 
 
-def picture_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:
+def edit_cache_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:
     """A hash of everything that an edited picture depends on: the source's pixels, the instruction, and the editor's
     facts (weights, seed, steps)."""
-    return _combined_key(answer_key([source]), instruction, editor)
+    return _combined_key(answer_cache_key([source]), instruction, editor)
 
 
 def _combined_key(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:
-    return digest_of({"source": source_digest, "instruction": instruction, "editor": dict(editor)})
+    return hash_json({"source": source_digest, "instruction": instruction, "editor": dict(editor)})
 
 
-def _photo_digest(path: Path) -> str:
+def _hash_photo(path: Path) -> str:
     """A hash of a photo's pixels; "" for one that cannot be read."""
     try:
-        return answer_key([read_photo(path)])
+        return answer_cache_key([read_photo(path)])
     except BadImage:
         return ""
 
 
-def has_key(path: Path, key: str) -> bool:
+def has_cache_key(path: Path, key: str) -> bool:
     """Whether a picture is there that was saved under this key and can be read."""
     try:
         with Image.open(path) as picture:
-            return picture.info.get(KEY_FIELD) == key
+            return picture.info.get(CACHE_KEY_FIELD) == key
     except (OSError, ValueError, SyntaxError):
         return False
 
 
-def find_picture(path: Path) -> Path:
+def find_picture_any_format(path: Path) -> Path:
     """The picture at `path`, or where there is none, the one beside it with the same name and another ending (.jpg,
     .webp, ...); `path` if there is no such one or several."""
     if path.is_file() or not path.parent.is_dir():
         return path
-    names = (path.with_name(path.stem + ending) for kind in ENDINGS for ending in (kind, kind.upper()))
+    names = (path.with_name(path.stem + ending) for kind in IMAGE_EXTENSIONS for ending in (kind, kind.upper()))
     found = [name for name in names if name.is_file()]
     return found[0] if len(found) == 1 else path
 
 
-def save(picture: Image.Image, path: Path, key: str = "") -> None:
-    """Write a PNG aside and rename it. `key` goes into its metadata, see `has_key`."""
+def save_png(picture: Image.Image, path: Path, key: str = "") -> None:
+    """Write a PNG aside and rename it. `key` goes into its metadata, see `has_cache_key`."""
     facts = PngInfo()
     if key:
-        facts.add_text(KEY_FIELD, key)
+        facts.add_text(CACHE_KEY_FIELD, key)
     aside = path.with_name(f".{path.name}.tmp")
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ def save(picture: Image.Image, path: Path, key: str = "") -> None:
         os.replace(aside, path)
 
 
-def opener(path: Path, what: str) -> ImageOpener:
+def make_opener(path: Path, what: str) -> ImageOpener:
     """A function that opens a picture, once; it raises `MissingScore` if that cannot be done."""
 
     @cache
@@ -139,7 +143,7 @@ def opener(path: Path, what: str) -> ImageOpener:
     return opened
 
 
-def table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """The headlines: value with 95 % interval, n, coverage, direction."""
     shown = Table(title=title)
     shown.add_column("measure", overflow="fold")

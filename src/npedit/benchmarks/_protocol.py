@@ -19,11 +19,11 @@ import yaml
 
 from npedit.benchmarks._answers import DIGITS
 from npedit.errors import UserError, did_you_mean
-from npedit.judges.base import Manner
-from npedit.judges.cache import digest_of
+from npedit.judges.base import RequestSettings
+from npedit.judges.cache import hash_json
 
-FOLDER = Path(__file__).parent / "protocols"
-SLOTS = ("<instruction>", "<edit_prompt>")  # in our own and VIEScore's texts; in ImgEdit's
+PROTOCOL_FOLDER = Path(__file__).parent / "protocols"
+INSTRUCTION_PLACEHOLDERS = ("<instruction>", "<edit_prompt>")  # in our own and VIEScore's texts; in ImgEdit's
 VIESCORE = ("vie_prompts.py",)  # its file in VIEScore, GEdit-Bench, and packages
 IMGEDIT = ("prompts.json", "prompt.py")
 PACKAGES = {
@@ -57,7 +57,7 @@ class Question:
         texts = found.get(task, found.get(""))
         if texts is None:
             raise UserError(f"expected an edit type among {', '.join(found)}; got {task!r}; correct the data")
-        return [_filled(text, instruction) for text in texts]
+        return [_fill_instruction(text, instruction) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Protocol:
     high: float
     overall: str  # the name of the overall score
     resize: str  # source: the edited picture is scaled to the source's size first; none: it is shown as it is
-    manner: Manner
+    request_settings: RequestSettings
     tries: int  # attempts at an answer that can be read
     reminder: str  # added to the text from the second try on
     questions: tuple[Question, ...]
@@ -82,52 +82,62 @@ class Protocol:
         Raises:
             UserError: there is none of this name, or its texts are not found or have no slot.
         """
-        if name not in names():
+        if name not in available_protocols():
             raise UserError(
-                f"--protocol: expected one of {', '.join(names())}; got {name!r}.{did_you_mean(name, names())}"
+                f"--protocol: expected one of {', '.join(available_protocols())}; got {name!r}."
+                f"{did_you_mean(name, available_protocols())}"
             )
-        raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        raw = yaml.safe_load((PROTOCOL_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         foreign = any("blocks" in q for q in raw["questions"].values())
         if prompts and not foreign:
             raise UserError(
                 f"--prompts: expected none, for {name} has its own texts; got {prompts}; choose an official"
             )
-        texts = _official(name, raw["answer"], prompts) if foreign else {}
+        texts = _read_official_prompts(name, raw["answer"], prompts) if foreign else {}
         shapes = raw.pop("criteria", {})
-        questions = tuple(_question(key, q, texts, shapes) for key, q in raw.pop("questions").items())
-        options = DIGITS if raw["answer"] == "digits" else ()
+        questions = tuple(_parse_question(key, q, texts, shapes) for key, q in raw.pop("questions").items())
+        choices = DIGITS if raw["answer"] == "digits" else ()
         how = {key: raw.pop(key) for key in ("temperature", "max_tokens", "text_first", "jpeg_quality")}
-        return cls(**raw, manner=Manner(**how, options=options), questions=questions)
+        return cls(**raw, request_settings=RequestSettings(**how, answer_choices=choices), questions=questions)
 
     @cached_property
     def hash(self) -> str:
         """Of the whole record, texts included: results under different hashes are not comparable."""
-        return digest_of(asdict(self))
+        return hash_json(self._as_json())
 
     @cached_property
     def prompts_hash(self) -> str:
         """Of the texts alone, so that two copies of the official ones can be told to be the same."""
-        return digest_of([[q.name, q.texts, q.swapped] for q in self.questions])
+        return hash_json([[q.name, q.texts, q.swapped] for q in self.questions])
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """For a result: all but the texts, and both hashes."""
-        found = asdict(self)
+        found = self._as_json()
         for question in found["questions"]:
             del question["texts"], question["swapped"]
         return {**found, "hash": self.hash, "prompts_hash": self.prompts_hash}
 
+    def _as_json(self) -> dict[str, Any]:
+        """All fields under the names that they have on disk, which stay when a field is renamed."""
+        found = asdict(self)
+        request = found.pop("request_settings")
+        request["options"] = request.pop("answer_choices")
+        return {**found, "manner": request}
 
-def names() -> list[str]:
+
+def available_protocols() -> list[str]:
     """The protocols there are."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    return sorted(p.stem for p in PROTOCOL_FOLDER.glob("*.yaml"))
 
 
-def _filled(text: str, instruction: str) -> str:
-    slot = next((s for s in SLOTS if s in text), None)
+def _fill_instruction(text: str, instruction: str) -> str:
+    slot = next((s for s in INSTRUCTION_PLACEHOLDERS if s in text), None)
     return text.replace(slot, instruction) if slot else text
 
 
-def _question(name: str, raw: Mapping[str, Any], official: Mapping[str, str], shapes: Mapping[str, str]) -> Question:
+def _parse_question(
+    name: str, raw: Mapping[str, Any], official: Mapping[str, str], shapes: Mapping[str, str]
+) -> Question:
     """A question with its texts: its own, one for each edit type if it has criteria by type, or the official ones."""
     if "blocks" not in raw:
         kinds = shapes or {"": ""}
@@ -143,16 +153,18 @@ def _question(name: str, raw: Mapping[str, Any], official: Mapping[str, str], sh
         if missing:
             raise UserError(f"expected {', '.join(raw['blocks'])} in the official texts; got none of {missing}")
         texts, swapped = {"": ("\n".join(official[b] for b in raw["blocks"]),)}, {}
-    bare = [k for k, group in texts.items() for t in group if sum(s in t for s in SLOTS) != 1]
+    bare = [k for k, group in texts.items() for t in group if sum(s in t for s in INSTRUCTION_PLACEHOLDERS) != 1]
     if bare and "source" in raw["pictures"]:
-        raise UserError(f"expected one slot for the instruction, {' or '.join(SLOTS)}, in the text {name} {bare}")
+        raise UserError(
+            f"expected one slot for the instruction, {' or '.join(INSTRUCTION_PLACEHOLDERS)}, in the text {name} {bare}"
+        )
     return Question(name, tuple(raw["pictures"]), raw["criteria"], texts, swapped)
 
 
-def _official(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
+def _read_official_prompts(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
     """The official texts by name: constants of a Python file, which is read and not run, or entries of a JSON file."""
     wanted = IMGEDIT if answer == "lines" else VIESCORE
-    found = list(_candidates(wanted, prompts))
+    found = list(_find_prompt_files(wanted, prompts))
     if not found:
         where = f"in {prompts}" if prompts else f"in an installed {' or '.join(p for p, _ in PACKAGES[wanted])}"
         raise UserError(
@@ -162,13 +174,13 @@ def _official(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
     path = found[0]
     try:
         text = path.read_text(encoding="utf-8")
-        texts = json.loads(text) if path.suffix == ".json" else _constants(text)
+        texts = json.loads(text) if path.suffix == ".json" else _parse_python_constants(text)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"expected official texts in {path}; got a file that cannot be read: {error}") from None
     return {k: v for k, v in texts.items() if isinstance(v, str)}
 
 
-def _candidates(wanted: tuple[str, ...], prompts: Path | None) -> Iterator[Path]:
+def _find_prompt_files(wanted: tuple[str, ...], prompts: Path | None) -> Iterator[Path]:
     if prompts is not None:
         inside = sorted(p for n in wanted for p in prompts.rglob(n)) if prompts.is_dir() else [prompts]
         yield from (p for p in inside if p.is_file())
@@ -180,7 +192,7 @@ def _candidates(wanted: tuple[str, ...], prompts: Path | None) -> Iterator[Path]
                 yield Path(folder) / file
 
 
-def _constants(text: str) -> dict[str, Any]:
+def _parse_python_constants(text: str) -> dict[str, Any]:
     """The top-level constants of Python source. A lone dictionary of strings, as lmms-eval has it, counts as its
     entries."""
     found: dict[str, Any] = {}

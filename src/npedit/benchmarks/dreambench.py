@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npedit.benchmarks._outputs import Job, Told, find_picture, opener
+from npedit.benchmarks._outputs import EditJob, ProgressCallback, find_picture_any_format, make_opener
 from npedit.errors import UserError
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.results import Metrics, MissingScore, Row
 
 PROMPTS = "prompts_and_classes.txt"
-LIVE = ("cat", "dog")  # classes with the second list of prompts
-PER_PROMPT = 4
+LIVE_CLASSES = ("cat", "dog")  # classes with the second list of prompts
+PICTURES_PER_PROMPT = 4
 SUBJECTS, PROMPTS_EACH, PHOTOS = 30, 25, 158  # of the official data
 REAL = {"real/dino_vits16": 0.774, "real/clip_i_vitb32": 0.885}
 TOLERANCE = 0.005
@@ -56,11 +56,11 @@ class Subject:
 
     name: str
     photos: tuple[Path, ...]
-    given: int
+    input_index: int
     prompts: tuple[str, ...]
 
 
-def read(folder: str | Path) -> tuple[list[Subject], str]:
+def read_subjects(folder: str | Path) -> tuple[list[Subject], str]:
     """The subjects of the official folder, and a hash of its prompts.
 
     Raises:
@@ -74,7 +74,7 @@ def read(folder: str | Path) -> tuple[list[Subject], str]:
         raise UserError(
             f"expected the folder 'dataset' of github.com/google/dreambooth, with {PROMPTS}; got {folder}: {error}"
         ) from None
-    classes, plain, live = parse(text)
+    classes, plain, live = parse_prompts_file(text)
     if not classes or not plain or not live:
         raise UserError(f"expected classes and two lists of prompts in {path}; got a file of another form")
     subjects = []
@@ -84,12 +84,12 @@ def read(folder: str | Path) -> tuple[list[Subject], str]:
             raise UserError(f"expected at least two photos in {folder / name}; got {len(photos)}; complete the data")
         stems = [p.stem for p in photos]
         wanted = f"{INPUTS.get(name, -1):02d}"
-        prompts = tuple(" ".join(t.format("", kind).split()) for t in (live if kind in LIVE else plain))
+        prompts = tuple(" ".join(t.format("", kind).split()) for t in (live if kind in LIVE_CLASSES else plain))
         subjects.append(Subject(name, tuple(photos), stems.index(wanted) if wanted in stems else 0, prompts))
     return subjects, hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse(text: str) -> tuple[dict[str, str], list[str], list[str]]:
+def parse_prompts_file(text: str) -> tuple[dict[str, str], list[str], list[str]]:
     """{subject: class}, the templates of objects and those of live subjects; {0} is the token and {1} the class."""
     head, _, lists = text.partition("\nPrompts")
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
@@ -102,7 +102,7 @@ def parse(text: str) -> tuple[dict[str, str], list[str], list[str]]:
     return classes, of_objects, of_live
 
 
-def official(subjects: Sequence[Subject]) -> bool:
+def is_official_data(subjects: Sequence[Subject]) -> bool:
     """Are these as many subjects, prompts and photos as the benchmark has?"""
     return (
         len(subjects) == SUBJECTS
@@ -111,82 +111,84 @@ def official(subjects: Sequence[Subject]) -> bool:
     )
 
 
-def file(subject: Subject, prompt: int, k: int) -> str:
+def picture_file_name(subject: Subject, prompt: int, k: int) -> str:
     """The name of an edited picture: cat/07-0.png is the first picture of the eighth prompt."""
     return f"{subject.name}/{prompt:02d}-{k}.png"
 
 
-def jobs(subjects: Sequence[Subject], seed: int, per_prompt: int = PER_PROMPT) -> list[Job]:
+def edit_jobs(subjects: Sequence[Subject], seed: int, pictures_per_prompt: int = PICTURES_PER_PROMPT) -> list[EditJob]:
     """The pictures to make; the k-th of every prompt is from the noise of seed + k."""
     return [
-        Job(file(s, i, k), s.photos[s.given], prompt, seed + k)
-        for k in range(per_prompt)
+        EditJob(picture_file_name(s, i, k), s.photos[s.input_index], prompt, seed + k)
+        for k in range(pictures_per_prompt)
         for s in subjects
         for i, prompt in enumerate(s.prompts)
     ]
 
 
-def score(
+def score_pictures(
     subjects: Sequence[Subject],
     edited: Path,
     dino: Dino | MissingEncoder,
     clip: Clip | MissingEncoder,
-    told: Told,
-    per_prompt: int = PER_PROMPT,
+    on_progress: ProgressCallback,
+    pictures_per_prompt: int = PICTURES_PER_PROMPT,
 ) -> list[Row]:
     """Measure the pictures in the folder `edited`."""
     rows, total = [], sum(len(s.prompts) for s in subjects)
     for subject in subjects:
-        features = {e: _real(subject, e) for e in (dino, clip)}
+        features = {e: _real_photo_features(subject, e) for e in (dino, clip)}
         for i in range(len(subject.prompts)):
-            measures = _measures(subject, i, per_prompt, edited, dino, clip, features)
+            measures = _metrics_of_prompt(subject, i, pictures_per_prompt, edited, dino, clip, features)
             rows.append(Row.from_metrics(f"{subject.name}/{i:02d}", subject.name, measures))
-            told(len(rows), total)
+            on_progress(len(rows), total)
     return rows
 
 
-def _real(subject: Subject, encoder: Dino | Clip | MissingEncoder) -> Features:
+def _real_photo_features(subject: Subject, encoder: Dino | Clip | MissingEncoder) -> Features:
     """A function that gives the features of the real photos, made once."""
 
     @cache
     def features() -> Tensor:
-        return encoder.encode_images([opener(p, "photo")() for p in subject.photos])
+        return encoder.encode_images([make_opener(p, "photo")() for p in subject.photos])
 
     return features
 
 
-def _rows_of(features: Features, rows: Sequence[int]) -> Tensor:
+def _select_rows(features: Features, rows: Sequence[int]) -> Tensor:
     return features()[list(rows)]
 
 
-def _measures(
+def _metrics_of_prompt(
     subject: Subject,
     prompt: int,
-    per_prompt: int,
+    pictures_per_prompt: int,
     folder: Path,
     dino: Dino | MissingEncoder,
     clip: Clip | MissingEncoder,
     features: Mapping[Any, Features],
 ) -> Metrics:
-    paths = [folder / file(subject, prompt, k) for k in range(per_prompt)]
-    others = [j for j in range(len(subject.photos)) if j != subject.given]
-    everything = {"": [*others, subject.given], "_input": [subject.given], "_held_out": others}
+    paths = [folder / picture_file_name(subject, prompt, k) for k in range(pictures_per_prompt)]
+    others = [j for j in range(len(subject.photos)) if j != subject.input_index]
+    everything = {"": [*others, subject.input_index], "_input": [subject.input_index], "_held_out": others}
     made: dict[str, Any] = {}
     copy: dict[str, Any] = {}
 
     def pictures(encoder: Any) -> Features:
-        return cache(lambda: encoder.encode_images([opener(find_picture(p), "edited picture")() for p in paths]))
+        return cache(
+            lambda: encoder.encode_images([make_opener(find_picture_any_format(p), "edited picture")() for p in paths])
+        )
 
     def text() -> Tensor:
         return clip.encode_texts([subject.prompts[prompt]])
 
     def given(encoder: Any) -> Features:
-        return lambda: features[encoder]()[[subject.given]]
+        return lambda: features[encoder]()[[subject.input_index]]
 
     for name, encoder in (("dino", dino), ("clip_i", clip)):
         seen, real = pictures(encoder), features[encoder]
         for suffix, which in everything.items():
-            measure = partial(_mean_cosine, theirs=partial(_rows_of, real, which))
+            measure = partial(_mean_cosine, theirs=partial(_select_rows, real, which))
             made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, seen)
             if suffix != "_input":  # of the input to itself: one
                 copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, given(encoder))
@@ -200,7 +202,7 @@ def _mean_cosine(ours: Features, theirs: Features) -> float:
     return float((ours() @ theirs().T).double().mean())
 
 
-def real_images(
+def real_image_baseline(
     subjects: Sequence[Subject], dino: Dino | MissingEncoder, clip: Clip | MissingEncoder
 ) -> dict[str, dict[str, Any]]:
     """The "real images" headlines: the mean over pairs of unlike photos of a subject, then over subjects."""
@@ -209,7 +211,7 @@ def real_images(
         values = []
         for subject in subjects:
             try:
-                seen = _real(subject, encoder)()
+                seen = _real_photo_features(subject, encoder)()
             except MissingScore:
                 continue
             off = ~torch.eye(len(seen), dtype=torch.bool)
@@ -225,7 +227,7 @@ def real_images(
     return out
 
 
-def acceptance(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def check_real_image_baseline(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What is wrong with the "real images" rows of the official data; [] if they are the paper's."""
     found = []
     for name, expected in REAL.items():

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.benchmarks._headlines import Row, Scale, headline
-from npedit.benchmarks._judged import Item, Source, add
-from npedit.benchmarks._outputs import has_key, save
+from npedit.benchmarks._headlines import Row, ScoreScale, summarise_score
+from npedit.benchmarks._judged import Item, SourceImage, set_score
+from npedit.benchmarks._outputs import has_cache_key, save_png
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK
-from npedit.judges.cache import key_of
+from npedit.judges.cache import answer_cache_key
 
 TASKS = (
     "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
@@ -36,10 +36,10 @@ LANGUAGES = {"en": "en", "cn": "cn", "zh": "cn"}  # what a user may say -> the c
 SIZE = 606  # items of one language
 SCALE, QUESTIONS = (0, 10), 2  # what a protocol for it must have
 COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
-combine = min  # a question's numbers -> its score
+combine_numbers = min  # a question's numbers -> its score
 
 
-def items(data: Path, languages: Sequence[str], pictures: Path) -> list[Item]:
+def read_items(data: Path, languages: Sequence[str], pictures: Path) -> list[Item]:
     """The benchmark's items in those languages ("en", "cn"), tasks in the official order. `data` is a parquet file or a
     folder of them; `pictures` the folder with the edited ones in the official layout (or where they are to be).
 
@@ -47,7 +47,7 @@ def items(data: Path, languages: Sequence[str], pictures: Path) -> list[Item]:
         UserError: no such files, a column is missing, an unknown task, or two rows for one item.
     """
     found: dict[str, Item] = {}
-    for row in _table(data):
+    for row in _read_parquet_rows(data):
         task, language, key = row["task_type"], row["instruction_language"], row["key"]
         if language not in languages:
             continue
@@ -57,15 +57,15 @@ def items(data: Path, languages: Sequence[str], pictures: Path) -> list[Item]:
         if name in found:
             raise UserError(f"expected one row an item in {data}; got two for {name}; remove one of the files")
         more = {"language": language, "intersection": bool(row["Intersection_exist"])}
-        source = Source((row["input_image"] or {}).get("bytes") or b"", name)
-        edited = picture(pictures, task, language, key)
+        source = SourceImage((row["input_image"] or {}).get("bytes") or b"", name)
+        edited = edited_path(pictures, task, language, key)
         found[name] = Item(name, f"{language}/{task}", task, row["instruction"], source, edited, more)
     if not found:
         raise UserError(f"expected items in {' or '.join(languages)} in {data}; got none; check --data and --language")
     return sorted(found.values(), key=lambda i: (i.more["language"] != "en", TASKS.index(i.kind)))
 
 
-def _table(data: Path) -> list[dict[str, Any]]:
+def _read_parquet_rows(data: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,20 +100,22 @@ def missing_items_message(found: Sequence[Item]) -> str:
 # ------------------------------------------------------------------------------------------------------------ scores
 
 
-def finish(row: Row, overall: str) -> Row:
+def add_overall_score(row: Row, overall: str) -> Row:
     """Add the item's overall score: the square root of the product of its two others."""
     consistency, quality = row["scores"]
     values = row["scores"][consistency], row["scores"][quality]
     why = next((row["why"][n] for n in (consistency, quality) if n in row["why"]), OK)
-    add(row, overall, None if None in values else math.sqrt(values[0] * values[1]), why)
+    set_score(row, overall, None if None in values else math.sqrt(values[0] * values[1]), why)
     return row
 
 
-def summarise(rows: Sequence[Row], found: Sequence[Item], least: float, protocol: str) -> dict[str, dict[str, Any]]:
+def summarise(
+    rows: Sequence[Row], found: Sequence[Item], min_coverage: float, protocol: str
+) -> dict[str, dict[str, Any]]:
     """Headlines "PROTOCOL/LANGUAGE/SET/SCORE" and "..._micro" -> figures. SET is full or intersection; LANGUAGE is en,
-    cn or both, where a task's mean is over both. `found` are all items of the benchmark, judged or not; `least` is the
+    cn or both, where a task's mean is over both. `found` are all items of the benchmark, judged or not; `min_coverage` is the
     coverage, a share, that a headline needs."""
-    scale = Scale(*SCALE, least)
+    scale = ScoreScale(*SCALE, min_coverage)
     languages = sorted({i.more["language"] for i in found}, key=lambda x: x != "en")
     chosen = {lang: (lang,) for lang in languages} | ({"both": tuple(languages)} if len(languages) > 1 else {})
     out = {}
@@ -125,33 +127,37 @@ def summarise(rows: Sequence[Row], found: Sequence[Item], least: float, protocol
             groups = dict.fromkeys(TASKS, 0) | Counter(i.kind for i in fits)
             for name in rows[0]["scores"] if rows else ():
                 place = f"{protocol}/{language}/{subset}/{name}"
-                out[place] = headline(part, name, groups, scale)
-                out[f"{place}_micro"] = headline(part, name, groups, scale, micro=True)
+                out[place] = summarise_score(part, name, groups, scale)
+                out[f"{place}_micro"] = summarise_score(part, name, groups, scale, micro=True)
     return out
 
 
 # --------------------------------------------------------------------------------------------------- official layout
 
 
-def picture(folder: Path, task: str, language: str, key: str) -> Path:
+def edited_path(folder: Path, task: str, language: str, key: str) -> Path:
     """Where the official scripts look for an edited picture. `folder` is {save_path}/{model}, or the fullset/ in it."""
     inside = folder if folder.name == "fullset" else folder / "fullset"
     return inside / task / language / f"{key}.png"
 
 
-def source_picture(edited: Path) -> Path:
+def source_path(edited: Path) -> Path:
     """Where the official scripts look for the source of an edited picture."""
     return edited.with_name(f"{edited.stem}_SRCIMG.png")
 
 
-def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
+def write_official_files(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
     """Write {folder}/{judge}/eval_results_new/{folder's name}_{task}_gpt_score.csv and the combined one, as the
     official statistics read them; an item without both scores has no line, as there. Edited pictures that lie in
     `folder` get their sources beside them."""
     for item in found:
-        path = source_picture(item.edited)
-        if item.edited.is_relative_to(folder) and item.edited.is_file() and not has_key(path, key_of([item.source()])):
-            save(item.source(), path, key_of([item.source()]))
+        path = source_path(item.edited)
+        if (
+            item.edited.is_relative_to(folder)
+            and item.edited.is_file()
+            and not has_cache_key(path, answer_cache_key([item.source()]))
+        ):
+            save_png(item.source(), path, answer_cache_key([item.source()]))
     by_id = {i.id: i for i in found}
     place = folder / judge / "eval_results_new"
     lines: dict[str, list[list[Any]]] = {}
@@ -159,7 +165,7 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
         consistency, quality, _ = row["scores"].values()
         if None not in (consistency, quality):
             item = by_id[row["id"]]
-            names = [str(source_picture(item.edited)), str(item.edited), item.instruction]
+            names = [str(source_path(item.edited)), str(item.edited), item.instruction]
             flags = [item.more["intersection"], item.more["language"]]
             lines.setdefault(item.kind, []).append([*names, consistency, quality, *flags])
     tables = {task: lines[task] for task in TASKS if task in lines}
@@ -180,7 +186,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def imported(csv_file: Path, found: Sequence[Item]) -> list[Row]:
+def read_official_scores(csv_file: Path, found: Sequence[Item]) -> list[Row]:
     """Rows from a combined CSV of the official scripts; an item without a line is missing. Its numbers may hold the
     official code's random guesses, which cannot be told from answers.
 
@@ -209,6 +215,6 @@ def imported(csv_file: Path, found: Sequence[Item]) -> list[Row]:
     for item in found:
         row: Row = {"id": item.id, "task": item.task, **item.more, "scores": {}, "why": {}, "numbers": {}}
         for name, value in zip(("SC", "PQ"), scores.get(item.id, (None, None))):
-            add(row, name, value, NOT_IN_FILE)
-        rows.append(finish(row, "O"))
+            set_score(row, name, value, NOT_IN_FILE)
+        rows.append(add_overall_score(row, "O"))
     return rows

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.benchmarks._answers import read
-from npedit.benchmarks._headlines import Row, Scale, headline
-from npedit.benchmarks._judged import Item, Source, add
+from npedit.benchmarks._answers import parse_scores
+from npedit.benchmarks._headlines import Row, ScoreScale, summarise_score
+from npedit.benchmarks._judged import Item, SourceImage, set_score
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
 from npedit.runs.checkpoint import write_text
@@ -31,7 +31,7 @@ SCORES = ("S1", "S2", "S3")
 SCALE, QUESTIONS = (1, 5), 1  # what a protocol for it must have
 
 
-def items(data: Path, pictures: Path) -> list[Item]:
+def read_items(data: Path, pictures: Path) -> list[Item]:
     """The benchmark's items. `data` is the JSON file, or the folder that holds it and the pictures; `pictures` the
     folder with the edited ones, {key}.png.
 
@@ -54,7 +54,9 @@ def items(data: Path, pictures: Path) -> list[Item]:
         path = file.parent / name
         absent += [] if path.is_file() else [name]
         found.append(
-            Item(f"imgedit/{task}/{key}", task, task, prompt, Source(path, f"{task}/{key}"), pictures / f"{key}.png")
+            Item(
+                f"imgedit/{task}/{key}", task, task, prompt, SourceImage(path, f"{task}/{key}"), pictures / f"{key}.png"
+            )
         )
     if absent or not found:
         raise UserError(f"expected the source pictures beside {file}; {len(absent)} are missing, such as {absent[:3]}")
@@ -71,38 +73,40 @@ def missing_items_message(found: Sequence[Item]) -> str:
 # ------------------------------------------------------------------------------------------------------------ scores
 
 
-def combine(numbers: Sequence[float]) -> float:
+def combine_numbers(numbers: Sequence[float]) -> float:
     """A pass's three numbers -> its overall score."""
     return sum(numbers) / len(numbers)
 
 
-def finish(row: Row, overall: str) -> Row:
+def add_overall_score(row: Row, overall: str) -> Row:
     """From the one question's score make the three criteria's, each the mean over passes, and the overall one."""
     (name,) = row["scores"]
     total, passes = row["scores"].pop(name), row["numbers"][name]
     why = row["why"].pop(name, OK)
     for score, values in zip(SCORES, zip(*passes) if total is not None else [()] * 3):
-        add(row, score, sum(values) / len(values) if values else None, why)
-    add(row, overall, total, why)
+        set_score(row, score, sum(values) / len(values) if values else None, why)
+    set_score(row, overall, total, why)
     return row
 
 
-def summarise(rows: Sequence[Row], found: Sequence[Item], least: float, protocol: str) -> dict[str, dict[str, Any]]:
+def summarise(
+    rows: Sequence[Row], found: Sequence[Item], min_coverage: float, protocol: str
+) -> dict[str, dict[str, Any]]:
     """Headlines "PROTOCOL/SCORE" and "..._micro" -> figures. `found` are all items of the benchmark, judged or not;
-    `least` is the coverage, a share, that a headline needs."""
-    scale = Scale(*SCALE, least)
+    `min_coverage` is the coverage, a share, that a headline needs."""
+    scale = ScoreScale(*SCALE, min_coverage)
     groups = dict.fromkeys(TASKS, 0) | Counter(i.task for i in found)
     out = {}
     for name in rows[0]["scores"] if rows else ():
-        out[f"{protocol}/{name}"] = headline(rows, name, groups, scale)
-        out[f"{protocol}/{name}_micro"] = headline(rows, name, groups, scale, micro=True)
+        out[f"{protocol}/{name}"] = summarise_score(rows, name, groups, scale)
+        out[f"{protocol}/{name}_micro"] = summarise_score(rows, name, groups, scale, micro=True)
     return out
 
 
 # --------------------------------------------------------------------------------------------------- official layout
 
 
-def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
+def write_official_files(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
     """Write what the official scripts write: result.json (answers as lines "S1: 4", for items with whole numbers, which
     alone those scripts read), average_score.json and typescore.json, whose means are rounded to two decimals. This
     layout has no place for the judge's name."""
@@ -128,7 +132,7 @@ def export(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str)
     return written
 
 
-def imported(result: Path, found: Sequence[Item]) -> list[Row]:
+def read_official_scores(result: Path, found: Sequence[Item]) -> list[Row]:
     """Rows from a result.json of the official scripts: {key: answer}. An answer that is no text with three lines
     "criterion: number" is missing.
 
@@ -145,7 +149,7 @@ def imported(result: Path, found: Sequence[Item]) -> list[Row]:
     rows = []
     for item in found:
         answer = answers.get(item.edited.stem, "")
-        outcome, numbers = read("lines", answer, 3, *SCALE) if isinstance(answer, str) else (PARSE_ERROR, ())
+        outcome, numbers = parse_scores("lines", answer, 3, *SCALE) if isinstance(answer, str) else (PARSE_ERROR, ())
         why = outcome if item.edited.stem in answers else NOT_IN_FILE
         row: Row = {
             "id": item.id,
@@ -154,6 +158,6 @@ def imported(result: Path, found: Sequence[Item]) -> list[Row]:
             "why": {},
             "numbers": {"S": [list(numbers)] if numbers else []},
         }
-        add(row, "S", combine(numbers) if outcome == OK else None, why)
-        rows.append(finish(row, "O"))
+        set_score(row, "S", combine_numbers(numbers) if outcome == OK else None, why)
+        rows.append(add_overall_score(row, "O"))
     return rows

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from PIL import Image
 from rich.table import Table
 
-from npedit.benchmarks._outputs import Job, Told, find_picture, opener
+from npedit.benchmarks._outputs import EditJob, ProgressCallback, find_picture_any_format, make_opener
 from npedit.data._metadata import find_metadata, parse_row, read_json_lines, resolve_photo_path
 from npedit.data._photos import BadImage
 from npedit.errors import UserError
@@ -62,7 +62,7 @@ class Item:
         return f"{quote(self.id, safe=' ')}.png"
 
 
-def read(folder: str) -> tuple[list[Item], str]:
+def read_items(folder: str) -> tuple[list[Item], str]:
     """The items of a data folder, and a hash of its metadata.
 
     Raises:
@@ -87,14 +87,14 @@ def _read_item(value: dict[str, Any], line: int, metadata: Path, root: Path) -> 
     row = parse_row(value, line, metadata, {}, root)
     try:
         reference = row.photo_path()
-        mask, target = (_named(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
+        mask, target = (_resolve_optional_path(metadata.parent, value.get(column), column) for column in (MASK, WANTED))
     except (BadImage, TypeError) as error:
         raise UserError(f"{row.location}: {error}; correct the name") from None
     task = row.edit_type if value.get("edit_type") else NO_TASK
     return Item(row.id, task, row.instruction, reference, mask, target, row.source_caption, row.target_caption)
 
 
-def _named(folder: Path, name: object, column: str) -> Path | None:
+def _resolve_optional_path(folder: Path, name: object, column: str) -> Path | None:
     if name is None or name == "":
         return None
     if not isinstance(name, str):
@@ -102,58 +102,61 @@ def _named(folder: Path, name: object, column: str) -> Path | None:
     return resolve_photo_path(folder, name)
 
 
-def jobs(items: Sequence[Item], seed: int) -> list[Job]:
+def edit_jobs(items: Sequence[Item], seed: int) -> list[EditJob]:
     """The pictures to make, all from the noise of one seed."""
-    return [Job(item.file, item.reference, item.instruction, seed) for item in items]
+    return [EditJob(item.file, item.reference, item.instruction, seed) for item in items]
 
 
-def score(
+def score_pictures(
     items: Sequence[Item],
     edited: Path,
     dino: Dino | MissingEncoder,
     clip: Clip | MissingEncoder,
-    told: Told,
+    on_progress: ProgressCallback,
     lpips: Lpips | None = None,
 ) -> list[Row]:
     """Measure the pictures in the folder `edited`. What no item has (masks, targets, captions) is left out, and LPIPS
     where it is not given."""
-    parts = _Parts(
+    parts = _AvailableColumns(
         any(item.mask for item in items),
         any(item.target for item in items),
         any(item.target_caption for item in items),
     )
     rows = []
     for item in items:
-        rows.append(Row.from_metrics(item.id, item.task, _measures(item, edited, dino, clip, lpips, parts)))
-        told(len(rows), len(items))
+        rows.append(Row.from_metrics(item.id, item.task, _metrics_of_item(item, edited, dino, clip, lpips, parts)))
+        on_progress(len(rows), len(items))
     return rows
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _AvailableColumns:
     masks: bool
     targets: bool
     captions: bool
 
 
-def _measures(
+def _metrics_of_item(
     item: Item,
     folder: Path,
     dino: Dino | MissingEncoder,
     clip: Clip | MissingEncoder,
     lpips: Lpips | None,
-    parts: _Parts,
+    parts: _AvailableColumns,
 ) -> Metrics:
-    reference, edited = opener(item.reference, "reference"), opener(find_picture(folder / item.file), "edited picture")
+    reference, edited = (
+        make_opener(item.reference, "reference"),
+        make_opener(find_picture_any_format(folder / item.file), "edited picture"),
+    )
     found = dict(pixel_metrics(reference, edited)) | dict(feature_metrics(reference, edited, dino, clip))
     if lpips:
         found |= perceptual_metrics(reference, edited, lpips)
     if parts.masks:
-        found |= metrics_outside_mask(reference, edited, _given(item.mask, "mask"), dino, clip, lpips)
+        found |= metrics_outside_mask(reference, edited, _open_optional(item.mask, "mask"), dino, clip, lpips)
     wanted: dict[str, Callable[[], float]] = {}
     copy: dict[str, Callable[[], float]] = {}
     if parts.targets:
-        target = _given(item.target, "target")
+        target = _open_optional(item.target, "target")
         for out, picture in ((wanted, edited), (copy, reference)):
             out |= pixel_metrics(target, picture, TARGET)
             out |= feature_metrics(target, picture, dino, clip, TARGET)
@@ -165,14 +168,14 @@ def _measures(
     return found | wanted | {f"copy/{name}": measure for name, measure in copy.items()}
 
 
-def _given(path: Path | None, what: str) -> Callable[[], Image.Image]:
+def _open_optional(path: Path | None, what: str) -> Callable[[], Image.Image]:
     def nothing() -> Image.Image:
         raise UndefinedMetric(f"no {what} is given")
 
-    return opener(path, what) if path else nothing
+    return make_opener(path, what) if path else nothing
 
 
-def by_task(rows: Sequence[Row]) -> Table:
+def task_table(rows: Sequence[Row]) -> Table:
     """A task a line, with the means of the chief measures and, in brackets, of how many items where not of all."""
     chief = ("l1", "psnr", "ssim", "lpips", "dino", "clip_i", "changed_area", "copied")
     names = [n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(chief) and "/" not in n]

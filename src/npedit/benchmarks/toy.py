@@ -30,8 +30,8 @@ from npedit.toy.oracle import change_outside_edit, expected_reading, judge_edit,
 from npedit.toy.world import SIDE, render
 
 EditFn = Callable[[Tensor, list[str]], Tensor]
-MEASURES = ("applied", "preserved", "both")
-BLAME = ("n", "right", "critic", "teacher", "student")
+METRICS = ("applied", "preserved", "both")
+FAILURE_CAUSES = ("n", "right", "critic", "teacher", "student")
 Z95 = 1.959964
 
 
@@ -80,7 +80,7 @@ def sample_items(n: int, seed: int = 0) -> list[Edit]:
     ]
 
 
-def wilson(hits: float, n: int) -> Rate:
+def wilson_interval(hits: float, n: int) -> Rate:
     """A share with its Wilson score interval (E. B. Wilson, 1927), which also holds near 0 and 1.
 
     `hits` may be the mean of several looks at the same n items.
@@ -188,7 +188,7 @@ def attribute_failures(
     verdict on each edit. One drawing an item, so `teacher` is a share of chance too.
     """
     counts: dict[str, dict[str, int]] = {
-        t: dict.fromkeys(BLAME, 0) for t in EDIT_TYPES if any(t == e.edit_type for e in items)
+        t: dict.fromkeys(FAILURE_CAUSES, 0) for t in EDIT_TYPES if any(t == e.edit_type for e in items)
     }
     readings = read_scene(edited), read_scene(drawn)
     for e, seen, other, happy in zip(items, *readings, content, strict=True):
@@ -202,7 +202,12 @@ def attribute_failures(
 def _rates(rows: Sequence[tuple[bool, bool]]) -> TypeScores:
     applied, preserved, both = sum(a for a, _ in rows), sum(p for _, p in rows), sum(a and p for a, p in rows)
     n = len(rows)
-    return {"n": n, "applied": wilson(applied, n), "preserved": wilson(preserved, n), "both": wilson(both, n)}
+    return {
+        "n": n,
+        "applied": wilson_interval(applied, n),
+        "preserved": wilson_interval(preserved, n),
+        "both": wilson_interval(both, n),
+    }
 
 
 def _save(
@@ -227,7 +232,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def table(after: Scores, before: Scores | None = None, title: str = "") -> Table:
+def results_table(after: Scores, before: Scores | None = None, title: str = "") -> Table:
     """A table by edit type: `both` before (if given) and after with its 95 % interval, and what it is made of."""
     shown = Table(title=title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})")
     shown.add_column("edit type")
@@ -243,9 +248,9 @@ def table(after: Scores, before: Scores | None = None, title: str = "") -> Table
         cells = [kind, str(row["n"])]
         if before is not None:
             earlier = before if kind == "all" else before["by_type"].get(kind)
-            cells.append(percent(earlier["both"]) if earlier else "-")
+            cells.append(format_rate(earlier["both"]) if earlier else "-")
         cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")]
-        shown.add_row(*cells, percent(row["both"]))
+        shown.add_row(*cells, format_rate(row["both"]))
     shown.caption = (
         f"both = applied and preserved, with 95 % interval; mere copies {100 * after['copy_rate']:.1f} %, "
         f"pixel change outside the edit {after['outside_change']:.3f}"
@@ -253,7 +258,7 @@ def table(after: Scores, before: Scores | None = None, title: str = "") -> Table
     return shown
 
 
-def percent(rate: Rate) -> str:
+def format_rate(rate: Rate) -> str:
     """A rate for people: "52.3 % [47.9, 56.6]"."""
     low, high = (100 * x for x in rate["ci95"])
     return f"{100 * rate['value']:.1f} % [{low:.1f}, {high:.1f}]"

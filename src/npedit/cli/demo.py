@@ -40,7 +40,7 @@ def show_demo_result(run: Path, before: Any, after: Any) -> None:
     from npedit.report.report import write_report
 
     report = write_report(run)
-    out.print(toy.table(after, before))
+    out.print(toy.results_table(after, before))
     picture = run / "try" / "picture.png"
     words = write_example_picture(picture)
     out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")

@@ -83,7 +83,7 @@ def toy(
         scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
         if picture:
             save_picture(draw_results_sheet(Path(kept)), picture)
-    out.print(bench.table(scores))
+    out.print(bench.results_table(scores))
     if json_file:
         facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
         write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
@@ -139,7 +139,7 @@ def gedit(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
         first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters,
     )  # fmt: skip
-    evaluate_with_judge(bench, request, lambda pictures: bench.items(data, spoken, pictures))
+    evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, spoken, pictures))
 
 
 @app.command()
@@ -174,4 +174,4 @@ def imgedit(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
         first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters,
     )  # fmt: skip
-    evaluate_with_judge(bench, request, lambda pictures: bench.items(data, pictures))
+    evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, pictures))

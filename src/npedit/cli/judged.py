@@ -85,9 +85,9 @@ def _evaluate_in(
         err.print(f"[yellow]note[/] {escape(lacking)}: the figures are not those of the whole benchmark.")
     if request.scores:
         facts: dict[str, Any] = {"scores": str(request.scores)}
-        protocol, rows = "imported", bench.imported(request.scores, found)
+        protocol, rows = "imported", bench.read_official_scores(request.scores, found)
     else:
-        todo, near = _judged.spread_over(found, request.first), open_lpips(request.lpips)
+        todo, near = _judged.sample_across_tasks(found, request.first), open_lpips(request.lpips)
         encoders, used = open_encoders(request.encoders, near)
         facts, protocol, rows = edit_and_judge(bench, request, todo, folder, pictures)
     summary = bench.summarise(rows, found, request.coverage, protocol)
@@ -95,12 +95,12 @@ def _evaluate_in(
         "items": len(found),
         "asked": len(rows),
         "min_coverage": request.coverage,
-        "outcomes": _judged.counts(rows),
+        "outcomes": _judged.count_outcomes(rows),
     }
     facts |= {"benchmark": name, "npedit": __version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    _judged.write_result(folder, rows, summary, facts)
-    bench.export(rows, found, pictures, judge)
-    out.print(_judged.table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
+    _judged.write_results(folder, rows, summary, facts)
+    bench.write_official_files(rows, found, pictures, judge)
+    out.print(_judged.results_table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
     print_missing(summary, facts)
     if not request.scores:
         settings = {"npedit": __version__, "source": facts["editor"], "encoders": used}
@@ -115,15 +115,16 @@ def measure_preservation(
 ) -> None:
     """How much of the references was kept, without a judge, as a folder of results of its own."""
     from npedit.benchmarks import _judged
-    from npedit.benchmarks._outputs import table
+    from npedit.benchmarks._outputs import results_table
     from npedit.scoring import results
 
     results.prepare_folder(
         folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}}
     )
     with ProgressBar("measuring what was kept", len(items)) as told:
-        rows = _judged.preserved(items, *measuring, told)
-    out.print(table(results.write_results(folder, rows), f"{name}: what was kept of the references, without a judge"))
+        rows = _judged.score_preservation(items, *measuring, told)
+    title = f"{name}: what was kept of the references, without a judge"
+    out.print(results_table(results.write_results(folder, rows), title))
 
 
 def edit_and_judge(
@@ -133,36 +134,37 @@ def edit_and_judge(
     from npedit.benchmarks import _judged
     from npedit.benchmarks._headlines import judge_noise
     from npedit.benchmarks._protocol import Protocol
-    from npedit.judges.cache import Cache
+    from npedit.judges.cache import AnswerCache
 
     protocol = Protocol.load(request.protocol, request.prompts)
     if (protocol.low, protocol.high, len(protocol.questions)) != (*bench.SCALE, bench.QUESTIONS):
         raise UserError(
             f"--protocol: {request.protocol} belongs to another benchmark; leave the option out, or see --help"
         )
-    judge, passes = open_judge(request), _judged.Passes(request.repeats, request.swap)
+    judge, passes = open_judge(request), _judged.RepeatSettings(request.repeats, request.swap)
     if words := shared_origin_warning(judge, request):
         err.print(f"[yellow]note[/] {escape(words)}")
     edit, editor = (None, {"pictures": str(request.edited)}) if request.edited else open_editor(request)
     facts: dict[str, Any] = {
-        "protocol": protocol.record(),
+        "protocol": protocol.to_record(),
         "judge": {"name": judge.name, **judge.identity},
         "editor": editor,
     }
     facts |= {"repeats": request.repeats, "swap": request.swap}
-    with Cache(folder / _judged.ANSWERS) as cache:
-        scorer = _judged.Scorer(judge, protocol, cache, passes, bench.combine)
-        _judged.begin(folder, facts)
+    with AnswerCache(folder / _judged.ANSWERS) as cache:
+        scorer = _judged.Scorer(judge, protocol, cache, passes, bench.combine_numbers)
+        _judged.write_initial_settings(folder, facts)
         if edit:
             with ProgressBar(f"editing with {request.model}", len(todo)) as told:
-                _judged.make_pictures(edit, todo, told, _picture_facts(editor))
+                _judged.edit_items(edit, todo, told, _picture_facts(editor))
         kept = len(cache)
         with ProgressBar(f"asking {judge.name}", len(todo)) as told:
-            rows = _judged.score_all(scorer, todo, lambda row: bench.finish(row, protocol.overall), told)
+            rows = _judged.score_items(scorer, todo, lambda row: bench.add_overall_score(row, protocol.overall), told)
         out.print(escape(f"{len(cache) - kept} answers came from {judge.name}; {kept} were there already."))
-        if addresses := cache.count_by_address():
+        if addresses := cache.count_answers_by_address():
             facts["addresses"] = addresses
-        facts |= {"usage": cache.usage(), "noise": judge_noise(rows, request.repeats, request.swap, bench.combine)}
+        noise = judge_noise(rows, request.repeats, request.swap, bench.combine_numbers)
+        facts |= {"usage": cache.total_token_usage(), "noise": noise}
     return facts, protocol.name, rows
 
 
@@ -194,7 +196,7 @@ def open_judge(request: EvaluationRequest) -> Any:
             request.judge_revision,
             request.workers,
             parameters=read_parameters(request.parameters),
-            report=lambda line: err.print(f"[yellow]note[/] {escape(line)}"),
+            on_retry=lambda line: err.print(f"[yellow]note[/] {escape(line)}"),
         )
     if request.judge_model or request.judge_revision or request.parameters:
         raise UserError(
@@ -231,11 +233,11 @@ def open_editor(request: EvaluationRequest) -> tuple[Callable[..., Any], dict[st
     if request.model == COPY:
         return (lambda pictures, _: pictures), {"editor": COPY}
     from npedit.editor import Editor
-    from npedit.judges.local import fingerprint
+    from npedit.judges.local import hash_folder
     from npedit.runs.resolve import resolve_editor
 
     editor = Editor.open(request.model)
-    facts = {"editor": request.model, "weights": fingerprint(resolve_editor(request.model).folder)}
+    facts = {"editor": request.model, "weights": hash_folder(resolve_editor(request.model).folder)}
     return (
         lambda pictures, words: editor.edit(pictures, words, request.seed, request.steps),
         facts | {"seed": request.seed, "steps": request.steps or editor.steps},
@@ -244,12 +246,12 @@ def open_editor(request: EvaluationRequest) -> tuple[Callable[..., Any], dict[st
 
 def shared_origin_warning(judge: Any, request: EvaluationRequest) -> str:
     """A warning if the judge is of the family of a critic that taught the editor, or if that cannot be told."""
-    from npedit.judges.base import family_of
+    from npedit.judges.base import guess_critic_family
 
     if request.edited or request.model == COPY:
         return ""
     critics = critic_families(request.model)
-    family = getattr(judge, "family", "") or family_of(judge.name)
+    family = getattr(judge, "family", "") or guess_critic_family(judge.name)
     if not critics or not family:
         unknown = f"the critic of {request.model}" if not critics else f"the family of {judge.name}"
         return f"{unknown} is not known here: make sure that the judge is of another family than the critic."

@@ -49,15 +49,17 @@ def own(
     from npedit.benchmarks import own as bench
     from npedit.runs.lock import hold
 
-    rows, digest = bench.read(data)
+    rows, digest = bench.read_items(data)
     rows = rows[:items]
     near = open_lpips(lpips)
     with hold(folder, "evaluate own"):
         run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
-        run.make(bench.jobs(rows, seed))
-        scored = run.watch("measuring", lambda told: bench.score(rows, run.pictures, *run.encoders, told, near))
+        run.make(bench.edit_jobs(rows, seed))
+        scored = run.watch(
+            "measuring", lambda told: bench.score_pictures(rows, run.pictures, *run.encoders, told, near)
+        )
         run.finish(scored, {})
-        out.print(bench.by_task(scored))
+        out.print(bench.task_table(scored))
 
 
 def dreambench(
@@ -79,7 +81,7 @@ def dreambench(
     from npedit.benchmarks import dreambench as bench
     from npedit.runs.lock import hold
 
-    subjects, digest = bench.read(data)
+    subjects, digest = bench.read_subjects(data)
     facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
     with hold(folder, "evaluate dreambench"):
         run = _Run.begin("dreambench", folder, facts, model, edited, copy, seed, steps, (dino, clip))
@@ -90,12 +92,15 @@ def _dreambench_in(run: _Run, subjects: Sequence[Any], seed: int, pictures: int)
     """`dreambench` in a folder that this process holds."""
     from npedit.benchmarks import dreambench as bench
 
-    real = bench.real_images(subjects, *run.encoders)
-    wrong = bench.acceptance(real) if bench.official(subjects) else ["these are not the official subjects and photos"]
+    real = bench.real_image_baseline(subjects, *run.encoders)
+    official = bench.is_official_data(subjects)
+    wrong = bench.check_real_image_baseline(real) if official else ["these are not the official subjects and photos"]
     for words in wrong:
         err.print(f"[yellow]note[/] not to be compared with the literature: {escape(words)}")
-    run.make(bench.jobs(subjects, seed, pictures), LONGEST)
-    scored = run.watch("measuring", lambda told: bench.score(subjects, run.pictures, *run.encoders, told, pictures))
+    run.make(bench.edit_jobs(subjects, seed, pictures), LONGEST)
+    scored = run.watch(
+        "measuring", lambda told: bench.score_pictures(subjects, run.pictures, *run.encoders, told, pictures)
+    )
     run.finish(scored, real)
 
 
@@ -144,7 +149,7 @@ class _Run:
 
     def make(self, jobs: Sequence[Any], longest: int = 0) -> None:
         """Edit what is not there yet; nothing for pictures of another editor."""
-        from npedit.benchmarks._outputs import make
+        from npedit.benchmarks._outputs import edit_missing
         from npedit.editor import Editor
 
         if "edited" in self.source:
@@ -155,7 +160,7 @@ class _Run:
         else:
             editor, steps = Editor.open(self.source["model"]), self.source["steps"]
             edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, steps)  # noqa: E731
-        self.watch("editing", lambda told: make(jobs, edit, self.pictures, told, longest, facts))
+        self.watch("editing", lambda told: edit_missing(jobs, edit, self.pictures, told, longest, facts))
 
     def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         """Do `work(told)` behind a bar."""
@@ -164,10 +169,10 @@ class _Run:
 
     def finish(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
         """Write the results and print the headlines."""
-        from npedit.benchmarks._outputs import table
+        from npedit.benchmarks._outputs import results_table
         from npedit.scoring.results import write_results
 
-        out.print(table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
+        out.print(results_table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
         print_reasons(rows)
         out.print(f"Results: {escape(str(self.folder))}")
         if rows and not any(value is not None for row in rows for value in row.scores.values()):
@@ -209,7 +214,7 @@ def open_lpips(folder: Path | None) -> Any:
 
 def fingerprint(model: str) -> str:
     """A hash of the names and contents of an editor's files."""
-    from npedit.judges.local import fingerprint as folder_digest
+    from npedit.judges.local import hash_folder as folder_digest
     from npedit.runs.resolve import resolve_editor
 
     return folder_digest(resolve_editor(model).folder)

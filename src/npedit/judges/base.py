@@ -23,16 +23,16 @@ REJECTED = "rejected"  # the server takes other requests, but not this one (too 
 TRANSPORT_ERROR = "transport_error"  # no answer came, however often it was asked
 MISSING_IMAGE = "missing_image"  # the editor left no picture, or a broken one: the judge was not asked
 NOT_IN_FILE = "not_in_file"  # scores were read from a file, which has none for this item
-FINAL = (OK, REFUSED)  # of a reply: asking again would bring no more
+FINAL_OUTCOMES = (OK, REFUSED)  # of a reply: asking again would bring no more
 
-FAMILIES = {  # what stands in a model's name -> the file in critics/ that opens its kind
+FAMILY_BY_NAME_PART = {  # what stands in a model's name -> the file in critics/ that opens its kind
     "llava-onevision": "llava_onevision", "internvl": "internvl", "smolvlm": "smolvlm",
     "qwen2.5-vl": "qwen_vl", "qwen2-5-vl": "qwen_vl", "qwen3-vl": "qwen_vl", "qwen2-vl": "qwen_vl",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Manner:
+class RequestSettings:
     """How a protocol wants its questions put. A `temperature` or `max_tokens` of None is not sent: the server's own
     holds. With `options`, such as ("0", ..., "5"), nothing is written: the probabilities of these words as the answer
     are read."""
@@ -41,7 +41,7 @@ class Manner:
     max_tokens: int | None
     text_first: bool = False
     jpeg_quality: int = 0  # of the pictures sent to a server; 0 sends PNG
-    options: tuple[str, ...] = ()
+    answer_choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Reply:
     served_by: str = ""  # the model that the server says has answered
 
 
-class JudgeStopped(UserError):
+class JudgeUnavailable(UserError):
     """No further question makes sense: a wrong key or model, no credit left, or a server that is gone."""
 
 
-class Judge(ABC):
+class JudgeModel(ABC):
     """See the module's head. `workers` is how many questions it takes at once."""
 
     name: str
@@ -78,26 +78,26 @@ class Judge(ABC):
         return ""
 
     @abstractmethod
-    def accepts(self, manner: Manner) -> None:
-        """Check once, before any question, that it can be asked in this manner.
+    def check_supported(self, settings: RequestSettings) -> None:
+        """Check once, before any question, that it can be asked with these settings.
 
         Raises:
             UserError: it cannot.
         """
 
     @abstractmethod
-    def ask(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> Reply:
+    def ask(self, prompt: str, images: Sequence[Image.Image], settings: RequestSettings) -> Reply:
         """One answer about RGB pictures.
 
         Raises:
-            JudgeStopped: no further question makes sense.
+            JudgeUnavailable: no further question makes sense.
         """
 
-    def stop(self) -> None:  # noqa: B027 (most have nothing to do)
+    def stop_retrying(self) -> None:  # noqa: B027 (most have nothing to do)
         """Told when the run ends early: questions under way in other threads need not be tried again."""
 
 
-def family_of(model: str) -> str:
+def guess_critic_family(model: str) -> str:
     """The file in critics/ that opens models of this name's kind, or "" if the name does not tell."""
     plain = model.lower().replace("_", "-")
-    return next((family for mark, family in FAMILIES.items() if mark in plain), "")
+    return next((family for mark, family in FAMILY_BY_NAME_PART.items() if mark in plain), "")

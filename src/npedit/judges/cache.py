@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections import Counter
@@ -20,14 +21,16 @@ from typing import Any, Self
 from PIL import Image
 
 from npedit.errors import UserError, explain_write_errors
-from npedit.judges.base import FINAL
+from npedit.judges.base import FINAL_OUTCOMES
+
+log = logging.getLogger(__name__)
 
 
-class Cache:
+class AnswerCache:
     """The answers kept in one file, for several threads of one process. Use it as a context: it holds the file.
 
     Raises:
-        UserError: another process holds the file, it cannot be written, or it has a bad line.
+        UserError: another process holds the file, or it cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -39,7 +42,7 @@ class Cache:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
+            self._load()
         except BlockingIOError:
             self._file.close()
             raise UserError(f"expected {path} to be free; another evaluation writes it; wait, or use --out") from None
@@ -56,27 +59,31 @@ class Cache:
     def __len__(self) -> int:
         return len(self._final)
 
-    def _read(self) -> None:
+    def _load(self) -> None:
         self._file.seek(0)
         *lines, torn = self._file.read().split(b"\n")
         if torn:  # a kill cut it off; that answer is asked for again
             self._file.truncate(sum(len(line) + 1 for line in lines))
+        damaged = []
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                if record["outcome"] in FINAL:
+                if record["outcome"] in FINAL_OUTCOMES:
                     self._final[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"expected one record of JSON a line in {self.path}; got a bad line {number} ({error!r}); delete it"
-                ) from None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged.append(number)
+        if damaged:
+            more = ", ..." if len(damaged) > 5 else ""
+            numbers = ", ".join(map(str, damaged[:5]))
+            words = "%s: %d damaged lines of %d are skipped (%s%s); these answers are asked for again"
+            log.warning(words, self.path, len(damaged), len(lines), numbers, more)
 
-    def usage(self) -> dict[str, int]:
+    def total_token_usage(self) -> dict[str, int]:
         """The servers' token counts, added up over what is kept."""
         with self._lock:
             return dict(sum((Counter(r.get("usage", {})) for r in self._final.values()), Counter()))
 
-    def count_by_address(self) -> dict[str, int]:
+    def count_answers_by_address(self) -> dict[str, int]:
         """How many of the kept answers each server's address gave."""
         with self._lock:
             found = Counter(r["address"] for r in self._final.values() if r.get("address"))
@@ -99,17 +106,17 @@ class Cache:
             except OSError:
                 self._file.truncate(before)  # half a line would spoil the next one
                 raise
-            if record["outcome"] in FINAL:
+            if record["outcome"] in FINAL_OUTCOMES:
                 self._final[record["key"]] = dict(record)
 
 
-def key_of(images: Sequence[Image.Image], **facts: Any) -> str:
+def answer_cache_key(images: Sequence[Image.Image], **facts: Any) -> str:
     """The hash of the pictures' pixels and sizes, in order, and of plain `facts`."""
     digests = [hashlib.sha256(f"{im.mode} {im.size}".encode() + im.tobytes()).hexdigest() for im in images]
-    return digest_of({**facts, "images": digests})
+    return hash_json({**facts, "images": digests})
 
 
-def digest_of(value: Any) -> str:
+def hash_json(value: Any) -> str:
     """sha256 of a plain value in canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """A judge in this process: a vision-language model that transformers opens, through the adapters in critics/.
 
 It reads greedily, one question at a time, so the same question gets the same answer. Pictures are scaled as the
-model's own image processor does it. With `Manner.options` it writes nothing: the probabilities of those words as the
+model's own image processor does it. With `answer_choices` it writes nothing: the probabilities of those words as the
 answer are read from its logits.
 """
 
@@ -23,14 +23,14 @@ from torch import Tensor
 from npedit.critics._chat import read_model_type
 from npedit.critics.base import Critic
 from npedit.errors import UserError
-from npedit.judges.base import OK, Judge, Manner, Reply
+from npedit.judges.base import OK, JudgeModel, Reply, RequestSettings
 from npedit.nets.device import default_dtype, pick_device
 from npedit.recipe import config
 
-PARTS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
 
 
-class LocalJudge(Judge):
+class LocalJudge(JudgeModel):
     """One open model. `family` is the file in critics/ that opens it; `revision` tells its weights from all others."""
 
     def __init__(self, critic: Critic, name: str, family: str, revision: str):
@@ -48,53 +48,55 @@ class LocalJudge(Judge):
         device = pick_device()
         dtype = default_dtype(device)
         try:
-            folder, revision = _located(weights)
-            family = _families()[read_model_type(folder, _families())]
+            folder, revision = _resolve_weights(weights)
+            family = _family_by_model_type()[read_model_type(folder, _family_by_model_type())]
             critic = config.find_class("critics", family).load(folder, dtype, device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_families()))}, or a server's "
+                f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_family_by_model_type()))}, or a server's "
                 f"address; got {weights}, where {error}"
             ) from None
         return cls(critic, weights, family, revision)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Judge.identity`. Not the name: a folder that moves is the same judge."""
+        """See `JudgeModel.identity`. Not the name: a folder that moves is the same judge."""
         return {"kind": "local", "family": self.family, "revision": self.revision, "dtype": self._dtype}
 
-    def accepts(self, manner: Manner) -> None:
-        """See `Judge.accepts`."""
-        if manner.text_first or manner.max_tokens is None:
+    def check_supported(self, settings: RequestSettings) -> None:
+        """See `JudgeModel.check_supported`."""
+        if settings.text_first or settings.max_tokens is None:
             raise UserError(
                 "expected a protocol that shows pictures before the text and limits the answer, as a local judge needs "
                 "it; got one for servers; choose another --protocol"
             )
-        if manner.options:
-            self._option_ids(manner)
+        if settings.answer_choices:
+            self._choice_token_ids(settings)
 
-    def ask(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> Reply:
-        """See `Judge.ask`. With options, the text is {"probabilities": {word: number}} over the whole vocabulary."""
-        start, pictures = time.monotonic(), [_tensor(im) for im in images]
-        if manner.options:
+    def ask(self, prompt: str, images: Sequence[Image.Image], settings: RequestSettings) -> Reply:
+        """See `JudgeModel.ask`. With options, the text is {"probabilities": {word: number}} over the whole vocabulary."""
+        start, pictures = time.monotonic(), [_to_tensor(im) for im in images]
+        if settings.answer_choices:
             with torch.no_grad():
                 seen = [self.critic.encode_images(p[None].to(self.critic.device))[0] for p in pictures]
                 chances = self.critic.logits([prompt], [seen])[0].double().softmax(0)
-            found = {w: float(chances[i]) for w, i in zip(manner.options, self._option_ids(manner))}
+            found = {w: float(chances[i]) for w, i in zip(settings.answer_choices, self._choice_token_ids(settings))}
             text = json.dumps({"probabilities": found})
         else:
-            assert manner.max_tokens is not None  # `accepts` has refused the others
-            (text,) = self.critic.generate_text([prompt], [pictures], manner.max_tokens)
+            assert settings.max_tokens is not None  # `check_supported` has refused the others
+            (text,) = self.critic.generate_text([prompt], [pictures], settings.max_tokens)
         return Reply(OK, text, detail=f"{time.monotonic() - start:.1f} s", served_by=self.name)
 
-    def _option_ids(self, manner: Manner) -> list[int]:
+    def _choice_token_ids(self, settings: RequestSettings) -> list[int]:
         try:
-            return [self.critic.answer_id(word) for word in manner.options]
+            return [self.critic.answer_id(word) for word in settings.answer_choices]
         except ValueError as error:
-            raise UserError(f"expected a judge that answers {manner.options} in one token each; got: {error}") from None
+            raise UserError(
+                f"expected a judge that answers {settings.answer_choices} in one token each; got: {error}"
+            ) from None
 
 
-def _families() -> dict[str, str]:
+def _family_by_model_type() -> dict[str, str]:
     """config.json's model_type -> the file in critics/ that opens it."""
     kinds = {"llava_onevision": "llava_onevision"}
     for name in config.available_names("critics"):
@@ -102,7 +104,7 @@ def _families() -> dict[str, str]:
     return kinds
 
 
-def _located(weights: str) -> tuple[Path, str]:
+def _resolve_weights(weights: str) -> tuple[Path, str]:
     """The folder, and what tells its weights from others: the Hub's commit, or a hash over the files."""
     if weights == config.EMBEDDED:
         folder = config.embedded_weights("critic")
@@ -110,12 +112,12 @@ def _located(weights: str) -> tuple[Path, str]:
         folder = Path(weights)
     else:
         hub_id, _, revision = weights.partition("@")
-        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=PARTS))
+        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=DOWNLOAD_PATTERNS))
         return folder, folder.name
-    return folder, fingerprint(folder)
+    return folder, hash_folder(folder)
 
 
-def fingerprint(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     """A hash over names and contents of all files in a folder."""
     whole = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -125,6 +127,6 @@ def fingerprint(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image) -> Tensor:
     """RGB -> (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -11,7 +11,7 @@ What the server does decides the outcome, never a number:
 - a content filter, in the status or as the finish reason, or a filled `refusal`: refused;
 - 400, 413, 422 for another reason: rejected;
 - 401, 403, 404, a redirect, no credit left, a page of HTML (a login page), a host without a name or certificate: the
-  run stops at once, and where nothing listens at the port after `REFUSED_TRIES` attempts; all answers are kept.
+  run stops at once, and where nothing listens at the port after `CONNECTION_REFUSED_ATTEMPTS` attempts; all answers are kept.
 """
 
 from __future__ import annotations
@@ -37,24 +37,39 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from npedit.errors import UserError
-from npedit.judges.base import OK, REFUSED, REJECTED, TRANSPORT_ERROR, Judge, JudgeStopped, Manner, Reply
+from npedit.judges.base import (
+    OK,
+    REFUSED,
+    REJECTED,
+    TRANSPORT_ERROR,
+    JudgeModel,
+    JudgeUnavailable,
+    Reply,
+    RequestSettings,
+)
 
-KEY_VARIABLE = "NPEDIT_JUDGE_KEY"
-FILTER_MARKS = ("content_filter", "content_policy", "content policy", "content management policy", "safety system")
-NO_CREDIT_MARKS = ("insufficient_quota", "billing_hard_limit", "insufficient_balance")
-MOST_BYTES = 8_000_000  # of one answer
-LONGEST_WAIT = 300.0  # seconds between two attempts, whatever the server asks for
-REFUSED_TRIES = 3  # attempts at a port where nothing listens
-REFUSED_WAIT = 1.0  # seconds between them
-FIXED_PARAMETERS = ("model", "messages", "stream", "n")  # of a request, that a user may not set
+API_KEY_VARIABLE = "NPEDIT_JUDGE_KEY"
+CONTENT_FILTER_MARKERS = (
+    "content_filter",
+    "content_policy",
+    "content policy",
+    "content management policy",
+    "safety system",
+)
+NO_CREDIT_MARKERS = ("insufficient_quota", "billing_hard_limit", "insufficient_balance")
+MAX_RESPONSE_BYTES = 8_000_000  # of one answer
+MAX_WAIT_SECONDS = 300.0  # seconds between two attempts, whatever the server asks for
+CONNECTION_REFUSED_ATTEMPTS = 3  # attempts at a port where nothing listens
+CONNECTION_REFUSED_WAIT = 1.0  # seconds between them
+RESERVED_PARAMETERS = ("model", "messages", "stream", "n")  # of a request, that a user may not set
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         """Follow none: the key must not go elsewhere."""
 
 
-class _Failed(Exception):
+class _RetryableError(Exception):
     """An attempt that may be made again, after `wait` seconds if the server said so."""
 
     def __init__(self, detail: str, wait: float = 0.0):
@@ -62,13 +77,13 @@ class _Failed(Exception):
         self.wait = wait
 
 
-class _NotListening(Exception):
+class _ConnectionRefused(Exception):
     """Nothing listens at the port."""
 
 
-class ServerJudge(Judge):
+class ServerJudge(JudgeModel):
     """`url` is the API's root, such as http://localhost:8000/v1; `timeout` is for one attempt, in seconds. `parameters`
-    go into each request, in place of the protocol's; a value of None leaves a parameter out. `report` is called with a
+    go into each request, in place of the protocol's; a value of None leaves a parameter out. `on_retry` is called with a
     line for people before each wait.
 
     Raises:
@@ -82,14 +97,14 @@ class ServerJudge(Judge):
         revision: str = "",
         workers: int = 4,
         timeout: float = 180.0,
-        attempts: int = 6,
-        first_wait: float = 2.0,
+        max_attempts: int = 6,
+        initial_backoff: float = 2.0,
         parameters: Mapping[str, Any] | None = None,
-        report: Callable[[str], None] = lambda line: None,
+        on_retry: Callable[[str], None] = lambda line: None,
     ):
-        check_address(url)
-        read_key()
-        fixed = [name for name in FIXED_PARAMETERS if name in (parameters or {})]
+        validate_url(url)
+        read_api_key()
+        fixed = [name for name in RESERVED_PARAMETERS if name in (parameters or {})]
         if fixed:
             raise UserError(
                 f"expected parameters of decoding; got {', '.join(fixed)}, which npedit sets; leave them out"
@@ -97,129 +112,142 @@ class ServerJudge(Judge):
         if not model:
             raise UserError("expected the model's name as the server knows it; got none; give --judge-model")
         self.url, self.name, self.revision = url.rstrip("/"), model, revision
-        self.workers, self.timeout, self.attempts, self.first_wait = workers, timeout, attempts, first_wait
-        self.parameters, self.report = dict(parameters or {}), report
+        self.workers, self.timeout, self.max_attempts, self.initial_backoff = (
+            workers,
+            timeout,
+            max_attempts,
+            initial_backoff,
+        )
+        self.parameters, self.on_retry = dict(parameters or {}), on_retry
         self._stopping = threading.Event()
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        self._open_url = urllib.request.build_opener(_NoRedirectHandler).open
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Judge.identity`. The address is no part of it, so that a server may move; each answer records it."""
+        """See `JudgeModel.identity`. The address is no part of it, so that a server may move; each answer records it."""
         found = {"kind": "server", "model": self.name, "revision": self.revision}
         return found | ({"parameters": self.parameters} if self.parameters else {})
 
     @property
     def address(self) -> str:
-        """See `Judge.address`."""
+        """See `JudgeModel.address`."""
         return self.url
 
-    def accepts(self, manner: Manner) -> None:
-        """See `Judge.accepts`."""
-        if manner.options:
+    def check_supported(self, settings: RequestSettings) -> None:
+        """See `JudgeModel.check_supported`."""
+        if settings.answer_choices:
             raise UserError(
                 "expected a local judge: a score from logits needs the probabilities of all answers, which servers do "
                 "not give; give a folder or Hub id as --judge, or choose another --protocol"
             )
 
-    def ask(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> Reply:
-        """See `Judge.ask`, and the module's head for outcomes."""
-        body = json.dumps(self._request(prompt, images, manner)).encode()
+    def ask(self, prompt: str, images: Sequence[Image.Image], settings: RequestSettings) -> Reply:
+        """See `JudgeModel.ask`, and the module's head for outcomes."""
+        body = json.dumps(self._build_request_body(prompt, images, settings)).encode()
         detail = ""
         attempt = 0
-        for attempt in range(self.attempts):
+        for attempt in range(self.max_attempts):
             try:
-                return self._once(body)
-            except _NotListening as refused:
-                detail, wait = str(refused), min(self.first_wait, REFUSED_WAIT)
-                if attempt + 1 >= REFUSED_TRIES:
-                    raise JudgeStopped(
+                return self._send_request(body)
+            except _ConnectionRefused as refused:
+                detail, wait = str(refused), min(self.initial_backoff, CONNECTION_REFUSED_WAIT)
+                if attempt + 1 >= CONNECTION_REFUSED_ATTEMPTS:
+                    raise JudgeUnavailable(
                         f"expected a server at {self.url}; got: {detail}; start it or correct --judge, and run the "
                         "same command"
                     ) from None
-            except _Failed as failed:
+            except _RetryableError as failed:
                 detail = str(failed)
-                grown = self.first_wait * 2**attempt * random.uniform(0.5, 1.5)
-                wait = min(max(grown, failed.wait), LONGEST_WAIT)
-            if attempt + 1 < self.attempts and self._wait(wait, detail, attempt):
+                grown = self.initial_backoff * 2**attempt * random.uniform(0.5, 1.5)
+                wait = min(max(grown, failed.wait), MAX_WAIT_SECONDS)
+            if attempt + 1 < self.max_attempts and self._wait_before_retry(wait, detail, attempt):
                 break
         return Reply(TRANSPORT_ERROR, detail=f"{detail} ({attempt + 1} attempts)")
 
-    def _wait(self, seconds: float, detail: str, attempt: int) -> bool:
+    def _wait_before_retry(self, seconds: float, detail: str, attempt: int) -> bool:
         """Report and wait; True if the run is being stopped."""
         if not self._stopping.is_set():
-            self.report(f"{self.name}: {detail[:200]}; attempt {attempt + 2} of {self.attempts} in {seconds:.0f} s")
+            self.on_retry(
+                f"{self.name}: {detail[:200]}; attempt {attempt + 2} of {self.max_attempts} in {seconds:.0f} s"
+            )
         return self._stopping.wait(seconds)
 
-    def stop(self) -> None:
-        """See `Judge.stop`."""
+    def stop_retrying(self) -> None:
+        """See `JudgeModel.stop_retrying`."""
         self._stopping.set()
 
-    def _request(self, prompt: str, images: Sequence[Image.Image], manner: Manner) -> dict[str, Any]:
-        pictures = [{"type": "image_url", "image_url": {"url": data_url(im, manner.jpeg_quality)}} for im in images]
+    def _build_request_body(
+        self, prompt: str, images: Sequence[Image.Image], settings: RequestSettings
+    ) -> dict[str, Any]:
+        pictures = [
+            {"type": "image_url", "image_url": {"url": encode_data_url(im, settings.jpeg_quality)}} for im in images
+        ]
         text = [{"type": "text", "text": prompt}]
-        content = text + pictures if manner.text_first else pictures + text
-        stated = {"max_tokens": manner.max_tokens, "temperature": manner.temperature}
+        content = text + pictures if settings.text_first else pictures + text
+        stated = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
         decoding = {k: v for k, v in {**stated, **self.parameters}.items() if v is not None}
         return {"model": self.name, "messages": [{"role": "user", "content": content}], **decoding}
 
-    def _once(self, body: bytes) -> Reply:
+    def _send_request(self, body: bytes) -> Reply:
         headers = {"Content-Type": "application/json"}
-        if read_key():
-            headers["Authorization"] = f"Bearer {read_key()}"
+        if read_api_key():
+            headers["Authorization"] = f"Bearer {read_api_key()}"
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers, method="POST")
         end = time.monotonic() + self.timeout
         try:
-            with self._open(request, timeout=self.timeout) as response:
-                return self._completion(_read(response, end))
+            with self._open_url(request, timeout=self.timeout) as response:
+                return self._parse_response(_read_body(response, end))
         except urllib.error.HTTPError as error:
             with error:
                 try:
-                    text = without_key(_read(error, end)).decode(errors="replace")
+                    text = redact_api_key(_read_body(error, end)).decode(errors="replace")
                 except (OSError, http.client.HTTPException):
                     text = ""
-            return self._status(error.code, text, error.headers)
+            return self._handle_http_error(error.code, text, error.headers)
         except (OSError, http.client.HTTPException) as error:  # URLError, time-outs, resets, cut bodies
-            raise self._unanswered(error) from None
+            raise self._classify_connection_error(error) from None
 
-    def _completion(self, body: bytes) -> Reply:
-        """See `_reply`. A page of HTML is a login page or another service's: all requests would get it."""
+    def _parse_response(self, body: bytes) -> Reply:
+        """See `_parse_completion`. A page of HTML is a login page or another service's: all requests would get it."""
         if body.lstrip()[:1] == b"<":
-            raise JudgeStopped(
+            raise JudgeUnavailable(
                 f"expected {self.url}/chat/completions to answer with JSON; got a page that begins "
                 f"{' '.join(body[:200].decode(errors='replace').split())!r}; check the address in --judge, a proxy and "
-                f"a login before it, and {KEY_VARIABLE}"
+                f"a login before it, and {API_KEY_VARIABLE}"
             )
-        return _reply(without_key(body))
+        return _parse_completion(redact_api_key(body))
 
-    def _unanswered(self, error: Exception) -> Exception:
+    def _classify_connection_error(self, error: Exception) -> Exception:
         """What to raise for a request that got no answer."""
         reason = getattr(error, "reason", error)
         detail = f"{type(reason).__name__}: {reason}"
         if isinstance(reason, ConnectionRefusedError):
-            return _NotListening(detail)
+            return _ConnectionRefused(detail)
         if isinstance(reason, ssl.SSLCertVerificationError | http.client.InvalidURL) or (
             isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
         ):
-            return JudgeStopped(f"expected a server at {self.url}; got: {detail}; correct --judge")
-        return _Failed(detail)
+            return JudgeUnavailable(f"expected a server at {self.url}; got: {detail}; correct --judge")
+        return _RetryableError(detail)
 
-    def _status(self, code: int, text: str, headers: Mapping[str, str] | Message) -> Reply:
+    def _handle_http_error(self, code: int, text: str, headers: Mapping[str, str] | Message) -> Reply:
         said, detail = text.lower(), f"HTTP {code}: {' '.join(text.split())[:300]}"
-        if any(mark in said for mark in NO_CREDIT_MARKS) or code == 402:
-            raise JudgeStopped(f"expected credit left at {self.url}; got {detail}; add some and run the same command")
-        if code in (400, 403, 422) and any(mark in said for mark in FILTER_MARKS):
+        if any(mark in said for mark in NO_CREDIT_MARKERS) or code == 402:
+            raise JudgeUnavailable(
+                f"expected credit left at {self.url}; got {detail}; add some and run the same command"
+            )
+        if code in (400, 403, 422) and any(mark in said for mark in CONTENT_FILTER_MARKERS):
             return Reply(REFUSED, detail=detail)
         if code in (408, 409, 425, 429) or code >= 500:
-            raise _Failed(detail, _retry_after(headers.get("Retry-After", "")))
+            raise _RetryableError(detail, _parse_retry_after(headers.get("Retry-After", "")))
         if code in (400, 413, 422):
             return Reply(REJECTED, detail=detail)
-        raise JudgeStopped(
+        raise JudgeUnavailable(
             f"expected {self.url}/chat/completions to answer; got {detail}; check --judge, --judge-model and "
-            f"{KEY_VARIABLE}, and run the same command"
+            f"{API_KEY_VARIABLE}, and run the same command"
         )
 
 
-def check_address(url: str) -> None:
+def validate_url(url: str) -> None:
     """Refuse what is no address of an API.
 
     Raises:
@@ -235,33 +263,33 @@ def check_address(url: str) -> None:
             f"expected a judge's address such as http://localhost:8000/v1, without spaces; got {url!r}; correct it"
         )
     if parts.username or parts.password or parts.query:
-        raise UserError(f"expected an address without a key in it; put the key in {KEY_VARIABLE}")
+        raise UserError(f"expected an address without a key in it; put the key in {API_KEY_VARIABLE}")
 
 
-def read_key() -> str:
+def read_api_key() -> str:
     """The key from the environment, or "".
 
     Raises:
         UserError: it holds what no header can. The message does not show it.
     """
-    key = os.environ.get(KEY_VARIABLE, "")
+    key = os.environ.get(API_KEY_VARIABLE, "")
     wrong = [i for i, c in enumerate(key, 1) if not "!" <= c <= "~"]
     if wrong:
         raise UserError(
-            f"expected a key of plain ASCII characters in {KEY_VARIABLE}, without spaces and line breaks; got another "
+            f"expected a key of plain ASCII characters in {API_KEY_VARIABLE}, without spaces and line breaks; got another "
             f"character at position {wrong[0]} of {len(key)} (a line break at the end, or curly quotes, from copying); "
             "set it again"
         )
     return key
 
 
-def without_key(body: bytes) -> bytes:
+def redact_api_key(body: bytes) -> bytes:
     """What a server sent, without the key, which some repeat in their errors."""
-    key = read_key().encode()
+    key = read_api_key().encode()
     return body.replace(key, b"[the key]") if len(key) >= 6 else body
 
 
-def _read(response: Any, end: float) -> bytes:
+def _read_body(response: Any, end: float) -> bytes:
     """The body, whole, before `end` of the monotonic clock: each single wait has a limit already, but many add up."""
     parts, size = [], 0
     while part := response.read1(65536):
@@ -269,18 +297,18 @@ def _read(response: Any, end: float) -> bytes:
         size += len(part)
         if time.monotonic() > end:
             raise TimeoutError("the answer takes too long")
-        if size > MOST_BYTES:
-            raise OSError(f"the answer is longer than {MOST_BYTES} bytes")
+        if size > MAX_RESPONSE_BYTES:
+            raise OSError(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
     if getattr(response, "length", None):  # read1 does not complain of a body that was cut
         raise http.client.IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
 
 
-def _reply(body: bytes) -> Reply:
+def _parse_completion(body: bytes) -> Reply:
     """What the JSON of a 200 says.
 
     Raises:
-        _Failed: it is no JSON, an error, or holds no choice.
+        _RetryableError: it is no JSON, an error, or holds no choice.
     """
     try:
         found = json.loads(body)
@@ -290,7 +318,7 @@ def _reply(body: bytes) -> Reply:
         reason = choice.get("finish_reason")
         usage = {k: v for k, v in (found.get("usage") or {}).items() if isinstance(v, int)}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Failed(f"no chat completion: {body[:300].decode(errors='replace')}") from None
+        raise _RetryableError(f"no chat completion: {body[:300].decode(errors='replace')}") from None
     model = str(found.get("model", ""))
     if refusal or reason == "content_filter":
         return Reply(REFUSED, str(refusal or content or ""), usage, f"finish_reason {reason}", model)
@@ -299,7 +327,7 @@ def _reply(body: bytes) -> Reply:
     return Reply(OK, content if isinstance(content, str) else "", usage, f"finish_reason {reason}", model)
 
 
-def _retry_after(value: str) -> float:
+def _parse_retry_after(value: str) -> float:
     """Seconds that the header asks to wait, given as a number or a date; 0 if it says nothing."""
     try:
         return max(0.0, float(value))
@@ -311,7 +339,7 @@ def _retry_after(value: str) -> float:
         return 0.0
 
 
-def data_url(image: Image.Image, jpeg_quality: int) -> str:
+def encode_data_url(image: Image.Image, jpeg_quality: int) -> str:
     """An RGB picture as a data URL: PNG for quality 0, else JPEG."""
     kind, options = ("jpeg", {"quality": jpeg_quality}) if jpeg_quality else ("png", {})
     buffer = io.BytesIO()

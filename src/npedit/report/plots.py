@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from npedit.benchmarks.toy import wilson
+from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
-from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, HELD_OUT_KEYS, critic_score, reward_hacking_alarms
+from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingMonitor, monitor_rows
 
 Rows = Sequence[dict[str, Any]]
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
@@ -90,9 +90,8 @@ def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
 
 
 def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
-    steps = sorted({r["step"] for r in rows if any(k in r for k in HELD_OUT_EDIT_KEYS)})
-    critic = [(n, s) for n in steps if (s := critic_score(rows, n)) is not None and abs(s) <= LARGEST]
-    if not critic:
+    monitor = monitor_rows(rows, evaluate_items)
+    if not monitor.critic_scores():
         return []
     caption = (
         "The mean of 'was it done?' and 'is the rest kept?', as the critic that is trained against sees it and as what "
@@ -102,7 +101,7 @@ def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
     return [
         _render_light_and_dark(
             "The critic against what is held out", caption, (11, 3.4),
-            lambda figure: _plot_held_out(figure, rows, critic, evaluate_items),
+            lambda figure: _plot_held_out(figure, rows, monitor),
         )
     ]  # fmt: skip
 
@@ -292,7 +291,7 @@ def _plot_success(figure: Figure, rows: Rows, n: int) -> None:
     left, right = figure.subplots(1, 2)
     both = series(rows, "eval/both")
     x = [s for s, _ in both]
-    bands = [wilson(round(v * n), n)["ci95"] for _, v in both]
+    bands = [wilson_interval(round(v * n), n)["ci95"] for _, v in both]
     left.fill_between(x, [b[0] for b in bands], [b[1] for b in bands], color=COLOURS[0], alpha=0.2, linewidth=0)
     for key, colour, style in (
         ("applied", COLOURS[1], "--"),
@@ -327,17 +326,18 @@ def _plot_critic_answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> Non
     _add_legend(axes)
 
 
-def _plot_held_out(figure: Figure, rows: Rows, critic: list[tuple[int, float]], evaluate_items: int) -> None:
+def _plot_held_out(figure: Figure, rows: Rows, monitor: RewardHackingMonitor) -> None:
     axes = figure.subplots()
-    axes.plot(*zip(*critic, strict=True), color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
+    critic = [(step, score) for step, score in monitor.critic_scores() if abs(score) <= LARGEST]
+    axes.plot([n for n, _ in critic], [s for _, s in critic], color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
     for i, (name, keys) in enumerate(HELD_OUT_KEYS.items()):
         both = [dict(series(rows, k)) for k in keys]
         points = [(n, (both[0][n] + both[1][n]) / 2) for n in both[0] if n in both[1]]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=2, marker="o", markersize=3, label=name)
-    found = [(a.step, a.held_out[1]) for a in reward_hacking_alarms(rows, evaluate_items)]
-    if found:
-        axes.plot(*zip(*found, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
+    alarms = [(alarm.step, alarm.held_out[1]) for alarm in monitor.alarms]
+    if alarms:
+        axes.plot(*zip(*alarms, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
     _label_axes(axes, rows, "", "score")
     _percent_axis(axes)
     _add_legend(axes)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from npedit.benchmarks.toy import percent
+from npedit.benchmarks.toy import format_rate
 from npedit.errors import UserError
 from npedit.report import plots
 from npedit.runs.checkpoint import FAILURES, METRICS, is_run, read_config, read_manifest, read_rows, write_text
@@ -150,7 +150,7 @@ def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
 
 def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
     if scores:
-        before, after = (percent(scores[k]["both"]) for k in ("before", "after"))
+        before, after = (format_rate(scores[k]["both"]) for k in ("before", "after"))
         found = [("right before training", before), ("right after training", after)]
         found.append(("held-out scenes", str(scores["after"]["n"])))
     else:
@@ -169,8 +169,8 @@ def _scores_table(scores: dict[str, Any]) -> str:
     lines = []
     for kind, row in [*after["by_type"].items(), ("all", after)]:
         earlier = before if kind == "all" else before["by_type"].get(kind)
-        cells = [kind, row["n"], percent(earlier["both"]) if earlier else "-"]
-        cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")] + [percent(row["both"])]
+        cells = [kind, row["n"], format_rate(earlier["both"]) if earlier else "-"]
+        cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")] + [format_rate(row["both"])]
         inside = "".join(f"<td>{_escape(c)}</td>" for c in cells)
         lines.append(f'<tr class="{"all" if kind == "all" else ""}">{inside}</tr>')
     head = ("edit type", "n", "both, before", "applied", "preserved", "both, after")

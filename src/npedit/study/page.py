@@ -41,7 +41,7 @@ def pool_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     mean = lambda values: sum(values) / len(found)  # noqa: E731
     return {
         "n": n,
-        **{key: toy.wilson(mean(f[key]["value"] for f in found) * n, n) for key in toy.MEASURES},
+        **{key: toy.wilson_interval(mean(f[key]["value"] for f in found) * n, n) for key in toy.METRICS},
         "by_type": {k: mean(f["by_type"][k]["both"]["value"] for f in found) for k in kinds},
         "copy_rate": mean(f["copy_rate"] for f in found),
         "each": [f["both"]["value"] for f in found],
