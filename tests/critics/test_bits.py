@@ -65,19 +65,23 @@ def test_the_recipe_hands_it_on_and_other_numbers_are_refused(folder):
     assert recipe(folder, 4).as_dict()["critic"]["bits"] == 4
 
 
+@pytest.fixture(scope="module")
+def held(folder) -> dict[int, dict[str, int]]:
+    """Bits -> phase -> bytes of the critic's weights, with `offload`, where others are moved away."""
+    found = {bits: estimate(recipe(folder, bits, memory={"offload": True})).phases for bits in (0, 8, 4)}
+    return {bits: {p.name: p.held.get("critic", 0) for p in phases} for bits, phases in found.items()}
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_estimate_counts_them_by_hand(folder, bits):
-    whole, few = (estimate(recipe(folder, b)).peak.held["critic"] for b in (0, bits))
+def test_the_estimate_counts_the_quantised_weights_at_their_size(held, bits):
+    saved = held[0]["np_edit: critic"] - held[bits]["np_edit: critic"]
     numbers = sum(w.numel() for w in quantisable_weights(LlavaOnevision.tiny(0).model))
-    assert whole - few == pytest.approx(numbers * (4 - bytes_per_weight(bits)), rel=1e-6)
+    assert saved == pytest.approx(numbers * (4 - bytes_per_weight(bits)), rel=1e-6)
     assert bytes_per_weight(4) == 0.5625 and bytes_per_weight(8) == 1
 
 
-def test_such_a_critic_stays_where_it_is_when_others_rest(folder):
-    away = {"memory": {"offload": True}}
-    asleep, awake = (estimate(recipe(folder, b, **away)).phases for b in (0, 8))
-    held = [next(p.held.get("critic", 0) for p in found if p.name == "np_edit: fake") for found in (asleep, awake)]
-    assert held[0] == 0 < held[1]
+def test_a_quantised_critic_is_never_offloaded(held):
+    assert held[0]["np_edit: fake"] == 0 < held[8]["np_edit: fake"] == held[8]["np_edit: critic"]
     made = parts()
     assert made.frozen_modules("critic") == [made.critic.model] and not is_quantised(made.critic.model)
     made.critic.model.is_quantized = True
