@@ -72,7 +72,7 @@ def generate_images(
 ) -> Float[Tensor, "b 3 H W"]:
     """Images in [0, 1] that the base model generates from captions alone: Euler steps of the velocity with
     classifier-free guidance, from `noise` at times[0] = 1 down to 0."""
-    text, blank, x = family.encode_text(captions), family.encode_text([""] * len(captions)), noise
+    text, blank, x = family.encode_text(captions), family.encode_negative_text([""] * len(captions)), noise
     for now, then in zip(times, [*times[1:], 0.0]):
         t = torch.full((len(captions),), now, device=x.device)
         v = family.velocity(family.base, x, t, text)

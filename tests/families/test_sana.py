@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from npedit import dmd, flow
 from npedit.families.base import Text
 from npedit.families.sana import INSTRUCTION, REFERENCES, TEXT_LENGTH, Sana
+from npedit.recipe.config import MemorySettings
+from npedit.steps.base import Parts
 
 HEIGHT, WIDTH = 32, 64  # not square, so that rows and columns cannot be mixed up; the pipeline wants multiples of 32
 PROMPTS = ["a dog", "Two BLUE squares, and a caption that is somewhat longer"]
@@ -112,11 +114,12 @@ def test_sampling_is_the_pipelines_own(families, texts, seed, kind, monkeypatch)
     torch.testing.assert_close(walk(family, family.trainable_net(), eps, texts[seed], 4), wanted, atol=1e-4, rtol=0)
 
 
-def test_guided_sampling_and_decoding_are_the_pipelines_own(families, texts):
-    """The default guidance against the empty prompt, which the pipeline encodes without its instruction."""
+@pytest.mark.parametrize("negative", ["", "low quality, artifacts"])
+def test_guided_sampling_and_decoding_are_the_pipelines_own(families, texts, negative):
+    """The default guidance against a negative prompt, which the pipeline encodes without its instruction."""
     family, eps = families[0], latents(families[0], 2)
-    wanted = sampled(family, eps, num_inference_steps=3, output_type="pt")
-    x = walk(family, family.base, eps, texts[0], 3, blank=family.encode_text(["", ""]))
+    wanted = sampled(family, eps, negative_prompt=negative, num_inference_steps=3, output_type="pt")
+    x = walk(family, family.base, eps, texts[0], 3, blank=family.encode_negative_text([negative] * 2))
     torch.testing.assert_close(family.decode(x).clamp(0, 1), wanted, atol=1e-4, rtol=0)
 
 
@@ -135,20 +138,22 @@ def test_a_timestep_scale_and_a_predicted_variance_are_the_pipelines_own():
 
 
 def test_text_is_the_pipelines_own(families):
+    """Prompts and negative prompts, the empty ones too."""
     family = families[0]
-    prompts = ["A dog", "", "a long story " * 40, " "]
-    sequence, mask = family.encode_text(prompts).parts
-    assert sequence.shape == (4, TEXT_LENGTH, 16) and mask.shape == (4, TEXT_LENGTH)
-    assert mask.sum(1).tolist()[2] == TEXT_LENGTH
+    prompts = ["A dog", "", "a long story " * 40, " ", "low quality, artifacts"]
+    encoded, negative = family.encode_text(prompts).parts, family.encode_negative_text(prompts).parts
+    assert encoded[0].shape == (5, TEXT_LENGTH, 16) and encoded[1].shape == (5, TEXT_LENGTH)
+    assert encoded[1].sum(1).tolist()[2] == TEXT_LENGTH
     for i, prompt in enumerate(prompts):
-        wanted, wanted_mask, blank, blank_mask = family.pipe.encode_prompt(
-            prompt, complex_human_instruction=INSTRUCTION
+        wanted = family.pipe.encode_prompt(
+            prompt, negative_prompt=prompt, max_sequence_length=TEXT_LENGTH, complex_human_instruction=INSTRUCTION
         )
-        wanted, wanted_mask = (wanted, wanted_mask) if prompt.strip() else (blank, blank_mask)
-        assert torch.equal(mask[i], wanted_mask[0])
-        here = mask[i].bool()
-        torch.testing.assert_close(sequence[i][here], wanted[0][here], atol=1e-5, rtol=0)
-    assert (sequence[0] - sequence[2]).abs().max() > 1e-3
+        for (states, mask), (wanted_states, wanted_mask) in ((encoded, wanted[:2]), (negative, wanted[2:])):
+            assert torch.equal(mask[i], wanted_mask[0])
+            here = mask[i].bool()
+            torch.testing.assert_close(states[i][here], wanted_states[0][here], atol=1e-5, rtol=0)
+    assert (encoded[0][0] - encoded[0][2]).abs().max() > 1e-3
+    assert (encoded[0][4] - negative[0][4]).abs().max() > 1e-3
 
 
 def test_texts_can_be_taken_apart_and_put_together(families, texts):
@@ -361,3 +366,15 @@ def test_a_missing_part_is_named(folder, tmp_path, part):
     shutil.rmtree(broken / part)
     with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
         Sana.load(broken, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("capacity", [0, 8])
+def test_training_encodes_negative_prompts_without_the_instruction(families, capacity):
+    """Also from the cache of prompts, where the same words may be a caption and a negative prompt."""
+    family = families[0]
+    parts = Parts(family, None, "plain", torch.device("cpu"), memory=MemorySettings(cached_prompts=capacity))
+    for _ in range(2):
+        caption, negative = parts.encode_text(["artifacts"]), parts.encode_negative_text(["artifacts"])
+        assert torch.equal(caption.parts[1], family.encode_text(["artifacts"]).parts[1])
+        assert torch.equal(negative.parts[1], family.encode_negative_text(["artifacts"]).parts[1])
+    assert not torch.equal(caption.parts[1], negative.parts[1])

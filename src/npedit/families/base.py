@@ -96,6 +96,11 @@ class Family(ABC):
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Encode prompts, as the family's own pipeline does. No gradient."""
 
+    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+        """Encode negative prompts for classifier-free guidance, as the family's own pipeline does. No gradient. Most
+        pipelines encode them as they encode prompts."""
+        return self.encode_text(prompts)
+
     @abstractmethod
     def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
         """(the tokenizer of the text encoder that takes the longest prompts, how many tokens of a prompt it takes).

@@ -3,9 +3,8 @@
 - time: the net is given 1000 t times its own `timestep_scale`; its output is v. The pipeline's DPM solver rounds 1000 t
   down to an integer; nothing here does.
 - layout: latents as they are; where the net predicts a variance too, its second half of channels is dropped.
-- text: Gemma 2, lower case, behind the long instruction that the pipeline puts before each prompt; of that sequence
-  the first and the last 299 states, with a mask. The empty prompt is encoded as the pipeline encodes its negative
-  prompt, without that instruction; any other negative prompt is encoded like a caption.
+- text: Gemma 2, lower case, after the long instruction that the pipeline puts before each prompt; of that sequence
+  the first and the last 299 states, with a mask. A negative prompt is encoded without that instruction.
 - references: stacked on the channels of x, as InstructPix2Pix does (arXiv 2211.09800). Sana has no position ids: places
   are told apart by the 3 x 3 convolutions of its feed-forward alone, and its attention keeps one small matrix a head. A
   reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
@@ -42,6 +41,7 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTo
 
 from npedit.families._shared import check_pipeline_folder
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 300  # the pipeline's own
@@ -126,21 +126,22 @@ class Sana(Family):
         """Gemma's tokenizer; the pipeline leaves two tokens of the length to marks."""
         return self.pipe.tokenizer, TEXT_LENGTH - 2
 
-    @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Gemma 2's states (b, 300, d) and their mask (b, 300)."""
-        empty = torch.tensor([not prompt.strip() for prompt in prompts])
-        parts: list[Tensor] = []
-        for chosen, instruction in ((~empty, INSTRUCTION), (empty, None)):
-            if chosen.any():
-                found = self.pipe.encode_prompt(
-                    [prompt for prompt, take in zip(prompts, chosen) if take], do_classifier_free_guidance=False,
-                    device=self.device, max_sequence_length=TEXT_LENGTH, complex_human_instruction=instruction,
-                )[:2]  # fmt: skip
-                parts = parts or [part.new_zeros(len(prompts), *part.shape[1:]) for part in found]
-                for part, rows in zip(parts, found):
-                    part[chosen.to(part.device)] = rows
-        return Text(tuple(parts))
+        """Gemma 2's states (b, 300, d) and their mask (b, 300), of prompts after the pipeline's long instruction."""
+        return self._encode_after(INSTRUCTION, prompts)
+
+    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+        """Gemma 2's states (b, 300, d) and their mask (b, 300), of negative prompts. The pipeline puts no instruction
+        before these."""
+        return self._encode_after(None, prompts)
+
+    @torch.no_grad()
+    def _encode_after(self, instruction: list[str] | None, prompts: Sequence[str]) -> Text:
+        states, mask, *_ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=TEXT_LENGTH,
+            complex_human_instruction=instruction,
+        )  # fmt: skip
+        return Text((states, mask))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class Sana(Family):
             )
         planes = [x, *(_resampled_reference(reference, x) for reference in references)]
         planes += [torch.zeros_like(x)] * (slots - len(references))
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         sequence, mask = text.parts
         out = net(
             torch.cat(planes, 1).to(dtype),

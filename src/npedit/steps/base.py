@@ -52,7 +52,9 @@ class Parts:
     device: torch.device
     lora: LoraChoice | None = None
     memory: MemorySettings = MemorySettings()
-    prompts: OrderedDict[str, Text] = field(default_factory=OrderedDict)  # encoded prompts, the last used at the end
+    prompts: OrderedDict[tuple[str, bool], Text] = field(
+        default_factory=OrderedDict
+    )  # encoded texts by (text, whether it is a negative prompt), the last used at the end
     latents: OrderedDict[bytes, Tensor] = field(
         default_factory=OrderedDict
     )  # encoded images by `image_digest`, the last used at the end
@@ -85,19 +87,29 @@ class Parts:
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """The encoded prompts. Distinct prompts are kept in a cache of `memory.cached_prompts` entries. The encoders
         are frozen, so the prompt alone is the key."""
+        return self._encode_texts(prompts, is_negative=False)
+
+    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+        """The encoded negative prompts of classifier-free guidance, in the cache of `encode_text`."""
+        return self._encode_texts(prompts, is_negative=True)
+
+    def _encode_texts(self, prompts: Sequence[str], is_negative: bool) -> Text:
+        encode = self.family.encode_negative_text if is_negative else self.family.encode_text
         capacity = self.memory.cached_prompts
         if not capacity:
             with self.on_device("text"):
-                return self.family.encode_text(prompts)
+                return encode(prompts)
         here: dict[str, Text] = {}
         for prompt in dict.fromkeys(prompts):
-            found = _get_cached(self.prompts, capacity, prompt, partial(self._encode_prompt, prompt))
+            found = _get_cached(
+                self.prompts, capacity, (prompt, is_negative), partial(self._encode_text, encode, prompt)
+            )
             here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
         return Text.cat([here[prompt] for prompt in prompts])
 
-    def _encode_prompt(self, prompt: str) -> Text:
+    def _encode_text(self, encode: Callable[[Sequence[str]], Text], prompt: str) -> Text:
         with self.on_device("text"):
-            return Text(tuple(p.to(offload_device()) for p in self.family.encode_text([prompt]).parts))
+            return Text(tuple(p.to(offload_device()) for p in encode([prompt]).parts))
 
     def encode_images(self, images: Tensor) -> Tensor:
         """The latents of images (b, 3, H, W). Distinct images are kept in a cache of `memory.cached_latents` entries.
