@@ -208,7 +208,7 @@ class Step(Base):
         (eps,) = sample_noise(x0, 1, generator)
         x = flow.add_noise(x0, eps, t)
         text = self.parts.encode_text(batch.target_captions)
-        blank = self.parts.encode_text([s.negative_prompt] * len(batch))
+        blank = self.parts.encode_negative_text([s.negative_prompt] * len(batch))
         scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
         fake = flow.predict_x0(x, family.velocity(self.learners["fake"].net, x, t, text), t)
         conditional = flow.predict_x0(x, family.velocity(family.base, x, t, text), t)
