@@ -37,10 +37,10 @@ class Unshared(Critic):
         """Nothing yet: the pictures themselves."""
         return list(images)
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
         """All pictures of all questions, each as often as it is asked about."""
         tokens = iter(self.critic.encode_images(torch.stack([image for look in seen for image in look])))
-        return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen])
+        return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen], packed)
 
     load = tiny = generate_text = answer_id = None  # not asked for here
 

@@ -89,6 +89,7 @@ def test_free_changes_leave_no_trace(run: Path, changes: dict) -> None:
         (recipe(updates=3), [("stages.1.updates", 4, 3)]),
         (recipe(batch_size=2, accumulate=2), [("stages.1.accumulate", 1, 2), ("stages.1.batch_size", 4, 2)]),
         (recipe(critic={"name": "llava_onevision", "bits": 8}), [("critic.bits", 0, 8)]),
+        (recipe(memory={"packed_questions": True}), [("memory.packed_questions", False, True)]),
         (recipe(memory={"decode_tile": 64}), [("memory.decode_tile", 0, 64)]),
     ],
 )

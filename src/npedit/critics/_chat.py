@@ -22,6 +22,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.utils import cached_file
 
 from npedit.critics._bits import freeze_on, quantisation_arguments
+from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -101,13 +102,25 @@ class ChatCritic(Critic):
         """Inputs of the language model beside the embeddings. `holes` (b, length) is true where image tokens are."""
         return {}
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
-        return self.model.lm_head(self.states(questions, seen)).float()
+        return self.model.lm_head(self.states(questions, seen, packed)).float()
 
-    def states(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def states(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
         """The language model's last hidden state at each question's answer position, (b, dim)."""
-        return self._last_states([self._prompt_ids(q, looks) for q, looks in zip(questions, seen)], seen)
+        rows = [self._prompt_ids(question, looks) for question, looks in zip(questions, seen)]
+        if packed and can_pack(self.model):
+            packed_rows = pack_rows(rows, seen, self.model.config.image_token_id)
+            if len(packed_rows) < len(rows):
+                return self._packed_states(packed_rows)
+        return self._last_states(rows, seen)
+
+    def _packed_states(self, rows: Sequence[PackedRow]) -> Tensor:
+        """The last hidden state at the last token of each question, (questions, dim)."""
+        embedded, extras = self._embed([row.ids for row in rows], [row.pictures for row in rows])
+        extras = packed_inputs(rows, extras, self.device)
+        hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
+        return hidden[answer_positions(rows, self.device)]
 
     def answer_id(self, word: str) -> int:
         """See `Critic.answer_id`."""

@@ -7,7 +7,8 @@ answer position are compared, in one forward pass, as in NP-Edit, section 3.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -15,6 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from npedit.critics._checkpointing import checkpointed_layers
 
 
 class Critic(ABC):
@@ -51,10 +54,14 @@ class Critic(ABC):
         under `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Any]]) -> Tensor:
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
         """Next-token logits (b, vocabulary) at the answer position, in float32. `seen[i]` are the visual tokens (from
         `encode_images`) of the images that question i looks at, in order.
-        Any batch, any mix of one image and several."""
+        Any batch, any mix of one image and several.
+
+        `packed` asks the questions about the same images (the same objects in the same order) in one row, which
+        computes the images once; see `_packing.py`. The logits differ by rounding only.
+        """
 
     @abstractmethod
     def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
@@ -68,9 +75,19 @@ class Critic(ABC):
             ValueError: it is not a single token there.
         """
 
-    def margin(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
-        """logit(Yes) - logit(No), (b,)."""
-        logits = self.logits(questions, seen)
+    @contextmanager
+    def gradient_checkpointing(self, enabled: bool = True) -> Iterator[None]:
+        """Inside the block, the model's layers keep only their inputs for the backward pass, which runs them again.
+        Values are the same bit for bit. With `enabled` false nothing changes."""
+        if not enabled:
+            yield
+            return
+        with checkpointed_layers(self.model):
+            yield
+
+    def margin(self, questions: Sequence[str], seen: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
+        """logit(Yes) - logit(No), (b,). `packed` as in `logits`."""
+        logits = self.logits(questions, seen, packed=packed)
         return logits[:, self.yes] - logits[:, self.no]
 
 

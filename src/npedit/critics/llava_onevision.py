@@ -29,6 +29,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.utils import cached_file
 
 from npedit.critics._bits import freeze_on, quantisation_arguments
+from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
 from npedit.questions import WORDINGS
 
@@ -162,24 +163,45 @@ class LlavaOnevision(Critic):
         std = torch.tensor(self.processor.image_std, device=images.device)[:, None, None]
         return (images - mean) / std
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
+        if packed and can_pack(self.model):
+            rows = self._prompt_rows(questions, seen)
+            packed_rows = pack_rows(rows, seen, self.model.config.image_token_id)
+            if len(packed_rows) < len(rows):
+                return self.model.lm_head(self._packed_states(packed_rows)).float()
         hidden, last = self.hidden_states(questions, seen)
         return self.model.lm_head(hidden[-1][torch.arange(len(last)), last]).float()
+
+    def _packed_states(self, rows: Sequence[PackedRow]) -> Tensor:
+        """The last hidden state at the last token of each question, (questions, dim)."""
+        embedded = self._embed([row.ids for row in rows], [row.pictures for row in rows])
+        extras = packed_inputs(rows, {}, self.device)
+        out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, **extras)
+        return out.last_hidden_state[answer_positions(rows, self.device)]
 
     def hidden_states(
         self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Hidden states of every layer, each (b, length, dim), and each question's answer position (b,)."""
-        rows = [torch.tensor(self._prompt_ids(q, tuple(len(s) for s in looks))) for q, looks in zip(questions, seen)]
+        rows = self._prompt_rows(questions, seen)
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0).to(self.device)
+        embedded = self._embed(rows, seen)
+        out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+        return out.hidden_states, last
+
+    def _prompt_rows(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+        return [self._prompt_ids(q, tuple(len(s) for s in looks)) for q, looks in zip(questions, seen)]
+
+    def _embed(self, rows: Sequence[list[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Embeddings (b, length, dim) of rows of token ids, with the visual tokens in place. Padding is on the
+        right."""
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=0)
+        ids = padded.to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
         holes = ids == self.model.config.image_token_id
         visual = torch.cat([s for looks in seen for s in looks]).to(embedded.dtype)
-        embedded = embedded.masked_scatter(holes[:, :, None], visual)
-        out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
-        return out.hidden_states, last
+        return embedded.masked_scatter(holes[:, :, None], visual)
 
     def answer_id(self, word: str) -> int:
         """See `Critic.answer_id`."""

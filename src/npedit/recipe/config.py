@@ -81,6 +81,8 @@ class MemorySettings(Settings):
     cached_prompts: int = Field(0, ge=0)
     cached_latents: int = Field(0, ge=0)
     decoder_checkpointing: bool = False  # the VAE's decoder computes its blocks again in the critic's backward pass
+    critic_checkpointing: bool = False  # the critic computes its layers again in its backward pass
+    packed_questions: bool = False  # the critic is asked all questions about the same pictures in one row of tokens
     decode_tile: int = Field(0, ge=0)  # side in pixels of overlapping tiles that pictures are decoded in; 0: whole
 
 

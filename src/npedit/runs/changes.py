@@ -44,6 +44,7 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("data.path", "free", "a moved folder; the data's fingerprint must be the same"),
     Decision("data.prefetch", "free", "speed only"),
     Decision("data.max_bad_share", "free", "when the run gives up on bad rows"),
+    Decision("data.held_out", "refused", "rows that were trained on would be held out, or the reverse"),
     Decision("data*", "refused", "other training data"),
     Decision("stages.*.updates", "recorded", "last stage only, and not below what is done; a cosine schedule follows "
              "the new length from the next update on"),
@@ -55,6 +56,7 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("trainer.shard", "recorded", "sums change by rounding"),
     Decision("trainer.*", "free", "how often the run samples, evaluates and saves"),
     Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
+    Decision("memory.packed_questions", "recorded", "the critic's answers change by rounding"),
     Decision("memory.*", "free", "memory against time"),
 )  # fmt: skip
 
@@ -152,6 +154,8 @@ def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         return "the data source's content or settings", False
     if old["metadata"] != new["metadata"]:
         return "the metadata file has changed", False
+    if old.get("held_out", []) != new.get("held_out", []):
+        return "the file of held-out rows has changed", False
     before, after = old["photos"], new["photos"]
     changed = [name for name in after if before.get(name) != after[name]]
     lost = [name for name in changed if after[name] < 0]

@@ -27,13 +27,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from npedit import dmd, flow
-from npedit.critics.base import answer_loss, vocabulary_loss
+from npedit.critics.base import Critic, answer_loss, vocabulary_loss
 from npedit.data import Batch
 from npedit.errors import did_you_mean
 from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
 from npedit.nets.distributed import global_batch_size, global_norm, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
-from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, questions_for
+from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, Question, questions_for
 from npedit.recipe.config import Settings
 from npedit.steps.base import Parts, Timers
 from npedit.steps.base import Step as Base
@@ -224,19 +224,10 @@ class Step(Base):
         s, critic = self.settings, self.parts.critic
         assert critic is not None  # `needs` has asked for it
         latents = x0.detach().requires_grad_(True)
-        with torch.no_grad():
-            references = critic.encode_images(batch.references)
-        edited = critic.encode_images(self.parts.decode_latents(latents))
-        asked = [
-            (i, q)
-            for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
-            for q in questions_for(kind, words, thing, self.parts.wording)
-            if q.kind == "edit" or s.identity_weight
-        ]
+        with critic.gradient_checkpointing(self.parts.memory.critic_checkpointing):
+            asked, logits = self._ask_critic(critic, batch, latents)
         if not asked:  # identity edits alone, and identity_weight is 0
             return torch.zeros_like(x0, dtype=torch.float32), torch.zeros(len(batch), device=x0.device), {}
-        looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
-        logits = critic.logits([q.text for _, q in asked], looks)
         margin = logits[:, critic.yes] - logits[:, critic.no]
         answer = torch.tensor([q.answer for _, q in asked], device=margin.device)
         ramp = 1.0 if update >= s.ramp_updates else s.ramp_from + (1 - s.ramp_from) * update / s.ramp_updates
@@ -255,6 +246,23 @@ class Step(Base):
             f"critic/p_of/{k}": float((said * answer).sigmoid().mean()) for k, said in critic.member_margins.items()
         }
         return s.critic_weight * gradient.float(), wrong, answered
+
+    def _ask_critic(self, critic: Critic, batch: Batch, latents: Tensor) -> tuple[list[tuple[int, Question]], Tensor]:
+        """The questions about the edited images, each with its item's number, and the critic's logits for them
+        (questions, vocabulary)."""
+        asked = [
+            (i, q)
+            for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
+            for q in questions_for(kind, words, thing, self.parts.wording)
+            if q.kind == "edit" or self.settings.identity_weight
+        ]
+        if not asked:
+            return asked, torch.empty(0)
+        with torch.no_grad():
+            references = critic.encode_images(batch.references)
+        edited = critic.encode_images(self.parts.decode_latents(latents))
+        looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
+        return asked, critic.logits([q.text for _, q in asked], looks, packed=self.parts.memory.packed_questions)
 
     @staticmethod
     def _weight_by_error(from_critic: Tensor, wrong: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ def savings_in_this_run(recipe: Recipe) -> list[str]:
         found.append("memory.gradient_checkpointing=true  (activations of the trained models)")
     if not memory.decoder_checkpointing and recipe.critic:
         found.append("memory.decoder_checkpointing=true  (activations of the VAE's decoder)")
+    if not memory.critic_checkpointing and recipe.critic:
+        found.append("memory.critic_checkpointing=true  (activations of the critic)")
     if not memory.offload:
         found.append("memory.offload=true  (text encoders, VAE and critic)")
     if not memory.decode_tile:
