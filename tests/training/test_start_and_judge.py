@@ -13,12 +13,11 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.generator import edit_images
 from npedit.recipe.config import Recipe, make_recipe
-from npedit.runs import checkpoint
-from npedit.scoring import reward_hacking as hacking
+from npedit.runs import checkpoint, files
 from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Judge, Parts
 from npedit.training import evaluation, trainer
-from npedit.training.samples import held_out_examples
+from npedit.training.samples import evaluation_batches
 
 TRAINER = {"save_every": 1, "sample_items": 1, "steps": 1, "sample_every": 0, "evaluate_every": 0}
 
@@ -118,7 +117,7 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     assert [r["step"] for r in rows if "judge/p_edit" in r and "eval/applied" in r] == [0, 1, 2]
     assert "judge/p_yes/move" in rows[0] and "critic/p_edit" in rows[1]
     have = parts(made)
-    given = held_out_examples(made, None, 9)
+    (given,) = evaluation_batches(made, None, 9)
     net = have.family.open_net(run / "final" / "transformer")
     seeds = list(range(9))
     edited = edit_images(have.family, net, given.references, given.instructions, seeds=seeds, steps=1)
@@ -143,16 +142,31 @@ def test_the_alarm_is_told_as_it_fires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The judge falls from update to update while the critic's window is held high."""
-    told, levels = [], iter((0.9, 0.5, 0.1))
-    fallen = lambda *_: {"judge/p_edit": (p := next(levels)), "judge/p_identity": p}  # noqa: E731
-    monkeypatch.setattr(evaluation.Evaluation, "_evaluate", fallen)
-    risen = {0: 0.1, 1: 0.2, 2: 0.8}
-    monkeypatch.setattr(hacking, "critic_score", lambda rows, step: risen[step])
+    told, scores = [], iter(((0.9, 0.1), (0.5, 0.3), (0.1, 0.8)))  # (judge's, critic's) at updates 0, 1, 2
+
+    def falling(*_: object) -> dict[str, float]:
+        judge, critic = next(scores)
+        return {"judge/p_edit": judge, "judge/p_identity": judge, "critic/p_edit": critic, "critic/p_identity": critic}
+
+    monkeypatch.setattr(evaluation.Evaluation, "_evaluate", falling)
     made = recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 50, "evaluate_every": 1})
     run = train(made, tmp_path / "run", on_event=lambda name, facts: told.append(facts) if name == "alarm" else None)
     assert told == [{"step": n, "judge": "held-out judge", "since": 0} for n in (1, 2)]
     assert capsys.readouterr().out.count("ALARM at update") == 2
     assert "Alarm: reward hacking" in (run / "report.html").read_text()
+
+
+def test_training_reads_no_metrics_again_at_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of metrics.jsonl are parsed when a run begins or resumes and for the report, never for an evaluation."""
+    parsed: list[bytes] = []
+    parse = files._parse_row
+    monkeypatch.setattr(files, "_parse_row", lambda line: (parsed.append(line), parse(line))[1])
+    at_evaluation: list[int] = []
+    made = recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3, "evaluate_every": 1})
+    record = lambda name, facts: at_evaluation.append(len(parsed)) if name in ("evaluate", "update") else None  # noqa: E731
+    run = train(made, tmp_path / "run", on_event=record)
+    assert len(at_evaluation) >= 4 and set(at_evaluation) == {0}
+    assert len(parsed) == len(checkpoint.read_rows(run / checkpoint.METRICS))  # by the report, each line once
 
 
 def test_the_judge_must_be_another_critic() -> None:

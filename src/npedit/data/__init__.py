@@ -7,7 +7,8 @@ comes from `toy_pairs` alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def slice(self, start: int, stop: int) -> Self:
+        """The items from `start` to before `stop`, as a batch."""
+        return replace(self, **{name: column[start:stop] for name, column in vars(self).items()})
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,17 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
+from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
 from npedit.data._metadata import FieldName, Row, find_metadata, read_rows
 from npedit.data._photos import BadImage, crop_and_scale, load_photo, read_photo_size
 from npedit.errors import BadRowsError, UserError
@@ -50,6 +51,9 @@ class Settings(Base):
     )
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad rows above which training stops")
     share: float = Field(1.0, gt=0, le=1, description="share of the rows, drawn by lot, that is used at all")
+    held_out: Annotated[int, Field(ge=0)] | str = Field(
+        0, description="rows that are never trained on, for samples and judge: how many, or a file of their ids"
+    )
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
     columns: dict[FieldName, str] = Field({}, description="our field -> the data set's column")
     max_pixels: int = Field(80_000_000, ge=1, le=89_478_485, description="larger images are bad rows")
@@ -90,14 +94,16 @@ class Source:
         self.has_source_captions = all(row.source_caption for row in self.rows)
         self._bad: dict[str, dict] = {}  # by the row's place
         self._lock = threading.Lock()
-        self._buckets, self._bytes = self._scan_photos()
-        self._order = lru_cache(2 * len(self._buckets) + 2)(self._shuffled_order)
-        self._plan = lru_cache(4)(self._shuffled_plan)
+        self._all_buckets, self._bytes = self._scan_photos()
+        self.hold_out(self._choose_held_out())
         self._ahead: dict[tuple[int, int, int, int], Future[Batch]] = {}
         self._pool = ThreadPoolExecutor(settings.prefetch, "photos") if settings.prefetch else None
 
     def __len__(self) -> int:
-        return len(self.rows) - len(self._bad)
+        with self._lock:
+            bad = set(self._bad)
+        held_out = set(self._held_out)
+        return sum(row.location not in bad and number not in held_out for number, row in enumerate(self.rows))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -123,7 +129,63 @@ class Source:
         for file in self.metadata[1:]:
             digest.update(file.relative_to(self.folder).as_posix().encode() + file.read_bytes())
         digest.update(json.dumps(self._bytes).encode())
+        if self.settings.held_out:
+            digest.update(json.dumps(self._held_out).encode())
         return digest.hexdigest()
+
+    def inventory(self) -> dict[str, Any]:
+        """What the fingerprint covers, in parts: a hash of the metadata, each photo's size in bytes (-1: none that can
+        be used), and the numbers of the rows that are held out."""
+        digest = hashlib.sha256()
+        for file in self.metadata:
+            digest.update(file.relative_to(self.folder).as_posix().encode() + file.read_bytes())
+        photos = {row.photo: size for row, size in zip(self.rows, self._bytes, strict=True)}
+        return {"metadata": digest.hexdigest(), "photos": photos, "held_out": self._held_out}
+
+    # ---- held-out rows
+
+    def _choose_held_out(self) -> list[int]:
+        chosen = self.settings.held_out
+        if isinstance(chosen, str):
+            return find_rows(self.rows, read_held_out_ids(chosen, self.folder))
+        return draw_rows(self.rows, self._all_buckets, chosen)
+
+    def hold_out(self, numbers: Sequence[int]) -> None:
+        """Keep the rows with these numbers out of training, and no others. A run that resumes gives the numbers that it
+        started with: the lot would fall otherwise once a photo is lost.
+
+        Raises:
+            UserError: no row is left to train on.
+        """
+        self._held_out, held_out = list(numbers), set(numbers)
+        buckets = [(size, [n for n in members if n not in held_out]) for size, members in self._all_buckets]
+        self._buckets = [(size, members) for size, members in buckets if members]
+        if not self._buckets:
+            raise UserError("data.held_out: expected rows to be left for training; got all of them; hold out fewer")
+        self._order = lru_cache(2 * len(self._buckets) + 2)(self._shuffled_order)
+        self._plan = lru_cache(4)(self._shuffled_plan)
+
+    @property
+    def has_drawn_held_out(self) -> bool:
+        """Whether the held-out rows are drawn by lot, which depends on which photos can be read."""
+        return isinstance(self.settings.held_out, int) and self.settings.held_out > 0
+
+    def held_out_batches(self, count: int) -> list[Batch]:
+        """The first `count` held-out rows whose photos can be read, in batches of one picture size each. Their
+        instructions are as written: none is turned into "do nothing"."""
+        size_of = {number: size for size, members in self._all_buckets for number in members}
+        examples: dict[tuple[int, int], list[Example]] = {}
+        for number in self._held_out:
+            if sum(map(len, examples.values())) == count or number not in size_of:
+                continue
+            row = self.rows[number]
+            try:
+                picture = load_photo(row.photo_path(), size_of[number])
+            except BadImage as error:
+                self._record_bad_row(row, str(error))
+                continue
+            examples.setdefault(size_of[number], []).append(_as_example(row, picture))
+        return [collate(group) for group in examples.values()]
 
     def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> Batch:
         """The index-th batch of this rank: references (size, 3, H, W) in [0, 1], H and W those of one bucket.
@@ -260,10 +322,13 @@ class Source:
     def _make_example(self, row: Row, picture: Tensor, rng: random.Random) -> Example:
         """A row as an example, now and then with nothing to do; never where the only caption is that of the edit, which
         would contradict it."""
-        item = Example(
-            row.id, picture, row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption
-        )
+        item = _as_example(row, picture)
         fits = bool(row.source_caption) or not row.target_caption
         if fits and rng.random() < self.settings.nothing_share:
             return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
         return item
+
+
+def _as_example(row: Row, picture: Tensor) -> Example:
+    texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
+    return Example(row.id, picture, *texts)

@@ -59,6 +59,10 @@ class Source:
         """Nothing: the toy's text encoders take every text of the toy world."""
         return iter(())
 
+    def held_out_batches(self, count: int) -> list[Batch]:
+        """Nothing: the toy's benchmark has scenes and phrasings that are never trained on."""
+        return []
+
     def fingerprint(self) -> str:
         """A hash of the settings, the first items' scenes and words, and the colours they are drawn in.
 

@@ -41,7 +41,7 @@ from npedit.runs.resolve import complete_checkpoints as complete_checkpoints
 from npedit.runs.resolve import latest_complete_checkpoint as latest_complete_checkpoint
 
 MANIFEST, METRICS, BAD_ROWS, FAILURES = "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "blame.json"
-PHOTOS = "photos.json"  # the training photos and their sizes in bytes
+PHOTOS = "photos.json"  # the training photos, their sizes in bytes, and which rows are held out
 # what a run leaves that was ended before it began
 UNBORN = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS, PHOTOS, f"{PHOTOS}.tmp"}
 log = logging.getLogger(__name__)
@@ -125,6 +125,15 @@ def write_run_metadata(
     write_text(run / MANIFEST, json.dumps(kept, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     return changes
+
+
+def read_held_out(run: Path) -> list[int] | None:
+    """The numbers of the held-out rows that a run began with; None without a run, or if its list cannot be read."""
+    try:
+        numbers = read_json_object(run / PHOTOS).get("held_out") if is_run(run) else None
+    except ValueError:
+        return None
+    return numbers if isinstance(numbers, list) and all(isinstance(n, int) for n in numbers) else None
 
 
 def _data_change(run: Path, inventory: Mapping[str, Any] | None, done: int) -> Change:

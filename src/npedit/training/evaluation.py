@@ -1,10 +1,15 @@
-"""How a run is looked at while it trains, with its averaged weights: pictures, a benchmark, a held-out judge."""
+"""Evaluation during training, with the student's EMA weights: samples, a benchmark, a held-out judge.
+
+A stop signal ends an evaluation between two batches of pictures. Nothing of an evaluation that was stopped is logged;
+the resumed run repeats it.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,111 +25,185 @@ from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
-from npedit.scoring.critic_scores import score_with_critic
+from npedit.scoring.critic_scores import CriticScores, score_with_critic
 from npedit.steps.base import Parts, Step
-from npedit.training.samples import held_out_examples, write_samples
+from npedit.training.samples import evaluation_batches, write_samples
 
-CHUNK = 16  # pictures edited at a time
-DRAWING_STEPS = 20  # of the base model, where it shows what it can draw
+CHUNK = 16  # pictures that are edited at a time
+TEACHER_STEPS = 20  # sampling steps of the base model, where a wrong edit is attributed
+
+
+class EvaluationStopped(Exception):
+    """A stop signal came while samples or an evaluation were being made."""
 
 
 class Evaluation:
-    """Looks at a step's student when it is due. `success` is the last evaluation's headline, "" before the first."""
+    """Samples and evaluations of a step's student.
+
+    `success` is the last benchmark's success rate in words, "" before the first. `should_stop()` is asked between two
+    batches of pictures, equally often in every process, and must give the same answer in all.
+    """
 
     def __init__(
-        self, recipe: Recipe, run: Path, parts: Parts, data: Any, on_event: Callable[[str, dict[str, Any]], None]
+        self,
+        recipe: Recipe,
+        run: Path,
+        parts: Parts,
+        data: Any,
+        on_event: Callable[[str, dict[str, Any]], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.run, self.parts, self.on_event = recipe, run, parts, on_event
+        self.should_stop = should_stop
         self.stage_ends = {0, *accumulate(stage.updates for stage in recipe.stages)}
         self.success = ""
-        self.shown = held_out_examples(recipe, data, recipe.trainer.sample_items)
-        questioned = parts.judge or recipe.trainer.benchmark == "toy"
-        self.asked = held_out_examples(recipe, data, recipe.trainer.evaluate_items) if questioned else None
+        self.sample_batches = evaluation_batches(recipe, data, recipe.trainer.sample_items)
+        needs_batches = parts.judge or recipe.trainer.benchmark == "toy"
+        self.judge_batches = evaluation_batches(recipe, data, recipe.trainer.evaluate_items) if needs_batches else []
 
     def evaluate_if_due(self, step: Step, n: int) -> dict[str, float]:
-        """Samples and evaluation where they are due after update n, and what to log of them."""
+        """The values to log after update n: those of an evaluation, if samples or an evaluation are due.
+
+        Raises:
+            EvaluationStopped: `should_stop()` was true between two batches.
+            UserError: the samples hold NaN or infinity; a full disk.
+        """
         trainer = self.recipe.trainer
-        sample = n in (0, max(self.stage_ends)) or (trainer.sample_every and n % trainer.sample_every == 0)
-        evaluate = (trainer.benchmark or self.parts.judge) and (
+        is_sample_due = n in (0, max(self.stage_ends)) or (trainer.sample_every and n % trainer.sample_every == 0)
+        is_evaluation_due = (trainer.benchmark or self.parts.judge) and (
             n in self.stage_ends or (trainer.evaluate_every and n % trainer.evaluate_every == 0)
         )
-        if not (sample or evaluate):
+        if not (is_sample_due or is_evaluation_due):
             return {}
         began = time.monotonic()
-        found: dict[str, float] = {}
-        with step.learners["student"].use_ema_weights() as net, self.parts.on_device("text", "vae"):
-            mode = net.training
-            net.eval()
-            if sample:
-                edited = self._edit(net, self.shown.references, self.shown.instructions, 0)
-                if not edited.isfinite().all():
-                    raise UserError(
-                        f"expected finite pixels in the samples after update {n}; got NaN or infinity: the training "
-                        f"has diverged, and no editor is written; the last checkpoint in {self.run} is kept; lower "
-                        "lr, raise warmup_updates, or use float32, in a new folder"
-                    )
-                if distributed.is_main_process():
-                    folder = self.run / "samples" / f"step-{n:06d}"
-                    write_samples(folder, self.shown.references, self.shown.instructions, edited)
+        metrics: dict[str, float] = {}
+        with (
+            step.learners["student"].use_ema_weights() as net,
+            self.parts.on_device("text", "vae"),
+            _evaluation_mode(net),
+        ):
+            if is_sample_due:
+                self._make_samples(net, n)
                 self.on_event("sample", {"step": n})
-            if evaluate:
-                found = self._evaluate(net, n)
-                self.on_event("evaluate", {"step": n, **found})
-            net.train(mode)
-        return {**found, "time/look": time.monotonic() - began}
+            if is_evaluation_due:
+                metrics = self._evaluate(net, n)
+                self.on_event("evaluate", {"step": n, **metrics})
+        return {**metrics, "time/look": time.monotonic() - began}
 
-    def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first: int) -> Tensor:
-        """Edits on the CPU, made by all processes; item i has the seed `first` + i."""
+    def _make_samples(self, net: nn.Module, n: int) -> None:
+        edited = [image for images in self._edit_batches(net, self.sample_batches) for image in images]
+        if not all(bool(image.isfinite().all()) for image in edited):
+            raise UserError(
+                f"expected finite pixels in the samples after update {n}; got NaN or infinity: the training has "
+                f"diverged, and no editor is written; the last checkpoint in {self.run} is kept; lower lr, raise "
+                "warmup_updates, or use float32, in a new folder"
+            )
+        if distributed.is_main_process():
+            references = [image for batch in self.sample_batches for image in batch.references]
+            instructions = [text for batch in self.sample_batches for text in batch.instructions]
+            write_samples(self.run / "samples" / f"step-{n:06d}", references, instructions, edited)
+
+    def _edit_batches(self, net: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+        """The edited images of each batch; the items of all batches are numbered on, and item i has the seed i."""
+        edited: list[Tensor] = []
+        for batch in batches:
+            edited.append(self._edit(net, batch.references, batch.instructions, sum(map(len, edited))))
+        return edited
+
+    def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first_seed: int) -> Tensor:
+        """Edited images on the CPU. All processes share the work; item i has the seed `first_seed` + i."""
         done: list[Tensor] = []
         for start in range(0, len(references), CHUNK * distributed.world_size()):
+            self._stop_if_asked()
             mine = start + CHUNK * distributed.rank()
-            k = mine if mine < len(references) else start  # a sharded net has to be called by all, as often by each
+            k = mine if mine < len(references) else start  # each process must call a sharded net equally often
             part = references[k : k + CHUNK].to(self.parts.device)
-            seeds = list(range(first + k, first + k + len(part)))
-            words = list(instructions[k : k + CHUNK])
+            seeds = list(range(first_seed + k, first_seed + k + len(part)))
+            texts = list(instructions[k : k + CHUNK])
             steps, tile = self.recipe.trainer.steps, self.parts.memory.decode_tile
-            edited = edit_images(self.parts.family, net, part, words, steps=steps, seeds=seeds, tile=tile)
+            edited = edit_images(self.parts.family, net, part, texts, steps=steps, seeds=seeds, tile=tile)
             done += [e for e in distributed.all_gather(edited.float().cpu() if k == mine else None) if e is not None]
         return torch.cat(done)
 
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise EvaluationStopped
+
     def _evaluate(self, net: nn.Module, n: int) -> dict[str, float]:
-        made: list[Tensor] = []
+        edited: list[Tensor] = []
 
         def edit_fn(references: Tensor, instructions: Sequence[str]) -> Tensor:
-            made.append(self._edit(net, references, instructions, sum(map(len, made))))
-            return made[-1]
+            edited.append(self._edit(net, references, instructions, sum(map(len, edited))))
+            return edited[-1]
 
-        found: dict[str, float] = {}
-        if self.recipe.trainer.benchmark:
-            module = find_module("benchmarks", self.recipe.trainer.benchmark)
-            scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
-            found = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
-            found |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
-            found |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
-            self.success = f"success {found['eval/both']:.0%}"
-        if (judge := self.parts.judge) and self.asked:
-            if self.recipe.trainer.benchmark != "toy":  # it has not made the edits that the judge is asked about
-                made = [self._edit(net, self.asked.references, self.asked.instructions, 0)]
+        is_toy = self.recipe.trainer.benchmark == "toy"
+        metrics = self._run_benchmark(edit_fn) if self.recipe.trainer.benchmark else {}
+        if is_toy:  # the judge is asked about the same items, which are one batch
+            edited = [torch.cat(edited)]
+        if (judge := self.parts.judge) and self.judge_batches:
+            if not is_toy:
+                edited = self._edit_batches(net, self.judge_batches)
             with self.parts.on_device("judge"):
-                scores = score_with_critic(judge.critic, judge.wording, self.asked, torch.cat(made), CHUNK)
-            found |= scores.mean_by_kind("judge", self.asked.edit_types)
-        if n == max(self.stage_ends) and self.recipe.trainer.benchmark == "toy" and self.parts.critic and self.asked:
-            self._attribute_failures(self.parts.critic, self.asked, torch.cat(made))
-        return found
+                scores = self._score_batches(judge.critic, judge.wording, edited)
+            edit_types = [edit_type for batch in self.judge_batches for edit_type in batch.edit_types]
+            metrics |= scores.mean_by_kind("judge", edit_types)
+        if n == max(self.stage_ends) and is_toy and self.parts.critic and self.judge_batches:
+            self._attribute_failures(self.parts.critic, self.judge_batches[0], edited[0])
+        return metrics
 
-    def _attribute_failures(self, critic: Critic, asked: Batch, edited: Tensor) -> None:
-        """Write `blame.json`: whose fault the wrong edits are; see `benchmarks.toy.attribute_failures`."""
-        module, family, drawn = find_module("benchmarks", "toy"), self.parts.family, []
+    def _run_benchmark(self, edit_fn: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[str, float]:
+        module = find_module("benchmarks", self.recipe.trainer.benchmark)
+        scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
+        metrics = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
+        metrics |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
+        metrics |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
+        self.success = f"success {metrics['eval/both']:.0%}"
+        return metrics
+
+    def _score_batches(self, critic: Critic, wording: str, edited: Sequence[Tensor]) -> CriticScores:
+        """What a critic says about the edited images of `judge_batches`, `CHUNK` at a time."""
+        items: list[int] = []
+        kinds: list[str] = []
+        chances: list[Tensor] = []
+        first = 0  # the number of the batch's first item
+        for batch, images in zip(self.judge_batches, edited, strict=True):
+            for start in range(0, len(batch), CHUNK):
+                self._stop_if_asked()
+                part = batch.slice(start, start + CHUNK)
+                scores = score_with_critic(critic, wording, part, images[start : start + CHUNK], CHUNK)
+                items += [first + start + i for i in scores.items]
+                kinds += scores.kinds
+                chances.append(scores.p)
+            first += len(batch)
+        return CriticScores(tuple(items), tuple(kinds), torch.cat(chances))
+
+    def _attribute_failures(self, critic: Critic, batch: Batch, edited: Tensor) -> None:
+        """Write `blame.json`: the causes of wrong edits; see `benchmarks.toy.attribute_failures`."""
+        module, family = find_module("benchmarks", "toy"), self.parts.family
         with self.parts.on_device("critic"):
-            content = score_with_critic(critic, self.parts.wording, asked, edited, CHUNK).is_accepted()
-        chosen = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
-        times = few_step_times(DRAWING_STEPS, family.shift(*edited.shape[-2:])).tolist()
+            is_accepted = self._score_batches(critic, self.parts.wording, [edited]).is_accepted()
+        guidance = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
+        times = few_step_times(TEACHER_STEPS, family.shift(*edited.shape[-2:])).tolist()
+        generated = []
         for start in range(0, len(edited), CHUNK):
-            captions = asked.target_captions[start : start + CHUNK]
+            self._stop_if_asked()
+            captions = batch.target_captions[start : start + CHUNK]
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
-            drawn.append(generate_images(family, captions, noise, times, (chosen or [family.facts.guidance])[-1]).cpu())
+            images = generate_images(family, captions, noise, times, (guidance or [family.facts.guidance])[-1])
+            generated.append(images.cpu())
         items = module.sample_items(len(edited), self.recipe.seed)
-        counts = module.attribute_failures(items, edited, content, torch.cat(drawn))
+        counts = module.attribute_failures(items, edited, is_accepted, torch.cat(generated))
         if distributed.is_main_process():
             write_text(self.run / FAILURES, json.dumps(counts, indent=1) + "\n")
+
+
+@contextmanager
+def _evaluation_mode(net: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside the `with` block, in its earlier mode afterwards."""
+    was_training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was_training)

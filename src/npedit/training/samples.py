@@ -1,4 +1,4 @@
-"""Pictures of a run: what the editor makes of the same references as training goes on."""
+"""Samples of a run: the same references, edited again and again while training goes on."""
 
 from __future__ import annotations
 
@@ -18,21 +18,32 @@ from npedit.runs.checkpoint import explain_write_errors
 SIDE = 128  # of a picture in grid.png
 
 
-def held_out_examples(recipe: Recipe, data: Any, n: int) -> Batch:
-    """References to edit while training goes on: held-out ones for the toy, the first n of its benchmark; photos have
-    no held-out part, so there the first batch."""
-    if recipe.trainer.benchmark != "toy":
-        return data.batch(0, n)
+def evaluation_batches(recipe: Recipe, data: Any, count: int) -> list[Batch]:
+    """At most `count` examples to edit while training goes on, in batches of one picture size each.
+
+    With the toy benchmark they are the benchmark's first items. Otherwise they are the rows that `data.held_out` keeps
+    out of training. Without such rows they are the first training batch.
+    """
+    if recipe.trainer.benchmark == "toy":
+        return [_toy_benchmark_batch(count, recipe.seed)]
+    return data.held_out_batches(count) or [data.batch(0, count)]
+
+
+def _toy_benchmark_batch(count: int, seed: int) -> Batch:
     from npedit.toy.world import render
 
-    edits = find_module("benchmarks", "toy").sample_items(n, recipe.seed)
-    words = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
+    edits = find_module("benchmarks", "toy").sample_items(count, seed)
+    texts = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
     pictures = render([e.reference for e in edits])
-    return collate([Example(str(i), x, *w) for i, (x, w) in enumerate(zip(pictures, words))])
+    return collate([Example(str(i), picture, *text) for i, (picture, text) in enumerate(zip(pictures, texts))])
 
 
-def write_samples(folder: Path, references: Tensor, instructions: Sequence[str], edited: Tensor) -> None:
+def write_samples(
+    folder: Path, references: Sequence[Tensor], instructions: Sequence[str], edited: Sequence[Tensor]
+) -> None:
     """Write `000.png` (edited), `reference-000.png`, ..., `items.json`, and `grid.png` with all of them.
+
+    Images are (3, H, W) in [0, 1]; sizes may differ between items.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.

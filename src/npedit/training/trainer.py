@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from torch import Tensor, nn
+from torch import nn
 
 from npedit.errors import BadRowsError, UserError, resume_command
 from npedit.flow import few_step_times
@@ -32,13 +32,14 @@ from npedit.runs import checkpoint
 from npedit.runs.changes import Change
 from npedit.runs.final import write_final
 from npedit.runs.lock import Lock
-from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
-from npedit.steps.base import Parts, Step
-from npedit.training.evaluation import Evaluation
+from npedit.scoring.reward_hacking import RewardHackingMonitor
+from npedit.steps.base import Parts, Step, Timers
+from npedit.training.evaluation import Evaluation, EvaluationStopped
 from npedit.training.finite import require_finite_weights
 from npedit.training.out_of_memory import Progress, explain_out_of_memory
 from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
 from npedit.training.signals import catch_stop_signals, exit_code
+from npedit.training.step_state import collect_state, restore_state
 
 PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
@@ -76,6 +77,7 @@ def train(
         explain_out_of_memory(recipe, run, progress),
     ):
         data = source(recipe)
+        _restore_held_out_rows(run, data)
         made = parts(recipe)
         check_recipe_fits(recipe, data, made)
         fingerprint = data.fingerprint()
@@ -97,6 +99,14 @@ def _print_changes(changes: Sequence[Change]) -> None:
         note = f" ({change.note})" if change.note else ""
         words = f"Changed after update {change.update}: {change.setting}: {change.old} -> {change.new}{note}"
         Console().print(words, highlight=False, soft_wrap=True, markup=False)
+
+
+def _restore_held_out_rows(run: Path, data: Any) -> None:
+    """Hold out the rows that a resumed run began with: a lost photo must not change which rows are trained on."""
+    if getattr(data, "has_drawn_held_out", False):
+        numbers = checkpoint.read_held_out(run) if distributed.is_main_process() else None
+        if (numbers := distributed.broadcast_object(numbers)) is not None:
+            data.hold_out(numbers)
 
 
 def _hold_run(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Any]:
@@ -155,7 +165,8 @@ class TrainingLoop:
         self.saved_at = self.printed_at = time.monotonic()
         self.bad_rows = checkpoint.repair_rows(run / checkpoint.BAD_ROWS) if self.first else []
         self.rows_seen = 0
-        self.evaluation = Evaluation(recipe, run, parts, data, on_event)
+        self.evaluation = Evaluation(recipe, run, parts, data, on_event, lambda: bool(self._agreed_signal()))
+        self.reward_hacking = RewardHackingMonitor(recipe.trainer.evaluate_items)
 
     def run_stages(self) -> None:
         """All stages, from the last checkpoint that is not damaged if there is one."""
@@ -163,6 +174,8 @@ class TrainingLoop:
         numbers = numbers or {"stage": 0, "update": 0, "step": -1}
         if self.first:
             checkpoint.drop_metrics_after(self.run, numbers["step"])
+            for row in checkpoint.read_rows(self.run / checkpoint.METRICS):
+                self.reward_hacking.add(row)
         if folder:
             self.console.print(f"Resuming from {folder}", highlight=False)
         student = self.parts.create_trainable("student", self.recipe.seed)
@@ -185,13 +198,12 @@ class TrainingLoop:
                 step = self._build_step(i, student)
                 start = 0
                 if i == numbers["stage"] and folder:
-                    restore_step(step, folder)
+                    restore_state(step, folder)
                     start = numbers["update"]
                     if numbers.get("is_evaluation_due"):
                         self._evaluate_late(step, numbers["step"])
                 if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
-                    self.progress.phase = "the first samples and evaluation"
-                    self._log({"step": 0, **self.evaluation.evaluate_if_due(step, 0), "time": time.time()})
+                    self._evaluate_first(step)
                 self._train_stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
                     step.learners["student"].load_ema_weights()
@@ -227,23 +239,21 @@ class TrainingLoop:
             index = first_batch + update * count
             batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
             loaded = time.monotonic()
-            metrics = step.step(batches, update)
+            with Timers.around("update"):
+                metrics = step.step(batches, update)
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
             n = first_step + update + 1
             metrics = distributed.merge_metrics(
                 distributed.all_gather(metrics | {"mem/peak_gb": peak_memory_gb(self.parts.device)})
             )
             metrics |= self._count_skipped_and_bad(step)
-            number = self._agreed_signal()
-            if not number:
-                self.progress.phase = f"samples and evaluation after update {n}"
-                metrics |= self.evaluation.evaluate_if_due(step, n)
+            evaluation, is_evaluated = self._evaluate(step, n)
+            metrics |= evaluation
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
             self._log(row)
             self._show_progress(n, stage.step, metrics)
-            self._report_alarms(row)
-            if number:  # an evaluation may take minutes: the resumed run makes it up
-                self._save_and_stop(number, i, step, update + 1, n, evaluated=False)
+            if not is_evaluated:
+                self._save_and_stop(self._agreed_signal(), i, step, update + 1, n, is_evaluated=False)
             due = bool(self.recipe.trainer.save_every) and n % self.recipe.trainer.save_every == 0
             late = distributed.broadcast_object(time.monotonic() - self.saved_at >= self.recipe.trainer.save_seconds)
             if due or late or n == self.total:
@@ -259,6 +269,7 @@ class TrainingLoop:
     def _log(self, row: dict[str, Any]) -> None:
         if self.first:
             checkpoint.append_row(self.run / checkpoint.METRICS, row)
+            self._report_alarms(row)
 
     def _batch(self, index: int, size: int) -> Any:
         """This process's share of a batch of `size` items."""
@@ -285,43 +296,57 @@ class TrainingLoop:
             self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
 
     def _report_alarms(self, row: dict[str, Any]) -> None:
-        """Say so at once if this row's evaluation shows that the critic is being deceived."""
-        if not self.first or not any(k in row for k in HELD_OUT_EDIT_KEYS):
-            return
-        found = reward_hacking_alarms(
-            checkpoint.read_rows(self.run / checkpoint.METRICS), self.recipe.trainer.evaluate_items
-        )
-        for alarm in (a for a in found if a.step == row["step"]):
+        """Print the reward-hacking alarms that a new row of metrics raises."""
+        for alarm in self.reward_hacking.add(row):
             self.console.print(f"ALARM {alarm.message()}", style="bold red", highlight=False, soft_wrap=True)
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
 
-    def _evaluate_late(self, step: Step, n: int) -> None:
-        """Add to the last row the evaluation that a stop left out."""
-        found = self.evaluation.evaluate_if_due(step, n)
-        rows = checkpoint.read_rows(self.run / checkpoint.METRICS) if self.first else []
-        if rows and found:
-            rows[-1] |= found
-            checkpoint.write_rows(self.run / checkpoint.METRICS, rows)
+    def _evaluate(self, step: Step, n: int) -> tuple[dict[str, float], bool]:
+        """What samples and evaluation give to log after update n, and whether they are complete. An evaluation may take
+        minutes: a stop signal ends it between two batches of pictures, and the resumed run repeats it."""
+        if self._agreed_signal():
+            return {}, False
+        self.progress.phase = f"samples and evaluation after update {n}"
+        try:
+            return self.evaluation.evaluate_if_due(step, n), True
+        except EvaluationStopped:
+            return {}, False
 
-    def _save(self, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> None:
+    def _evaluate_first(self, step: Step) -> None:
+        """Log the row of update 0, the evaluation before training."""
+        metrics, is_evaluated = self._evaluate(step, 0)
+        self._log({"step": 0, **metrics, "time": time.time()})
+        if not is_evaluated:
+            self._save_and_stop(self._agreed_signal(), 0, step, 0, 0, is_evaluated=False)
+
+    def _evaluate_late(self, step: Step, n: int) -> None:
+        """Add the evaluation that a stop left out to the last row of metrics."""
+        metrics, is_evaluated = self._evaluate(step, n)
+        if not is_evaluated:
+            self.bar.stop()
+            self._exit_with_command(self._agreed_signal(), f"Stopped after update {n}; all is saved in {self.run}.")
+        rows = checkpoint.read_rows(self.run / checkpoint.METRICS) if self.first else []
+        if rows and metrics:
+            rows[-1] |= metrics
+            checkpoint.write_rows(self.run / checkpoint.METRICS, rows)
+            self._report_alarms({"step": n, **metrics})
+
+    def _save(self, i: int, step: Step, update: int, n: int, is_evaluated: bool = True) -> None:
         self.progress.phase, began = f"the checkpoint after update {n}", time.monotonic()
         require_finite_weights(step, self.run, n)
         if self.lock:
             self.lock.check()
-        tensors: dict[str, Tensor] = {}
-        learners: dict[str, Any] = {}
-        for name, learner in step.learners.items():
-            own, learners[name] = learner.state()
-            tensors |= {f"{name}/{k}": v for k, v in own.items()}
-        tensors |= {f"extra/{k}": v for k, v in step.extra_state().items()}
+        tensors, learners = collect_state(step)
         numbers = {"format": 1, "stage": i, "update": update, "step": n, "learners": learners}
-        numbers |= {} if evaluated else {"is_evaluation_due": True}
+        numbers |= {} if is_evaluated else {"is_evaluation_due": True}
         checkpoint.save_checkpoint(self.run, n, tensors, numbers, self.recipe.trainer.keep)
         self.saved_at = time.monotonic()
         self.on_event("save", {"step": n, "seconds": self.saved_at - began})
 
-    def _save_and_stop(self, number: int, i: int, step: Step, update: int, n: int, evaluated: bool = True) -> NoReturn:
-        self._save(i, step, update, n, evaluated)
+    def _save_and_stop(
+        self, number: int, i: int, step: Step, update: int, n: int, is_evaluated: bool = True
+    ) -> NoReturn:
+        self._save(i, step, update, n, is_evaluated)
         self.bar.stop()
         self._exit_with_command(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
 
@@ -360,27 +385,3 @@ class TrainingLoop:
 def batches_per_update(stage: Any) -> int:
     """Batches that one update of a stage takes."""
     return find_class("steps", stage.step).batches_per_update(stage.settings) * stage.accumulate
-
-
-def restore_step(step: Step, folder: Path) -> None:
-    """Put a checkpoint's contents into a freshly built step.
-
-    Raises:
-        UserError: they are those of another model.
-    """
-
-    def like(key: str) -> Tensor | None:
-        name, _, own = key.partition("/")
-        return step.learners[name].parameter_of(own) if name in step.learners else step.extra_state().get(own)
-
-    tensors, numbers = checkpoint.load_checkpoint(folder, like)
-    try:
-        for name, learner in step.learners.items():
-            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            learner.load_state(own, numbers["learners"][name])
-        step.load_extra_state({k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")})
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"expected a checkpoint of this recipe and its weights; got another ({error}); "
-            "put the weights back that the run was started with, or choose another folder"
-        ) from error

@@ -1,0 +1,51 @@
+"""The state of a step as a checkpoint holds it: collect it, and put it back into a freshly built step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from npedit.errors import UserError
+from npedit.runs import checkpoint
+from npedit.steps.base import Step
+
+
+def collect_state(step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a step by their names in a checkpoint, and the numbers of each learner by its role."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for role, learner in step.learners.items():
+        learner_tensors, numbers[role] = learner.state()
+        tensors |= {f"{role}/{name}": value for name, value in learner_tensors.items()}
+    tensors |= {f"extra/{name}": value for name, value in step.extra_state().items()}
+    return tensors, numbers
+
+
+def restore_state(step: Step, folder: Path) -> None:
+    """Load a checkpoint's tensors and numbers into a freshly built step.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is one of another model.
+    """
+
+    def like(key: str) -> Tensor | None:
+        role, _, name = key.partition("/")
+        return step.learners[role].parameter_of(name) if role in step.learners else step.extra_state().get(name)
+
+    tensors, numbers = checkpoint.load_checkpoint(folder, like)
+    try:
+        for role, learner in step.learners.items():
+            learner.load_state(_with_prefix(tensors, f"{role}/"), numbers["learners"][role])
+        step.load_extra_state(_with_prefix(tensors, "extra/"))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"expected a checkpoint of this recipe and its weights; got another ({error}); "
+            "put the weights back that the run was started with, or choose another folder"
+        ) from error
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under their names without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
