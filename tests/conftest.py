@@ -5,7 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
+from unittest.mock import patch
 
 # Before torch and the Hub's client are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny; more threads only wait for each other
@@ -17,7 +21,20 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are as wide in e
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
+
+
+def _get_code(self: _import_hook._JaxtypingLoader, name: str) -> CodeType | None:
+    """A module's code with the shape checks, read from or written to a cache file of its own."""
+    named = partial(_import_hook._optimized_cache_from_source, self._typechecker.get_hash())
+    with patch("importlib._bootstrap_external.cache_from_source", named):
+        return SourceFileLoader.get_code(self, name)
+
+
+# jaxtyping renames cache files while a module of npedit *runs*, so torch and transformers, which that module imports,
+# are compiled from source again: more than ten seconds in each process. Here the new name is for npedit's code alone.
+_import_hook._JaxtypingLoader.get_code = _get_code
+_import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 
 # Must come before anything imports npedit. It checks "b c h w" across a call's arguments and result.
 install_import_hook("npedit", "shapecheck.shapes")
