@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from npedit.scoring.reward_hacking import critic_score, reward_hacking_alarms
+from npedit.scoring.reward_hacking import monitor_rows, reward_hacking_alarms
 
 # (step, critic's p_edit, p_identity, oracle's applied, preserved) at the evaluations of the run that made the shipped
 # editor (recipes/toy.yaml): the critic grows content faster than the oracle, but both rise.
@@ -67,9 +67,44 @@ def test_a_warm_up_that_only_copies_is_what_the_first_updates_are_compared_with(
     assert alarm.since == 40 and alarm.step == 140
 
 
-def test_the_score_is_taken_over_the_last_updates() -> None:
-    assert critic_score(rows([(100, 0.0, 0.0, 0, 0), (200, 1.0, 0.5, 0, 0)]), 200) == pytest.approx(0.75)
-    assert critic_score([{"step": 1, "critic/p_edit": 0.5}], 1) is None
+def test_the_critic_score_is_averaged_over_the_last_updates() -> None:
+    evaluations = rows([(100, 0.0, 0.0, 0, 0), (200, 1.0, 0.5, 0, 0)])
+    assert monitor_rows(evaluations, 90).critic_scores() == [(100, 0.0), (200, pytest.approx(0.75))]
+    one_key = [{"step": 1, "critic/p_edit": 0.5, "eval/applied": 0.5, "eval/preserved": 0.5}]
+    assert monitor_rows(one_key, 90).critic_scores() == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("key", ["critic/p_edit", "eval/preserved"])
+def test_values_that_are_not_finite_are_left_out_counted_and_reported(
+    value: float | None, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad value beside the last evaluation, in a row of its own: the alarms are those without this row."""
+    bad = {"step": 399, "critic/p_edit": 0.9, "critic/p_identity": 0.9, "eval/applied": 0.9, "eval/preserved": 0.9}
+    bad = {k: v for k, v in bad.items() if k == "step" or k.split("/")[0] == key.split("/")[0]} | {key: value}
+    deceived = rows(DECEIVED)
+    found = monitor_rows([*deceived[:-1], bad, deceived[-1]], 180)
+    assert found.alarms == reward_hacking_alarms(deceived, 180) and found.non_finite == 1
+    assert "1 score left out: NaN or infinite." in caplog.text
+
+
+def test_each_row_is_read_once_whatever_the_number_of_evaluations() -> None:
+    """The work for a row does not grow with the run: every value is looked up as often as in a run a tenth as long."""
+
+    class CountingRow(dict):
+        lookups = 0
+
+        def __getitem__(self, key: str) -> float:
+            CountingRow.lookups += 1
+            return super().__getitem__(key)
+
+    lookups = []
+    for count in (200, 2000):
+        CountingRow.lookups = 0
+        values = ("critic/p_edit", "critic/p_identity", "eval/applied", "eval/preserved")
+        monitor_rows([CountingRow(step=n, **dict.fromkeys(values, 0.5)) for n in range(count)], 90)
+        lookups.append(CountingRow.lookups)
+    assert lookups == [4 * 200, 4 * 2000]
 
 
 def test_runs_without_a_critic_or_without_evaluations_have_none() -> None:

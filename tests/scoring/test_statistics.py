@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from npedit.scoring import rank_agreement
 from npedit.scoring import statistics as st
 
 TASKS = ["a", "a", "a", "b"]
@@ -147,23 +148,29 @@ def test_correlations_are_scipys():
     rng = np.random.default_rng(6)
     a, b = rng.integers(0, 6, 80), rng.integers(0, 4, 80)
     b = b + a // 2
-    assert st.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
-    assert st.kendall(a, b) == pytest.approx(scipy.stats.kendalltau(a, b).statistic, abs=1e-12)
-    assert st.spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1) and st.kendall([1, 2, 3], [3, 2, 1]) == -1
+    assert rank_agreement.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert rank_agreement.kendall(a, b) == pytest.approx(scipy.stats.kendalltau(a, b).statistic, abs=1e-12)
+    assert (
+        rank_agreement.spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1)
+        and rank_agreement.kendall([1, 2, 3], [3, 2, 1]) == -1
+    )
     with pytest.raises(ValueError, match="values differ"):
-        st.spearman([1, 1], [1, 2])
-    assert st.fisher_z_mean([0.5, 0.5]) == pytest.approx(0.5) and st.fisher_z_mean([0.9, 0.1]) > 0.5
+        rank_agreement.spearman([1, 1], [1, 2])
+    assert (
+        rank_agreement.fisher_z_mean([0.5, 0.5]) == pytest.approx(0.5)
+        and rank_agreement.fisher_z_mean([0.9, 0.1]) > 0.5
+    )
 
 
 def test_right_pairs_by_hand():
     """Item x: judge 1 < 2 < 2.1, people 1 < 2 = 2; item y: one picture, so no pair."""
     judge, people, items = [1, 2, 2.1, 5], [1, 2, 2, 0], ["x", "x", "x", "y"]
-    right, groups = st.correct_pairs(judge, people, items)
+    right, groups = rank_agreement.correct_pairs(judge, people, items)
     assert right.tolist() == [True, True, False] and groups.tolist() == ["x"] * 3
-    margin = st.calibrate_tie_margin(judge, people, items)
-    assert margin == pytest.approx(0.1) and st.correct_pairs(judge, people, items, margin)[0].all()
+    margin = rank_agreement.calibrate_tie_margin(judge, people, items)
+    assert margin == pytest.approx(0.1) and rank_agreement.correct_pairs(judge, people, items, margin)[0].all()
     with pytest.raises(ValueError, match="two scores of one item"):
-        st.correct_pairs([1, 2], [1, 2], ["x", "y"])
+        rank_agreement.correct_pairs([1, 2], [1, 2], ["x", "y"])
 
 
 def test_clusters_are_drawn_whole():
@@ -171,4 +178,4 @@ def test_clusters_are_drawn_whole():
     values, ids = np.repeat(np.arange(8.0), 10), np.repeat([str(k) for k in range(8)], 10)
     low, high = st.cluster_bootstrap_interval(lambda at: float(values[at].mean()), ids, draws=1000)
     assert high - low == pytest.approx(2 * 1.96 * np.arange(8).std() / math.sqrt(8), rel=0.12)
-    assert st.cluster_bootstrap_interval(lambda at: st.spearman(at * 0, at), ids) is None
+    assert st.cluster_bootstrap_interval(lambda at: rank_agreement.spearman(at * 0, at), ids) is None

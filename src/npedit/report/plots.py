@@ -15,7 +15,7 @@ from PIL import Image
 
 from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
-from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingMonitor, monitor_rows
+from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingAlarm, monitor_rows
 
 Rows = Sequence[dict[str, Any]]
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
@@ -91,7 +91,8 @@ def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
 
 def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
     monitor = monitor_rows(rows, evaluate_items)
-    if not monitor.critic_scores():
+    critic = [(step, score) for step, score in monitor.critic_scores() if abs(score) <= LARGEST]
+    if not critic:
         return []
     caption = (
         "The mean of 'was it done?' and 'is the rest kept?', as the critic that is trained against sees it and as what "
@@ -101,7 +102,7 @@ def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
     return [
         _render_light_and_dark(
             "The critic against what is held out", caption, (11, 3.4),
-            lambda figure: _plot_held_out(figure, rows, monitor),
+            lambda figure: _plot_held_out(figure, rows, critic, monitor.alarms),
         )
     ]  # fmt: skip
 
@@ -227,16 +228,25 @@ def plot_points(across: str, up: str, points: Sequence[tuple[str, float, Mean]])
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
+LIGHT_PAGE_INK, DARK_PAGE_INK = "#1c2330", "#e8eaee"
+
+
 def _render_light_and_dark(
     title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
 ) -> Drawn:
-    return title, caption, _render_figure(title, size, draw, "#1c2330"), _render_figure(title, size, draw, "#e8eaee")
-
-
-def _render_figure(title: str, size: tuple[float, float], draw: Callable[[Figure], None], ink: str) -> bytes:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
+    _style_figure(figure, title, LIGHT_PAGE_INK)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is computed once for both pages
+    light = _encode_png(figure)
+    _style_figure(figure, title, DARK_PAGE_INK)
+    return title, caption, light, _encode_png(figure)
+
+
+def _style_figure(figure: Figure, title: str, ink: str) -> None:
+    """Draw titles, labels, axes and grid in this colour."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=ink)
     for axes in figure.axes:
         for side in ("top", "right"):
@@ -253,6 +263,9 @@ def _render_figure(title: str, size: tuple[float, float], draw: Callable[[Figure
         if legend := axes.get_legend():
             for words in legend.get_texts():
                 words.set_color(ink)
+
+
+def _encode_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, transparent=True)
     return buffer.getvalue()
@@ -326,18 +339,19 @@ def _plot_critic_answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> Non
     _add_legend(axes)
 
 
-def _plot_held_out(figure: Figure, rows: Rows, monitor: RewardHackingMonitor) -> None:
+def _plot_held_out(
+    figure: Figure, rows: Rows, critic: list[tuple[int, float]], alarms: Sequence[RewardHackingAlarm]
+) -> None:
     axes = figure.subplots()
-    critic = [(step, score) for step, score in monitor.critic_scores() if abs(score) <= LARGEST]
-    axes.plot([n for n, _ in critic], [s for _, s in critic], color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
+    axes.plot(*zip(*critic, strict=True), color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
     for i, (name, keys) in enumerate(HELD_OUT_KEYS.items()):
         both = [dict(series(rows, k)) for k in keys]
         points = [(n, (both[0][n] + both[1][n]) / 2) for n in both[0] if n in both[1]]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=2, marker="o", markersize=3, label=name)
-    alarms = [(alarm.step, alarm.held_out[1]) for alarm in monitor.alarms]
-    if alarms:
-        axes.plot(*zip(*alarms, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
+    crosses = [(alarm.step, alarm.held_out[1]) for alarm in alarms]
+    if crosses:
+        axes.plot(*zip(*crosses, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
     _label_axes(axes, rows, "", "score")
     _percent_axis(axes)
     _add_legend(axes)

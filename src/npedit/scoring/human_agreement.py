@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from npedit.errors import UserError, did_you_mean
-from npedit.scoring import statistics
+from npedit.scoring import rank_agreement, statistics
 from npedit.scoring.results import Results
 
 Labels = Mapping[tuple[str, str], float]  # (result, id) -> mean score
@@ -88,14 +88,14 @@ def agreement_with_people(
                     continue  # constant in this task
             if not there:
                 raise ValueError("expected a task whose scores differ; got none")
-            return statistics.fisher_z_mean(there)
+            return rank_agreement.fisher_z_mean(there)
 
         return measured
 
-    figures = [_estimate(correlation(of), ids, seed) for of in (statistics.spearman, statistics.kendall)]
+    figures = [_estimate(correlation(of), ids, seed) for of in (rank_agreement.spearman, rank_agreement.kendall)]
     try:
-        for margin in (0.0, statistics.calibrate_tie_margin(judge, people, ids)):
-            right, item = statistics.correct_pairs(judge, people, ids, margin)
+        for margin in (0.0, rank_agreement.calibrate_tie_margin(judge, people, ids)):
+            right, item = rank_agreement.correct_pairs(judge, people, ids, margin)
             figures.append(_estimate(partial(_mean_at, right), item, seed))
     except ValueError:
         figures += [None] * (4 - len(figures))

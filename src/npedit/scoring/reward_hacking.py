@@ -1,32 +1,39 @@
-"""Reward hacking, seen: the training critic's score rises while what is held out from training says that edits worsen.
+"""Detection of reward hacking: the training critic's score rises while a score that is held out from training falls.
 
-A score is the mean of two figures, "was it done?" and "is the rest kept?": of the training critic `critic/p_edit` and
-`critic/p_identity`, over the last updates before an evaluation; of the held-out judge `judge/p_edit` and
-`judge/p_identity`; of the toy's oracle `eval/applied` and `eval/preserved`. Each evaluation is compared with the best
-one before it. Not each question by itself: an editor that fools the critic on a bad edit first ruins what was kept.
+A score is the mean of two figures, "is the edit applied?" and "is the rest preserved?". The training critic's are
+`critic/p_edit` and `critic/p_identity`, averaged over the last updates before an evaluation. The held-out judge's are
+`judge/p_edit` and `judge/p_identity`, the toy oracle's `eval/applied` and `eval/preserved`. Each evaluation is compared
+with the best earlier one. The two questions are not compared separately: an editor that deceives the critic with a bad
+edit damages the rest of the picture first.
+
+Values that are missing, NaN or infinite are left out and counted. metrics.jsonl has null for NaN and infinity.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 CRITIC_KEYS = ("critic/p_edit", "critic/p_identity")
 HELD_OUT_KEYS = {"held-out judge": ("judge/p_edit", "judge/p_identity"), "oracle": ("eval/applied", "eval/preserved")}
 HELD_OUT_EDIT_KEYS = tuple(keys[0] for keys in HELD_OUT_KEYS.values())
-WINDOW_BEFORE = 50  # updates before an evaluation, over which the training critic's score is taken
-WINDOW_AFTER = 5  # updates after it, where there is none before: at the start of the first stage with a critic
-MIN_CRITIC_RISE = 0.03  # of the critic's score: more than chance makes of a window
-MIN_FALL_STANDARD_ERRORS = 2.0  # of the fall: the two evaluations are taken as independent shares of the items
+WINDOW_BEFORE = 50  # updates before an evaluation over which the training critic's score is averaged
+WINDOW_AFTER = 5  # updates after an evaluation that count where there is no score before it: the first critic stage
+MIN_CRITIC_RISE = 0.03  # rise of the critic's score; smaller differences are noise of a window
+MIN_FALL_STANDARD_ERRORS = 2.0  # fall of the held-out score; the two evaluations count as independent samples
 
 
 @dataclass(frozen=True)
 class RewardHackingAlarm:
-    """At `step` the critic's score was higher, and that of `judge` lower, than at `since`: (then, now) of each."""
+    """At `step` the critic's score was higher, and that of `judge` lower, than at `since`. `critic` and `held_out` are
+    (score at `since`, score at `step`)."""
 
     step: int
     since: int
@@ -35,7 +42,7 @@ class RewardHackingAlarm:
     held_out: tuple[float, float]
 
     def message(self) -> str:
-        """One sentence, for a log."""
+        """One sentence for a log."""
         return (
             f"at update {self.step}: since update {self.since} the critic's score rose from {self.critic[0]:.2f} to "
             f"{self.critic[1]:.2f}, while that of the {self.judge} fell from {self.held_out[0]:.2f} to "
@@ -43,34 +50,127 @@ class RewardHackingAlarm:
         )
 
 
-def reward_hacking_alarms(rows: Rows, items: int) -> list[RewardHackingAlarm]:
-    """All alarms of a run's metrics, in order. `items` is the number behind each evaluation; an earlier evaluation's
-    alarm does not depend on later ones, save the first critic scores after it."""
-    found = []
-    for name, keys in HELD_OUT_KEYS.items():
-        points = [(r["step"], score, held) for r in rows if (held := _mean_of_keys(r, keys)) is not None
-                  and (score := critic_score(rows, r["step"])) is not None]  # fmt: skip
-        for i in range(1, len(points)):
-            (since, before, best), (step, now, held) = max(points[:i], key=lambda p: p[2]), points[i]
-            if now - before > MIN_CRITIC_RISE and best - held > MIN_FALL_STANDARD_ERRORS * _standard_error(
-                best, held, items
-            ):
-                found.append(RewardHackingAlarm(step, since, name, (before, now), (best, held)))
-    return sorted(found, key=lambda a: a.step)
+@dataclass
+class _Evaluation:
+    """One evaluation: each judge's score, and the critic's scores around it."""
+
+    step: int
+    held_out: dict[str, float]
+    critic_scores: list[float] = field(default_factory=list)
+
+    @property
+    def critic(self) -> float:
+        return sum(self.critic_scores) / len(self.critic_scores)
 
 
-def critic_score(rows: Rows, step: int) -> float | None:
-    """The training critic's score around an evaluation at `step`; None where no critic was asked."""
-    scored = [(r["step"], s) for r in rows if (s := _mean_of_keys(r, CRITIC_KEYS)) is not None]
-    near = [s for n, s in scored if step - WINDOW_BEFORE < n <= step] or [
-        s for n, s in scored if step < n <= step + WINDOW_AFTER
-    ]
-    return sum(near) / len(near) if near else None
+class RewardHackingMonitor:
+    """Finds alarms in the rows of a run's metrics, which are given one by one in their order.
+
+    A row costs the same at any length of the run: kept are the critic's scores of the last updates and each judge's
+    best evaluation. `items` is the number of pictures behind each evaluation.
+
+    Attributes:
+        alarms: all alarms so far, in the order in which they were found.
+        non_finite: number of scores so far that were NaN or infinite and were left out.
+    """
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+        self.alarms: list[RewardHackingAlarm] = []
+        self.non_finite = 0
+        self._recent: deque[tuple[int, float]] = deque()  # (step, critic's score) of the last updates
+        self._best: dict[str, _Evaluation] = {}
+        self._waiting: list[_Evaluation] = []  # evaluations that take the critic's scores after them
+        self._critic_scores: list[tuple[int, float]] = []
+
+    def add(self, row: Row) -> list[RewardHackingAlarm]:
+        """Read the next row; returns the alarms that it raises."""
+        step = row.get("step")
+        if not isinstance(step, int):
+            return []
+        if (score := self._mean_score(row, CRITIC_KEYS)) is not None:
+            self._add_critic_score(step, score)
+        found = self._finish_waiting(step)
+        held_out = {name: s for name, keys in HELD_OUT_KEYS.items() if (s := self._mean_score(row, keys)) is not None}
+        if held_out:
+            found += self._add_evaluation(_Evaluation(step, held_out))
+        self.alarms += found
+        return found
+
+    def critic_scores(self) -> list[tuple[int, float]]:
+        """(step, critic's score) of each evaluation that has critic scores around it, by step."""
+        return sorted([*self._critic_scores, *((e.step, e.critic) for e in self._waiting if e.critic_scores)])
+
+    def non_finite_message(self) -> str:
+        """A sentence that counts the scores left out; "" if there are none."""
+        count = self.non_finite
+        return f"{count} score{'s' * (count > 1)} left out: NaN or infinite." if count else ""
+
+    def _mean_score(self, row: Row, keys: Sequence[str]) -> float | None:
+        """The mean of a row's values under `keys`; None if one is missing or not finite."""
+        values = [row[k] for k in keys if k in row]
+        finite = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        self.non_finite += len(values) - len(finite)
+        return sum(finite) / len(keys) if len(finite) == len(keys) else None
+
+    def _add_critic_score(self, step: int, score: float) -> None:
+        self._recent.append((step, score))
+        while self._recent[0][0] <= step - WINDOW_BEFORE:
+            self._recent.popleft()
+        for evaluation in self._waiting:
+            if step <= evaluation.step + WINDOW_AFTER:
+                evaluation.critic_scores.append(score)
+
+    def _finish_waiting(self, step: int) -> list[RewardHackingAlarm]:
+        """Compare the evaluations whose updates after them are all read by now; those without a score are dropped."""
+        ready = [e for e in self._waiting if step >= e.step + WINDOW_AFTER]
+        self._waiting = [e for e in self._waiting if step < e.step + WINDOW_AFTER]
+        return [alarm for e in ready if e.critic_scores for alarm in self._compare(e)]
+
+    def _add_evaluation(self, evaluation: _Evaluation) -> list[RewardHackingAlarm]:
+        evaluation.critic_scores = [s for n, s in self._recent if evaluation.step - WINDOW_BEFORE < n]
+        if evaluation.critic_scores:
+            return self._compare(evaluation)
+        self._waiting.append(evaluation)
+        return []
+
+    def _compare(self, now: _Evaluation) -> list[RewardHackingAlarm]:
+        """Compare an evaluation with the best earlier one of each judge, and keep the better of the two."""
+        self._critic_scores.append((now.step, now.critic))
+        found = []
+        for name, score in now.held_out.items():
+            earlier = [
+                e for e in (self._best.get(name), *self._waiting) if e and name in e.held_out and e.critic_scores
+            ]
+            earlier = [e for e in earlier if e.step < now.step]
+            if earlier:
+                best = max(earlier, key=lambda e: (e.held_out[name], -e.step))
+                if self._is_alarm(best, now, name):
+                    critic, held_out = (best.critic, now.critic), (best.held_out[name], score)
+                    found.append(RewardHackingAlarm(now.step, best.step, name, critic, held_out))
+            if name not in self._best or score > self._best[name].held_out[name]:
+                self._best[name] = now
+        return found
+
+    def _is_alarm(self, best: _Evaluation, now: _Evaluation, name: str) -> bool:
+        before, after = best.held_out[name], now.held_out[name]
+        rise, fall = now.critic - best.critic, before - after
+        return rise > MIN_CRITIC_RISE and fall > MIN_FALL_STANDARD_ERRORS * _standard_error(before, after, self.items)
 
 
-def _mean_of_keys(row: dict[str, Any], keys: Sequence[str]) -> float | None:
-    values = [row[k] for k in keys if isinstance(row.get(k), int | float)]
-    return sum(values) / len(keys) if len(values) == len(keys) else None
+def monitor_rows(rows: Iterable[Row], items: int) -> RewardHackingMonitor:
+    """A monitor that has read all `rows` of a run's metrics; reports in the log how many scores it left out."""
+    monitor = RewardHackingMonitor(items)
+    for row in rows:
+        monitor.add(row)
+    if message := monitor.non_finite_message():
+        log.warning("reward hacking check: %s", message)
+    return monitor
+
+
+def reward_hacking_alarms(rows: Iterable[Row], items: int) -> list[RewardHackingAlarm]:
+    """All alarms of a run's metrics, by step. `items` is the number of pictures behind each evaluation."""
+    return sorted(monitor_rows(rows, items).alarms, key=lambda alarm: alarm.step)
 
 
 def _standard_error(a: float, b: float, items: int) -> float:

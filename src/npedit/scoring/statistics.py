@@ -1,4 +1,4 @@
-"""What can be said of scores: intervals, paired differences, win rates, rankings, agreement with people. numpy alone.
+"""What can be said of scores: intervals, paired differences, win rates, rankings. numpy alone.
 
 Items are drawn within tasks throughout (a stratified bootstrap), since a benchmark's tasks are fixed and their items a
 sample. Of a task with n items n - 1 are drawn, which makes the variance of its mean unbiased (J. N. K. Rao and C. F. J.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BOOTSTRAP_DRAWS, SIGN_FLIPS = 2000, 10_000
+CHUNK_NUMBERS = 4_000_000  # random numbers held at a time
 Numbers = Sequence[float] | np.ndarray
 Labels = Sequence[str] | np.ndarray  # of tasks or items
 
@@ -59,9 +60,17 @@ def bootstrap_means(values: Numbers, tasks: Sequence[str], over_tasks: bool, see
         return np.empty(0)
     total = np.zeros(draws)
     for group in groups:
-        picked = group[rng.integers(len(group), size=(draws, len(group) - 1))]
-        total += values[picked].mean(1) * weights[group].sum()  # a stratum's items weigh the same
+        for part in _chunks(draws, len(group)):
+            picked = group[rng.integers(len(group), size=(part.stop - part.start, len(group) - 1))]
+            total[part] += values[picked].mean(1) * weights[group].sum()  # a stratum's items weigh the same
     return total
+
+
+def _chunks(draws: int, items: int) -> Iterator[slice]:
+    """Slices of `draws` random draws of so many items, each of at most `CHUNK_NUMBERS` numbers. The random numbers are
+    the same as of one call for all draws."""
+    size = max(1, CHUNK_NUMBERS // max(1, items))
+    yield from (slice(start, min(start + size, draws)) for start in range(0, draws, size))
 
 
 def _percentiles(found: Numbers) -> tuple[float, float]:
@@ -76,6 +85,27 @@ def bootstrap_interval(
     """The 95 % percentile interval of the mean. None where the scores cannot tell: a lone item in a task."""
     found = bootstrap_means(values, tasks, over_tasks, seed, draws)
     return _percentiles(found) if len(found) else None
+
+
+def cluster_bootstrap_interval(
+    measure: Callable[[np.ndarray], float], clusters: Labels, seed: int = 0, draws: int = 200
+) -> tuple[float, float] | None:
+    """The 95 % interval of `measure(positions)`, with whole clusters (items) drawn. A draw on which the measure has no
+    value is left out; None if fewer than half have one."""
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    order, sizes = np.argsort(place, kind="stable"), np.bincount(place)
+    starts = np.cumsum(sizes) - sizes  # of each cluster in `order`
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = rng.integers(len(sizes), size=len(sizes))
+        ends = np.cumsum(sizes[drawn])
+        within = np.arange(ends[-1]) - np.repeat(ends - sizes[drawn], sizes[drawn])
+        picked = order[np.repeat(starts[drawn], sizes[drawn]) + within]
+        try:
+            found.append(measure(picked))
+        except ValueError:
+            continue
+    return _percentiles(found) if 2 * len(found) >= draws else None
 
 
 # ------------------------------------------------------------------------------------------------------ two editors
@@ -134,8 +164,8 @@ def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: in
     weighted, rng = np.asarray(d, dtype=float) * _weights(tasks, True), np.random.default_rng(seed)
     seen, reached = abs(weighted.sum()), 0
     least = seen - 1e-12 * np.abs(weighted).sum()  # sums in another order differ by rounding
-    for start in range(0, flips, 500):
-        signs = rng.integers(0, 2, size=(min(500, flips - start), len(weighted))) * 2 - 1
+    for part in _chunks(flips, len(weighted)):
+        signs = rng.integers(0, 2, size=(part.stop - part.start, len(weighted))) * 2 - 1
         reached += int((np.abs(signs @ weighted) >= least).sum())
     return (1 + reached) / (flips + 1)
 
@@ -270,106 +300,18 @@ def rank_editors(
     """
     k = len(scores)
     better = compare_with_margin(scores[:, None] - scores[None], margin) * (-1 if lower else 1)  # (k, k, items)
-    off = ~np.eye(k, dtype=bool)
+    items, off = scores.shape[1], ~np.eye(k, dtype=bool)
+    wins, ties = ((better > 0).reshape(k * k, items) * 1.0, (better == 0).reshape(k * k, items) * 1.0)
 
-    def counted(pick: np.ndarray) -> Ranking:
-        part = better[:, :, pick]
-        return fit_davidson((part > 0).sum(2), (part == 0).sum(2) * off)
+    def rank(picked: np.ndarray) -> Ranking:
+        times = np.bincount(picked, minlength=items).astype(float)  # how often each item was drawn
+        return fit_davidson((wins @ times).reshape(k, k), (ties @ times).reshape(k, k) * off)
 
-    found, groups, rng = counted(np.arange(scores.shape[1])), strata_of_tasks(tasks), np.random.default_rng(seed)
+    found, groups, rng = rank(np.arange(items)), strata_of_tasks(tasks), np.random.default_rng(seed)
     if not groups:
         return found, None
     drawn = []
     for _ in range(draws):
         picks = [g[rng.integers(len(g), size=len(g) - 1)] for g in groups]
-        drawn.append(counted(np.concatenate(picks)).elo)
+        drawn.append(rank(np.concatenate(picks)).elo)
     return found, np.quantile(np.array(drawn), (0.025, 0.975), axis=0).T
-
-
-# ----------------------------------------------------------------------------------------------- a judge and people
-
-
-def _mean_ranks(x: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
-
-
-def spearman(x: Numbers, y: Numbers) -> float:
-    """Spearman's rank correlation; equal values share their mean rank.
-
-    Raises:
-        ValueError: fewer than two items, unlike numbers, or values that are all the same.
-    """
-    a, b = _check_varied(x, y)
-    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
-
-
-def kendall(x: Numbers, y: Numbers) -> float:
-    """Kendall's tau-b, which accounts for ties. Errors as in `spearman`."""
-    a, b = _check_varied(x, y)
-    one, two = (np.sign(v[:, None] - v[None]) for v in (a, b))
-    return float((one * two).sum() / np.sqrt((one**2).sum() * (two**2).sum()))
-
-
-def _check_varied(x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if a.shape != b.shape or len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError(f"expected two lists of one length whose values differ; got {a.tolist()}, {b.tolist()}")
-    return a, b
-
-
-def pairs_within_groups(groups: Labels) -> Iterator[tuple[int, int]]:
-    """Every pair of positions whose group is the same, each once."""
-    places: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        places.setdefault(group, []).append(i)
-    for members in places.values():
-        yield from ((i, j) for k, i in enumerate(members) for j in members[k + 1 :])
-
-
-def correct_pairs(
-    judge: Numbers, people: Numbers, groups: Labels, margin: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of every pair within a group (one item, several editors): does the judge order it as people do, and which group
-    is it? A tie is right where people tie; `margin` is how near two of the judge's scores are when they tie.
-
-    Raises:
-        ValueError: there is no pair.
-    """
-    pairs = list(pairs_within_groups(groups))
-    if not pairs:
-        raise ValueError("expected at least two scores of one item; got none")
-    i, j = np.array(pairs).T
-    one, two = np.asarray(judge, dtype=float), np.asarray(people, dtype=float)
-    return compare_with_margin(one[i] - one[j], margin) == compare_with_margin(two[i] - two[j]), np.asarray(groups)[i]
-
-
-def calibrate_tie_margin(judge: Numbers, people: Numbers, groups: Labels) -> float:
-    """The margin with the most right pairs (arXiv 2305.14324), which lets a judge of fine scores tie at all. On the
-    very pairs that it is chosen on, the accuracy is a little too high. Errors as in `right_pairs`."""
-    scores = np.asarray(judge, dtype=float)
-    gaps = sorted({0.0, *(float(abs(scores[i] - scores[j])) for i, j in pairs_within_groups(groups))})
-    return max(gaps, key=lambda gap: correct_pairs(judge, people, groups, gap)[0].mean())
-
-
-def fisher_z_mean(correlations: Sequence[float]) -> float:
-    """The mean of correlations through Fisher's z."""
-    return float(np.tanh(np.mean(np.arctanh(np.clip(correlations, -1 + 1e-9, 1 - 1e-9)))))
-
-
-def cluster_bootstrap_interval(
-    measure: Callable[[np.ndarray], float], clusters: Labels, seed: int = 0, draws: int = 200
-) -> tuple[float, float] | None:
-    """The 95 % interval of `measure(positions)`, with whole clusters (items) drawn. A draw on which the measure has no
-    value is left out; None if fewer than half have one."""
-    _, place = np.unique(np.asarray(clusters), return_inverse=True)
-    members = [np.flatnonzero(place == k) for k in range(place.max() + 1)]
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(draws):
-        picked = np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
-        try:
-            found.append(measure(picked))
-        except ValueError:
-            continue
-    return _percentiles(found) if 2 * len(found) >= draws else None
