@@ -17,8 +17,12 @@ from npedit.errors import UserError
 from npedit.recipe.config import Recipe
 from npedit.report.report import write_report
 from npedit.runs import checkpoint
-from npedit.training import trainer
-from npedit.training.out_of_memory import is_out_of_memory
+from npedit.steps import np_edit
+from npedit.steps.np_edit import NpEditSettings
+from npedit.training import evaluation, trainer
+from npedit.training.out_of_memory import Progress, explain_out_of_memory, is_out_of_memory
+from tests.support.parts import batch as step_batch
+from tests.support.parts import parts as step_parts
 
 STAGES = [{"step": "reference_copy", "updates": 3, "batch_size": 2, "settings": {"steps": 1}}]
 PACE = {"save_every": 1, "sample_items": 1, "sample_every": 0, "evaluate_every": 0, "steps": 1}
@@ -124,6 +128,56 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- out of memory
 
 
+def test_out_of_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npedit.steps.reference_copy import Step
+
+    step = Step.step
+
+    def exhausted(self, batches, update: int):
+        if update == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return step(self, batches, update)
+
+    monkeypatch.setattr(Step, "step", exhausted)
+    short = [STAGES[0] | {"updates": 2}]
+    with pytest.raises(UserError) as caught:
+        train(tmp_path / "run", recipe(stages=short))
+    message = str(caught.value)
+    for words in ("update 2 (reference_copy)", "largest part is", "memory.gradient_checkpointing=true", "lora="):
+        assert words in message
+    assert "stages.0.batch_size=1 stages.0.accumulate=2" in message
+    monkeypatch.undo()
+    smaller = [short[0] | {"batch_size": 1, "accumulate": 2}]
+    train(tmp_path / "run", recipe(stages=smaller, memory={"gradient_checkpointing": True}))
+    assert [c["setting"] for c in checkpoint.read_manifest(tmp_path / "run")["changes"]] == [
+        "stages.0.accumulate", "stages.0.batch_size"]  # fmt: skip
+
+
+NOT_ESTIMATED = {"judge": {"name": "llava_onevision", "weights": "another"}}  # so the message comes without an estimate
+
+
+@pytest.mark.parametrize(
+    ("function", "part"),
+    [("generate_few_step", "draft"), ("dmd.dmd_gradient", "dmd"), ("answer_loss", "critic"),
+     ("dmd.fake_score_loss", "fake"), ("Learner.update", "student")],
+)  # fmt: skip
+def test_out_of_memory_names_the_part_of_the_update(monkeypatch: pytest.MonkeyPatch, function: str, part: str) -> None:
+    frozen = step_parts()
+    settings = NpEditSettings(steps=2, fake_updates=1)
+    step = np_edit.Step(settings, frozen, frozen.create_trainable("student", 0), updates=2, seed=0)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(f"npedit.steps.np_edit.{function}", exhausted)
+    progress = Progress()
+    progress.phase = "update 1 (np_edit)"
+    made = recipe(**NOT_ESTIMATED)
+    with pytest.raises(UserError, match=rf"for update 1 \(np_edit\), part '{part}' \(.*; got: memory exhausted"):
+        with explain_out_of_memory(made, Path("run"), progress):
+            step.step([step_batch(0, 1)], 0)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -132,31 +186,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     ],
 )
-def test_out_of_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    from npedit.steps.reference_copy import Step
-
-    step = Step.step
-
-    def exhausted(self, batches, update: int):
-        if update == 1:
+def test_what_counts_as_out_of_memory(error: Exception) -> None:
+    with pytest.raises(UserError, match="expected enough memory for loading the models; got: "):
+        with explain_out_of_memory(recipe(**NOT_ESTIMATED), Path("run"), Progress()):
             raise error
-        return step(self, batches, update)
-
-    monkeypatch.setattr(Step, "step", exhausted)
-    with pytest.raises(UserError) as caught:
-        train(tmp_path / "run")
-    said = str(caught.value)
-    for words in ("update 2 (reference_copy)", "largest part is", "memory.gradient_checkpointing=true", "lora="):
-        assert words in said
-    assert "stages.0.batch_size=1 stages.0.accumulate=2" in said
-    monkeypatch.undo()
-    smaller = [STAGES[0] | {"batch_size": 1, "accumulate": 2}]
-    train(tmp_path / "run", recipe(stages=smaller, memory={"gradient_checkpointing": True}))
-    assert [c["setting"] for c in checkpoint.read_manifest(tmp_path / "run")["changes"]] == [
-        "stages.0.accumulate", "stages.0.batch_size"]  # fmt: skip
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(OSError("out of memory"))
 
 
@@ -184,3 +220,53 @@ def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_up(tmp_path: Path,
     monkeypatch.undo()
     train(tmp_path / "run", looking)
     assert usual.logged(tmp_path / "run") == usual.logged(whole)
+
+
+def test_a_stop_ends_an_evaluation_between_two_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes while the first of three batches of samples is made; the resumed run makes the samples."""
+    made = recipe(
+        stages=[STAGES[0] | {"updates": 2}],
+        trainer=PACE | {"sample_items": 2 * evaluation.CHUNK + 1, "sample_every": 1},
+    )
+    edit_images, calls = evaluation.edit_images, []
+
+    def edit_and_signal(*given, **named):
+        calls.append(None)
+        if len(calls) == 3 + 1:  # of the samples after update 1; those before training are done
+            os.kill(os.getpid(), signal.SIGTERM)
+        return edit_images(*given, **named)
+
+    monkeypatch.setattr(evaluation, "edit_images", edit_and_signal)
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        train(run, made)
+    assert caught.value.code == os.EX_TEMPFAIL and len(calls) == 4
+    assert checkpoint.read_state(run / "checkpoint-000001")["is_evaluation_due"] is True
+    assert not (run / "samples" / "step-000001").exists()
+    monkeypatch.undo()
+    train(run, made)
+    assert {p.name for p in (run / "samples").iterdir()} == {"step-000000", "step-000001", "step-000002"}
+    assert [r["step"] for r in usual.logged(run)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stop_ends_the_first_evaluation_and_a_late_one(tmp_path: Path, monkeypatch, number: int) -> None:
+    """A stop before training, and then (number 2) once more while that evaluation is repeated."""
+    made = recipe(stages=[STAGES[0] | {"updates": 1}], trainer=PACE | {"sample_items": evaluation.CHUNK + 1})
+    edit_images = evaluation.edit_images
+
+    def edit_and_signal(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return edit_images(*given, **named)
+
+    monkeypatch.setattr(evaluation, "edit_images", edit_and_signal)
+    run = tmp_path / "run"
+    for _ in range(number):
+        with pytest.raises(SystemExit):
+            train(run, made)
+        assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000000"
+        assert not (run / "samples").exists()
+    monkeypatch.undo()
+    train(run, made)
+    assert {p.name for p in (run / "samples").iterdir()} == {"step-000000", "step-000001"}
+    assert [r["step"] for r in usual.logged(run)] == [0, 1]

@@ -221,9 +221,12 @@ class Step(ABC):
             raise ValueError(f"expected no state in addition to the learners'; got {', '.join(state)}")
 
 
+PART_NOTE = "part of the update: "  # the note that `Timers` adds to an exception, before the part's name
+
+
 class Timers:
-    """Seconds spent in named parts of a step. `around(part)` is a context manager around every part, for measurements
-    such as those of `npedit rehearse`."""
+    """Seconds spent in named parts of a step. An exception from a part gets a note that names the part. `around(part)`
+    is a context manager around every part, for measurements such as those of `npedit rehearse`."""
 
     around: ClassVar[Callable[[str], AbstractContextManager[object]]] = nullcontext
 
@@ -238,6 +241,9 @@ class Timers:
         try:
             with Timers.around(part):
                 yield
+        except Exception as error:
+            error.add_note(PART_NOTE + part)
+            raise
         finally:
             current_part.reset(before)
         key = f"time/{part}"

@@ -11,20 +11,29 @@ import torch
 from npedit.errors import UserError
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe
+from npedit.steps.base import PART_NOTE
 from npedit.training.estimate import GIB, estimate
 
+PARTS_OF_UPDATE = {  # a part's name in `time/*` of metrics.jsonl -> what it computes
+    "draft": "the student's few-step edit",
+    "critic": "the critic's loss and its gradient",
+    "dmd": "distribution matching",
+    "student": "the student's backward pass and optimizer step",
+    "fake": "the fake score's update",
+    "sample": "the sampled edits and their rewards",
+}
 ALLOCATOR_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory")  # of a plain RuntimeError
 
 
 class Progress:
-    """What training is doing; `phase` is shown in the message."""
+    """The phase that training is in, in words for messages."""
 
     phase = "loading the models"
 
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, run: Path, progress: Progress) -> Iterator[None]:
-    """Turn an exhausted memory inside a `with` block into a `UserError`; other errors pass."""
+    """Turn an out-of-memory error inside a `with` block into a `UserError`. Other errors pass."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -32,11 +41,20 @@ def explain_out_of_memory(recipe: Recipe, run: Path, progress: Progress) -> Iter
             raise
         words = str(error).split(". ")[0].split("\n")[0] or "memory exhausted"
         raise UserError(
-            f"expected enough memory for {progress.phase}; got: {words}.\n{largest_part(recipe)}\n"
+            f"expected enough memory for {progress.phase}{failed_part(error)}; got: {words}.\n{largest_part(recipe)}\n"
             "Settings that save memory and may be changed in this run (the same command with them resumes it):\n"
             f"{_lines(savings_in_this_run(recipe))}\nSettings for a new run:\n{_lines(savings_in_a_new_run(recipe))}\n"
             f"All that was saved in {run} can be used"
         ) from None
+
+
+def failed_part(error: BaseException) -> str:
+    """The innermost part of the update that an exception came from, in words; "" if it came from none."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PART_NOTE)]
+    if not notes:
+        return ""
+    part = notes[0].removeprefix(PART_NOTE)
+    return f", part {part!r}{f' ({PARTS_OF_UPDATE[part]})' if part in PARTS_OF_UPDATE else ''}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
