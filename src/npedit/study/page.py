@@ -27,6 +27,11 @@ from npedit.study.file import CLAIM_PATTERN, Study, Table
 
 RUN_FILES = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
 OPTIONAL_RUN_FILES = ("score-*.json", "blame.json")  # where there are such
+VERDICTS = (
+    "A claim `a > b` *holds* if the whole interval of the difference of `both` is above 0, it is *refuted* if the "
+    "whole interval is below 0, and otherwise it is *open*. A claim `a ~ b` says that a and b are level. It *holds* if "
+    "the interval lies between -0.1 and +0.1, it is *refuted* if the interval lies outside, and otherwise it is *open*."
+)
 _PROGRAM_PATH = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 # Student's t, .975, for 1, 2, ... degrees of freedom; beyond, the last is used, which is a little too wide
 _T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604,
@@ -105,9 +110,10 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     spread = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
     how = (
         f"Every row is scored by the oracle on the same {study.items} held-out scenes in held-out phrasings. "
-        "`both` is the success rate: the edit is applied and the rest is preserved."
+        "`both` is the success rate: the share of scenes in which the edit is applied and the rest is preserved."
     )
-    lines = [f"# {study.name}", "", how, "", _describe_intervals(spread), *(["", study.words] if study.words else [])]
+    lines = [f"# {study.name}", "", how, "", _describe_intervals(spread), "", VERDICTS]
+    lines += ["", study.words] if study.words else []
     if missing := _missing_runs(study, scores):
         lines += ["", f"Not run: {', '.join(missing)}."]
     for number, table in enumerate(study.tables, 1):
@@ -150,11 +156,11 @@ def _describe_intervals(spread: SeedSpread) -> str:
         )
     apart = _half_interval(spread) * 2**0.5
     return (
-        "Intervals are 95 %. In the tables and plots they cover the choice of scenes. Intervals of differences also "
-        f"cover variation between training seeds: the standard deviation of `both` from seed to seed is "
-        f"{deviation:.3f} ({freedom} degrees of freedom), so two rows of one seed each may differ by {apart:.3f} for "
-        "that reason alone. "
-        "The small dots in the plots are single seeds. The intervals are not corrected for the number of claims."
+        "All intervals are 95 % intervals. The intervals in tables and plots cover the choice of scenes. The intervals "
+        "of differences also cover the variation between training seeds. The standard deviation of `both` between "
+        f"seeds is {deviation:.3f} ({freedom} degrees of freedom). So two rows of one seed each may differ by "
+        f"{apart:.3f} only because their seeds differ. The small dots in the plots are single seeds. The intervals are "
+        "not corrected for the number of claims."
     )
 
 
