@@ -22,6 +22,7 @@ from npedit.cli.compare import compare
 from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
+from npedit.cli.rehearse import rehearse
 from npedit.cli.train import move_aside
 from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
 from npedit.recipe.packaged import recipe_path
@@ -70,6 +71,7 @@ for registered in evaluate_app.registered_commands:
         registered.callback = exit_on_user_error(registered.callback)
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(exit_on_user_error(compare))
+app.command()(exit_on_user_error(rehearse))
 
 
 def main() -> None:

@@ -1,0 +1,120 @@
+"""`npedit rehearse`: a recipe end to end with random weights at real size, before a real training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.errors import UserError
+
+if TYPE_CHECKING:
+    from npedit.rehearsal.rehearse import Measured
+
+out = Console(highlight=False, soft_wrap=True)
+INSTRUCTION = "paint the table dark red"
+
+
+def rehearse(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="At most so many blocks in each model; full depth if not given.", min=1)
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", help="One picture size in pixels instead of the recipe's.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes on this machine; 0: one per visible GPU. They share each batch.", min=0)
+    ] = 0,
+    folder: Annotated[Path | None, typer.Option("--out", help="A new folder; rehearsals/NAME if not given.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep models, photos, run and export afterwards.")] = False,
+) -> None:
+    """Run a recipe end to end with random weights at the real models' width, and measure time and memory.
+
+    Nothing is downloaded. Every stage makes two updates; then samples, evaluation, save, stop, resume, export and an
+    edit. For several machines: torchrun ... -m npedit rehearse RECIPE, see docs/clusters.md.
+    """
+    raise typer.Exit(run_rehearse(recipe, overrides or [], layers, size, processes, folder, keep))
+
+
+def run_rehearse(
+    name: str,
+    overrides: Sequence[str],
+    layers: int | None,
+    size: tuple[int, int] | None,
+    processes: int,
+    folder: Path | None,
+    keep: bool,
+) -> int:
+    """Rehearse a recipe in `processes` processes on this machine (0: one per visible GPU); returns the exit code.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    from npedit.nets import distributed
+    from npedit.recipe.config import load_recipe
+    from npedit.rehearsal import rehearse as rehearsal
+    from npedit.training import launch, parts
+
+    with distributed.process_group():
+        loaded = load_recipe(name, overrides)
+        place = folder or Path("rehearsals") / loaded.name
+        count = 1 if distributed.is_multi_process() else processes or launch.default_process_count()
+        parts.check_processes(loaded, count)
+        if distributed.is_main_process():
+            _require_new_folder(place)
+        if count > 1:
+            return launch.start_processes(count, _arguments(name, overrides, layers, size, place, keep))
+        found = rehearsal.rehearse(loaded, place, layers, size)
+        if distributed.is_main_process():
+            _finish(found, place, keep)
+        return 0
+
+
+def _require_new_folder(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"expected a new or empty folder; got {folder}; remove it, or choose another with --out")
+
+
+def _arguments(
+    name: str, overrides: Sequence[str], layers: int | None, size: tuple[int, int] | None, place: Path, keep: bool
+) -> list[str]:
+    options = [] if layers is None else ["--layers", str(layers)]
+    options += [] if size is None else ["--size", *map(str, size)]
+    return ["rehearse", name, *overrides, *options, *(["--keep"] if keep else []), "--out", str(place)]
+
+
+def _finish(found: Measured, place: Path, keep: bool) -> None:
+    """Export the editor, edit one photo with the export, print what was measured, and tidy up."""
+    from npedit.cli.export import run_export
+    from npedit.rehearsal.rehearse import UNKNOWN, report_lines
+
+    run_export(str(found.run), place / "export")
+    _edit_once(place, found)
+    lines = [*report_lines(found), "Saved, stopped by SIGTERM, resumed, exported, and edited one picture.", UNKNOWN]
+    (place / "rehearsal.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines:
+        out.print(escape(line))
+    if not keep:
+        for inner in (path for path in place.iterdir() if path.is_dir()):
+            shutil.rmtree(inner)
+    out.print(f"Written: {escape(str(place / 'rehearsal.txt'))}" + ("" if keep else " (all else is removed)"))
+
+
+def _edit_once(place: Path, found: Measured) -> None:
+    """One edit with the exported editor, of one of the samples' references."""
+    from npedit.cli.edit import run_edit
+
+    picture = next((found.run / "samples").rglob("reference-000.png"))
+    for line in run_edit(
+        [str(picture), INSTRUCTION], [], str(place / "edited.png"), 0, None, str(place / "export"), out
+    ):
+        out.print(escape(line))

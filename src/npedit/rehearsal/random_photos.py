@@ -1,0 +1,53 @@
+"""A folder of random photos with instructions and captions, in the form that `imagefolder` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from npedit.errors import explain_write_errors
+from npedit.questions import EDIT_TYPES, IDENTITY_EDIT
+
+PER_SIZE = 8  # photos of each training size
+LARGER = 1.25  # a photo's sides, as a multiple of the training size's
+
+
+def write_random_photos(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Path:
+    """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    rng = np.random.default_rng(seed)
+    types = [t for t in EDIT_TYPES if t != IDENTITY_EDIT]
+    rows = []
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, (height, width) in enumerate(size for size in sizes for _ in range(PER_SIZE)):
+            name = f"{i:04d}.jpg"
+            _random_photo(rng, round(height * LARGER), round(width * LARGER)).save(folder / name, quality=90)
+            rows.append({"file_name": name, **_random_texts(types[i % len(types)], i)})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def _random_photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Coarse patches of colour with fine noise, so that JPEG files have about the size of photos."""
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((width, height))
+    noise = rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse, dtype=np.float32) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _random_texts(edit_type: str, number: int) -> dict[str, str]:
+    thing = f"thing number {number}"
+    return {
+        "instruction": f"change the {thing} in this photo as {edit_type} asks",
+        "edit_type": edit_type,
+        "object": thing,
+        "source_caption": f"a photo of a room with a {thing} on a table beside a window",
+        "target_caption": f"a photo of a room with a changed {thing} on a table beside a window",
+    }

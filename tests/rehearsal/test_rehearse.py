@@ -1,0 +1,142 @@
+"""`npedit rehearse`: the whole run with random weights, and what it measures."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.families.flux import Flux
+from npedit.nets.device import CPU
+from npedit.recipe.config import EMBEDDED, load_recipe
+from npedit.rehearsal.phase_memory import PhaseMemory
+from npedit.rehearsal.random_models import limit_depth, write_random_models
+from npedit.rehearsal.random_photos import write_random_photos
+from npedit.rehearsal.rehearse import rehearsal_recipe
+from npedit.training.parts import build_source
+from tests.support.command_line import run
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory) -> Path:
+    """A recipe of two stages whose models are local folders of tiny models."""
+    place = tmp_path_factory.mktemp("real")
+    Flux.tiny(0).pipe.save_pretrained(place / "base")
+    LlavaOnevision.tiny(0).save(place / "critic")
+    stages = [
+        {"step": "reference_copy", "updates": 500, "batch_size": 2, "settings": {"steps": 2}},
+        {"step": "np_edit", "updates": 900, "batch_size": 2, "settings": {"fake_updates": 2, "steps": 2}},
+    ]
+    recipe = {
+        "name": "small",
+        "family": {"name": "flux", "weights": str(place / "base"), "dtype": "bfloat16"},
+        "critic": {"name": "llava_onevision", "weights": str(place / "critic"), "dtype": "bfloat16"},
+        "data": {"name": "imagefolder", "path": "no-such-folder", "sizes": [[SIDE, SIDE], [16, 16]]},
+        "stages": stages,
+        "trainer": {"sample_items": 1, "steps": 2, "shard": "full"},
+    }
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_limit_depth_changes_numbers_of_blocks_and_nothing_else() -> None:
+    config = {"num_layers": 24, "hidden_size": 1024,
+              "vision_config": {"num_hidden_layers": 1, "layer_types": ["a", "b"]},
+              "text_config": {"num_hidden_layers": 28, "layer_types": ["a", "b", "c"]}}  # fmt: skip
+    assert limit_depth(config, 2) == {
+        "num_layers": 2,
+        "hidden_size": 1024,
+        "vision_config": {"num_hidden_layers": 1, "layer_types": ["a", "b"]},
+        "text_config": {"num_hidden_layers": 2, "layer_types": ["a", "b"]},
+    }
+
+
+def test_random_models_have_the_real_width_and_type_and_open_with_the_ordinary_loader(recipe_file, tmp_path) -> None:
+    recipe = load_recipe(recipe_file)
+    written = write_random_models(recipe, tmp_path, layers=1)
+    assert written == {"family.weights": str(tmp_path / "family"), "critic.weights": str(tmp_path / "critic")}
+    family, tiny = Flux.load(written["family.weights"], torch.bfloat16, CPU), Flux.tiny(0)
+    assert len(family.base.transformer_blocks) == len(family.base.single_transformer_blocks) == 1
+    assert family.base.x_embedder.weight.shape == tiny.base.x_embedder.weight.shape
+    assert family.base.x_embedder.weight.dtype == torch.bfloat16
+    assert family.base.x_embedder.weight.float().std() > 0
+    assert not torch.equal(family.base.x_embedder.weight.float(), tiny.base.x_embedder.weight)
+    assert LlavaOnevision.load(written["critic.weights"], torch.bfloat16, CPU).yes
+
+
+def test_embedded_models_are_not_replaced(tmp_path) -> None:
+    recipe = load_recipe("demo")
+    assert recipe.family.weights == EMBEDDED
+    assert write_random_models(recipe, tmp_path, layers=1) == {}
+
+
+def test_the_rehearsal_changes_length_models_and_photos_and_nothing_else(recipe_file, tmp_path) -> None:
+    recipe = load_recipe(recipe_file)
+    short = rehearsal_recipe(recipe, {"family.weights": "F", "critic.weights": "C"}, tmp_path, (16, 48))
+    raw, want = short.as_dict(), recipe.as_dict()
+    want["family"]["weights"], want["critic"]["weights"] = "F", "C"
+    want["data"] |= {"path": str(tmp_path), "sizes": [[16, 48]]}
+    for stage in want["stages"]:
+        stage["updates"] = 2
+    want["trainer"] |= {"sample_every": 0, "evaluate_every": 0, "save_every": 1, "evaluate_items": 16}
+    assert raw == want
+
+
+def test_random_photos_are_a_training_set(tmp_path) -> None:
+    write_random_photos(tmp_path, [(SIDE, SIDE), (16, 48)])
+    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}], [16, 48]]"]
+    source = build_source(load_recipe("sana-24gb", changes))
+    assert source.has_target_captions and source.has_source_captions and not source.bad_rows
+    shapes = {tuple(source.batch(i, 2).references.shape[2:]) for i in range(8)}
+    assert shapes == {(SIDE, SIDE), (16, 48)}
+
+
+def test_memory_of_a_part_leaves_out_the_parts_inside_it() -> None:
+    memory = PhaseMemory(CPU)
+    if not memory.can_measure:
+        pytest.skip("this machine cannot reset a process's peak memory")
+    memory.prefix = "np_edit: "
+    with memory.measure("outer"):
+        kept = np.ones(64 * 2**20 // 8)
+        with memory.measure("inner"):
+            np.ones(128 * 2**20 // 8).sum()
+        kept.sum()
+    outer, inner = memory.peaks["np_edit: outer"], memory.peaks["np_edit: inner"]
+    assert inner - outer == pytest.approx(0.125, abs=0.02)
+    assert outer == pytest.approx(0.0625, abs=0.02)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capfd) -> None:
+    place = tmp_path / "rehearsal"
+    said = run("rehearse", recipe_file, "--layers", 1, "--processes", processes, "--out", place)
+    said += capfd.readouterr().out
+    lines = (place / "rehearsal.txt").read_text().splitlines()
+    assert "Saved, stopped by SIGTERM, resumed, exported, and edited one picture." in lines
+    assert "Stopped after update 3 of 4" in said and "Resuming from" in said
+    measured = {}
+    for line in lines:
+        if found := re.match(r"(\S+: .*?|samples) +(\S+) +(\S+) +(\S+)$", line):
+            measured[found[1]] = [found[2], found[3], found[4]]
+    for phase in ("draft", "dmd", "critic", "fake", "student"):
+        assert all(float(cell) > 0 for cell in measured[f"np_edit: {phase}"][::2]), measured
+    assert any("All-reduce" in line for line in lines) == (processes == 2)
+    assert (place / "edited.png").is_file()
+    assert sorted(p.name for p in place.iterdir()) == ["edited.png", "rehearsal.txt"]
+
+
+def test_an_old_rehearsal_is_not_written_over(recipe_file, tmp_path) -> None:
+    (tmp_path / "rehearsal.txt").write_text("old")
+    said = run("rehearse", recipe_file, "--out", tmp_path, code=2)
+    assert "expected a new or empty folder" in said and "--out" in said
+
+
+def test_a_size_that_the_data_cannot_have_is_refused(tmp_path) -> None:
+    said = run("rehearse", "demo", "--size", 32, 32, "--out", tmp_path / "new", code=2)
+    assert "--size: expected a recipe whose data has sizes" in said
