@@ -15,7 +15,7 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
-from npedit.runs.final import write_final
+from npedit.runs.final import set_base, write_final
 
 CPU = torch.device("cpu")
 TENSORS = {"student/net.a": torch.arange(6.0).view(2, 3), "student/step": torch.tensor(3.0)}
@@ -219,3 +219,34 @@ def test_the_final_folder_opens_in_diffusers(tmp_path: Path) -> None:
     assert facts["sizes"] == [[32, 48]]
     assert "48x32" in (folder / "README.md").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def write_editor(place: Path, weights: str) -> Path:
+    """The `final/` of a base model that was opened from a local folder, as a downloaded one is."""
+    Flux.tiny(0).pipe.save_pretrained(place / "local base")
+    family = Flux.load(place / "local base", torch.float32, CPU)
+    made = recipe(
+        family={"name": "flux", "weights": weights}, critic={"name": "internvl", "weights": str(place / "vlm")}
+    )
+    scheduler = type(family.few_step_scheduler(6.0)).from_pretrained(place / "local base" / "scheduler")
+    return write_final(place, made, family.trainable_net(), scheduler, [1, 0.5], [(32, 48)])
+
+
+def files_that_name(text: str, folder: Path) -> list[str]:
+    return [p.name for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".md") and text in p.read_text()]
+
+
+def test_an_editor_of_a_hub_model_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    final = write_editor(tmp_path, "somebody/base")
+    assert files_that_name(str(tmp_path), final) == []
+    assert files_that_name("somebody/base", final) == ["README.md", "npedit.json"]
+    FluxTransformer2DModel.from_pretrained(final / "transformer")
+
+
+def test_the_path_of_a_local_base_model_is_in_npedit_json_alone_and_can_be_replaced(tmp_path: Path) -> None:
+    final = write_editor(tmp_path, str(tmp_path / "local base"))
+    assert files_that_name(str(tmp_path), final) == ["npedit.json"]
+    assert "started from `local base`" in (final / "README.md").read_text()
+    set_base(final, "somebody/base")
+    assert files_that_name(str(tmp_path), final) == []
+    assert "started from `somebody/base`" in (final / "README.md").read_text()

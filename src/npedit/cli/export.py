@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -12,9 +11,9 @@ from pathlib import Path
 from npedit.editor import Editor
 from npedit.errors import UserError, npedit_command
 from npedit.flow import few_step_times
-from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.editor_weights import read_recipe, require_finite_files
-from npedit.runs.final import write_final
+from npedit.runs.final import set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
 
@@ -37,7 +36,7 @@ def run_export(name: str, folder: Path, base: str = "") -> list[str]:
             require_finite_files(source.folder)
             shutil.copytree(source.folder, aside)
         if base:
-            _set_base(aside / FACTS_FILE, base)
+            set_base(aside, base)
         _open_permissions(aside)
         os.replace(aside, folder)
     except OSError as error:
@@ -57,11 +56,6 @@ def _write_checkpoint(source: EditorSource, base: str, aside: Path) -> None:
     for path in list(final.iterdir()):
         path.rename(aside / path.name)
     final.rmdir()
-
-
-def _set_base(path: Path, base: str) -> None:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**facts, "base": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_permissions(folder: Path) -> None:

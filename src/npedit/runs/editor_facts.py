@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from npedit.errors import UserError
 from npedit.recipe import config
 
@@ -17,7 +19,8 @@ FACTS_FILE = "npedit.json"
 @dataclass(frozen=True)
 class EditorFacts:
     """`sizes` are (height, width) in pixels; `base` is a Hub id, a folder or "embedded"; `tile` is the side in pixels
-    of the tiles that pictures were decoded in during training, 0 for whole pictures."""
+    of the tiles that pictures were decoded in during training, 0 for whole pictures. `text_dtype` and `vae_dtype` are
+    "" where they equal `dtype`, the denoiser's number type."""
 
     family: str
     base: str
@@ -25,6 +28,16 @@ class EditorFacts:
     sizes: tuple[tuple[int, int], ...]
     dtype: str = "float32"
     tile: int = 0
+    text_dtype: str = ""
+    vae_dtype: str = ""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The number type of each part, as `Family.load` takes it.
+
+        Raises:
+            KeyError: npedit.json names an unknown type.
+        """
+        return config.part_dtypes(self.dtype, self.text_dtype, self.vae_dtype)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -51,7 +64,10 @@ class EditorFacts:
                 )
             sizes = tuple((int(h), int(w)) for h, w in found["sizes"])
             family, base, steps = str(found["family"]), str(found["base"]), int(found["steps"])
-            facts = cls(family, base, steps, sizes, found.get("dtype", "float32"), int(found.get("tile", 0)))
+            facts = cls(
+                family, base, steps, sizes, found.get("dtype", "float32"), int(found.get("tile", 0)),
+                found.get("text_dtype", ""), found.get("vae_dtype", ""),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}."
@@ -75,4 +91,7 @@ class EditorFacts:
             sizes = config.find_module("data", recipe.data.name).Source(settings, recipe.seed).sizes
         sizes = tuple((int(h), int(w)) for h, w in sizes)
         chosen, tile = recipe.family, recipe.memory.decode_tile
-        return cls(chosen.name, chosen.weights, recipe.trainer.steps, sizes, chosen.dtype, tile)
+        return cls(
+            chosen.name, chosen.weights, recipe.trainer.steps, sizes, chosen.dtype, tile, chosen.text_dtype,
+            chosen.vae_dtype,
+        )  # fmt: skip

@@ -1,4 +1,8 @@
-"""The folder `final/` of a run: the finished editor as diffusers opens it, with its model card."""
+"""The folder `final/` of a run: the finished editor as diffusers opens it, with its model card.
+
+A path on this machine is in one place alone: `base` in npedit.json, where the base model is a local folder. `set_base`
+replaces it (`npedit export --base`), and `npedit edit --base` overrides it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe
 from npedit.runs.checkpoint import is_trained_without_pairs
+from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.files import write_text
 
 
@@ -41,6 +46,8 @@ def write_final(
         "family": recipe.family.name,
         "base": str(base.resolve()) if base.is_dir() else recipe.family.weights,
         "dtype": recipe.family.dtype,
+        "text_dtype": recipe.family.text_dtype,
+        "vae_dtype": recipe.family.vae_dtype,
         "steps": len(times),
         "tile": recipe.memory.decode_tile,
         "times": [round(float(t), 6) for t in times],
@@ -56,12 +63,37 @@ def write_final(
             diffusers_net: Any = net
             diffusers_net.save_pretrained(aside / "transformer")
         scheduler.save_pretrained(aside / "scheduler")
-        write_text(aside / "npedit.json", json.dumps(facts, indent=2) + "\n")
+        _drop_source_paths(aside)
+        write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
         write_text(aside / "README.md", model_card(recipe, facts))
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(aside, folder)
     return folder
+
+
+def _drop_source_paths(folder: Path) -> None:
+    """Delete the path that diffusers notes in each config file: where the model was loaded from."""
+    for path in folder.glob("*/*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(found, indent=2) + "\n")
+
+
+def set_base(folder: Path, base: str) -> None:
+    """Write another base model, a Hub id or a folder, into an editor's npedit.json and model card."""
+    facts_file, card = folder / FACTS_FILE, folder / "README.md"
+    facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    write_text(facts_file, json.dumps({**facts, "base": base}, indent=2) + "\n")
+    if card.is_file():
+        old, new = (f"started from `{_public_name(name)}`" for name in (str(facts["base"]), base))
+        write_text(card, card.read_text(encoding="utf-8").replace(old, new))
+
+
+def _public_name(weights: str) -> str:
+    """A Hub id as it is; of a path, the last part alone."""
+    is_path = os.path.isabs(weights) or weights.startswith((".", "~")) or os.path.isdir(weights)
+    return Path(weights).name if is_path else weights
 
 
 def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
@@ -71,13 +103,15 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     how = "No edited image was used, and no critic."
     if recipe.critic:
         how = (
-            f"No edited image was used: a vision-language model (`{recipe.critic.name}`, `{recipe.critic.weights}`) "
+            f"No edited image was used: a vision-language model (`{recipe.critic.name}`, "
+            f"`{_public_name(recipe.critic.weights)}`) "
             "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
             "that of NP-Edit (arXiv 2510.14978)."
         )
     unpaired = is_trained_without_pairs(recipe)
     if not unpaired and not recipe.uses_pairs():
-        how = f"It starts from the run `{recipe.start}`, which was shown edited images; it was shown none itself."
+        start = _public_name(recipe.start)
+        how = f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
     if recipe.uses_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
     weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
@@ -87,7 +121,7 @@ tags: [image-editing{", no-pairs" if unpaired else ""}]
 ---
 # {recipe.name}: an image editor trained {"without" if unpaired else "on"} pairs
 
-A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{facts["base"]}`.
+A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{_public_name(facts["base"])}`.
 {how}
 
 Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {recipe.seed}.

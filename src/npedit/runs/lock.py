@@ -188,12 +188,17 @@ def _write_holder(lock: Lock, work: str) -> None:
     facts = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "work": work, "since": since}
     with explain_write_errors(lock.folder):
         try:
-            with open(lock.folder / HOLDER, "x", encoding="utf-8") as file:  # "x" is atomic on NFS too
+            file = open(lock.folder / HOLDER, "x", encoding="utf-8")  # noqa: SIM115 - "x" is atomic on NFS too
+        except FileExistsError:
+            raise _held(lock.folder) from None
+        try:
+            with file:
                 file.write(json.dumps(facts | {"token": lock.token}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise _held(lock.folder) from None
+        except OSError:  # a full disk: half a file would make the next process watch it
+            (lock.folder / HOLDER).unlink(missing_ok=True)
+            raise
 
 
 def _renew(lock: Lock, ended: threading.Event) -> None:
