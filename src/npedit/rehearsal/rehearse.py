@@ -78,7 +78,7 @@ def rehearsal_recipe(
         part, name = key.split(".")
         raw[part][name] = folder
     if photos:
-        raw["data"] |= {"path": str(photos), "columns": {}, "share": 1.0}
+        raw["data"] |= {"path": str(photos), "columns": {}, "share": 1.0, "held_out": 0}
     if size:
         raw["data"]["sizes"] = [list(size)]
     return make_recipe(raw)
