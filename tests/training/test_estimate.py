@@ -208,7 +208,7 @@ MILLIONS = {  # of parameters, as published: denoiser, text encoders, VAE, criti
 def test_a_recipe_builds_its_models_without_weights(name: str) -> None:
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     of = load_recipe(path)
-    assert of.name == name and not of.uses_pairs() and [s.step for s in of.stages] == ["reference_copy", "np_edit"]
+    assert of.name == name and not of.is_trained_with_pairs() and [s.step for s in of.stages] == ["reference_copy", "np_edit"]
     family, critic = open_without_weights(of)
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     text = [m for n, m in pipe.items() if n.startswith("text_encoder")]

@@ -35,11 +35,18 @@ class Settings(BaseModel):
 
 
 class FamilyChoice(Settings):
-    """Which text-to-image model is trained. `weights` is a folder, a Hub id, or "embedded"."""
+    """Which text-to-image model is trained. `weights` is a folder, a Hub id, or "embedded". `dtype` is the number type
+    of the denoiser; `text_dtype` and `vae_dtype` are those of the text encoders and of the VAE, "" is `dtype`."""
 
     name: str
     weights: str = EMBEDDED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    text_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    vae_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The number type of each part, as `Family.load` takes it."""
+        return part_dtypes(self.dtype, self.text_dtype, self.vae_dtype)
 
     def folder(self) -> str | Path:
         """The weights to open; "embedded" becomes the package's own folder."""
@@ -145,7 +152,7 @@ class Recipe(Settings):
         """Updates of all stages."""
         return sum(s.updates for s in self.stages)
 
-    def uses_pairs(self) -> bool:
+    def is_trained_with_pairs(self) -> bool:
         """Is a stage a baseline that is shown edited images?"""
         return any("edited" in find_class("steps", s.step).needs(s.settings) for s in self.stages)
 
@@ -348,6 +355,12 @@ def embedded_weights(kind: Literal["base", "critic", "editor"]) -> Path:
             "the package is incomplete: install it again"
         )
     return folder
+
+
+def part_dtypes(denoiser: str, text: str = "", vae: str = "") -> dict[str, torch.dtype]:
+    """The number types of a pipeline's parts, by diffusers' names; "" is the denoiser's."""
+    names = {"transformer": denoiser, "vae": vae or denoiser, "default": text or denoiser}
+    return {part: torch_dtype(name) for part, name in names.items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:

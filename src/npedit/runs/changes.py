@@ -94,11 +94,11 @@ def recorded_changes(old: Mapping[str, Any], new: Mapping[str, Any], done: int, 
     recorded, refused = [], []
     for setting, (before, after) in differences(old, new).items():
         decision = decision_for(setting)
-        problem = decision.reason if decision.kind == "refused" else _problem(setting, old, new, done)
+        problem = decision.reason if decision.kind == "refused" else _refusal_reason(setting, old, new, done)
         if problem:
             refused.append(f"  {setting}: {before!r} -> {after!r} ({problem})")
         elif decision.kind == "recorded":
-            recorded.append(Change(setting, before, after, done, _note(setting, old, new, done)))
+            recorded.append(Change(setting, before, after, done, _schedule_note(setting, old, new, done)))
     if refused:
         lines = "\n".join(refused)
         raise UserError(
@@ -108,7 +108,7 @@ def recorded_changes(old: Mapping[str, Any], new: Mapping[str, Any], done: int, 
     return recorded
 
 
-def _problem(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
+def _refusal_reason(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
     """Why an allowed setting cannot have this new value; "" if it can."""
     keys = setting.split(".")
     if keys[0] != "stages" or len(keys) != 3:
@@ -126,7 +126,7 @@ def _problem(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done:
     return "" if products[0] == products[1] else f"batch_size x accumulate: {products[0]} -> {products[1]}"
 
 
-def _note(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
+def _schedule_note(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
     """The shape of the learning rate's schedule after a stage's length has changed."""
     if not setting.endswith(".updates"):
         return ""
@@ -162,11 +162,11 @@ def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     back = [name for name in changed if before.get(name, -1) < 0]
     other = [name for name in changed if name not in lost and name not in back]
     groups = (("missing or unreadable", lost), ("back again", back), ("of another size in bytes", other))
-    words = "; ".join(f"{what}: {_first(names)}" for what, names in groups if names)
+    words = "; ".join(f"{what}: {_shorten_list(names)}" for what, names in groups if names)
     return words or "the data source's settings", bool(changed) and not other
 
 
-def _first(names: Sequence[str]) -> str:
+def _shorten_list(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

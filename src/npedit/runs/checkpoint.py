@@ -43,7 +43,7 @@ from npedit.runs.resolve import latest_complete_checkpoint as latest_complete_ch
 MANIFEST, METRICS, BAD_ROWS, FAILURES = "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "blame.json"
 PHOTOS = "photos.json"  # the training photos, their sizes in bytes, and which rows are held out
 # what a run leaves that was ended before it began
-UNBORN = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS, PHOTOS, f"{PHOTOS}.tmp"}
+FILES_BEFORE_START = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS, PHOTOS, f"{PHOTOS}.tmp"}
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
@@ -77,7 +77,7 @@ def hold_run(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
     if is_run(run):
         require_allowed_changes(run, recipe, resume)
     with explain_write_errors(run):
-        if run.exists() and not is_run(run) and {p.name for p in run.iterdir()} - UNBORN:
+        if run.exists() and not is_run(run) and {p.name for p in run.iterdir()} - FILES_BEFORE_START:
             raise UserError(
                 f"expected a new or empty folder, or a run; got {run}, which holds other files; choose another"
             )
@@ -223,8 +223,8 @@ def is_trained_without_pairs(recipe: Recipe) -> bool:
     Raises:
         UserError: there is no editor where it starts from.
     """
-    if recipe.uses_pairs() or not recipe.start or recipe.start == EMBEDDED:
-        return not recipe.uses_pairs()
+    if recipe.is_trained_with_pairs() or not recipe.start or recipe.start == EMBEDDED:
+        return not recipe.is_trained_with_pairs()
     run = resolve_editor(recipe.start).run
     return run is not None and bool(read_manifest(run)["no_pairs"])
 
@@ -259,7 +259,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
     try:
         with explain_write_errors(folder):
             if first:
-                _sweep(run)
+                _remove_incomplete_checkpoints(run)
                 aside.mkdir()
             distributed.all_gather(None)  # until the folder is there
             sharded_checkpoint.write_tensors(aside, tensors)
@@ -277,7 +277,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
     return folder
 
 
-def _sweep(run: Path) -> None:
+def _remove_incomplete_checkpoints(run: Path) -> None:
     """Drop checkpoints that a killed process left half-written or half-deleted."""
     for path in run.glob("checkpoint-*"):
         if path.is_dir() and (path.suffix == ".tmp" or not (path / COMPLETE).is_file()):
@@ -312,7 +312,7 @@ def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
         try:
             state = read_state(folder)
             if any(not isinstance(state.get(key), int) for key in ("stage", "update", "step")):
-                raise _damaged(folder, ValueError("state.json: expected the numbers stage, update and step"))
+                raise _damage_error(folder, ValueError("state.json: expected the numbers stage, update and step"))
         except UserError as error:
             damaged.append(error)
             continue
@@ -339,7 +339,7 @@ def load_checkpoint(
     try:
         return sharded_checkpoint.read_tensors(folder, like), numbers
     except (OSError, SafetensorError) as error:
-        raise _damaged(folder, error) from error
+        raise _damage_error(folder, error) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -358,11 +358,11 @@ def read_state(folder: Path) -> dict[str, Any]:
             with safe_open(folder / name, "pt"):
                 pass  # the header is read
     except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(folder, error) from error
+        raise _damage_error(folder, error) from error
     return state
 
 
-def _damaged(folder: Path, error: BaseException) -> UserError:
+def _damage_error(folder: Path, error: BaseException) -> UserError:
     return UserError(f"expected a complete checkpoint; got a damaged {folder} ({error})")
 
 

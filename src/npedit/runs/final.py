@@ -109,10 +109,10 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
             "that of NP-Edit (arXiv 2510.14978)."
         )
     unpaired = is_trained_without_pairs(recipe)
-    if not unpaired and not recipe.uses_pairs():
+    if not unpaired and not recipe.is_trained_with_pairs():
         start = _public_name(recipe.start)
         how = f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
-    if recipe.uses_pairs():
+    if recipe.is_trained_with_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
     weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
     return f"""---
