@@ -1,5 +1,5 @@
-"""The benchmarks measure the same computation: versions that share and that do not have equal losses; pages are filled
-between their markers and nowhere else."""
+"""The benchmarks compare equal computations: versions with and without sharing have equal losses. A page is changed
+only between its markers."""
 
 from __future__ import annotations
 
@@ -25,32 +25,46 @@ from benchmarks.train_step import (
     savings,
     variants,
 )
+from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.families.flux import Flux
 from npedit.recipe.config import MemorySettings, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    small = ("stages.1.batch_size=2", "stages.1.settings.fake_updates=2")
-    return Bench(load_recipe(ROOT / "recipes" / "toy.yaml", small))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The toy recipe with tiny models, two pictures and one fake-score update an update, one batch that repeats."""
+    models = tmp_path_factory.mktemp("models")
+    Flux.tiny(0).pipe.save_pretrained(models / "base")
+    LlavaOnevision.tiny(0).save(models / "critic")
+    small = (f"family.weights={models / 'base'}", f"critic.weights={models / 'critic'}",
+             "stages.1.batch_size=2", "stages.1.settings.fake_updates=1")  # fmt: skip
+    return Bench(load_recipe(ROOT / "recipes" / "toy.yaml", small), groups=1)
 
 
-def test_versions_have_equal_losses_and_a_changed_one_has_not(bench) -> None:
-    logged = {}
-    for name, parts in variants(bench.recipe).items():
-        step = bench.step(parts)
-        logged[name] = [step.step(bench.groups[turn % 2], turn) for turn in range(3)]
-    assert set(logged) > {"plain", "all three (npedit)"}
-    for name, seen in logged.items():
-        assert difference(logged["plain"], seen) < 1e-3, name
-    lora = LORA.model_copy(update={"alpha": 64.0})
-    other = bench.step(replace(variants(bench.recipe)["plain"], lora=lora))
-    seen = [other.step(bench.groups[turn % 2], turn) for turn in range(3)]
-    assert difference(logged["plain"], seen) > 1e-3
+def assert_is_table(text: str) -> None:
+    """Every row has as many cells as the head, and every number is finite and not negative."""
+    rows = [line.split("|")[1:-1] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1 < len(rows)
+    assert not re.search(r"nan|inf|-\d", text)
 
 
-def test_a_critic_unshared_answers_the_same_and_looks_more_often(bench) -> None:
+def test_every_version_has_the_losses_of_the_plain_one(bench) -> None:
+    text, largest_difference = savings(bench, 1)
+    assert_is_table(text)
+    assert largest_difference < 1e-3
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == list(variants(bench.recipe))
+
+
+def test_a_version_with_another_alpha_has_other_losses(bench) -> None:
+    plain = variants(bench.recipe)["plain"]
+    other = replace(variants(bench.recipe)["plain"], lora=LORA.model_copy(update={"alpha": 64.0}))
+    logged = [[step.step(bench.groups[0], turn) for turn in range(2)] for step in map(bench.step, (plain, other))]
+    assert difference(*logged) > 1e-3
+
+
+def test_the_unshared_critic_has_equal_margins_and_encodes_more_often(bench) -> None:
     critic, pictures = bench.parts.critic, bench.groups[0][0].references
     asked = ["is it red?", "is it blue?", "is it a circle?"]
     looks = [(0,), (0, 1), (1, 0)]
@@ -66,7 +80,7 @@ def test_a_critic_unshared_answers_the_same_and_looks_more_often(bench) -> None:
     assert len(seen) == 1  # the shared one had seen them before
 
 
-def test_shared_memory_counts_once_and_one_base_is_less(bench) -> None:
+def test_shared_storage_is_counted_once_so_one_base_takes_less(bench) -> None:
     x = torch.zeros(10)
     assert storages([x, x[2:], torch.zeros(5)]) == 60
     made = variants(bench.recipe)
@@ -75,7 +89,7 @@ def test_shared_memory_counts_once_and_one_base_is_less(bench) -> None:
     assert plain - one == pytest.approx(2 * base, rel=0.001)
 
 
-def test_peaks_are_by_part_and_checkpointing_lowers_the_critics(bench) -> None:
+def test_peaks_are_by_part_and_checkpointing_lowers_the_critics_peak(bench) -> None:
     found = {}
     for name, memory in (("plain", {}), ("again", {"decoder_checkpointing": True})):
         step = bench.step(replace(bench.parts, memory=MemorySettings(**memory)))
@@ -84,20 +98,16 @@ def test_peaks_are_by_part_and_checkpointing_lowers_the_critics(bench) -> None:
     assert 0 < found["again"]["critic"] < found["plain"]["critic"]
 
 
-def test_the_tables(bench) -> None:
-    for text in (
-        by_part(bench, 1),
-        savings(bench, 1)[0],
-        exchanges(bench, 1),
-        arithmetic(bench, 1),
-        inference(1, (1,)),
-    ):
-        rows = [line.split("|")[1:-1] for line in text.splitlines()]
-        assert len({len(row) for row in rows}) == 1 < len(rows)
-        assert not re.search(r"nan|inf|-\d", text)
+@pytest.mark.parametrize("make", [by_part, exchanges, arithmetic])
+def test_a_benchmark_makes_a_table(bench, make) -> None:
+    assert_is_table(make(bench, 1))
 
 
-def test_a_page_is_filled_between_its_markers() -> None:
+def test_the_benchmark_of_edits_makes_a_table() -> None:
+    assert_is_table(inference(1, (1,)))
+
+
+def test_only_text_between_markers_is_replaced() -> None:
     page = "a\n<!-- x -->\nold\n<!-- end x -->\nb\n"
     text = table(("k",), [(1,)])
     assert filled(page, {"x": text}) == f"a\n<!-- x -->\n{text}\n<!-- end x -->\nb\n"
@@ -106,7 +116,7 @@ def test_a_page_is_filled_between_its_markers() -> None:
         filled(page, {"y": text})
 
 
-def test_the_page_has_all_markers() -> None:
+def test_the_benchmarks_page_has_the_markers_of_every_table() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     names = ("machine", "parts", "savings", "exchanges", "arithmetic", "inference", "processes")
     assert filled(page, dict.fromkeys(names, "x")) != page
