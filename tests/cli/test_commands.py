@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -152,13 +151,13 @@ def test_toy_data_and_sheet(here):
     assert names(here) == ["set", "sheet.png"]
 
 
-def test_help_is_quick_and_does_not_load_torch(tmp_path):
+def test_help_imports_no_heavy_package():
+    heavy = ("torch", "diffusers", "transformers", "matplotlib", "datasets", "pyarrow")
     code = "import sys; sys.argv = ['npedit', '--help']\ntry:\n  import npedit.cli.main as c; c.main()\n"
-    code += "finally:\n  assert 'torch' not in sys.modules"
-    start = time.monotonic()
+    code += f"finally:\n  print('LOADED', sorted(set(sys.modules) & set({heavy!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 10
+    assert "LOADED []" in done.stdout
     for command in ("demo", "train", "edit", "evaluate", "report", "export", "doctor", "toy"):
         assert command in done.stdout
 

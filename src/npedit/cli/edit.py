@@ -220,7 +220,7 @@ def _note_unknown_words(model: str, texts: Sequence[str], err: Console) -> None:
         return
     from npedit.toy.words import UNKNOWN, new_tokenizer, vocabulary
 
-    tokenizer = new_tokenizer(64, ends=False)
+    tokenizer = new_tokenizer(64, add_eos=False)
     known = [w for w in vocabulary() if w.isalpha()]
     words = [w.strip(".,;:!?\"'()").lower() for text in texts for w in text.split()]
     unknown = {w: did_you_mean(w, known) for w in words if w and UNKNOWN in tokenizer.tokenize(w)}

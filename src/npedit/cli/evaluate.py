@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.editor_source import open_editor
 from npedit.cli.judged import EvaluationRequest, evaluate_with_judge
 from npedit.cli.options import (
+    BaseOption,
     ClipOption,
     CoverageOption,
     DinoOption,
@@ -60,6 +62,7 @@ ScenesOption = Annotated[
 @app.command()
 def toy(
     model: ModelOption = "embedded",
+    base: BaseOption = "",
     items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
     seed: ScenesOption = HELD_OUT_SEED,
     steps: StepsOption = None,
@@ -71,14 +74,13 @@ def toy(
 
     from npedit.benchmarks import toy as bench
     from npedit.cli.pictures import check_writable, save_picture
-    from npedit.editor import Editor
     from npedit.report.report import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 
     for path in (json_file, picture):
         if path:
             check_writable(path)
-    editor = Editor.open(model)
+    editor = open_editor(model, base, out)
     with tempfile.TemporaryDirectory() as kept:
         scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
         if picture:
@@ -96,8 +98,8 @@ def score_toy(
     """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
     from npedit.benchmarks import toy
 
-    with ProgressBar(f"scoring {name}", items) as told:
-        return toy.evaluate(editor, items, seed, steps, on_progress=told, save_to=save_to, save=save)
+    with ProgressBar(f"scoring {name}", items) as report_progress:
+        return toy.evaluate(editor, items, seed, steps, on_progress=report_progress, save_to=save_to, save=save)
 
 
 # ------------------------------------------------------------------------------------------------- judged benchmarks
@@ -111,6 +113,7 @@ def gedit(
     judge_revision: JudgeRevisionOption = "",
     judge_parameters: ParametersOption = "",
     model: JudgedModelOption = "embedded",
+    base: BaseOption = "",
     edited: EditedOption = None,
     scores: ScoresOption = None,
     protocol: Annotated[str, typer.Option(help="How it is judged.")] = "npedit-edit-v1",
@@ -137,7 +140,7 @@ def gedit(
     spoken = ("en", "cn") if language == "both" else (bench.LANGUAGES[language],)
     request = EvaluationRequest(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
-        first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters,
+        first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters, base,
     )  # fmt: skip
     evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, spoken, pictures))
 
@@ -150,6 +153,7 @@ def imgedit(
     judge_revision: JudgeRevisionOption = "",
     judge_parameters: ParametersOption = "",
     model: JudgedModelOption = "embedded",
+    base: BaseOption = "",
     edited: EditedOption = None,
     scores: ScoresOption = None,
     protocol: Annotated[str, typer.Option(help="How it is judged.")] = "npedit-imgedit-v1",
@@ -172,6 +176,6 @@ def imgedit(
 
     request = EvaluationRequest(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
-        first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters,
+        first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters, base,
     )  # fmt: skip
     evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, pictures))

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from npedit import __version__
 from npedit.cli.options import ProgressBar
-from npedit.cli.own import MEASURES, open_encoders, open_lpips
+from npedit.cli.own import METRICS_VERSION, failure_reasons, hash_editor, open_encoders, open_lpips, print_reasons
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -26,7 +26,7 @@ COPY = "copy"  # the editor that returns its input: what a judge must not like
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the user asked for, beside the data; see the options above."""
+    """The options of a judged benchmark, except its data; `npedit evaluate gedit --help` describes each."""
 
     model: str
     seed: int
@@ -48,13 +48,16 @@ class EvaluationRequest:
     encoders: tuple[str, str]
     lpips: Path | None
     parameters: str = ""
+    base: str = ""
 
 
 def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Callable[[Path], list[Any]]) -> None:
-    """One judged benchmark, from pictures to files. `items` finds the benchmark's items for a folder of pictures.
+    """Run one judged benchmark: edit the pictures, ask the judge, write a folder of results.
+
+    `items` returns the benchmark's items for a folder of edited pictures.
 
     Raises:
-        UserError: whatever the user can put right. Pictures and answers so far are kept.
+        UserError: options, data, editor or judge are wrong. Pictures and answers so far are kept.
     """
     from npedit.cli.train import move_aside
     from npedit.runs.lock import hold
@@ -65,17 +68,17 @@ def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Ca
     if request.fresh:
         move_aside(folder)
     with hold(folder, f"evaluate {name}"):
-        _evaluate_in(folder, bench, request, items, (name, label, judge))
+        _evaluate_in_folder(folder, bench, request, items, (name, label, judge))
 
 
-def _evaluate_in(
+def _evaluate_in_folder(
     folder: Path,
     bench: ModuleType,
     request: EvaluationRequest,
     items: Callable[[Path], list[Any]],
     names: tuple[str, str, str],
 ) -> None:
-    """`evaluate_with_judge` in a folder that this process holds. `names` are the benchmark's, editor's and judge's."""
+    """Run a judged benchmark in a folder that this process holds. `names` are (benchmark, editor, judge)."""
     from npedit.benchmarks import _judged
 
     name, label, judge = names
@@ -87,8 +90,8 @@ def _evaluate_in(
         facts: dict[str, Any] = {"scores": str(request.scores)}
         protocol, rows = "imported", bench.read_official_scores(request.scores, found)
     else:
-        todo, near = _judged.sample_across_tasks(found, request.first), open_lpips(request.lpips)
-        encoders, used = open_encoders(request.encoders, near)
+        todo, lpips = _judged.sample_across_tasks(found, request.first), open_lpips(request.lpips)
+        encoders, used = open_encoders(request.encoders, lpips)
         facts, protocol, rows = edit_and_judge(bench, request, todo, folder, pictures)
     summary = bench.summarise(rows, found, request.coverage, protocol)
     facts |= {
@@ -102,36 +105,40 @@ def _evaluate_in(
     bench.write_official_files(rows, found, pictures, judge)
     out.print(_judged.results_table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
     print_missing(summary, facts)
+    print_reasons([(row["id"], row["reason"]) for row in rows if "reason" in row], len(rows))
     if not request.scores:
         settings = {"npedit": __version__, "source": facts["editor"], "encoders": used}
-        measure_preservation(name, folder / "preservation", todo, (*encoders, near), settings)
+        measure_preservation(name, folder / "preservation", todo, (*encoders, lpips), settings)
     out.print(f"Result: {escape(str(folder))}")
     if rows and all(value is None for row in rows for value in row["scores"].values()):
-        raise UserError(f"expected scores; got none of {len(rows)} items; see the reasons above")
+        raise UserError(f"expected scores; got none of {len(rows)} items; correct what the notes above name")
 
 
 def measure_preservation(
     name: str, folder: Path, items: list[Any], measuring: tuple[Any, Any, Any], settings: Any
 ) -> None:
-    """How much of the references was kept, without a judge, as a folder of results of its own."""
+    """Write preservation metrics (pixel metrics, DINO, CLIP, LPIPS; no judge) into a separate folder of results.
+    `measuring` is (DINO, CLIP, LPIPS or None)."""
     from npedit.benchmarks import _judged
     from npedit.benchmarks._outputs import results_table
     from npedit.scoring import results
 
     results.prepare_folder(
-        folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": MEASURES}}
+        folder, {**settings, "protocol": {"benchmark": f"{name} preservation", "measures": METRICS_VERSION}}
     )
-    with ProgressBar("measuring what was kept", len(items)) as told:
-        rows = _judged.score_preservation(items, *measuring, told)
-    title = f"{name}: what was kept of the references, without a judge"
+    with ProgressBar("preservation metrics", len(items)) as report_progress:
+        rows = _judged.score_preservation(items, *measuring, report_progress)
+    title = f"{name}: preservation of the references (no judge)"
     out.print(results_table(results.write_results(folder, rows), title))
+    unnamed = [(name, why) for name, why in failure_reasons(rows) if not why.startswith("no edited picture")]
+    print_reasons(unnamed, len(rows))  # a picture that is missing was named with the judge's scores
 
 
 def edit_and_judge(
     bench: ModuleType, request: EvaluationRequest, todo: list[Any], folder: Path, pictures: Path
 ) -> tuple[dict[str, Any], str, Any]:
-    """Make the pictures and ask the judge: facts, the protocol's name and rows."""
-    from npedit.benchmarks import _judged
+    """Edit the pictures and ask the judge; returns facts for summary.json, the protocol's name, and rows of scores."""
+    from npedit.benchmarks import _judged, _scorer
     from npedit.benchmarks._headlines import judge_noise
     from npedit.benchmarks._protocol import Protocol
     from npedit.judges.cache import AnswerCache
@@ -141,10 +148,10 @@ def edit_and_judge(
         raise UserError(
             f"--protocol: {request.protocol} belongs to another benchmark; leave the option out, or see --help"
         )
-    judge, passes = open_judge(request), _judged.RepeatSettings(request.repeats, request.swap)
+    judge, passes = open_judge(request), _scorer.RepeatSettings(request.repeats, request.swap)
     if words := shared_origin_warning(judge, request):
         err.print(f"[yellow]note[/] {escape(words)}")
-    edit, editor = (None, {"pictures": str(request.edited)}) if request.edited else open_editor(request)
+    edit, editor = (None, {"pictures": str(request.edited)}) if request.edited else open_edit_function(request)
     facts: dict[str, Any] = {
         "protocol": protocol.to_record(),
         "judge": {"name": judge.name, **judge.identity},
@@ -152,14 +159,16 @@ def edit_and_judge(
     }
     facts |= {"repeats": request.repeats, "swap": request.swap}
     with AnswerCache(folder / _judged.ANSWERS) as cache:
-        scorer = _judged.Scorer(judge, protocol, cache, passes, bench.combine_numbers)
+        scorer = _scorer.Scorer(judge, protocol, cache, passes, bench.combine_numbers)
         _judged.write_initial_settings(folder, facts)
         if edit:
-            with ProgressBar(f"editing with {request.model}", len(todo)) as told:
-                _judged.edit_items(edit, todo, told, _picture_facts(editor))
+            with ProgressBar(f"editing with {request.model}", len(todo)) as report_progress:
+                _judged.edit_items(edit, todo, report_progress, _picture_facts(editor))
         kept = len(cache)
-        with ProgressBar(f"asking {judge.name}", len(todo)) as told:
-            rows = _judged.score_items(scorer, todo, lambda row: bench.add_overall_score(row, protocol.overall), told)
+        with ProgressBar(f"asking {judge.name}", len(todo)) as report_progress:
+            rows = _scorer.score_items(
+                scorer, todo, lambda row: bench.add_overall_score(row, protocol.overall), report_progress
+            )
         out.print(escape(f"{len(cache) - kept} answers came from {judge.name}; {kept} were there already."))
         if addresses := cache.count_answers_by_address():
             facts["addresses"] = addresses
@@ -169,7 +178,7 @@ def edit_and_judge(
 
 
 def check_request(request: EvaluationRequest) -> str:
-    """What is scored, as a file name.
+    """Check that the options fit together; returns a file name for the editor that is scored.
 
     Raises:
         UserError: options that do not go together.
@@ -178,6 +187,8 @@ def check_request(request: EvaluationRequest) -> str:
         raise UserError(
             "expected --judge (a model's folder, a Hub id, a server's address) or --scores; give one of them"
         )
+    if request.base and (request.scores or request.edited or request.model == COPY):
+        raise UserError("expected --base together with --model; got no editor that is opened; leave --base out")
     if request.scores and (request.repeats > 1 or request.swap or request.edited or request.first):
         raise UserError("--scores: expected no --repeats, --swap, --edited or --items beside it: nothing is asked")
     return file_safe_name(
@@ -186,7 +197,7 @@ def check_request(request: EvaluationRequest) -> str:
 
 
 def open_judge(request: EvaluationRequest) -> Any:
-    """The judge: a server for an address, else a model in this process."""
+    """The judge: a server if `--judge` is an address, otherwise a model in this process."""
     if request.judge.startswith(("http://", "https://")):
         from npedit.judges.server import ServerJudge
 
@@ -228,16 +239,15 @@ def _picture_facts(editor: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in editor.items() if k != "editor"} if "weights" in editor else editor
 
 
-def open_editor(request: EvaluationRequest) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What edits pictures, and what its pictures depend on."""
+def open_edit_function(request: EvaluationRequest) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A function (pictures, instructions) -> edited pictures, and the facts that these pictures depend on."""
     if request.model == COPY:
         return (lambda pictures, _: pictures), {"editor": COPY}
-    from npedit.editor import Editor
-    from npedit.judges.local import hash_folder
-    from npedit.runs.resolve import resolve_editor
+    from npedit.cli.editor_source import open_editor
 
-    editor = Editor.open(request.model)
-    facts = {"editor": request.model, "weights": hash_folder(resolve_editor(request.model).folder)}
+    editor = open_editor(request.model, request.base, out)
+    facts = {"editor": request.model, "weights": hash_editor(request.model)}
+    facts |= {"base": request.base} if request.base else {}
     return (
         lambda pictures, words: editor.edit(pictures, words, request.seed, request.steps),
         facts | {"seed": request.seed, "steps": request.steps or editor.steps},
@@ -245,7 +255,8 @@ def open_editor(request: EvaluationRequest) -> tuple[Callable[..., Any], dict[st
 
 
 def shared_origin_warning(judge: Any, request: EvaluationRequest) -> str:
-    """A warning if the judge is of the family of a critic that taught the editor, or if that cannot be told."""
+    """A warning if the judge is of the family of a critic that the editor was trained with, or if this is unknown; ""
+    otherwise."""
     from npedit.judges.base import guess_critic_family
 
     if request.edited or request.model == COPY:
@@ -254,12 +265,12 @@ def shared_origin_warning(judge: Any, request: EvaluationRequest) -> str:
     family = getattr(judge, "family", "") or guess_critic_family(judge.name)
     if not critics or not family:
         unknown = f"the critic of {request.model}" if not critics else f"the family of {judge.name}"
-        return f"{unknown} is not known here: make sure that the judge is of another family than the critic."
+        return f"{unknown} is unknown: make sure that judge and critic are of different families."
     if family not in critics:
         return ""
     return (
-        f"the judge is of the critic's family, {family}: it may overlook what the editor learnt to hide from its "
-        "critic. Judge with another family."
+        f"judge and critic are of the same family, {family}: the judge may miss errors that the editor has learnt to "
+        "hide from the critic. Use a judge of another family."
     )
 
 
@@ -284,8 +295,6 @@ def print_missing(summary: dict[str, Any], facts: dict[str, Any]) -> None:
         lost = [f"{n} {why}" for why, n in found.items() if why != "ok"]
         if lost:
             out.print(f"{score} is missing for {', '.join(lost)}")
-        if found.get("missing_image"):
-            out.print("missing_image: the edited picture is not there under the benchmark's name, or cannot be read.")
     for name, figure in summary.items():
         if figure["value"] is None and not name.endswith("_micro"):
             low, high = figure["bounds"]

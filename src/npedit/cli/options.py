@@ -1,4 +1,4 @@
-"""What several commands share: options, and a progress ProgressBar."""
+"""Options that several commands share, and a progress bar."""
 
 from __future__ import annotations
 
@@ -79,8 +79,12 @@ CoverageOption = Annotated[
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
 
 
+ReportProgress = Callable[[int, int], None]  # called with (number done, total)
+
+
 class ProgressBar:
-    """A progress ProgressBar that is gone when it is done; gives the function (done, of all) that moves it."""
+    """A progress bar on standard error, removed at the end. `with ProgressBar(...) as report_progress` gives the
+    function (number done, total) that moves the bar."""
 
     def __init__(self, words: str, total: int | None = None):
         from rich.progress import Progress
@@ -88,7 +92,7 @@ class ProgressBar:
         self.progress = Progress(console=Console(stderr=True, highlight=False, soft_wrap=True), transient=True)
         self.task = self.progress.add_task(escape(words), total=total)
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> ReportProgress:
         self.progress.start()
         return lambda done, total: self.progress.update(self.task, completed=done, total=total)
 

@@ -13,19 +13,32 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
-from npedit.cli.options import ClipOption, DinoOption, LpipsOption, ModelOption, ProgressBar, SeedOption, StepsOption
+from npedit.cli.editor_source import open_editor
+from npedit.cli.options import (
+    BaseOption,
+    ClipOption,
+    DinoOption,
+    LpipsOption,
+    ModelOption,
+    ProgressBar,
+    SeedOption,
+    StepsOption,
+)
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-MEASURES = 1  # raised whenever a measure changes its meaning
-LONGEST = 1024  # pixels of the longer side of a photo of DreamBench as an editor gets it; the nets look at 224
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="A new folder for the results, or one to go on with.")]
-EditedOption = Annotated[
-    Path | None, typer.Option("--edited", help="Measure the pictures in this folder, which another editor made.")
+EXAMPLES = 5  # rows that a message about missing scores names
+METRICS_VERSION = 1  # raised whenever a metric changes its meaning
+DREAMBENCH_LONGEST_SIDE = 1024  # pixels; longer photos are scaled down before the edit (DINO and CLIP see 224)
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", help="The folder for the results, new or of an earlier run of this command.")
 ]
-CopyOption = Annotated[bool, typer.Option("--copy", help="Measure the editor that does nothing.")]
+EditedOption = Annotated[
+    Path | None, typer.Option("--edited", help="Score the pictures in this folder, made by another editor.")
+]
+CopyOption = Annotated[bool, typer.Option("--copy", help="Score unchanged copies of the references: a baseline.")]
 
 
 def own(
@@ -34,31 +47,31 @@ def own(
     model: ModelOption = "embedded",
     edited: EditedOption = None,
     copy: CopyOption = False,
-    items: Annotated[int | None, typer.Option(help="Only the first so many.", min=1)] = None,
+    base: BaseOption = "",
+    items: Annotated[int | None, typer.Option(help="Score only the first so many items.", min=1)] = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     dino: DinoOption = "",
     clip: ClipOption = "",
     lpips: LpipsOption = None,
 ) -> None:
-    """Your own photos and instructions: how much of the reference is kept, and with targets how near they are.
+    """Your own photos and instructions: preservation of the reference, and distance to a target where there is one.
 
-    Optional columns: mask_file_name (white is the edit) and edited_file_name (the wanted result). Pictures of another
-    editor (--edited) are named ID.png.
+    Optional columns: mask_file_name (white marks the edited region) and edited_file_name (the target). With --edited,
+    pictures are named ID.png.
     """
     from npedit.benchmarks import own as bench
     from npedit.runs.lock import hold
 
     rows, digest = bench.read_items(data)
     rows = rows[:items]
-    near = open_lpips(lpips)
+    lpips_model, source = open_lpips(lpips), PictureSource(model, edited, copy, base, seed, steps)
     with hold(folder, "evaluate own"):
-        run = _Run.begin("own", folder, {"data": digest}, model, edited, copy, seed, steps, (dino, clip), near)
-        run.make(bench.edit_jobs(rows, seed))
-        scored = run.watch(
-            "measuring", lambda told: bench.score_pictures(rows, run.pictures, *run.encoders, told, near)
-        )
-        run.finish(scored, {})
+        evaluation = PictureEvaluation.prepare("own", folder, {"data": digest}, source, (dino, clip), lpips_model)
+        evaluation.edit_pictures(bench.edit_jobs(rows, seed))
+        with ProgressBar("scoring") as report_progress:
+            scored = bench.score_pictures(rows, evaluation.pictures, *evaluation.encoders, report_progress, lpips_model)
+        evaluation.write_results(scored, {})
         out.print(bench.task_table(scored))
 
 
@@ -68,128 +81,173 @@ def dreambench(
     model: ModelOption = "embedded",
     edited: EditedOption = None,
     copy: CopyOption = False,
-    pictures: Annotated[int, typer.Option(help="How many pictures a prompt; 4 in the literature.", min=1)] = 4,
+    base: BaseOption = "",
+    pictures: Annotated[int, typer.Option(help="Pictures for each prompt; 4 in the literature.", min=1)] = 4,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     dino: DinoOption = "",
     clip: ClipOption = "",
 ) -> None:
-    """DreamBench: is the subject of a photo kept in new scenes? 30 subjects, 25 prompts, 4 pictures each.
+    """DreamBench: similarity of a photo's subject in new scenes. 30 subjects, 25 prompts, 4 pictures each.
 
-    Pictures of another editor (--edited) are named SUBJECT/PP-K.png, both counted from 0: cat/07-0.png.
+    With --edited, pictures are named SUBJECT/PP-K.png: prompt number PP and picture number K, both from 0, as
+    cat/07-0.png.
     """
     from npedit.benchmarks import dreambench as bench
     from npedit.runs.lock import hold
 
     subjects, digest = bench.read_subjects(data)
     facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
+    source = PictureSource(model, edited, copy, base, seed, steps)
     with hold(folder, "evaluate dreambench"):
-        run = _Run.begin("dreambench", folder, facts, model, edited, copy, seed, steps, (dino, clip))
-        _dreambench_in(run, subjects, seed, pictures)
+        evaluation = PictureEvaluation.prepare("dreambench", folder, facts, source, (dino, clip))
+        _score_dreambench(evaluation, subjects, seed, pictures)
 
 
-def _dreambench_in(run: _Run, subjects: Sequence[Any], seed: int, pictures: int) -> None:
-    """`dreambench` in a folder that this process holds."""
+def _score_dreambench(evaluation: PictureEvaluation, subjects: Sequence[Any], seed: int, pictures: int) -> None:
+    """Edit and score DreamBench in a folder that this process holds."""
     from npedit.benchmarks import dreambench as bench
 
-    real = bench.real_image_baseline(subjects, *run.encoders)
-    official = bench.is_official_data(subjects)
-    wrong = bench.check_real_image_baseline(real) if official else ["these are not the official subjects and photos"]
-    for words in wrong:
-        err.print(f"[yellow]note[/] not to be compared with the literature: {escape(words)}")
-    run.make(bench.edit_jobs(subjects, seed, pictures), LONGEST)
-    scored = run.watch(
-        "measuring", lambda told: bench.score_pictures(subjects, run.pictures, *run.encoders, told, pictures)
-    )
-    run.finish(scored, real)
+    baseline = bench.real_image_baseline(subjects, *evaluation.encoders)
+    deviations = ["these are not the official subjects and photos"]
+    if bench.is_official_data(subjects):
+        deviations = bench.check_real_image_baseline(baseline)
+    for deviation in deviations:
+        err.print(f"[yellow]note[/] scores cannot be compared with the literature: {escape(deviation)}")
+    evaluation.edit_pictures(bench.edit_jobs(subjects, seed, pictures), DREAMBENCH_LONGEST_SIDE)
+    with ProgressBar("scoring") as report_progress:
+        scored = bench.score_pictures(subjects, evaluation.pictures, *evaluation.encoders, report_progress, pictures)
+    evaluation.write_results(scored, baseline)
 
 
 BENCHMARKS: dict[str, Callable[..., None]] = {"own": own, "dreambench": dreambench}
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One evaluation: where its pictures lie and what measures them."""
+class PictureSource:
+    """Where the pictures to score come from: the folder `edited`, copies of the references, or the editor `model`."""
+
+    model: str
+    edited: Path | None
+    copy: bool
+    base: str
+    seed: int
+    steps: int | None
+
+    def check(self) -> None:
+        """Check that the options fit together.
+
+        Raises:
+            UserError: they name several sources, or a folder that is missing.
+        """
+        if bool(self.edited) + self.copy + (self.model != "embedded") > 1:
+            raise UserError("expected one of --model, --edited and --copy; got several; give one of them")
+        if self.base and (self.edited or self.copy):
+            raise UserError("expected --base together with --model; got --edited or --copy; leave --base out")
+        if self.edited and not self.edited.is_dir():
+            raise UserError(f"expected a folder of edited pictures; {self.edited} is not a folder; correct --edited")
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that the pictures depend on, as settings.json records it."""
+        if self.edited:
+            return {"edited": str(self.edited.resolve())}
+        if self.copy:
+            return {"copy": True}
+        facts = {"model": self.model, "files": hash_editor(self.model), "seed": self.seed, "steps": self.steps}
+        return facts | ({"base": self.base} if self.base else {})
+
+
+@dataclass(frozen=True)
+class PictureEvaluation:
+    """One evaluation without a judge. `pictures` is the folder of edited pictures, `encoders` are DINO and CLIP."""
 
     name: str
     folder: Path
     pictures: Path
-    source: dict[str, Any]
+    source: PictureSource
+    source_facts: dict[str, Any]
     encoders: tuple[Any, Any]
 
     @classmethod
-    def begin(
+    def prepare(
         cls,
         name: str,
         folder: Path,
         facts: dict[str, Any],
-        model: str,
-        edited: Path | None,
-        copy: bool,
-        seed: int,
-        steps: int | None,
-        weights: tuple[str, str],
+        source: PictureSource,
+        encoder_weights: tuple[str, str],
         lpips: Any = None,
-    ) -> _Run:
-        """Check everything before work is spent, and write settings.json."""
+    ) -> PictureEvaluation:
+        """Check all options, open the encoders and write settings.json, before any picture is edited.
+
+        Raises:
+            UserError: options do not fit together, or the folder holds results of other settings.
+        """
         from npedit.benchmarks._outputs import EDITED
         from npedit.scoring import results
 
-        if bool(edited) + copy + (model != "embedded") > 1:
-            raise UserError("expected one of --model, --edited and --copy; got several; leave all but one out")
-        if edited and not edited.is_dir():
-            raise UserError(f"expected a folder of edited pictures; {edited} is none; correct --edited")
-        encoders, used = open_encoders(weights, lpips)
-        source: dict[str, Any] = {"edited": str(edited.resolve())} if edited else {"copy": True}
-        if not edited and not copy:
-            source = {"model": model, "files": fingerprint(model), "seed": seed, "steps": steps}
-        settings = {"npedit": __version__, "source": source, "encoders": used}
-        results.prepare_folder(folder, {**settings, "protocol": {"benchmark": name, "measures": MEASURES, **facts}})
-        return cls(name, folder, edited or folder / EDITED, source, encoders)
+        source.check()
+        encoders, used = open_encoders(encoder_weights, lpips)
+        source_facts = source.facts()
+        protocol = {"benchmark": name, "measures": METRICS_VERSION, **facts}
+        settings = {"npedit": __version__, "source": source_facts, "encoders": used, "protocol": protocol}
+        results.prepare_folder(folder, settings)
+        return cls(name, folder, source.edited or folder / EDITED, source, source_facts, encoders)
 
-    def make(self, jobs: Sequence[Any], longest: int = 0) -> None:
-        """Edit what is not there yet; nothing for pictures of another editor."""
+    def edit_pictures(self, jobs: Sequence[Any], longest_side: int = 0) -> None:
+        """Edit the pictures that are missing. Pictures of another editor are left as they are."""
         from npedit.benchmarks._outputs import edit_missing
-        from npedit.editor import Editor
 
-        if "edited" in self.source:
+        source = self.source
+        if source.edited:
             return
-        facts = {k: v for k, v in self.source.items() if k not in ("model", "seed")}
-        if "copy" in self.source:
+        facts = {k: v for k, v in self.source_facts.items() if k not in ("model", "seed")}
+        if source.copy:
             edit = lambda pictures, instructions, seed: list(pictures)  # noqa: E731
         else:
-            editor, steps = Editor.open(self.source["model"]), self.source["steps"]
-            edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, steps)  # noqa: E731
-        self.watch("editing", lambda told: edit_missing(jobs, edit, self.pictures, told, longest, facts))
+            editor = open_editor(source.model, source.base, out)
+            edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, source.steps)  # noqa: E731
+        with ProgressBar("editing") as report_progress:
+            edit_missing(jobs, edit, self.pictures, report_progress, longest_side, facts)
 
-    def watch(self, words: str, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
-        """Do `work(told)` behind a bar."""
-        with ProgressBar(words) as told:
-            return work(told)
+    def write_results(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
+        """Write the results and print the headline figures; `extra` holds further headlines.
 
-    def finish(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
-        """Write the results and print the headlines."""
+        Raises:
+            UserError: no row has a score.
+        """
         from npedit.benchmarks._outputs import results_table
         from npedit.scoring.results import write_results
 
         out.print(results_table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
-        print_reasons(rows)
+        print_reasons(failure_reasons(rows), len(rows))
         out.print(f"Results: {escape(str(self.folder))}")
         if rows and not any(value is not None for row in rows for value in row.scores.values()):
-            raise UserError(f"expected scores; got none for any of {len(rows)} rows; see the reasons above")
+            raise UserError(f"expected scores; got none for any of {len(rows)} rows; correct what the notes above name")
 
 
-def print_reasons(rows: Sequence[Any]) -> None:
-    """Say why scores are missing: each kind of reason once, with the number of rows and one example."""
+def failure_reasons(rows: Sequence[Any]) -> list[tuple[str, str]]:
+    """(row id, reason) for every different reason why a row has a missing score. Undefined scores are no failures."""
     from npedit.scoring.results import UNDEFINED_PREFIX
 
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for reason in dict.fromkeys(why for why in row.why.values() if not why.startswith(UNDEFINED_PREFIX)):
-            kind = re.sub(r"\d+", "#", reason.split(":")[0]) if row.id not in reason else reason.split(row.id)[0]
-            found.setdefault(kind[:24], []).append(f"{row.id}: {reason}")
-    for reasons in found.values():
-        err.print(f"[yellow]note[/] scores are missing in {len(reasons)} of {len(rows)} rows; {escape(reasons[0])}")
+    reasons = [(row.id, reason) for row in rows for reason in dict.fromkeys(row.why.values())]
+    return [(name, reason) for name, reason in reasons if not reason.startswith(UNDEFINED_PREFIX)]
+
+
+def print_reasons(reasons: Sequence[tuple[str, str]], total: int) -> None:
+    """Print why scores are missing: one line for each kind of reason, with the number of rows and `EXAMPLES` of them.
+
+    `reasons` are (row id, reason); `total` is the number of all rows.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        file = re.match(r"no [a-z ]+(?= \S+: )", reason)  # "no edited picture NAME: why"
+        kind = file[0] if file else re.sub(r"\d+", "#", reason.replace(name, "").split(":")[0])
+        by_kind.setdefault(kind, []).append(f"{name}: {reason}")
+    for lines in by_kind.values():
+        more = f"; and {len(lines) - EXAMPLES} more, see rows.jsonl" if len(lines) > EXAMPLES else ""
+        words = escape("; ".join(lines[:EXAMPLES]) + more)
+        err.print(f"[yellow]note[/] scores are missing in {len(lines)} of {total} rows; {words}")
 
 
 def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
@@ -212,9 +270,16 @@ def open_lpips(folder: Path | None) -> Any:
     return Lpips.load(folder, pick_device()) if folder else None
 
 
-def fingerprint(model: str) -> str:
-    """A hash of the names and contents of an editor's files."""
-    from npedit.judges.local import hash_folder as folder_digest
+def hash_editor(model: str) -> str:
+    """A hash of the names and contents of an editor's files, and of its base model's where that is a local folder."""
+    from npedit.judges.cache import hash_json
+    from npedit.judges.local import hash_folder
+    from npedit.runs.editor_facts import EditorFacts
+    from npedit.runs.editor_weights import read_recipe
     from npedit.runs.resolve import resolve_editor
 
-    return folder_digest(resolve_editor(model).folder)
+    source = resolve_editor(model)
+    recipe = read_recipe(source) if source.is_checkpoint else None
+    facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
+    digest, base = hash_folder(source.folder), Path(facts.base)
+    return hash_json([digest, hash_folder(base)]) if facts.base != "embedded" and base.is_dir() else digest
