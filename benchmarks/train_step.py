@@ -60,9 +60,9 @@ def variants(recipe: Recipe) -> dict[str, Parts]:
     base serves one set of adapters."""
     return {
         "plain": _parts(recipe),
-        "the reference seen once": _parts(recipe, seen_once=True),
-        "prompts kept": _parts(recipe, kept=True),
-        "one base for all": _parts(recipe, one_base=True),
+        "each picture encoded once": _parts(recipe, seen_once=True),
+        "encoded prompts cached": _parts(recipe, kept=True),
+        "one frozen base model": _parts(recipe, one_base=True),
         "all three (npedit)": _parts(recipe, seen_once=True, kept=True, one_base=True),
     }
 
@@ -113,7 +113,7 @@ def held(step: np_edit.Step) -> int:
 
 
 def by_part(bench: Bench, repeats: int) -> str:
-    """The table of one update's parts, whole nets in training."""
+    """The table of one update's parts, in full fine-tuning."""
     step, seconds = bench.step(bench.parts), []
     with marked():
         for turn in range(2 + repeats):
@@ -123,13 +123,13 @@ def by_part(bench: Bench, repeats: int) -> str:
     times["student"] -= sum(times[part] for part in PARTS if part != "fake")  # they are inside it
     most = peaks(lambda: step.step(bench.groups[0], bench.two_transitions(0)))
     whole, stays = sum(times.values()), held(step) / MIB
-    names = {"draft": "draft: encode, unroll", "dmd": "DMD: fake score and guided teacher",
-             "critic": "critic: decode, see, ask, and back to the draft",
+    names = {"draft": "few-step generation: encode, unroll", "dmd": "DMD: fake score and guided teacher",
+             "critic": "critic: decode, encode images, ask; back to x0",
              "student": "student: back through the unroll, and its update",
              "fake": "fake score: its updates"}  # fmt: skip
     rows = [(names[p], f"{1000 * times[p]:.0f}", f"{times[p] / whole:.0%}", f"{most[p] / MIB:.0f}") for p in names]
     rows.append(("**update**", f"{1000 * whole:.0f}", f"{bench.pictures / whole:.1f} pictures/s",
-                 f"{max(most.values()) / MIB:.0f}, beside {stays:.0f} that stay"))  # fmt: skip
+                 f"{max(most.values()) / MIB:.0f}, beside {stays:.0f} of static memory"))  # fmt: skip
     return table(("part", "ms", "share", "peak, MiB"), rows)
 
 
@@ -152,7 +152,9 @@ def savings(bench: Bench, repeats: int) -> tuple[str, float]:
         ratio = middle(a / b for a, b in zip(seconds["plain"], taken))
         rows.append((name, f"{1000 * middle(taken):.0f}", f"{ratio:.2f}", f"{sizes[name][0] / MIB:.0f}",
                      f"{sizes[name][1] / MIB:.0f}", f"{sizes[name][1] / sizes['plain'][1]:.2f}"))  # fmt: skip
-    return table(("version", "ms an update", "times as fast", "stays, MiB", "peak, MiB", "of plain's"), rows), apart
+    return table(
+        ("version", "ms an update", "times as fast", "static memory, MiB", "peak, MiB", "peak relative to plain"), rows
+    ), apart
 
 
 def difference(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> float:
@@ -164,7 +166,7 @@ def difference(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> 
 def exchanges(bench: Bench, repeats: int) -> str:
     """The table of settings that give time for memory, or the reverse."""
     changes = {
-        "whole nets": {},
+        "full fine-tuning": {},
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "decoder_checkpointing": {"decoder_checkpointing": True},
         "both": {"gradient_checkpointing": True, "decoder_checkpointing": True},
@@ -179,9 +181,9 @@ def exchanges(bench: Bench, repeats: int) -> str:
     rows = []
     for name, step in steps.items():
         most = peaks(lambda name=name: call(name, repeats))
-        first = middle(a / b for a, b in zip(seconds[name], seconds["whole nets"]))
+        first = middle(a / b for a, b in zip(seconds[name], seconds["full fine-tuning"]))
         rows.append((name, f"{first:.2f}", f"{held(step) / MIB:.0f}", f"{max(most.values()) / MIB:.0f}"))
-    return table(("setting", "time of whole nets'", "stays, MiB", "comes and goes, MiB"), rows)
+    return table(("setting", "time relative to full fine-tuning", "static memory, MiB", "activation memory, MiB"), rows)
 
 
 def arithmetic(bench: Bench, repeats: int) -> str:
@@ -201,6 +203,6 @@ def arithmetic(bench: Bench, repeats: int) -> str:
         ("an update computes, GFLOP", f"{counter.get_total_flops() / 1e9:.1f}"),
         ("GFLOP/s meanwhile", f"{speed / 1e9:.1f}"),
         (f"a product of two {side} x {side} matrices of {str(dtype)[6:]}, GFLOP/s", f"{peak / 1e9:.1f}"),
-        ("**share of that**", f"{speed / peak:.0%}"),
+        ("**share of the matrix product's speed**", f"{speed / peak:.0%}"),
     ]
     return table(("", ""), rows)
