@@ -203,7 +203,7 @@ def test_rejects_a_thing_moved_or_added_elsewhere(edits):
 def test_a_thing_may_be_added_anywhere_if_no_place_is_named(edits):
     tried, scenes = [], []
     for edit in (e for e in edits if e.edit_type == "add" and e.to_cell < 0):
-        (home,) = edit.touched
+        (home,) = edit.changed_cells
         for cell in edit.reference.empty:
             tried.append(edit)
             scenes.append(edit.reference.with_cell(cell, edit.target.cells[home]))
@@ -243,7 +243,7 @@ def test_touched_cells_are_those_that_change(edits, targets):
     for edit, a, b in zip(edits, references, targets, strict=True):
         change = (a - b).abs().amax(0).view(2, world.CELL, 2, world.CELL).amax((1, 3)).flatten()
         changed = {i for i in range(4) if change[i] > 0.02}
-        assert changed == set(edit.touched)
+        assert changed == set(edit.changed_cells)
 
 
 def test_outside_change_counts_only_the_rest(edits, targets):

@@ -126,7 +126,7 @@ def test_an_overdone_edit_is_carried_out_and_disturbs_and_a_leftover_is_no_remov
         if item.edit_type == "remove":
             left = _incomplete_removal(item, rng)
             (_, _, there), (_, _, same) = questions_about_edit(item, left)
-            shrunk = left.cells[item.cell].look[:3] == item.reference.cells[item.cell].look[:3]
+            shrunk = left.cells[item.cell].appearance[:3] == item.reference.cells[item.cell].appearance[:3]
             assert same is shrunk and (there or not shrunk)
     assert (True, True) not in overdone and overdone.count((True, False)) > 0.9 * len(overdone)
 
@@ -174,6 +174,6 @@ def test_parts_are_taught_from_nothing_and_again_where_they_stopped(tmp_path):
 def test_the_rate_falls_to_zero_and_where_wanted_once_more_from_half():
     once = [lr_factor(k, 2000) for k in range(2000)]
     assert once[0] == 0.01 and max(once) == once[99] > 0.99 and once[-1] < 1e-5 and once[1000] == pytest.approx(0.5)
-    twice = [lr_factor(k, 3000, again=True) for k in range(3000)]
+    twice = [lr_factor(k, 3000, with_restart=True) for k in range(3000)]
     assert twice[:2000] == once and max(twice[2000:]) == twice[2099] == pytest.approx(0.5, abs=0.02)
     assert twice[2500] == pytest.approx(0.25) and twice[-1] < 1e-5

@@ -38,9 +38,9 @@ def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False
             raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-            whole = Path(aside) / "data"
-            _write_items(whole, count, seed, pairs)
-            os.replace(whole, folder)
+            complete = Path(aside) / "data"
+            _write_items(complete, count, seed, pairs)
+            os.replace(complete, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder

@@ -1,7 +1,7 @@
 """Edits of the toy world and its language: instructions in many phrasings, captions that leave things out.
 
-Captions leave out what real captions leave out: nearly always where things are and how large, often the pattern, now
-and then a whole thing or the background. So a caption alone does not determine an edit, and the critic is needed.
+Captions leave out what real captions leave out: nearly always the places and sizes of things, often patterns, and
+sometimes a thing or the background. So a caption alone does not determine an edit, and the critic is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Edit:
     target_caption: str
 
     @property
-    def touched(self) -> tuple[int, ...]:
+    def changed_cells(self) -> tuple[int, ...]:
         """Cells that the edit may change; all four for background and style."""
         if self.edit_type in ("background", "style"):
             return 0, 1, 2, 3
@@ -50,7 +50,7 @@ class Edit:
 
 
 def _describe_thing(scene: Scene, cell: int, rng: random.Random) -> str:
-    """What an instruction calls a thing: enough words to tell it from the others in the scene."""
+    """The name of a thing in an instruction: enough words to distinguish it from the others in the scene."""
     thing = scene.thing(cell)
     others = [scene.thing(i) for i in scene.filled if i != cell]
     names = [f"{thing.colour} {thing.shape}"] * 2
@@ -65,7 +65,7 @@ def _describe_thing(scene: Scene, cell: int, rng: random.Random) -> str:
 
 # --------------------------------------------------------------------------------------------------------- language
 
-# The last two of each list are held out of training. They use only words that others use.
+# The last two of each list are held out of training. They use only words that the others use.
 INSTRUCTIONS = {
     "add": ("add a {x}", "put a {x} in the picture", "draw a {x}", "insert a {x}", "place a {x} in the scene",
             "put a {x} in the scene", "add a {x} to the picture"),
@@ -115,51 +115,60 @@ def sample_instruction(edit_type: str, name: str, value: str, place: str, rng: r
 
 
 def sample_full_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that tells of every thing and its place (of three things' places, not always all), as a dense captioner
-    would; now and then of pattern and size."""
+    """A caption that describes every thing with its place, as a dense captioner would, and sometimes with pattern and
+    size. With three things, some places may be left out."""
     return sample_caption(scene, rng, scene.filled, ("place",))
 
 
 def sample_caption(
-    scene: Scene, rng: random.Random, tell: tuple[int, ...] = (), also: tuple[str, ...] = (), held_out: bool = False
+    scene: Scene,
+    rng: random.Random,
+    always_describe: tuple[int, ...] = (),
+    always_state: tuple[str, ...] = (),
+    held_out: bool = False,
 ) -> str:
-    """A caption that leaves things out. `tell` are cells always described; `also` facts always stated ("background",
-    "style", "pattern", "size", "place"; the last three concern the cells in `tell`). `held_out` takes the phrasings
-    kept out of training."""
-    described = [c for c in scene.filled if c in tell or rng.random() < 0.85] or [rng.choice(scene.filled)]
+    """A caption that leaves things out at random. The things in the cells `always_describe` are always described. The
+    facts `always_state` ("background", "style", "pattern", "size", "place") are always stated; the last three concern
+    the cells in `always_describe`. `held_out` takes the phrasings that are kept out of training."""
+    described = [c for c in scene.filled if c in always_describe or rng.random() < 0.85] or [rng.choice(scene.filled)]
     rng.shuffle(described)
     for attempt in range(1000):
-        surely = tuple(f for f in also if attempt < 8 or f != "place" or len(tell) == 1)
-        caption = _draft_caption(scene, rng, described, tell, surely, held_out)
+        required_facts = tuple(f for f in always_state if attempt < 8 or f != "place" or len(always_describe) == 1)
+        caption = _compose_caption(scene, rng, described, always_describe, required_facts, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
     raise AssertionError(f"no caption of {scene} is short enough")
 
 
-def _draft_caption(
-    scene: Scene, rng: random.Random, described: list[int], tell: tuple[int, ...], also: tuple[str, ...], held_out: bool
+def _compose_caption(
+    scene: Scene,
+    rng: random.Random,
+    described: list[int],
+    always_describe: tuple[int, ...],
+    always_state: tuple[str, ...],
+    held_out: bool,
 ) -> str:
-    def phrased(part: str, **words: str) -> str:
+    def fill_template(part: str, **values: str) -> str:
         templates = CAPTIONS[part]
-        return (templates[-1] if held_out else rng.choice(templates[:-1])).format(**words)
+        return (templates[-1] if held_out else rng.choice(templates[:-1])).format(**values)
 
     phrases = []
     for cell in described:
-        thing, sure = scene.thing(cell), cell in tell
-        words = []
-        if (sure and "size" in also) or rng.random() < 0.1:
-            words.append(thing.size)
-        if thing.pattern != "solid" and ((sure and "pattern" in also) or rng.random() < 0.5):
-            words.append(thing.pattern)
-        phrase = " ".join(["a", *words, thing.colour, thing.shape])
-        if (sure and "place" in also) or rng.random() < 0.1:
+        thing, is_required = scene.thing(cell), cell in always_describe
+        adjectives = []
+        if (is_required and "size" in always_state) or rng.random() < 0.1:
+            adjectives.append(thing.size)
+        if thing.pattern != "solid" and ((is_required and "pattern" in always_state) or rng.random() < 0.5):
+            adjectives.append(thing.pattern)
+        phrase = " ".join(["a", *adjectives, thing.colour, thing.shape])
+        if (is_required and "place" in always_state) or rng.random() < 0.1:
             phrase += f" at the {PLACES[cell]}"
         phrases.append(phrase)
-    caption = phrased("all", x=phrased("joined").join(phrases))
-    if "background" in also or rng.random() < 0.6:
-        caption += " " + phrased("ground", b=scene.background)
-    if scene.style != "day" and ("style" in also or rng.random() < 0.75):
-        caption += " " + phrased(scene.style)
+    caption = fill_template("all", x=fill_template("joined").join(phrases))
+    if "background" in always_state or rng.random() < 0.6:
+        caption += " " + fill_template("ground", b=scene.background)
+    if scene.style != "day" and ("style" in always_state or rng.random() < 0.75):
+        caption += " " + fill_template(scene.style)
     return caption
 
 
@@ -180,17 +189,17 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
     cell = -1 if kind in ("add", "background", "style") else rng.choice(scene.filled)
     to_cell, value, place, name = -1, "", "", ""
     described: tuple[int, ...] = (cell,)
-    also: tuple[str, ...] = ()
+    always_state: tuple[str, ...] = ()
     if cell >= 0:
         thing, name = scene.thing(cell), _describe_thing(scene, cell, rng)
     if kind == "add":
         to_cell, place = rng.choice(scene.empty), ""
         new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
-        looks = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}
-        while (new.shape, new.colour) in looks:
+        taken = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}
+        while (new.shape, new.colour) in taken:
             new = sample_thing(rng, pattern=new.pattern)
         name = " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
-        target, described, also = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
+        target, described, always_state = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
         if rng.random() < 0.5:
             place = PLACES[to_cell]
         else:
@@ -205,22 +214,22 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         target = scene.with_cell(cell, replace(thing, colour=value))
     elif kind == "pattern":
         value = rng.choice([p for p in PATTERNS if p != thing.pattern])
-        target, also = scene.with_cell(cell, replace(thing, pattern=value)), ("pattern",)
+        target, always_state = scene.with_cell(cell, replace(thing, pattern=value)), ("pattern",)
     elif kind == "resize":
         value = "small" if thing.size == "large" else "large"
         target = scene.with_cell(cell, replace(thing, size=value, radius=rng.uniform(*SIZES[value])))
-        also = ("size",) if rng.random() < 0.5 else ()
+        always_state = ("size",) if rng.random() < 0.5 else ()
     elif kind == "move":
         to_cell = rng.choice(scene.empty)
         value = PLACES[to_cell]
         target = scene.with_cell(cell, None).with_cell(to_cell, thing)
-        described, also = (to_cell,), (("place",) if rng.random() < 0.5 else ())
+        described, always_state = (to_cell,), (("place",) if rng.random() < 0.5 else ())
     elif kind == "background":
         value = rng.choice([b for b in BACKGROUNDS if b != scene.background])
-        target, described, also = replace(scene, background=value), (), ("background",)
+        target, described, always_state = replace(scene, background=value), (), ("background",)
     else:
         value = rng.choice([s for s in STYLES if s != scene.style])
-        target, described, also = replace(scene, style=value), (), ("style",)
+        target, described, always_state = replace(scene, style=value), (), ("style",)
     return Edit(
         edit_type=kind,
         reference=scene,
@@ -231,10 +240,10 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         instruction=sample_instruction(kind, name, value, place, rng, held_out),
         object=name,
         source_caption=sample_caption(scene, rng),
-        target_caption=sample_caption(target, rng, described, also),
+        target_caption=sample_caption(target, rng, described, always_state),
     )
 
 
 def _is_unique(scene: Scene, cell: int, shape: str, colour: str) -> bool:
-    """Would a thing of this shape and colour in this cell still be the only one of its kind?"""
+    """Whether no other cell holds a thing of this shape and colour."""
     return all((scene.thing(i).shape, scene.thing(i).colour) != (shape, colour) for i in scene.filled if i != cell)

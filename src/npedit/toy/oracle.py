@@ -1,7 +1,7 @@
-"""The oracle: which scene is this picture, and was the edit carried out with the rest preserved?
+"""The oracle: which scene a picture shows, and whether an edit was applied with the rest preserved.
 
-It works by analysis-by-synthesis, comparing a picture with everything the world can draw, and knows nothing of any
-network.
+The oracle works by analysis-by-synthesis: it compares a picture with everything that the world can draw. It uses no
+neural network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from npedit.toy.world import (
 )  # fmt: skip
 
 UNREADABLE = "unreadable"
-Look = tuple[str, str, str, str] | None | str  # (shape, colour, pattern, size), empty, or UNREADABLE
+Appearance = tuple[str, str, str, str] | None | str  # (shape, colour, pattern, size), empty, or UNREADABLE
 RESIDUAL_LIMIT = 0.03  # mean squared difference per pixel and channel above which a cell is unreadable
 _RADII = {"small": (4.5, 4.7), "large": (6.1, 6.4)}
 _OFFSETS = (-0.35, 0.0, 0.35)
@@ -37,9 +37,9 @@ _OFFSETS = (-0.35, 0.0, 0.35)
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle sees. A cell is a look (shape, colour, pattern, size), None (empty) or "unreadable"."""
+    """The scene that the oracle recognises. A cell is (shape, colour, pattern, size), None (empty) or "unreadable"."""
 
-    cells: tuple[Look, ...]
+    cells: tuple[Appearance, ...]
     background: str
     style: str
     residual: float  # mean squared difference to the best scene, worst cell, in the day's contrast
@@ -68,22 +68,22 @@ def _fit_cells(pixels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     Returns the mean squared residual (n,) and the template's index (n,): mask * len(COLOURS) + colour; -1 is empty.
     """
     paint, white, _ = _template_bank()
-    d = pixels - background[:, :, None]
-    power = d.square().sum((1, 2))
-    on_paint = torch.einsum("ncp,mp->ncm", d, paint)
-    on_white = torch.einsum("ncp,mp->ncm", d, white)
+    difference = pixels - background[:, :, None]
+    power = difference.square().sum((1, 2))
+    on_paint = torch.einsum("ncp,mp->ncm", difference, paint)
+    on_white = torch.einsum("ncp,mp->ncm", difference, white)
     pp, ww, pw = paint.square().sum(1), white.square().sum(1), (paint * white).sum(1)
     to_white = 1.0 - background
     scores = []
     for rgb in COLOURS.values():
         to_paint = torch.tensor(rgb) - background
         cross = torch.einsum("nc,ncm->nm", to_paint, on_paint) + torch.einsum("nc,ncm->nm", to_white, on_white)
-        own = (
+        template_power = (
             to_paint.square().sum(1)[:, None] * pp
             + to_white.square().sum(1)[:, None] * ww
             + 2 * (to_paint * to_white).sum(1)[:, None] * pw
         )
-        scores.append(own - 2 * cross)
+        scores.append(template_power - 2 * cross)
     gain, index = torch.stack(scores, 2).flatten(1).min(1)
     empty = gain >= 0
     return (power + gain.clamp(max=0)) / (3 * CELL * CELL), torch.where(empty, -1, index)
@@ -98,10 +98,9 @@ def _corner_mask() -> Tensor:
 
 @torch.no_grad()
 def read_scene(images: Tensor) -> list[Reading]:
-    """Which scenes are these pictures? Images (b, 3, 32, 32) in [0, 1]. No network is asked.
+    """The scene that each picture shows. Images are (b, 3, 32, 32) in [0, 1].
 
-    The background and style are the pair that leaves the smallest residual, among the three nearest to the corner
-    pixels.
+    Background and style are the pair with the smallest residual, among the three pairs nearest to the corner pixels.
     """
     if images.ndim != 4 or images.shape[1:] != (3, SIDE, SIDE):
         raise ValueError(f"expected images (b, 3, {SIDE}, {SIDE}); got {tuple(images.shape)}")
@@ -112,65 +111,65 @@ def _read_chunk(images: Tensor) -> list[Reading]:
     pairs = [(b, s) for b in BACKGROUNDS for s in STYLES]
     shades = torch.tensor([[STYLES[s][0] * v + o for v, o in zip(BACKGROUNDS[b], STYLES[s][1])] for b, s in pairs])
     ground = images[:, :, _corner_mask()].median(2).values
-    near = torch.cdist(ground, shades).topk(3, largest=False).indices
+    nearest = torch.cdist(ground, shades).topk(3, largest=False).indices
     cells = images.unfold(2, CELL, CELL).unfold(3, CELL, CELL).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4, 3, CELL * CELL)
-    fits = []
-    for k in range(near.shape[1]):
-        chosen = [pairs[i] for i in near[:, k].tolist()]
+    candidates = []
+    for k in range(nearest.shape[1]):
+        chosen = [pairs[i] for i in nearest[:, k].tolist()]
         gain = torch.tensor([STYLES[s][0] for _, s in chosen])[:, None, None, None]
         offset = torch.tensor([STYLES[s][1] for _, s in chosen])[:, None, :, None]
         backs = torch.tensor([BACKGROUNDS[b] for b, _ in chosen]).repeat_interleave(4, 0)
         residual, index = _fit_cells(((cells - offset) / gain).flatten(0, 1), backs)
         total = (residual.view(-1, 4) * gain.view(-1, 1).square()).sum(1)
-        fits.append((total, residual.view(-1, 4), index.view(-1, 4), chosen))
-    best = torch.stack([f[0] for f in fits]).argmin(0).tolist()
+        candidates.append((total, residual.view(-1, 4), index.view(-1, 4), chosen))
+    best = torch.stack([f[0] for f in candidates]).argmin(0).tolist()
     _, _, names = _template_bank()
     colours = tuple(COLOURS)
     readings = []
     for i, k in enumerate(best):
-        _, residual, index, chosen = fits[k]
+        _, residual, index, chosen = candidates[k]
         background, style = chosen[i]
-        looks: list[Look] = []
+        cells_read: list[Appearance] = []
         for r, j in zip(residual[i].tolist(), index[i].tolist()):
             if not r <= RESIDUAL_LIMIT:
-                looks.append(UNREADABLE)
+                cells_read.append(UNREADABLE)
             elif j < 0:
-                looks.append(None)
+                cells_read.append(None)
             else:
                 shape, pattern, size = names[j // len(colours)]
-                looks.append((shape, colours[j % len(colours)], pattern, size))
-        readings.append(Reading(tuple(looks), background, style, float(residual[i].max())))
+                cells_read.append((shape, colours[j % len(colours)], pattern, size))
+        readings.append(Reading(tuple(cells_read), background, style, float(residual[i].max())))
     return readings
 
 
 def expected_reading(scene: Scene) -> Reading:
-    """The reading that the scene itself must give."""
-    return Reading(tuple(t.look if t else None for t in scene.cells), scene.background, scene.style, 0.0)
+    """The reading of a picture that shows the scene exactly."""
+    return Reading(tuple(t.appearance if t else None for t in scene.cells), scene.background, scene.style, 0.0)
 
 
 def _reading_facts(reading: Reading) -> dict[str, object]:
     """A reading as independent facts: `2.colour`, `background`, ... An unreadable cell gives facts that equal
     nothing."""
     facts: dict[str, object] = {"background": reading.background, "style": reading.style}
-    for i, look in enumerate(reading.cells):
+    for i, appearance in enumerate(reading.cells):
         for k, key in enumerate(("shape", "colour", "pattern", "size")):
-            facts[f"{i}.{key}"] = look[k] if isinstance(look, tuple) else look
+            facts[f"{i}.{key}"] = appearance[k] if isinstance(appearance, tuple) else appearance
     return facts
 
 
 def expected_scene(edit: Edit, reading: Reading) -> Scene:
-    """The scene that the edit should have led to. Where an added thing may go anywhere, it is where the reading has
-    it."""
+    """The scene that the edit should have led to. Where an added thing may be in any cell, it is in the cell in which
+    the reading has it."""
     if edit.edit_type == "add" and edit.to_cell < 0:
-        (home,) = edit.touched
+        (cell,) = edit.changed_cells
         new = [i for i in edit.reference.empty if reading.cells[i] is not None]
         if len(new) == 1:
-            return edit.reference.with_cell(new[0], edit.target.cells[home])
+            return edit.reference.with_cell(new[0], edit.target.cells[cell])
     return edit.target
 
 
 def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool]:
-    """(applied, preserved): was the edit carried out, and is all else as in the reference?
+    """(applied, preserved): whether the edit was applied, and whether all else is as in the reference.
 
     Position is judged by cell. An added thing may have any size, and any empty cell where the instruction names none.
     """
@@ -179,34 +178,36 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool]:
 
 
 def find_faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:
-    """What is wrong with an edited picture: facts asked for and not there, and facts that should have stayed.
+    """The faults of an edited picture: requested facts that are missing, and facts changed without request.
 
     A fact is "background", "style", or a cell's "2.shape", "2.colour", "2.pattern", "2.size".
     """
     target = expected_scene(edit, reading)
-    wanted, seen, before = (
+    wanted, found, original = (
         _reading_facts(expected_reading(target)),
         _reading_facts(reading),
         _reading_facts(expected_reading(edit.reference)),
     )
     if edit.edit_type == "add":
-        (home,) = (i for i in range(4) if target.cells[i] != edit.reference.cells[i])
-        asked = {f"{home}.shape", f"{home}.colour", f"{home}.pattern"}
-        free = {f"{home}.size"}
+        (cell,) = (i for i in range(4) if target.cells[i] != edit.reference.cells[i])
+        asked = {f"{cell}.shape", f"{cell}.colour", f"{cell}.pattern"}
+        unconstrained = {f"{cell}.size"}
     elif edit.edit_type == "move":
         asked = {f"{edit.to_cell}.shape", f"{edit.to_cell}.colour"} | {
             k for k in wanted if k.startswith(f"{edit.cell}.")
         }
-        free = {f"{edit.to_cell}.pattern", f"{edit.to_cell}.size"} if reading.cells[edit.to_cell] is None else set()
+        unconstrained = (
+            {f"{edit.to_cell}.pattern", f"{edit.to_cell}.size"} if reading.cells[edit.to_cell] is None else set()
+        )
     else:
-        asked, free = {k for k in wanted if wanted[k] != before[k]}, set()
-    rest = set(wanted) - asked - free
-    return {k for k in asked if seen[k] != wanted[k]}, {k for k in rest if seen[k] != wanted[k]}
+        asked, unconstrained = {k for k in wanted if wanted[k] != original[k]}, set()
+    unasked = set(wanted) - asked - unconstrained
+    return {k for k in asked if found[k] != wanted[k]}, {k for k in unasked if found[k] != wanted[k]}
 
 
 def change_outside_edit(edit: Edit, image: Tensor, reference: Tensor) -> float | None:
     """Mean absolute pixel change in the cells that the edit does not touch; None where it touches all four."""
-    cells = [i for i in range(4) if i not in edit.touched]
+    cells = [i for i in range(4) if i not in edit.changed_cells]
     if not cells:
         return None
     change = (image - reference).abs().mean(0).view(2, CELL, 2, CELL).mean((1, 3)).flatten()
@@ -215,24 +216,26 @@ def change_outside_edit(edit: Edit, image: Tensor, reference: Tensor) -> float |
 
 @lru_cache(maxsize=1)
 def _caption_patterns() -> tuple[re.Pattern, re.Pattern, dict[str, re.Pattern], re.Pattern]:
-    """Patterns of the captions' openings, joints, styles and grounds."""
+    """Regular expressions of the captions' openings, conjunctions, styles and backgrounds."""
 
-    def any_of(part: str, rest: str) -> str:
+    def any_template(part: str, suffix: str) -> str:
         longest_first = sorted(CAPTIONS[part], key=len, reverse=True)
-        return "|".join(re.escape(t).replace(r"\{b\}", r"(?:\w+)").replace(r"\{x\}", "") for t in longest_first) + rest
+        return (
+            "|".join(re.escape(t).replace(r"\{b\}", r"(?:\w+)").replace(r"\{x\}", "") for t in longest_first) + suffix
+        )
 
-    styles = {s: re.compile(rf" (?:{any_of(s, '')})$") for s in ("night", "fog")}
+    styles = {s: re.compile(rf" (?:{any_template(s, '')})$") for s in ("night", "fog")}
     return (
-        re.compile(rf"^(?:{any_of('all', '')})"),
-        re.compile(any_of("joined", "")),
+        re.compile(rf"^(?:{any_template('all', '')})"),
+        re.compile(any_template("joined", "")),
         styles,
-        re.compile(rf" (?:{any_of('ground', '')})$"),
+        re.compile(rf" (?:{any_template('ground', '')})$"),
     )
 
 
 def matches_caption(caption: str, reading: Reading) -> bool:
-    """Does the picture hold what the caption says: each thing it names, its pattern, size and place, background,
-    style?"""
+    """Whether the picture shows all that the caption says: each thing with its pattern, size and place, the background,
+    the style."""
     opening, joint, styles, ground = _caption_patterns()
     for style, pattern in styles.items():
         if pattern.search(caption):
@@ -244,13 +247,15 @@ def matches_caption(caption: str, reading: Reading) -> bool:
         caption = caption[: stated.start()]
         if reading.background not in stated[0].split():
             return False
-    left = dict(enumerate(reading.cells))
+    remaining = dict(enumerate(reading.cells))
     for phrase in joint.split(opening.sub("", caption)):
         thing, _, place = phrase.partition(" at the ")
         words = set(thing.split()) - {"a"}
-        fits = [i for i, look in left.items() if isinstance(look, tuple) and words <= set(look)]
-        fits = [i for i in fits if not place or PLACES[i] == place]
-        if not fits:
+        candidates = [
+            i for i, appearance in remaining.items() if isinstance(appearance, tuple) and words <= set(appearance)
+        ]
+        candidates = [i for i in candidates if not place or PLACES[i] == place]
+        if not candidates:
             return False
-        del left[fits[0]]
+        del remaining[candidates[0]]
     return True

@@ -12,7 +12,7 @@ from npedit.toy.edits import CAPTIONS, IDENTITY_INSTRUCTIONS, INSTRUCTIONS
 from npedit.toy.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, SIZES, STYLES
 
 SPECIAL_TOKENS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
-SPARE = 24  # vocabulary rows left free for words to come
+SPARE_ROWS = 24  # vocabulary rows left free for words to come
 SYNONYMS = {
     "color": "colour",
     "recolor": "recolour",
@@ -44,23 +44,23 @@ def vocabulary() -> list[str]:
         "a and on background at night in fog shape yes no answer the is there which what cell holds nothing from"
     )
     words = sorted({w for line in text for w in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", line))})
-    return [*SPECIAL_TOKENS, *words, *(f"<spare{i}>" for i in range(SPARE))]
+    return [*SPECIAL_TOKENS, *words, *(f"<spare{i}>" for i in range(SPARE_ROWS))]
 
 
-def new_tokenizer(max_length: int, ends: bool) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; with `ends` it closes each text with the end token, as T5 and CLIP do."""
+def new_tokenizer(max_length: int, add_eos: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; with `add_eos` it closes each text with the end token, as T5 and CLIP do."""
     ids = {w: i for i, w in enumerate(vocabulary())}
-    inner = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    same = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SYNONYMS.items()]
-    inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *same])
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
-    if ends:
-        inner.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    synonyms = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SYNONYMS.items()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *synonyms])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
+    if add_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
+        tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=[] if ends else [IMAGE],
+        additional_special_tokens=[] if add_eos else [IMAGE],
         model_max_length=max_length,
     )

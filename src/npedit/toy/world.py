@@ -54,7 +54,7 @@ class Thing:
     dy: float
 
     @property
-    def look(self) -> tuple[str, str, str, str]:
+    def appearance(self) -> tuple[str, str, str, str]:
         return self.shape, self.colour, self.pattern, self.size
 
 
@@ -80,10 +80,10 @@ class Scene:
         Raises:
             ValueError: the cell is empty.
         """
-        found = self.cells[cell]
-        if found is None:
+        thing = self.cells[cell]
+        if thing is None:
             raise ValueError(f"expected a filled cell among {self.filled}; got {cell}")
-        return found
+        return thing
 
     def with_cell(self, cell: int, thing: Thing | None) -> Scene:
         cells = list(self.cells)
@@ -169,12 +169,12 @@ def sample_scene(rng: random.Random, things: int = 0) -> Scene:
     """A random scene of one to three things (or `things`), no two of the same colour and shape."""
     count = things or rng.choice((1, 2, 2, 3))
     cells: list[Thing | None] = [None] * 4
-    seen: set[tuple[str, str]] = set()
+    taken: set[tuple[str, str]] = set()
     for cell in rng.sample(range(4), count):
         thing = sample_thing(rng)
-        while (thing.shape, thing.colour) in seen:
+        while (thing.shape, thing.colour) in taken:
             thing = sample_thing(rng)
-        seen.add((thing.shape, thing.colour))
+        taken.add((thing.shape, thing.colour))
         cells[cell] = thing
     style = rng.choice(("day", "day", "night", "fog"))
     return Scene(tuple(cells), rng.choice(tuple(BACKGROUNDS)), style)

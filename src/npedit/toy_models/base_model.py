@@ -30,24 +30,24 @@ THING_VALUES = (tuple(COLOURS), SHAPES, PATTERNS, tuple(SIZES), PLACES)  # what 
 def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     """An untrained pipeline around a VAE. The blocks start as the identity (adaLN-Zero, arXiv 2212.09748)."""
     words = vocabulary()
-    marks = {"pad_token_id": words.index(PAD), "eos_token_id": words.index(EOS)}
+    token_ids = {"pad_token_id": words.index(PAD), "eos_token_id": words.index(EOS)}
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH, bos_token_id=words.index(PAD), **marks,
+            max_position_embeddings=TEXT_LENGTH, bos_token_id=words.index(PAD), **token_ids,
         )
     )  # fmt: skip
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=len(words), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", **marks,
+            feed_forward_proj="gated-gelu", **token_ids,
         )
     )  # fmt: skip
     # Each head begins by looking at one neighbour (T5's buckets of the distances -1, -2, 1, 2): from nothing these
     # biases take thousands of small steps, and until then nothing links a colour to its shape.
-    near = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     with torch.no_grad():
-        near[(1, 2, 17, 18), (0, 1, 2, 3)] += 3.0
+        bias[(1, 2, 17, 18), (0, 1, 2, 3)] += 3.0
     net = FluxTransformer2DModel(
         patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=4,
         attention_head_dim=40, num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=64,
@@ -63,9 +63,9 @@ def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
         vae=vae,
         text_encoder=clip,
-        tokenizer=new_tokenizer(TEXT_LENGTH, ends=True),
+        tokenizer=new_tokenizer(TEXT_LENGTH, add_eos=True),
         text_encoder_2=t5,
-        tokenizer_2=new_tokenizer(TEXT_LENGTH, ends=True),
+        tokenizer_2=new_tokenizer(TEXT_LENGTH, add_eos=True),
         transformer=net,
     )
 
@@ -98,10 +98,10 @@ class _TextHeads(nn.Module):
         places: list[int] = []
         labels: list[list[int]] = []
         for row, line in enumerate(lines):
-            for start, end, said in parse_mentions(line):
+            for start, end, values in parse_mentions(line):
                 rows += [row] * (end - start)
                 places += range(start, end)
-                labels += [said] * (end - start)
+                labels += [values] * (end - start)
         out = self.thing(text.parts[0][rows, places]).split([len(names) + 1 for names in THING_VALUES], 1)
         truth = torch.tensor(labels)
         return torch.stack([F.cross_entropy(o, truth[:, i]) for i, o in enumerate(out)]).mean()
@@ -126,8 +126,8 @@ def parse_mentions(line: str) -> list[tuple[int, int, list[int]]]:
         place = " ".join(words[end + 2 : end + 4]) if words[end : end + 2] == ["at", "the"] else ""
         if place in PLACES:
             end += 4
-        said = [next((n for n, v in enumerate(vs) if v in words[start : i + 1]), len(vs)) for vs in THING_VALUES[:4]]
-        found.append((start, end, [*said, PLACES.index(place) if place in PLACES else len(PLACES)]))
+        values = [next((n for n, v in enumerate(vs) if v in words[start : i + 1]), len(vs)) for vs in THING_VALUES[:4]]
+        found.append((start, end, [*values, PLACES.index(place) if place in PLACES else len(PLACES)]))
     return found
 
 
@@ -137,17 +137,17 @@ def train_text_encoders(folder: Path, pipe: FluxPipeline, steps: int, seed: int 
     Together with the transformer, at its learning rate, T5's attention (which knows no 1 / sqrt(d)) hardens onto single
     words within a few hundred steps and never binds a colour to its shape.
     """
-    reader = _TextHeads(pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
-    learned = nn.ModuleDict({"t5": pipe.text_encoder_2, "clip": pipe.text_encoder, "reader": reader})
-    learned.requires_grad_(True)
+    heads = _TextHeads(pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
+    trained = nn.ModuleDict({"t5": pipe.text_encoder_2, "clip": pipe.text_encoder, "reader": heads})
+    trained.requires_grad_(True)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         captions = [rng.choice((sample_caption, sample_full_caption))(sample_scene(rng), rng) for _ in range(64)]
         edits = [sample_edit(rng) for _ in range(64)]
         words = [e.instruction for e in edits]
         encoded = _encode_with_gradient(pipe, words)
-        instruction_loss = reader.instruction_loss(encoded, edits)
-        binding_loss = reader.binding_loss(_encode_with_gradient(pipe, captions), captions) + reader.binding_loss(
+        instruction_loss = heads.instruction_loss(encoded, edits)
+        binding_loss = heads.binding_loss(_encode_with_gradient(pipe, captions), captions) + heads.binding_loss(
             encoded, words
         )
         return instruction_loss + binding_loss, {
@@ -155,8 +155,8 @@ def train_text_encoders(folder: Path, pipe: FluxPipeline, steps: int, seed: int 
             "binding_loss": float(binding_loss.detach()),
         }
 
-    fit("text", learned, loss, folder, steps, lr=5e-4, betas=(0.9, 0.98), seed=seed, ema=0.995)
-    learned.requires_grad_(False)
+    fit("text", trained, loss, folder, steps, lr=5e-4, betas=(0.9, 0.98), seed=seed, ema=0.995)
+    trained.requires_grad_(False)
 
 
 def train_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scenes: int = 16000) -> FluxPipeline:
@@ -172,20 +172,20 @@ def train_base(folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, scen
     family = Flux(pipe, torch.device("cpu"))
     rng = random.Random(f"base/{seed}")
     edits = [sample_edit(rng) for _ in range(scenes)]
-    world = [e.reference if i % 2 else e.target for i, e in enumerate(edits)]
-    latents = torch.cat([family.encode(render(world[i : i + 64])) for i in range(0, scenes, 64)])
+    scenes_drawn = [e.reference if i % 2 else e.target for i, e in enumerate(edits)]
+    latents = torch.cat([family.encode(render(scenes_drawn[i : i + 64])) for i in range(0, scenes, 64)])
     net = pipe.transformer.requires_grad_(True)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         chosen = [rng.randrange(scenes) for _ in range(64)]
-        captions = [_sample_prompt(world[i], edits[i].instruction if i % 2 else "", rng) for i in chosen]
+        captions = [_sample_prompt(scenes_drawn[i], edits[i].instruction if i % 2 else "", rng) for i in chosen]
         x0 = latents[chosen]
         eps = torch.randn(x0.shape, generator=generator)
         t = flow.shift_times(torch.rand(len(x0), generator=generator), SHIFT)
         v = family.velocity(net, flow.add_noise(x0, eps, t), t, family.encode_text(captions))
         return F.mse_loss(v, flow.velocity(x0, eps)), {}
 
-    fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999, again=True)
+    fit("base", net, loss, folder, steps, lr=2e-3, betas=(0.9, 0.98), seed=seed, ema=0.999, with_restart=True)
     return pipe
 
 
@@ -224,7 +224,7 @@ def caption_accuracy(
     captions = [sample_caption(sample_scene(rng), rng, held_out=held_out) for _ in range(count)]
     right = 0
     for start in range(0, count, 64):
-        some = captions[start : start + 64]
-        readings = read_scene(sample_images(family, some, steps, guidance, seed + start))
-        right += sum(matches_caption(c, r) for c, r in zip(some, readings))
+        chunk = captions[start : start + 64]
+        readings = read_scene(sample_images(family, chunk, steps, guidance, seed + start))
+        right += sum(matches_caption(c, r) for c, r in zip(chunk, readings))
     return right / count

@@ -82,17 +82,17 @@ def train_graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -
     question, kept in FOLDER/right.json. Resumable like `build`."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "right.json"
-    if not kept.is_file():
+    result_file = folder / "right.json"
+    if not result_file.is_file():
         vae = AutoencoderKL.from_pretrained(embedded_weights("base") / "vae").requires_grad_(False)
         if batches and not (folder / "critic").is_dir():
             critic = train_critic(folder, vae, batches, seed)
             critic.model.half()
             _write_folder(critic, folder / "critic")
         critic = LlavaOnevision.load(folder / "critic" if batches else embedded_weights("critic"), torch.float32, CPU)
-        right = evaluate_critic(critic, vae, items, seed=1, damage=False)
-        write_text(kept, json.dumps({"batches": batches, "items": items, "right": right}, indent=1) + "\n")
-    found = json.loads(kept.read_text())
+        accuracy = evaluate_critic(critic, vae, items, seed=1, damage=False)
+        write_text(result_file, json.dumps({"batches": batches, "items": items, "right": accuracy}, indent=1) + "\n")
+    found = json.loads(result_file.read_text())
     if found["batches"] != batches:
         raise UserError(
             f"expected a critic of {batches} batches in {folder}; got one of {found['batches']}; choose another folder"
@@ -107,8 +107,8 @@ def vae_roundtrip_accuracy(family: Flux, items: int, seed: int) -> float:
         sample_edit(random.Random(f"held-out/vae/{seed}/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(items)
     ]
     images = render([e.target for e in edits])
-    again = torch.cat([family.decode(family.encode(x)) for x in images.split(64)]).clamp(0, 1)
-    return sum(all(judge_edit(e, r)) for e, r in zip(edits, read_scene(again), strict=True)) / items
+    reconstructed = torch.cat([family.decode(family.encode(x)) for x in images.split(64)]).clamp(0, 1)
+    return sum(all(judge_edit(e, r)) for e, r in zip(edits, read_scene(reconstructed), strict=True)) / items
 
 
 def measure_models(folder: Path, items: int = 1800, seed: int = 1) -> dict[str, object]:

@@ -79,7 +79,7 @@ def _random_variant(edit: Edit, rng: random.Random) -> Scene:
     if kind == "style":
         return replace(scene, style=rng.choice(tuple(STYLES)))
     if kind == "add":
-        (home,) = edit.touched
+        (home,) = edit.changed_cells
         wanted = edit.target.thing(home)
         field = rng.choice(("shape", "colour", "pattern"))
         wrong = wanted if rng.random() < 0.25 else replace(wanted, **_field(field, rng.choice(VALUES[field])))
@@ -107,12 +107,12 @@ def _incomplete_removal(edit: Edit, rng: random.Random) -> Scene:
 def _overdo(edit: Edit, rng: random.Random) -> Scene:
     """The edit carried out, and more of it: other things changed alike, the new thing in several cells."""
     scene, kind = edit.target, edit.edit_type
-    others = [i for i in scene.filled if i not in edit.touched]
+    others = [i for i in scene.filled if i not in edit.changed_cells]
     if kind in FIELDS and others:
         for cell in rng.sample(others, rng.randint(1, len(others))):
             scene = scene.with_cell(cell, _with_value(scene.thing(cell), FIELDS[kind], edit.value, rng))
     elif kind in ("add", "move"):
-        home = next(i for i in edit.touched if scene.cells[i] is not None)
+        home = next(i for i in edit.changed_cells if scene.cells[i] is not None)
         places = list(scene.empty) if rng.random() < 0.8 else others or list(scene.empty)
         for cell in rng.sample(places, rng.randint(1, len(places))):
             scene = scene.with_cell(cell, scene.cells[home])
@@ -124,7 +124,7 @@ def _overdo(edit: Edit, rng: random.Random) -> Scene:
 def _change_edited_thing(edit: Edit, rng: random.Random) -> Scene:
     """The edit carried out, and something else about the very same thing changed with it."""
     scene = edit.target
-    cells = [i for i in edit.touched if scene.cells[i] is not None]
+    cells = [i for i in edit.changed_cells if scene.cells[i] is not None]
     fields = [f for f in VALUES if f != FIELDS.get(edit.edit_type)]
     if edit.edit_type in ("add", "background", "style") or not cells:
         return _overdo(edit, rng)
@@ -143,7 +143,7 @@ def sample_outcome(edit: Edit, rng: random.Random) -> Scene:
     elif roll < 0.60:
         scene = _wrong_edit(edit, rng)
     elif roll < 0.73:
-        scene = _disturb(edit.target, rng, edit.touched if edit.edit_type not in ("background", "style") else ())
+        scene = _disturb(edit.target, rng, edit.changed_cells if edit.edit_type not in ("background", "style") else ())
     elif roll < 0.84:
         scene = _overdo(edit, rng)
     elif roll < 0.93:

@@ -43,8 +43,10 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int, seed: int) -> float:
     """Peak signal-to-noise ratio in dB, in the mean over `count` held-out scenes, through encoder mean and decoder."""
     images = render(_sample_scenes(random.Random(f"held-out/{seed}"), count)) * 2 - 1
     with torch.no_grad():
-        again = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in images.split(64)]).clamp(-1, 1)
-    error = ((images - again) / 2).square().mean((1, 2, 3))
+        reconstructed = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in images.split(64)]).clamp(
+            -1, 1
+        )
+    error = ((images - reconstructed) / 2).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 
 
@@ -74,12 +76,12 @@ def train_vae(folder: Path, steps: int, seed: int = 0) -> AutoencoderKL:
         images, weight = _render_weighted(_sample_scenes(rng, 64))
         mean = vae.encode(images).latent_dist.mean
         noise = NOISE * min(1.0, 3 * (1 - step / steps)) * mean.detach().std()
-        again = vae.decode(mean + noise * torch.randn(mean.shape, generator=generator)).sample
+        reconstructed = vae.decode(mean + noise * torch.randn(mean.shape, generator=generator)).sample
         # the mean alone is held near the unit Gaussian: the posterior's width is never used
-        spread, error = mean.square().mean(), again - images
-        total = (weight * (error.abs() + 2 * error.square())).mean() + 1e-3 * spread
+        variance, error = mean.square().mean(), reconstructed - images
+        total = (weight * (error.abs() + 2 * error.square())).mean() + 1e-3 * variance
         mse = error.detach().square().mean() / 4
-        return total, {"psnr": float(-10 * mse.log10()), "spread": float(spread.detach())}
+        return total, {"psnr": float(-10 * mse.log10()), "spread": float(variance.detach())}
 
     fit("vae", vae, loss, folder, steps, lr=3e-3, seed=seed, ema=0.995)
     pictures = render(_sample_scenes(random.Random("scale"), 1024)) * 2 - 1
