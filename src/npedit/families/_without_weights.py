@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import nn
 
-from npedit.families.base import Family
+from npedit.families.base import Dtypes, Family
 from npedit.nets.meta_device import META, read_model_config
 
 
-def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device = META) -> Family:
+def family_without_weights(kind: Any, folder: Path, dtype: Dtypes, device: torch.device = META) -> Family:
     """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
 
     Raises:
@@ -50,9 +50,14 @@ def family_without_weights(kind: Any, folder: Path, dtype: torch.dtype, device: 
             )
         else:
             parts[name] = _empty_model(
-                library, made_by, read_model_config(folder / name / "config.json"), dtype, device
+                library, made_by, read_model_config(folder / name / "config.json"), _part_dtype(dtype, name), device
             )
     return kind(type(like)(**parts), device)
+
+
+def _part_dtype(dtype: Dtypes, part: str) -> torch.dtype:
+    """The number type of a part, as diffusers' `from_pretrained` chooses it."""
+    return dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
 
 
 def _empty_model(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from npedit.families._prompts import text_after
+from npedit.families._shared import check_pipeline_folder
+
+Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part as diffusers takes it, with a "default"
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,42 @@ class Text:
 class Family(ABC):
     """See the module's head. `load` and `tiny` build it; all its own modules are frozen and in eval mode."""
 
+    pipeline: ClassVar[Any]  # the class of diffusers that opens a folder of this family
+    denoiser: ClassVar[Any]  # the class of its part "transformer"
+    part_names: ClassVar[tuple[str, ...]]  # the parts that a folder must have
+    optional_part_names: ClassVar[tuple[str, ...]] = ()  # parts that the folder's index may declare absent
+
     facts: Facts
     device: torch.device
     pipe: DiffusionPipeline  # all parts, as diffusers opens them
     base: nn.Module  # the text-to-image model's own denoiser, frozen: the teacher
 
-    @classmethod
     @abstractmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local diffusers folder.
+    def __init__(self, pipe: Any, device: torch.device) -> None: ...
+
+    @classmethod
+    def load(cls, weights: str | Path, dtype: Dtypes, device: torch.device, net: nn.Module | None = None) -> Self:
+        """Open a Hub id or a local diffusers folder. `dtype` may be a dict with the keys "transformer", "vae" and
+        "default" (the text encoders). With `net`, a denoiser of this family, `net` is used as the base, and the
+        folder's own denoiser is neither needed nor read.
 
         Raises:
             FileNotFoundError: a part is missing; the message names it.
             ValueError: the folder holds another family's pipeline.
         """
+        required = [name for name in cls.part_names if name != "transformer" or net is None]
+        name = cls.__module__.rsplit(".", 1)[-1]
+        given: dict[str, Any] = dict(
+            check_pipeline_folder(weights, name, cls.pipeline.__name__, required, cls.optional_part_names)
+        )
+        if net is not None:
+            given["transformer"] = net
+        return cls(cls.pipeline.from_pretrained(weights, dtype=dtype, **given), device)
+
+    @classmethod
+    def load_net(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """A denoiser that was saved in a diffusers folder (`save_pretrained`)."""
+        return cls.denoiser.from_pretrained(folder, dtype=dtype).to(device)
 
     @classmethod
     @abstractmethod
@@ -84,9 +109,14 @@ class Family(ABC):
         one such net, frozen, the same at every call."""
         return self.base
 
-    @abstractmethod
+    def base_as_editor(self) -> nn.Module:
+        """The base itself, able to take references, for loading a trained editor's weights into it. It is no teacher
+        afterwards."""
+        return self.base
+
     def open_net(self, folder: Path) -> nn.Module:
-        """A denoiser that was saved in a diffusers folder (`save_pretrained`)."""
+        """A denoiser that was saved in a diffusers folder (`save_pretrained`), in the base's number type."""
+        return self.load_net(folder, next(self.base.parameters()).dtype, self.device)
 
     @abstractmethod
     def shift(self, height: int, width: int) -> float:

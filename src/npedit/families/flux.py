@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -30,8 +29,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._shared import check_pipeline_folder, pack_latents, schedule_shift, unpack_latents
+from npedit.families._shared import pack_latents, schedule_shift, unpack_latents
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy take less
@@ -39,6 +39,9 @@ T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy tak
 
 class Flux(Family):
     """One FLUX pipeline, opened once; see `families/base.py` for the contract."""
+
+    pipeline, denoiser = FluxPipeline, FluxTransformer2DModel
+    part_names = PARTS
 
     def __init__(self, pipe: FluxPipeline, device: torch.device):
         self.pipe = pipe
@@ -58,12 +61,6 @@ class Flux(Family):
             guidance=3.5,
             blocks=("transformer_blocks", "single_transformer_blocks"),
         )
-
-    @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a FluxPipeline. Errors as in `Family.load`."""
-        check_pipeline_folder(weights, "flux", "FluxPipeline", PARTS)
-        return cls(FluxPipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -96,10 +93,6 @@ class Flux(Family):
     def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
-    def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return FluxTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
@@ -144,7 +137,7 @@ class Flux(Family):
         config: Any = net.config
         if config.guidance_embeds:
             guidance = torch.full((len(x),), self.facts.guidance, device=x.device, dtype=torch.float32)
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         out = net(
             hidden_states=tokens.to(dtype),
             timestep=t.to(dtype),

@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -33,7 +32,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, 
 
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
-    check_pipeline_folder,
     decode_with_qwen_vae,
     encode_with_qwen_vae,
     pack_latents,
@@ -42,6 +40,7 @@ from npedit.families._shared import (
     unpack_latents,
 )
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own, in tokens
@@ -50,6 +49,9 @@ DISTILLED_MU = 1.15  # the pipeline's own
 
 class Krea2(Family):
     """One Krea 2 pipeline, opened once; see `families/base.py` for the contract."""
+
+    pipeline, denoiser = Krea2Pipeline, Krea2Transformer2DModel
+    part_names = PARTS
 
     def __init__(self, pipe: Krea2Pipeline, device: torch.device):
         self.pipe = pipe
@@ -68,12 +70,6 @@ class Krea2(Family):
             guidance=1.0 if pipe.config.is_distilled else 5.5,
             blocks=("transformer_blocks",),
         )
-
-    @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a Krea2Pipeline. Errors as in `Family.load`."""
-        check_pipeline_folder(weights, "krea2", "Krea2Pipeline", PARTS)
-        return cls(Krea2Pipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -112,10 +108,6 @@ class Krea2(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return Krea2Transformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
-
     def shift(self, height: int, width: int) -> float:
         """exp(mu) of the scheduler's resolution-dependent shift or of the distilled model's own, or the fixed one."""
         config = self.pipe.scheduler.config
@@ -150,7 +142,7 @@ class Krea2(Family):
         planes = [x, *references]
         tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
         ids = [_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         out = net(
             hidden_states=tokens.to(dtype),
             encoder_hidden_states=states.to(dtype),

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -42,7 +41,6 @@ from transformers import (
 
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
-    check_pipeline_folder,
     decode_with_qwen_vae,
     encode_with_qwen_vae,
     pack_latents,
@@ -51,6 +49,7 @@ from npedit.families._shared import (
     unpack_latents,
 )
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own limit, in tokens
@@ -58,6 +57,9 @@ TEXT_LENGTH = 512  # the pipeline's own limit, in tokens
 
 class QwenImage(Family):
     """One Qwen-Image pipeline, opened once; see `families/base.py` for the contract."""
+
+    pipeline, denoiser = QwenImagePipeline, QwenImageTransformer2DModel
+    part_names = PARTS
 
     def __init__(self, pipe: QwenImagePipeline, device: torch.device):
         self.pipe = pipe
@@ -73,12 +75,6 @@ class QwenImage(Family):
             guidance=4.0,
             blocks=("transformer_blocks",),
         )
-
-    @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a QwenImagePipeline. Errors as in `Family.load`."""
-        check_pipeline_folder(weights, "qwen_image", "QwenImagePipeline", PARTS)
-        return cls(QwenImagePipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -113,10 +109,6 @@ class QwenImage(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return QwenImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
-
     def shift(self, height: int, width: int) -> float:
         """exp(mu) of the scheduler's resolution-dependent shift, or its fixed one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
@@ -150,7 +142,7 @@ class QwenImage(Family):
         states, mask = trim_padding(*text.parts)
         planes = [x, *references]
         tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         out = net(
             hidden_states=tokens.to(dtype),
             timestep=t.to(dtype),

@@ -39,18 +39,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
 
-from npedit.families._shared import check_pipeline_folder
-from npedit.families.base import Facts, Family, Text
+from npedit.families._published import find_published
+from npedit.families.base import Dtypes, Facts, Family, Text
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 300  # the pipeline's own
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+FLOAT16_MAX = 65504.0
 REFERENCES = 4  # slots of a net that `trainable_net()` makes
 
 
 class Sana(Family):
     """One Sana pipeline, opened once; see `families/base.py` for the contract."""
+
+    pipeline, denoiser = SanaPipeline, SanaTransformer2DModel
+    part_names = PARTS
 
     def __init__(self, pipe: SanaPipeline, device: torch.device):
         self.pipe = pipe
@@ -67,10 +71,14 @@ class Sana(Family):
         )
 
     @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a SanaPipeline. Errors as in `Family.load`."""
-        check_pipeline_folder(weights, "sana", "SanaPipeline", PARTS)
-        return cls(SanaPipeline.from_pretrained(weights, dtype=dtype), device)
+    def load(cls, weights: str | Path, dtype: Dtypes, device: torch.device, net: nn.Module | None = None) -> Self:
+        """See `Family.load`. The attention of checkpoints that were trained in float16 is clipped in every number
+        type."""
+        family = super().load(weights, dtype, device, net)
+        known = find_published(weights)
+        if known is not None and known.clips_attention:
+            _clip_attention(family.base)
+        return family
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -109,13 +117,13 @@ class Sana(Family):
         """The base with its input widened for references, frozen; it shares all other weights with the base."""
         return self._widened_base
 
+    def base_as_editor(self) -> nn.Module:
+        """The base, its input widened for references in place."""
+        return _widen_input(self.base)
+
     @cached_property
     def _widened_base(self) -> nn.Module:
         return _widen_input(copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})).requires_grad_(False)
-
-    def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return SanaTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's shift, of a DPM solver or of flow matching's Euler; the same for all sizes."""
@@ -185,6 +193,18 @@ class Sana(Family):
         """The scheduler to save beside a few-step editor: flow matching's Euler, since the DPM solver that most Sana
         folders hold does not re-noise with fresh noise. SanaPipeline takes either."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _clip_attention(net: nn.Module) -> None:
+    """Clip the outputs of all self-attention layers of the net, in place, to the range of float16. diffusers does so
+    in float16 only."""
+    for name, layer in net.named_modules():
+        if name.endswith("attn1"):
+            layer.register_forward_hook(_clip_output)
+
+
+def _clip_output(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.clip(-FLOAT16_MAX, FLOAT16_MAX)
 
 
 def _widen_input(net: Any) -> nn.Module:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -45,8 +44,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._shared import check_pipeline_folder, schedule_shift
+from npedit.families._shared import schedule_shift
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 T5 = ("text_encoder_3", "tokenizer_3")  # often left out to save memory
@@ -55,6 +55,10 @@ T5_LENGTH = 256  # the pipeline's own, in tokens
 
 class SD3(Family):
     """One SD3 or SD3.5 pipeline, opened once; see `families/base.py` for the contract."""
+
+    pipeline, denoiser = StableDiffusion3Pipeline, SD3Transformer2DModel
+    part_names = PARTS
+    optional_part_names = T5
 
     def __init__(self, pipe: StableDiffusion3Pipeline, device: torch.device):
         self.pipe = pipe
@@ -73,12 +77,6 @@ class SD3(Family):
             guidance=7.0,
             blocks=("transformer_blocks",),
         )
-
-    @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a StableDiffusion3Pipeline. Errors as in `Family.load`."""
-        absent = check_pipeline_folder(weights, "sd3", "StableDiffusion3Pipeline", PARTS, T5)
-        return cls(StableDiffusion3Pipeline.from_pretrained(weights, dtype=dtype, **absent), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -116,10 +114,6 @@ class SD3(Family):
     def trainable_net(self) -> nn.Module:
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
-    def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype."""
-        return SD3Transformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
 
     def shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
@@ -162,7 +156,7 @@ class SD3(Family):
             ValueError: the net's table of places has no room for the pictures.
         """
         sequence, pooled = text.parts
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         with _attach_references(net, x, [r.to(dtype) for r in references]):
             out = net(
                 hidden_states=x.to(dtype),

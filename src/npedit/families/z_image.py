@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Q
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import Facts, Family, Text
+from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own
@@ -54,11 +55,14 @@ TINY_TEMPLATE = (  # Qwen3's, for one turn
 class ZImage(Family):
     """One Z-Image pipeline, opened once; see `families/base.py` for the contract."""
 
+    pipeline, denoiser = ZImagePipeline, ZImageTransformer2DModel
+    part_names = PARTS
+
     def __init__(self, pipe: ZImagePipeline, device: torch.device):
         self.pipe = pipe
         self.base = pipe.transformer
         self.device = device
-        self.thinking = True  # as the pipeline's prompts have it
+        self.thinking = not _takes_frames(pipe.transformer)  # else prompts are encoded as for such a net
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
         stride = pipe.vae_scale_factor
@@ -69,12 +73,6 @@ class ZImage(Family):
             guidance=6.0,
             blocks=("noise_refiner", "context_refiner", "layers"),
         )
-
-    @classmethod
-    def load(cls, weights: str | Path, dtype: torch.dtype, device: torch.device) -> Self:
-        """Open a Hub id or a local folder of a ZImagePipeline. Errors as in `Family.load`."""
-        check_pipeline_folder(weights, "z_image", "ZImagePipeline", PARTS)
-        return cls(ZImagePipeline.from_pretrained(weights, dtype=dtype), device)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -112,9 +110,9 @@ class ZImage(Family):
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
     def open_net(self, folder: Path) -> nn.Module:
-        """A transformer saved with `save_pretrained`, in the base's dtype. After one that was trained with frames,
-        prompts are encoded as for it."""
-        net = ZImageTransformer2DModel.from_pretrained(folder, dtype=self.pipe.transformer.dtype).to(self.device)
+        """A transformer saved with `save_pretrained`, in the base's number type. After one that was trained with
+        frames, prompts are encoded as for it."""
+        net = super().open_net(folder)
         self.thinking = not _takes_frames(net)
         return net
 
@@ -180,7 +178,7 @@ class ZImage(Family):
         if len(text) != len(x) or any(len(r) != len(x) for r in references):
             came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
             raise ValueError(f"expected {len(x)} of each; got {came}")
-        dtype = next(net.parameters()).dtype
+        dtype = compute_dtype(net)
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
         frames = [plane.to(dtype).unsqueeze(2).unbind() for plane in (*references, x)]  # each b times (c, 1, h, w)

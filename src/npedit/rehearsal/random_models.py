@@ -68,7 +68,7 @@ def _write_model(part: str, chosen: FamilyChoice | CriticChoice, folder: Path, l
         aside.mkdir(parents=True)
         if isinstance(chosen, FamilyChoice):
             kind = find_class("families", chosen.name)
-            family_without_weights(kind, configs, torch_dtype(chosen.dtype), CPU).pipe.save_pretrained(aside)
+            family_without_weights(kind, configs, chosen.dtypes(), CPU).pipe.save_pretrained(aside)
         else:
             kind = find_class("critics", chosen.name)
             critic: Any = critic_without_weights(kind, configs, torch_dtype(chosen.dtype), chosen.resolution, CPU)

@@ -17,7 +17,7 @@ from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.families._prompts import truncation_message
 from npedit.nets import distributed
-from npedit.nets.device import device_name, pick_device, supports_dtype
+from npedit.nets.device import allow_tf32, device_name, pick_device, supports_dtype
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import CriticChoice, Recipe, find_class, find_module, torch_dtype
@@ -26,6 +26,7 @@ from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.editor_weights import load_ema_weights, require_finite_weights
 from npedit.runs.resolve import EditorSource, resolve_editor
 from npedit.steps.base import Judge, Parts
+from npedit.training.checkpoint_warnings import checkpoint_warnings
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ def build_parts(recipe: Recipe) -> Parts:
         UserError: weights are missing or are those of another model, or the device lacks their type of number.
     """
     device = pick_device()
-    check_dtype("family", torch_dtype(recipe.family.dtype), device)
+    for dtype in dict.fromkeys(recipe.family.dtypes().values()):
+        check_dtype("family", dtype, device)
+    if recipe.family.dtype != "float32":
+        allow_tf32(device)  # also for what stays in float32: the recipe has chosen speed
     wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
     for part, one in (("critic", recipe.critic if "critic" in wanted else None), ("judge", recipe.judge)):
         try:
@@ -48,7 +52,10 @@ def build_parts(recipe: Recipe) -> Parts:
             raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
     with explain_loading_errors("family.weights", chosen.weights):
-        family = find_class("families", chosen.name).load(chosen.folder(), torch_dtype(chosen.dtype), device)
+        family = find_class("families", chosen.name).load(chosen.folder(), chosen.dtypes(), device)
+    if distributed.is_main_process():
+        for message in checkpoint_warnings(recipe, family):
+            log.warning("family.weights: %s", message)
     critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted and recipe.critic else None
     wording = recipe.critic.wording if recipe.critic else "plain"
     judge = Judge(_open_critic("judge", recipe.judge, device), recipe.judge.wording) if recipe.judge else None
@@ -153,7 +160,7 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
-    if getattr(data, "has_pairs", False) and not recipe.uses_pairs():
+    if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
         raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
