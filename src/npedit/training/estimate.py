@@ -168,7 +168,7 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
     chosen, judge = recipe.family, recipe.critic
     try:
         kind, folder = find_class("families", chosen.name), config_folder("family", chosen.weights, chosen.folder)
-        family = family_without_weights(kind, folder, torch_dtype(chosen.dtype))
+        family = family_without_weights(kind, folder, chosen.dtypes())
         if recipe.judge is not None:
             raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
         if judge is None:
