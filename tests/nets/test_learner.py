@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit.errors import UserError
+from npedit.nets.adamw import AdamWWithoutMomentum
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import validate_settings
 
@@ -43,8 +44,98 @@ def test_it_learns() -> None:
     assert loss(one)().item() < 0.2 * before
 
 
-def test_master_weights_are_float32() -> None:
-    assert {p.dtype for p in Learner(net().bfloat16(), LearnerSettings(), 1).net.parameters()} == {torch.float32}
+def test_a_bfloat16_model_trains_float32_master_weights() -> None:
+    """The model computes as it came, bit for bit; updates far below bfloat16's precision add up; masters are saved."""
+    base = net().bfloat16()
+    one = Learner(copy.deepcopy(base), LearnerSettings(lr=1e-5, betas=(0.5, 0.9), ema=0.5), 300)
+    inputs = X.bfloat16()
+    assert torch.equal(one.net(inputs), base(inputs))
+
+    def push() -> Tensor:
+        return one.net(inputs).float().sum()
+
+    one.update([push])
+    assert {p.dtype for p in one.net.parameters()} == {torch.bfloat16}
+    assert {p.grad for p in one.net.parameters()} == {None}
+    assert torch.equal(one.net[3].bias, base[3].bias)  # one update is rounded away
+    for _ in range(299):
+        one.update([push])
+    saved, numbers = one.state()
+    assert {t.dtype for k, t in saved.items() if k.startswith(("net.", "ema.", "optimizer.exp"))} == {torch.float32}
+    moved = saved["net.3.bias"] - base[3].bias.float()
+    torch.testing.assert_close(moved, torch.full((2,), -0.003), rtol=0.01, atol=0)
+    assert torch.equal(one.net[3].bias, saved["net.3.bias"].bfloat16())
+    with one.use_ema_weights():
+        assert torch.equal(one.net[3].bias, saved["ema.3.bias"].bfloat16())
+    other = Learner(copy.deepcopy(base), LearnerSettings(lr=1e-5, betas=(0.5, 0.9), ema=0.5), 300)
+    other.load_state(saved, numbers)
+    assert torch.equal(weights(one), weights(other))
+    one.update([push])
+    other.update([lambda: other.net(inputs).float().sum()])
+    assert all(torch.equal(t, other.state()[0][k]) for k, t in one.state()[0].items())
+
+
+def test_the_next_stage_goes_on_from_the_float32_weights() -> None:
+    """Not from the rounded ones that the model computes with."""
+    one = Learner(net().bfloat16(), LearnerSettings(lr=1e-5), 10)
+    one.update([lambda: one.net(X.bfloat16()).float().sum()])
+    one.load_ema_weights()
+    ema = {k[4:]: t.clone() for k, t in one.state()[0].items() if k.startswith("ema.")}
+    following = Learner(one.net, LearnerSettings(), 10).state()[0]
+    assert all(torch.equal(following[f"net.{name}"], value) for name, value in ema.items())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in ema.values())
+
+
+def test_gradients_of_several_losses_add_up_in_float32() -> None:
+    """In bfloat16, 1 + 1/512 is 1."""
+    seen = []
+    one = Learner(net().bfloat16(), LearnerSettings(clip=1e9), 1)
+    one._optimizer.register_step_pre_hook(lambda o, *_: seen.append([p.grad for p in o.param_groups[0]["params"]][-1]))
+    one.update([lambda: one.net[3].bias.sum() * 2, lambda: one.net[3].bias.sum() / 256])
+    assert seen[0].tolist() == [1 + 1 / 512] * 2
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_without_beta1_the_updates_are_those_of_adamw_bit_for_bit(foreach: bool, weight_decay: float) -> None:
+    ours, theirs = net(), net()
+    chosen = {"lr": 0.01, "weight_decay": weight_decay, "foreach": foreach}
+    lean = AdamWWithoutMomentum(list(ours.parameters()), beta2=0.9, **chosen)
+    adamw = torch.optim.AdamW(theirs.parameters(), betas=(0.0, 0.9), **chosen)
+    for i in range(5):
+        for model, optimizer in ((ours, lean), (theirs, adamw)):
+            optimizer.zero_grad()
+            ((model(X) - Y) * (i + 1)).square().mean().backward()
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert {key for state in lean.state.values() for key in state} == {"step", "exp_avg_sq"}
+
+
+def test_what_a_setting_switches_off_is_neither_kept_nor_saved() -> None:
+    one = learner(ema=0.0, betas=(0.0, 0.9))
+    one.update([loss(one)])
+    assert not [k for k in one.state()[0] if k.startswith(("ema.", "optimizer.exp_avg."))]
+    newest = weights(one)
+    with one.use_ema_weights():
+        assert torch.equal(weights(one), newest)
+    one.load_ema_weights()
+    assert torch.equal(weights(one), newest)
+
+
+def test_a_checkpoint_from_before_resumes() -> None:
+    """It has an average and a first moment that nobody needs."""
+    one, other = learner(ema=0.0), learner(ema=0.0)
+    one.update([loss(one)])
+    tensors, numbers = one.state()
+    old = {k: t.clone() for k, t in tensors.items()}
+    for key in list(old):
+        if key.startswith("net."):
+            old[f"ema.{key[4:]}"] = old[key].clone()
+            old[f"optimizer.exp_avg.{key[4:]}"] = torch.ones_like(old[key])
+    other.load_state(old, numbers)
+    for each in (one, other):
+        each.update([loss(each)])
+    assert torch.equal(weights(one), weights(other))
 
 
 def test_four_times_one_is_one_times_four() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.nets.lora import WEIGHTS_FILE, LoraAdapter
+from npedit.nets.master_weights import master_weight
 from npedit.recipe.config import LoraChoice, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.base import Parts
@@ -58,13 +60,14 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     student = made.create_trainable("student", 0)
     assert torch.equal(velocity(made, student), untouched)
     assert torch.equal(velocity(made, made.family.base), untouched)
-    assert {p.dtype for p in trained(student)} == {torch.float32}  # master weights, whatever the base's type
+    assert {p.dtype for p in trained(student)} == {dtype}
+    assert {master_weight(p).dtype for p in trained(student)} == {torch.float32}
     assert {p.dtype for p in made.family.base.parameters() if not p.requires_grad} == {dtype}
     nudge(student)
     assert not torch.allclose(velocity(made, student), untouched, atol=1e-4)
     assert torch.equal(velocity(made, made.family.base), untouched)
     Learner(student, LearnerSettings(), 1)
-    assert torch.equal(velocity(made, made.family.base), untouched)  # the learner casts the adapter alone
+    assert torch.equal(velocity(made, made.family.base), untouched)
 
 
 def test_the_teacher_stays_whatever_the_others_learn() -> None:
@@ -178,9 +181,15 @@ def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
     assert len(parts(critic=False).prompts) == 0
 
 
-def test_frozen_parts_are_awake_while_they_are_used_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each forward and backward pass through a frozen part happens inside a block of `awake`, and nothing else does."""
-    moves, used, made = [], set(), parts(offload=True)
+def size_in_bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def test_offloaded_parts_are_on_the_device_while_they_are_used_and_are_copied_there_once_an_update() -> None:
+    """Each forward and backward pass through a frozen part happens inside a block of `on_device`. Nothing is copied
+    back: the weights in host memory are the same storages before and after."""
+    used, copies = set(), []
+    made = replace(parts(offload=True), on_copy=lambda name, size: copies.append((name, size)))
     pipe, wrong = made.family.pipe, []
     inner = {"text": [pipe.text_encoder, pipe.text_encoder_2], "vae": [pipe.vae.encoder, pipe.vae.decoder],
              "critic": [made.critic.model.model.vision_tower, made.critic.model.lm_head]}  # fmt: skip
@@ -190,22 +199,32 @@ def test_frozen_parts_are_awake_while_they_are_used_and_at_no_other_time(monkeyp
         if name not in made.names_on_device:
             wrong.append(name)
 
+    before = {name: p.data_ptr() for name, p in made.critic.model.named_parameters()}
     for name, modules in inner.items():
         for module in modules:
             module.register_forward_pre_hook(lambda *args, name=name: note(name))
     pipe.vae.decoder.register_full_backward_hook(lambda *args: note("vae"))
     made.critic.model.lm_head.register_full_backward_hook(lambda *args: note("critic"))
-    real = nn.Module.to
-    monkeypatch.setattr(nn.Module, "to", lambda self, *args: moves.append((self, *args)) or real(self, *args))
     step = Step(NpEditSettings(fake_updates=2), made, made.create_trainable("student", 0), 10, 0)
-    moves.clear()
     step.step([batch(0, 1), batch(2, 3)], 0)
     assert used == {"text", "vae", "critic"} and not wrong and not made.names_on_device
-    assert {id(m) for m, *_ in moves} == {id(m) for m in (*inner["text"], pipe.vae, made.critic.model)}
+    sizes = {"text": inner["text"], "vae": [pipe.vae], "critic": [made.critic.model]}
+    assert sorted(copies) == sorted((n, size_in_bytes(m)) for n, modules in sizes.items() for m in modules)  # once each
+    assert before == {name: p.data_ptr() for name, p in made.critic.model.named_parameters()}
     plain = parts()
     other = Step(NpEditSettings(fake_updates=2), plain, plain.create_trainable("student", 0), 10, 0)
     other.step([batch(0, 1), batch(2, 3)], 0)
     assert torch.equal(weights(step.learners["student"].net), weights(other.learners["student"].net))
+
+
+def test_offloaded_text_encoders_stay_away_when_all_prompts_are_cached() -> None:
+    copies = []
+    made = replace(parts(offload=True, cached_prompts=100), on_copy=lambda name, size: copies.append(name))
+    step = Step(NpEditSettings(fake_updates=2), made, made.create_trainable("student", 0), 10, 0)
+    step.step([batch(0, 1), batch(2, 3)], 0)
+    assert sorted(copies) == ["critic", "text", "text", "vae"]  # two text encoders
+    step.step([batch(3, 1), batch(2, 0)], 1)
+    assert sorted(copies[4:]) == ["critic", "vae"]
 
 
 # ------------------------------------------------------------------------------------------- a whole run, and its end

@@ -97,6 +97,13 @@ def supports_dtype(device: torch.device, dtype: torch.dtype) -> bool:
     return works
 
 
+def allow_tf32(device: torch.device) -> None:
+    """Let CUDA multiply float32 matrices with TensorFloat-32 from now on: 10 bits of precision, several times the
+    speed. Other devices are left as they are."""
+    if is_cuda(device):
+        torch.set_float32_matmul_precision("high")
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory in GiB since the start or the last `reset_peak_memory`: of the accelerator, or of this process where
     PyTorch does not measure it."""

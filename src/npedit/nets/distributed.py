@@ -34,8 +34,10 @@ from torch.distributed.tensor import DTensor
 
 from npedit.errors import UserError
 from npedit.nets.device import accelerator_count, is_accelerator, pick_device, process_group_backend, set_process_device
+from npedit.nets.master_weights import master_weight, round_master_weights
 
 TIMEOUT = timedelta(minutes=60)  # the other processes wait while the main one writes the editor
+COMPUTE_DTYPE = "npedit_compute_dtype"  # an attribute of sharded models
 REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -243,12 +245,19 @@ def distribute_model(net: nn.Module) -> nn.Module:
         return net
     trained = [param for param in net.parameters() if param.requires_grad]
     for param in trained:
-        dist.broadcast(param.data, 0)
+        dist.broadcast(master_weight(param).data, 0)
+    round_master_weights(trained)
     if _sharding_plan.mesh is not None and len(trained) == len(list(net.parameters())):
-        places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
-        _empty_copies[net] = copy.deepcopy(net, places)
+        net.float()  # each process trains its slices in float32; FSDP gathers them in the plan's type
+        _empty_copies[net] = _empty_copy(net)
         _shard(net, set())
     return net
+
+
+def _empty_copy(net: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are on the meta device."""
+    places = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, places)
 
 
 def shard_frozen(net: nn.Module) -> None:
@@ -264,27 +273,36 @@ def _shard(net: nn.Module, left_out: set[nn.Parameter]) -> None:
         if _sharding_plan.dtype == torch.float32
         else {"param_dtype": _sharding_plan.dtype, "reduce_dtype": torch.float32}
     )
-    inside = MixedPrecisionPolicy(**low, cast_forward_inputs=False)  # rotary embeddings stay in float32
+    # FSDP casts no inputs: times and rotary embeddings stay in float32, and families cast the rest (`compute_dtype`).
+    policy = MixedPrecisionPolicy(**low, cast_forward_inputs=False)
     for name in _sharding_plan.blocks:
         for block in net.get_submodule(name).children():
-            fully_shard(block, mesh=_sharding_plan.mesh, mp_policy=inside, ignored_params=left_out)
+            fully_shard(block, mesh=_sharding_plan.mesh, mp_policy=policy, ignored_params=left_out)
     # Reshard after each call: else a call without gradient keeps gathered weights, and the next call uses stale ones.
-    outside = MixedPrecisionPolicy(**low)
-    fully_shard(net, mesh=_sharding_plan.mesh, mp_policy=outside, reshard_after_forward=True, ignored_params=left_out)
+    fully_shard(net, mesh=_sharding_plan.mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=left_out)
+    net.__dict__[COMPUTE_DTYPE] = _sharding_plan.dtype
+
+
+def compute_dtype(net: Any) -> torch.dtype:
+    """The type that a model, a `LoraAdapter` or a sharded model computes in. A sharded one's own parameters are slices
+    in float32, and FSDP gathers them in the plan's type."""
+    return getattr(net, COMPUTE_DTYPE, None) or next(net.parameters()).dtype
 
 
 def gather_full_model(net: nn.Module) -> nn.Module | None:
-    """The model with full weights, to be saved, in the main process; None in the others. The weights of a sharded model
-    are gathered on the CPU. All processes must call it."""
-    if net not in _empty_copies:
+    """The model with full weights in float32, to be saved, in the main process; None in the others. A model that is
+    sharded or computes in another type is copied to the CPU. All processes must call it."""
+    is_whole = net not in _empty_copies and all(master_weight(p) is p for p in net.parameters())
+    if is_whole or hasattr(net, "lora_layers"):
         return net if is_main_process() else None
     state = {}
-    for name, value in net.state_dict().items():
+    for name, value in net.state_dict(keep_vars=True).items():
+        value = master_weight(value).detach()
         value = value.full_tensor() if isinstance(value, DTensor) else value
         if is_main_process():
             state[name] = value.cpu()
     if not is_main_process():
         return None
-    made = copy.deepcopy(_empty_copies[net])
+    made = copy.deepcopy(_empty_copies[net]) if net in _empty_copies else _empty_copy(net)
     made.load_state_dict(state, assign=True)
     return made

@@ -1,5 +1,9 @@
 """One trainable model: float32 master weights, AdamW, accumulation, a check for finite gradients, clipping, the
-learning rate schedule and EMA weights."""
+learning rate schedule and EMA weights.
+
+What a setting switches off takes no memory: no EMA weights where `ema` is 0, no first moment where `betas` begins with
+0 (`adamw.py`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 
 from npedit.errors import UserError
 from npedit.nets import distributed
+from npedit.nets.adamw import AdamWWithoutMomentum
+from npedit.nets.master_weights import add_master_weights, master_weight, round_master_weights
 from npedit.recipe.config import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -43,15 +49,17 @@ class LearnerSettings(Settings):
 
 
 class Learner:
-    """Trains the parameters of `net` that require gradients. `net` is cast to float32 in place, and sharded if
-    `distributed.set_sharding_plan` says so.
+    """Trains the parameters of `net` that require gradients. `net` is sharded in place if
+    `distributed.set_sharding_plan` says so. It computes in the type that it comes in, and what is trained is float32
+    (`master_weights.py`).
 
     A step calls `update`, which does the gradient accumulation. `net` holds the newest weights; inside
-    `with learner.use_ema_weights():` it holds their exponential moving average (EMA).
+    `with learner.use_ema_weights():` it holds their exponential moving average (EMA), which is the newest weights
+    again where `ema` is 0.
     """
 
     def __init__(self, net: nn.Module, settings: LearnerSettings, total_updates: int) -> None:
-        self.net = distributed.distribute_model(net).float()
+        self.net = distributed.distribute_model(net)
         self.settings = settings
         self.total_updates = total_updates
         self.updates = 0  # calls of `update`, skipped ones too
@@ -60,10 +68,10 @@ class Learner:
         self._params = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         if not self._params:
             raise ValueError("expected a model with trainable parameters; got none that requires a gradient")
-        self._ema = {n: p.detach().clone() for n, p in self._params.items()}
-        self._optimizer = _optimizer_class(settings)(
-            self._params.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        add_master_weights(self._params.values())
+        self._masters = {n: master_weight(p) for n, p in self._params.items()}
+        self._ema = {n: p.detach().clone() for n, p in self._masters.items() if settings.ema}
+        self._optimizer = _make_optimizer(settings, list(self._masters.values()))
 
     def learning_rate(self) -> float:
         """The learning rate of the next update: linear warm-up, then constant, or a cosine to 0 at `total_updates`."""
@@ -93,10 +101,10 @@ class Learner:
             loss = compute() / len(losses)
             loss.backward()
             finite = finite and bool(torch.isfinite(loss.detach()))
-        distributed.average_gradients(self._params.values())
-        if all(p.grad is None for p in self._params.values()):
+        distributed.average_gradients(self._masters.values())
+        if all(p.grad is None for p in self._masters.values()):
             raise ValueError("expected losses that depend on the model's parameters; got none")
-        norm = distributed.to_float(nn.utils.clip_grad_norm_(self._params.values(), self.settings.clip))
+        norm = distributed.to_float(nn.utils.clip_grad_norm_(self._masters.values(), self.settings.clip))
         rate = self.learning_rate()
         if all(distributed.all_gather(finite and math.isfinite(norm))):
             self._apply_gradients(rate)
@@ -111,9 +119,12 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        round_master_weights(self._params.values())
+        if not self._ema:
+            return
         done = self.updates - self.skipped
         decay = min(self.settings.ema, (done + 1) / (done + 10))  # a lower decay at first, so the start weighs little
-        torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._params.values()], 1 - decay)
+        torch._foreach_lerp_(list(self._ema.values()), [p.detach() for p in self._masters.values()], 1 - decay)
 
     def _skip_update(self, norm: float) -> None:
         self.skipped += 1
@@ -137,22 +148,24 @@ class Learner:
     @torch.no_grad()
     def load_ema_weights(self) -> None:
         """Overwrite the model's weights with the EMA weights. The next stage starts from them."""
-        for name, param in self._params.items():
-            param.copy_(self._ema[name])
+        for name, average in self._ema.items():
+            self._masters[name].copy_(average)
+        round_master_weights(self._params.values())
 
     @torch.no_grad()
     def _swap_ema_weights(self) -> None:
-        for name, param in self._params.items():  # in place: FSDP keeps references to these tensors
-            kept = param.clone()
-            param.copy_(self._ema[name])
-            self._ema[name].copy_(kept)
+        for name, average in self._ema.items():  # in place: FSDP keeps references to these tensors
+            kept = self._masters[name].clone()
+            self._masters[name].copy_(average)
+            average.copy_(kept)
+        round_master_weights(self._params.values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that is needed to resume training: tensors by name, and counters."""
-        tensors = {f"net.{n}": p.detach() for n, p in self._params.items()}
+        tensors = {f"net.{n}": p.detach() for n, p in self._masters.items()}
         tensors |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
         tensors |= {f"ema.{n}": e for n, e in self._ema.items()}
-        for name, param in self._params.items():
+        for name, param in self._masters.items():
             for key, value in self._optimizer.state.get(param, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)  # adamw8bit: the number of steps is an int
         return tensors, {"updates": self.updates, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
@@ -160,7 +173,7 @@ class Learner:
     def parameter_of(self, key: str) -> Tensor | None:
         """The parameter that the tensor `key` of `state` belongs to; None for a buffer."""
         kind, name = key.split(".", 1)
-        return self._params.get(name.split(".", 1)[1] if kind == "optimizer" else name)
+        return self._masters.get(name.split(".", 1)[1] if kind == "optimizer" else name)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -169,7 +182,7 @@ class Learner:
         Raises:
             ValueError: the tensors are those of another model; the message names the first wrong one.
         """
-        wanted: dict[str, Tensor] = {f"net.{n}": p for n, p in self._params.items()}
+        wanted: dict[str, Tensor] = {f"net.{n}": p for n, p in self._masters.items()}
         wanted |= {f"ema.{n}": e for n, e in self._ema.items()}
         wanted |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
         for name, place in wanted.items():
@@ -177,13 +190,23 @@ class Learner:
                 got = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
             place.copy_(tensors[name])
+        round_master_weights(self._params.values())
+        self._load_optimizer_state(tensors)
+        self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
+        self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
+
+    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the optimizer's tensors. A first moment that `betas` has no use for, as in older checkpoints, is left
+        out."""
+        unused = {"exp_avg"} if isinstance(self._optimizer, AdamWWithoutMomentum) else set()
         self._optimizer.state.clear()
         found: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, key, param_name = name.split(".", 2)
-                found[param_name][key] = value
-        for name, param in self._params.items():
+                if key not in unused:
+                    found[param_name][key] = value
+        for name, param in self._masters.items():
             for key, value in found[name].items():
                 kept: Tensor | int
                 if key == "step":
@@ -191,13 +214,14 @@ class Learner:
                 else:
                     kept = value.to(param.device, copy=True)
                 self._optimizer.state[param][key] = kept
-        self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
-        self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
 
-def _optimizer_class(settings: LearnerSettings) -> Callable[..., torch.optim.Optimizer]:
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW
-    from bitsandbytes.optim import AdamW8bit
+def _make_optimizer(settings: LearnerSettings, params: list[Tensor]) -> torch.optim.Optimizer:
+    s = settings
+    if s.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit
+        return AdamW8bit(params, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+    if s.betas[0] == 0:
+        return AdamWWithoutMomentum(params, lr=s.lr, beta2=s.betas[1], weight_decay=s.weight_decay)
+    return torch.optim.AdamW(params, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)

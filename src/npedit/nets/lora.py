@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): one frozen base serves student, fake score and teacher.
 
 A trained role is a `LoraAdapter`: a model whose forward is that of the base with this role's low-rank layers active.
-Outside such a call no adapter is active, so the base itself is the teacher, bit for bit. The base keeps its type, such
-as bfloat16. An adapter's weights are float32: they are the master weights that a learner trains.
+Outside such a call no adapter is active, so the base itself is the teacher, bit for bit. An adapter computes in the
+base's type, such as bfloat16. Its weights that are trained, saved and loaded are float32 (`master_weights.py`).
 
 Every linear layer gets an adapter: attention, MLPs, modulation, and the embedders. The embedders read what is new to an
 editor, the reference and the instruction. With attention and MLPs alone the toy learns half as fast.
@@ -25,6 +25,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from npedit.nets.distributed import compute_dtype
+from npedit.nets.master_weights import add_master_weights, master_weight, set_weight
+
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # this name, the prefix and the key are diffusers' own
 KEY_PREFIX = "transformer"
 METADATA_KEY = "lora_adapter_metadata"
@@ -33,8 +36,7 @@ METADATA_KEY = "lora_adapter_metadata"
 class LoraAdapter(nn.Module):
     """One role's LoRA adapter of a base. It is called like the base, and has the base's attributes, such as config.
 
-    `state_dict` has the parameters of the adapter alone, and `float` converts these alone. `parameters` gives the
-    frozen parameters of the base first: families read the type to compute in there.
+    `state_dict` has the parameters of the adapter alone. `parameters` gives the frozen parameters of the base first.
     """
 
     def __init__(self, base: Any, role: str):
@@ -49,7 +51,7 @@ class LoraAdapter(nn.Module):
                 layer.set_requires_grad(list(base.peft_config), True)  # peft freezes all adapters but the newest
                 for part in ("lora_A", "lora_B"):
                     self.lora_layers[f"{name}.{part}".replace(".", "/")] = getattr(layer, part)[role]
-        self.lora_layers.float()  # peft creates them with the base's type
+        self.lora_layers.to(compute_dtype(base))
 
     @classmethod
     def create(cls, base: Any, role: str, rank: int, alpha: float, seed: int) -> Self:
@@ -61,7 +63,9 @@ class LoraAdapter(nn.Module):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             torch.manual_seed(zlib.crc32(f"{role} {seed}".encode()))
             base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear_layer_names(base)), role)
-        return cls(base, role)
+        made = cls(base, role)
+        add_master_weights(made.lora_layers.parameters())
+        return made
 
     @classmethod
     def open(cls, base: Any, role: str, folder: Path) -> Self:
@@ -73,13 +77,14 @@ class LoraAdapter(nn.Module):
         base.load_lora_adapter(folder, prefix=KEY_PREFIX, weight_name=WEIGHTS_FILE, adapter_name=role)
         if role not in getattr(base, "peft_config", {}):
             raise ValueError(f"expected keys that begin with {KEY_PREFIX} in {folder / WEIGHTS_FILE}; got none")
-        found = cls(base, role).requires_grad_(False)
-        found.load_weights(folder)  # again, because peft has rounded to the base's type
-        return found
+        return cls(base, role).requires_grad_(False)
 
     def save(self, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` of the family's pipeline opens."""
-        tensors = {_file_key(name): p.detach().cpu().contiguous() for name, p in self.lora_layers.named_parameters()}
+        tensors = {
+            _file_key(name): master_weight(p).detach().cpu().contiguous()
+            for name, p in self.lora_layers.named_parameters()
+        }
         chosen = {
             f"{KEY_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in self.settings.to_dict().items()
         }
@@ -95,7 +100,7 @@ class LoraAdapter(nn.Module):
         """
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         for name, p in self.lora_layers.named_parameters():
-            p.copy_(tensors[_file_key(name)])
+            set_weight(p, tensors[_file_key(name)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the base with this adapter active.
@@ -165,7 +170,13 @@ def enable_gradient_checkpointing(net: Any) -> None:
 
 def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
     """The output of a block. The backward pass runs the block again with the adapter that is active now, since another
-    one may be active by then."""
+    one may be active by then.
+
+    `view_as` gives dimensions of size 1 their usual strides. FSDP2 does so in the forward pass but not when a block
+    runs again. A linear layer without bias and with a frozen weight keeps tensors of a shape that depends on these
+    strides, and `checkpoint` refuses a second run that keeps other shapes.
+    """
+    args = tuple(a.view_as(a) if isinstance(a, torch.Tensor) else a for a in args)
     roles: list[str] = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
 
     def run(*given: Any) -> Any:

@@ -1,8 +1,8 @@
 """Strict, typed recipes in YAML. A name in a recipe is a file name: `step: np_edit` is `steps/np_edit.py`.
 
-A setting lives in the class that reads it: what stands under `data` is checked by the class `Settings` in the named
-file, and a stage's `settings` by the `Settings` of the step in the named file. A key that nobody reads is an error that
-names the nearest known one.
+A setting is defined in the class that reads it. The keys under `data` are checked by the class `Settings` of the named
+file in `data/`, and a stage's `settings` by the `Settings` of its step. An unknown key is an error that names the nearest
+known key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from npedit.errors import UserError, did_you_mean
+from npedit.recipe._dtypes import require_trainable_dtypes
 from npedit.recipe.overrides import apply_override
 from npedit.recipe.packaged import recipe_path
 from npedit.recipe.yaml_file import parse_yaml
@@ -28,8 +29,7 @@ EMBEDDED = "embedded"
 
 
 class Settings(BaseModel):
-    """The parent of every class of settings: it cannot be changed later; an unknown key is an error, and so is a number
-    that is not finite."""
+    """The base class of all settings. Instances are frozen; an unknown key and a number that is not finite are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -54,9 +54,9 @@ class FamilyChoice(Settings):
 
 
 class CriticChoice(Settings):
-    """Which vision-language model judges. `resolution` is the side in pixels that it sees pictures at (0: its own); one
-    that takes a single side refuses any other when the weights are opened. `bits` 8 or 4 holds most weights in so few,
-    on CUDA with bitsandbytes; 0 holds all in `dtype`."""
+    """A vision-language model, as critic or as judge. `resolution` is the side in pixels of the pictures that it gets (0:
+    the model's usual one); a model with a single resolution refuses any other when its weights are opened. `bits` is 8
+    or 4 to quantise most weights (CUDA with bitsandbytes), 0 to keep all in `dtype`."""
 
     name: str
     weights: str = EMBEDDED
@@ -71,7 +71,7 @@ class CriticChoice(Settings):
 
 
 class LoraChoice(Settings):
-    """Student and fake score as low-rank adapters of one frozen base, instead of whole nets of their own."""
+    """Student and fake score as LoRA adapters of one frozen base model, instead of full fine-tuning."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(16.0, gt=0)  # an adapter's output is scaled by alpha / rank
@@ -90,19 +90,19 @@ class MemorySettings(Settings):
     decoder_checkpointing: bool = False  # the VAE's decoder computes its blocks again in the critic's backward pass
     critic_checkpointing: bool = False  # the critic computes its layers again in its backward pass
     packed_questions: bool = False  # the critic is asked all questions about the same pictures in one row of tokens
-    decode_tile: int = Field(0, ge=0)  # side in pixels of overlapping tiles that pictures are decoded in; 0: whole
+    decode_tile: int = Field(0, ge=0)  # side in pixels of the overlapping tiles of decoding; 0: no tiles
 
 
 class DataChoice(Settings):
-    """Which source of training data. In YAML its settings stand beside the name."""
+    """The source of training data. In YAML, its settings are keys beside the name."""
 
     name: str
     settings: SerializeAsAny[Settings]
 
 
 class Stage(Settings):
-    """One way to train, for so many updates. `accumulate` batches of `batch_size` make one gradient; several processes
-    share each batch."""
+    """One training method for a number of updates. The gradients of `accumulate` batches of `batch_size` items are added
+    up for one update. `batch_size` is global: the processes share each batch."""
 
     step: str
     updates: int = Field(ge=1)
@@ -112,8 +112,8 @@ class Stage(Settings):
 
 
 class TrainerSettings(Settings):
-    """How often the trainer draws samples, evaluates and saves, in updates; 0 leaves only the start and the end, and
-    for evaluation each stage's end."""
+    """How often the trainer makes samples, evaluates and saves, in updates. With 0, samples are made at the start and the
+    end of the run, and evaluations at the start and at the end of each stage."""
 
     sample_every: int = Field(500, ge=0)
     sample_items: int = Field(8, ge=1, le=64)
@@ -121,10 +121,12 @@ class TrainerSettings(Settings):
     evaluate_items: int = Field(90, ge=1)
     benchmark: str = ""  # a file in benchmarks/, or "" for none
     save_every: int = Field(500, ge=0)
-    save_seconds: float = Field(60.0, gt=0)  # a run killed at any moment loses at most this much work
+    save_seconds: float = Field(60.0, gt=0)  # a run that is killed loses at most this much work
     keep: int = Field(2, ge=1)  # checkpoints
     steps: int = Field(4, ge=1, le=64)  # of the few-step editor
-    shard: Literal["none", "full", "hybrid"] = "none"  # trained nets: whole, over all processes, over each machine's
+    shard: Literal["none", "full", "hybrid"] = (
+        "none"  # trained models: not sharded, over all processes, within each machine
+    )
 
 
 class Recipe(Settings):
@@ -133,10 +135,10 @@ class Recipe(Settings):
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
     family: FamilyChoice
-    start: str = ""  # a finished run (its folder) whose editor the student starts from; "" is the base model
-    lora: LoraChoice | None = None  # without, student and fake score are whole nets
-    critic: CriticChoice | None = None  # may be left out where no stage needs one
-    judge: CriticChoice | None = None  # another critic, asked at each evaluation and never trained against
+    start: str = ""  # the editor that the student starts from, as `resolve_editor` finds it; "" is the base model
+    lora: LoraChoice | None = None  # None: full fine-tuning of student and fake score
+    critic: CriticChoice | None = None  # None: allowed if no stage needs a critic
+    judge: CriticChoice | None = None  # a second critic for evaluation only; it gives no gradient
     data: DataChoice
     stages: tuple[Stage, ...] = Field(min_length=1)
     trainer: TrainerSettings = TrainerSettings()
@@ -153,7 +155,7 @@ class Recipe(Settings):
         return sum(s.updates for s in self.stages)
 
     def is_trained_with_pairs(self) -> bool:
-        """Is a stage a baseline that is shown edited images?"""
+        """Whether a stage is a baseline that is trained on edited images."""
         return any("edited" in find_class("steps", s.step).needs(s.settings) for s in self.stages)
 
 
@@ -180,7 +182,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(raw, override)
     if isinstance(raw.get("stages"), list):
         raw["stages"] = [stage for stage in raw["stages"] if stage is not None]
-    return make_recipe(raw)
+    recipe = make_recipe(raw)
+    family, critic = recipe.family, recipe.critic
+    dtypes = {"family.dtype": family.dtype, "family.vae_dtype": family.vae_dtype}
+    require_trainable_dtypes(dtypes | ({"critic.dtype": critic.dtype} if critic else {}))
+    return recipe
 
 
 def make_recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -211,7 +217,7 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
 
 
 def _check_consistency(recipe: Recipe) -> None:
-    """Refuse a recipe whose parts do not go together."""
+    """Refuse a recipe whose parts contradict each other."""
     for i, stage in enumerate(recipe.stages):
         if recipe.critic is None and "critic" in find_class("steps", stage.step).needs(stage.settings):
             raise UserError(
@@ -226,8 +232,8 @@ def _check_consistency(recipe: Recipe) -> None:
         for role in ("student", "fake") if recipe.trainer.shard != "none" else ():
             if getattr(getattr(stage.settings, role, None), "optimizer", "adamw") != "adamw":
                 raise UserError(
-                    f"stages.{i}.settings.{role}.optimizer: expected adamw where nets are sharded; got adamw8bit, "
-                    "whose state cannot be sliced; change it, or set trainer.shard to none"
+                    f"stages.{i}.settings.{role}.optimizer: expected adamw where models are sharded; got adamw8bit, "
+                    "whose state cannot be sharded; change it, or set trainer.shard to none"
                 )
     if recipe.judge is not None and recipe.judge == recipe.critic:
         raise UserError(
@@ -259,7 +265,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate_settings(model: type[Model], values: Any, path: str) -> Model:
-    """Build `model` from plain values; `path` is where they stand in the recipe ("" for the top).
+    """An instance of `model` from plain values; `path` is their key in the recipe ("" for the top level).
 
     Raises:
         UserError: one line per mistake.
@@ -287,7 +293,7 @@ def _explain_validation_error(model: type[BaseModel], error: Mapping[str, Any], 
 
 
 def _known_keys(model: Any, loc: Sequence[str]) -> list[str]:
-    """The keys known at a place below `model`."""
+    """The known keys at the key path `loc` below `model`."""
     for part in loc:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[part].annotation
@@ -327,7 +333,7 @@ def find_module(kind: str, name: str) -> ModuleType:
 
 
 def find_class(kind: str, name: str) -> Any:
-    """The class that a file of families, critics or steps defines: the only child there of the base class."""
+    """The class that a file of families, critics or steps defines: the file's only subclass of the base class."""
     module = find_module(kind, name)
     base = getattr(importlib.import_module(f"npedit.{kind}.base"), BASES[kind])
     found = [
@@ -337,7 +343,7 @@ def find_class(kind: str, name: str) -> Any:
     ]
     if len(found) != 1:
         raise TypeError(
-            f"expected one child of {base.__name__} in {module.__name__}; got {[f.__name__ for f in found]}"
+            f"expected one subclass of {base.__name__} in {module.__name__}; got {[f.__name__ for f in found]}"
         )
     return found[0]
 
@@ -369,7 +375,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, each with (old, new); a key that one side lacks has "(absent)" there."""
+    """The dotted keys whose values differ, each with (old, new). A missing key has the value "(absent)"."""
     a, b = _flatten(old, ""), _flatten(new, "")
     return {
         k: (a.get(k, "(absent)"), b.get(k, "(absent)"))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from npedit.errors import UserError
 from npedit.nets import sharded_checkpoint
+from npedit.nets.master_weights import set_weight
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs.checkpoint import read_config
 from npedit.runs.resolve import CONFIG, EditorSource
 
-EMA_PREFIX, BUFFER_PREFIX = "student/ema.", "student/buffer."
+EMA_PREFIX, NET_PREFIX, BUFFER_PREFIX = "student/ema.", "student/net.", "student/buffer."
 
 
 def read_recipe(source: EditorSource) -> Recipe:
@@ -31,7 +32,8 @@ def read_recipe(source: EditorSource) -> Recipe:
 
 @torch.no_grad()
 def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
-    """Put the student's EMA weights from a checkpoint into `net`, a trainable net or adapter as training made it.
+    """Put the student's EMA weights from a checkpoint into `net`, a trainable net or adapter as training made it. A
+    checkpoint has no EMA weights where `ema` is 0; then the newest weights are the same.
 
     Raises:
         UserError: the checkpoint is damaged, or is of another net.
@@ -40,7 +42,8 @@ def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
         tensors = dict(_student_tensors(checkpoint))
     except (OSError, SafetensorError) as error:
         raise UserError(f"expected a whole checkpoint; got {checkpoint} ({error}). Use an earlier one.") from error
-    places: dict[str, Tensor] = {EMA_PREFIX + name: p for name, p in net.named_parameters() if p.requires_grad}
+    prefix = EMA_PREFIX if any(name.startswith(EMA_PREFIX) for name in tensors) else NET_PREFIX
+    places: dict[str, Tensor] = {prefix + name: p for name, p in net.named_parameters() if p.requires_grad}
     places |= {BUFFER_PREFIX + name: b for name, b in net.named_buffers()}
     for name, place in places.items():
         if name not in tensors:
@@ -50,21 +53,22 @@ def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
         if tensors[name].shape != place.shape:
             got, wanted = tuple(tensors[name].shape), tuple(place.shape)
             raise UserError(f"expected {name} of shape {wanted} in {checkpoint}; got {got}: it is of another net.")
-        place.copy_(tensors[name])
+        set_weight(place, tensors[name])
 
 
 def _student_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The student's EMA weights and buffers by name, without the optimizer's state where one file holds all."""
-    wanted = (EMA_PREFIX, BUFFER_PREFIX)
+    """The student's weights and buffers by name, without the optimizer's state where one file holds all."""
+    wanted = (EMA_PREFIX, NET_PREFIX, BUFFER_PREFIX)
     single = checkpoint / sharded_checkpoint.SINGLE_FILE
     if not single.is_file():
         every = sharded_checkpoint.read_tensors(checkpoint, lambda name: None)
         yield from ((name, tensor) for name, tensor in every.items() if name.startswith(wanted))
         return
     with safe_open(single, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            if name.startswith(wanted):
-                yield name, file.get_tensor(name)
+        names = [name for name in file.keys() if name.startswith(wanted)]  # noqa: SIM118 - not a dict
+        if any(name.startswith(EMA_PREFIX) for name in names):
+            names = [name for name in names if not name.startswith(NET_PREFIX)]
+        yield from ((name, file.get_tensor(name)) for name in names)
 
 
 def require_finite_weights(net: nn.Module, where: object) -> None:

@@ -29,8 +29,11 @@ from npedit.nets.device import offload_device
 from npedit.nets.learner import Learner
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
 from npedit.nets.meta_device import current_part
+from npedit.nets.offload import OffloadedModule
 from npedit.recipe.config import LoraChoice, MemorySettings
 from npedit.recipe.config import Settings as StepSettings
+
+FROZEN_PARTS = ("text", "vae", "critic", "judge")  # text encoders, VAE, and the vision-language models
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class Parts:
     )  # encoded images by `image_digest`, the last used at the end
     judge: Judge | None = None
     names_on_device: set[str] = field(default_factory=set)  # parts in use, by the names of `on_device`
+    offloaded: dict[str, list[OffloadedModule]] = field(default_factory=dict)  # by the names of `on_device`
+    encoded: dict[Hashable, Any] = field(default_factory=dict)  # what `encode_ahead` has encoded
+    on_copy: Callable[[str, int], None] = lambda name, size: None  # called for each part copied to the device: bytes
 
     def __post_init__(self) -> None:
         _decode.check_tile(self.family.facts, self.memory.decode_tile)
-        with self.on_device("text", "vae", "critic", "judge"):
-            pass  # with `memory.offload` this moves them to the CPU
+        if self.memory.offload:
+            self.unload_modules(FROZEN_PARTS)
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         """A new trainable model that equals the base: a LoRA adapter on the base, or a copy of it. A role
@@ -84,6 +90,29 @@ class Parts:
                 raise UserError(f"memory.gradient_checkpointing: {error}; set it to false") from None
         return net
 
+    @contextmanager
+    def encode_ahead(
+        self, prompts: Sequence[Sequence[str]], images: Sequence[Tensor], negative_prompts: Sequence[Sequence[str]] = ()
+    ) -> Iterator[None]:
+        """With `memory.offload`, encode all that one update needs before the `with` block, so that text encoders and
+        VAE are copied to the device once. In the block `encode_text`, `encode_negative_text` and `encode_images` return
+        these results for equal arguments, and the VAE stays on the device. Otherwise this does nothing."""
+        if not self.memory.offload:
+            yield
+            return
+        wanted = dict.fromkeys([*((tuple(p), False) for p in prompts), *((tuple(p), True) for p in negative_prompts)])
+        is_text_missing = any((p, is_negative) not in self.prompts for many, is_negative in wanted for p in many)
+        try:
+            with self.on_device(*(["text"] if is_text_missing else [])):
+                found = {key: self._encode_texts(*key) for key in wanted}
+            with self.on_device("vae"):
+                self.encoded.update(found)
+                for batch in images:
+                    self.encoded[id(batch)] = self.encode_images(batch)
+                yield
+        finally:
+            self.encoded.clear()
+
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """The encoded prompts. Distinct prompts are kept in a cache of `memory.cached_prompts` entries. The encoders
         are frozen, so the prompt alone is the key."""
@@ -94,6 +123,8 @@ class Parts:
         return self._encode_texts(prompts, is_negative=True)
 
     def _encode_texts(self, prompts: Sequence[str], is_negative: bool) -> Text:
+        if (key := (tuple(prompts), is_negative)) in self.encoded:
+            return self.encoded[key]
         encode = self.family.encode_negative_text if is_negative else self.family.encode_text
         capacity = self.memory.cached_prompts
         if not capacity:
@@ -115,6 +146,8 @@ class Parts:
         """The latents of images (b, 3, H, W). Distinct images are kept in a cache of `memory.cached_latents` entries.
         The VAE is frozen and deterministic, so the pixels (values, type and shape, after cropping and scaling) are the
         key, not the item's id."""
+        if id(images) in self.encoded:
+            return self.encoded[id(images)]
         capacity = self.memory.cached_latents
         if not capacity:
             with self.on_device("vae"):
@@ -135,26 +168,34 @@ class Parts:
 
     @contextmanager
     def on_device(self, *names: str) -> Iterator[None]:
-        """Inside the `with` block the named parts ("text", "vae", "critic", "judge") are on the device. With
+        """Inside the `with` block the named parts (of `FROZEN_PARTS`) are on the device. With
         `memory.offload` they are in CPU memory outside all such blocks, so a backward pass through them must end
         inside the block."""
         if not self.memory.offload:
             yield
             return
-        moved = [name for name in names if name not in self.names_on_device]
-        self.names_on_device.update(moved)
+        missing = [name for name in names if name not in self.names_on_device]
+        self.names_on_device.update(missing)
         try:
-            self.move_modules(moved, self.device)
+            self.load_modules(missing)
             yield
         finally:
-            self.move_modules(moved, offload_device())
-            self.names_on_device.difference_update(moved)
+            self.unload_modules(missing)
+            self.names_on_device.difference_update(missing)
 
-    def move_modules(self, names: Sequence[str], device: torch.device) -> None:
-        """Move parts to a device; the names are those of `on_device`."""
+    def load_modules(self, names: Sequence[str]) -> None:
+        """Copy parts to the device; the names are those of `on_device`."""
         for name in names:
-            for module in self.frozen_modules(name):
-                module.to(device)
+            for module in self.offloaded[name]:
+                self.on_copy(name, module.load())
+
+    def unload_modules(self, names: Sequence[str]) -> None:
+        """Free the device's copies of parts; the names are those of `on_device`."""
+        for name in names:
+            if name not in self.offloaded:
+                self.offloaded[name] = [OffloadedModule(m, self.device) for m in self.frozen_modules(name)]
+            for module in self.offloaded[name]:
+                module.unload()
 
     def frozen_modules(self, name: str) -> list[nn.Module]:
         """The frozen modules that a name of `on_device` stands for."""

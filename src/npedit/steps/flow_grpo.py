@@ -35,6 +35,7 @@ from npedit.data import Batch
 from npedit.families.base import Text
 from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
+from npedit.nets.master_weights import master_weight, set_weight
 from npedit.recipe.config import Settings
 from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Parts, Timers
@@ -79,7 +80,7 @@ class Step(Base):
     def __init__(self, settings: FlowGrpoSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
         self.settings, self.parts, self.seed = settings, parts, seed
         self.learners = {"student": Learner(student, settings.student, updates * settings.policy_updates)}
-        self.start = {n: p.detach().clone() for n, p in self._trainable_parameters() if settings.kl_weight}
+        self.start = self._weights() if settings.kl_weight else {}
 
     @classmethod
     def needs(cls, settings: FlowGrpoSettings) -> frozenset[str]:
@@ -90,7 +91,8 @@ class Step(Base):
         """One update: sample, compute rewards, improve the policy. Returns what to log."""
         timers = Timers()
         metrics: list[dict[str, float]] = []
-        with timers("sample"):
+        texts, images = [b.instructions for b in batches], [b.references for b in batches]
+        with timers("sample"), self.parts.encode_ahead(texts, images):
             taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
         losses = [partial(self._loss, s, k, metrics) for s in taken for k in range(len(s.before))]
         with timers("student"):
@@ -181,17 +183,19 @@ class Step(Base):
     @contextmanager
     def _use_reference_weights(self) -> Iterator[None]:
         """Inside the `with` block the student's net has the weights of the reference policy."""
-        kept = {n: p.detach().clone() for n, p in self._trainable_parameters()}
+        kept = self._weights()
         self._set_weights(self.start)
         try:
             yield
         finally:
             self._set_weights(kept)
 
-    @torch.no_grad()
+    def _weights(self) -> dict[str, Tensor]:
+        return {n: master_weight(p).detach().clone() for n, p in self._trainable_parameters()}
+
     def _set_weights(self, weights: dict[str, Tensor]) -> None:
         for name, param in self._trainable_parameters():
-            param.copy_(weights[name])
+            set_weight(param, weights[name])
 
     def extra_state(self) -> dict[str, Tensor]:
         """The weights of the reference policy."""

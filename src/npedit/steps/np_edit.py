@@ -19,6 +19,7 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Literal, Self
 
@@ -31,7 +32,7 @@ from npedit.critics.base import Critic, answer_loss, vocabulary_loss
 from npedit.data import Batch
 from npedit.errors import did_you_mean
 from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
-from npedit.nets.distributed import global_batch_size, global_norm, local_slice
+from npedit.nets.distributed import all_gather, global_batch_size, global_norm, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, Question, questions_for
 from npedit.recipe.config import Settings
@@ -108,14 +109,22 @@ class Step(Base):
         groups = [batches[i::per_update] for i in range(per_update)]
         timers = Timers()
         logged: dict[str, float] = {}
-        with timers("student"):
-            logged |= self._update_student(groups[0], update, timers)
-        if self.settings.dmd_weight:
-            with timers("fake"):
-                for i, group in enumerate(groups):
-                    logged |= self._update_fake_score(group, update, i)
+        with self._encode_ahead(batches, groups[0]):
+            with timers("student"):
+                logged |= self._update_student(groups[0], update, timers)
+            if self.settings.dmd_weight:
+                with timers("fake"):
+                    for i, group in enumerate(groups):
+                        logged |= self._update_fake_score(group, update, i)
         self.student_x0 = []
         return logged | timers.seconds
+
+    def _encode_ahead(self, batches: Sequence[Batch], of_student: Sequence[Batch]) -> AbstractContextManager[None]:
+        """`Parts.encode_ahead` for all texts and references of an update."""
+        has_dmd = bool(self.settings.dmd_weight)
+        prompts = [b.instructions for b in batches] + [b.target_captions for b in batches if has_dmd]
+        negative = [[self.settings.negative_prompt] * len(b) for b in of_student if has_dmd]
+        return self.parts.encode_ahead(prompts, [b.references for b in batches], negative)
 
     # ------------------------------------------------------------------------------------------------ fake score
 
@@ -208,12 +217,25 @@ class Step(Base):
         (eps,) = sample_noise(x0, 1, generator)
         x = flow.add_noise(x0, eps, t)
         text = self.parts.encode_text(batch.target_captions)
-        blank = self.parts.encode_negative_text([s.negative_prompt] * len(batch))
-        scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
         fake = flow.predict_x0(x, family.velocity(self.learners["fake"].net, x, t, text), t)
-        conditional = flow.predict_x0(x, family.velocity(family.base, x, t, text), t)
-        unconditional = flow.predict_x0(x, family.velocity(family.base, x, t, blank), t)
-        return dmd.dmd_gradient(x0, dmd.classifier_free_guidance(conditional, unconditional, scale), fake, s.normaliser)
+        real = flow.predict_x0(x, family.velocity(family.base, x, t, text), t)
+        scale = torch.tensor([s.guidance_by_type.get(kind, s.guidance) for kind in batch.edit_types])
+        rows = self._guided_rows(scale)
+        if len(rows):
+            blank = self.parts.encode_negative_text([s.negative_prompt] * len(batch)).select(rows)
+            v = family.velocity(family.base, x[rows], t[rows], blank)
+            unconditional = flow.predict_x0(x[rows], v, t[rows])
+            real[rows] = dmd.classifier_free_guidance(real[rows], unconditional, scale[rows])
+        return dmd.dmd_gradient(x0, real, fake, s.normaliser)
+
+    def _guided_rows(self, scale: Tensor) -> Tensor:
+        """The items for which the teacher runs without its prompt too: those whose guidance is not 1. The processes
+        that share a sharded teacher must all run it, so one without such an item runs it for its first."""
+        rows = (scale != 1).nonzero().flatten()
+        s = self.settings
+        if 1 in (s.guidance, *s.guidance_by_type.values()) and any(all_gather(len(rows) > 0)) and not len(rows):
+            return torch.zeros(1, dtype=torch.long)
+        return rows
 
     def _critic_gradient(self, batch: Batch, x0: Tensor, update: int) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The gradient of the critic's loss at x0, how wrong each item is, and what to log.

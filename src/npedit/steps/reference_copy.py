@@ -70,5 +70,6 @@ class Step(Base):
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
+        with self.parts.encode_ahead([b.source_captions for b in batches], [b.references for b in batches]):
+            logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/copy": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}

@@ -53,20 +53,19 @@ class Step(Base):
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One update on batches that hold the edited images."""
         values: list[float] = []
+        edited = [_edited_images(batch) for batch in batches]
 
         def loss(batch: Batch, micro: int) -> Tensor:
-            if not isinstance(batch, PairedBatch):
-                raise TypeError(
-                    f"expected batches with edited images, such as those of data toy_pairs; got {type(batch).__name__}"
-                )
             generator, encode = seeded_generator(self.seed, "supervised", update, micro), self.parts.encode_images
-            references, wanted = encode(batch.references), encode(batch.edited.to(batch.references))
+            references, wanted = encode(batch.references), encode(edited[micro])
             how = self._few_step_loss if self.settings.loss == "unrolled" else self._flow_matching_loss
             value = how(batch, references, wanted, update, generator)
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
+        references = [b.references for b in batches]
+        with self.parts.encode_ahead([b.instructions for b in batches], references + edited):
+            logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/supervised": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}
 
     def _few_step_loss(
@@ -87,3 +86,16 @@ class Step(Base):
         text, (eps,) = self.parts.encode_text(batch.instructions), sample_noise(wanted, 1, generator)
         v = family.velocity(net, flow.add_noise(wanted, eps, t), t, text, (references,))
         return F.mse_loss(v.float(), flow.velocity(wanted, eps).float())
+
+
+def _edited_images(batch: Batch) -> Tensor:
+    """The wanted results (b, 3, H, W) of a batch, on the device of its references.
+
+    Raises:
+        TypeError: the batch has none.
+    """
+    if not isinstance(batch, PairedBatch):
+        raise TypeError(
+            f"expected batches with edited images, such as those of data toy_pairs; got {type(batch).__name__}"
+        )
+    return batch.edited.to(batch.references)

@@ -29,7 +29,7 @@ from npedit.errors import UserError
 from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
 from npedit.generator import edit_images, sample_training_times, seeded_generator
-from npedit.nets.device import offload_device
+from npedit.nets.master_weights import master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
 from npedit.recipe.config import EMBEDDED, Recipe, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
@@ -41,7 +41,8 @@ WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in t
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.on_device` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
 STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
-SHOWN = {STEPPING: ACTIVATIONS, EIGHT_BIT: "optimizer", FEW_BITS: "critic"}
+ROUNDED = {role: f"{role} rounded" for role in ("student", "fake")}  # weights in the type that the model computes in
+SHOWN = {STEPPING: ACTIVATIONS, EIGHT_BIT: "optimizer", FEW_BITS: "critic"} | {v: k for k, v in ROUNDED.items()}
 SHARE_OF_8_BIT = 0.2539  # of float32: a byte a number, and a float32 for each 256 of them
 GIB = 2**30
 
@@ -96,7 +97,7 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
         phases += _collect_phases("", counted, beside)
-        disk = _disk_usage(recipe, parts, step, 4 / torch_dtype(recipe.family.dtype).itemsize if sliced else 1)
+        disk = _disk_usage(recipe, parts, step)
     return Estimate(tuple(phases), disk)
 
 
@@ -145,22 +146,23 @@ class _MetaParts(Parts):
 
     def __post_init__(self) -> None:
         if self.memory.offload:
-            self.move_modules(list(FROZEN), offload_device())  # they were counted where they were opened
+            self.unload_modules(list(FROZEN))  # they were counted where they were opened
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         with META:
-            net = super().create_trainable(role, seed)
-        if self.sliced and self.lora is None:
-            net.__dict__["float"] = lambda: (
-                net
-            )  # it computes in the family's type; its slices in float32 are arithmetic
-        return net
+            return super().create_trainable(role, seed)
 
-    def move_modules(self, names: Sequence[str], device: torch.device) -> None:
+    def load_modules(self, names: Sequence[str]) -> None:
         for name in names:
-            tensors = (t for module in self.frozen_modules(name) for t in _tensors(module))
-            size = _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
-            self.counted.add_bytes(FROZEN[name], size if device == META else -size)
+            self.counted.add_bytes(FROZEN[name], self._size(name))
+
+    def unload_modules(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.counted.add_bytes(FROZEN[name], -self._size(name))
+
+    def _size(self, name: str) -> int:
+        tensors = (t for module in self.frozen_modules(name) for t in _tensors(module))
+        return _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
 
 
 def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
@@ -217,6 +219,11 @@ def _open_parts(recipe: Recipe, counted: MemoryCounter, sliced: bool) -> _MetaPa
                   sliced=sliced)  # fmt: skip
 
 
+def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of the float32 weights."""
+    return [w.grad for w in map(master_weight, params) if w.grad is not None]
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
@@ -233,9 +240,10 @@ def _count_slices(recipe: Recipe, i: int, parts: _MetaParts, processes: int) -> 
     """From stage `i` on, count as each process's slices: whole nets in training, in float32; in the last stage the
     frozen base too."""
     if not recipe.lora:
-        share = 4 / torch_dtype(recipe.family.dtype).itemsize / processes
-        parts.counted.share |= dict.fromkeys(("student", "fake", "averages", "optimizer", "gradients", STEPPING), share)
-        parts.counted.share[EIGHT_BIT] = share * SHARE_OF_8_BIT
+        sliced = ("student", "fake", "averages", "optimizer", "gradients", STEPPING)
+        parts.counted.share |= dict.fromkeys(sliced, 1 / processes)
+        parts.counted.share |= dict.fromkeys(ROUNDED.values(), 0)  # gathered block by block: `_gathered_bytes`
+        parts.counted.share[EIGHT_BIT] = SHARE_OF_8_BIT / processes
     if i + 1 == len(recipe.stages):
         parts.counted.share["base"] = 1 / processes
         parts.counted.label("base", _tensors(parts.family.base))
@@ -290,14 +298,17 @@ def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -
         role: getattr(stage.settings, role).optimizer for role in ("student", "fake") if hasattr(stage.settings, role)
     }
     for role in kinds:  # 8 bits need CUDA, so they are counted by their share
-        short[role] = getattr(stage.settings, role).model_copy(update={"optimizer": "adamw"})
+        chosen = getattr(stage.settings, role)
+        moments = {"betas": (0.9, 0.99)} if chosen.optimizer == "adamw8bit" else {}  # bitsandbytes keeps both always
+        short[role] = chosen.model_copy(update={"optimizer": "adamw", **moments})
     kind, seed = find_class("steps", stage.step), recipe.seed + STAGE_SEEDS * i
     with _counted_part("set-up"):
         step = kind(stage.settings.model_copy(update=short), parts, student, stage.updates, seed)
     for role, learner in step.learners.items():
         trained = [p for p in learner.net.parameters() if p.requires_grad]
         for p in trained:
-            p.register_post_accumulate_grad_hook(lambda p: counted.label("gradients", [p.grad]))
+            p.register_post_accumulate_grad_hook(lambda p: counted.label("gradients", _gradients([p])))
+        counted.label(ROUNDED[role], trained)
         with _counted_part("first moments"):
             learner.update([lambda trained=trained: sum(p.mean() for p in trained)])
         optimizer = "optimizer" if kinds[role] == "adamw" else EIGHT_BIT
@@ -355,10 +366,10 @@ def _collect_phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Ph
     return found
 
 
-def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step, widened: float) -> dict[str, int]:
-    state = round(widened * sum(_bytes(learner.state()[0].values()) for learner in step.learners.values()))
+def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step) -> dict[str, int]:
+    state = sum(_bytes(learner.state()[0].values()) for learner in step.learners.values())
     net = step.learners["student"].net
-    final = round(widened * _bytes(p for p in net.parameters() if p.requires_grad))
+    final = _bytes(master_weight(p) for p in net.parameters() if p.requires_grad)
     pipe = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]
     models = [*pipe, *([parts.critic.model] if parts.critic else [])]
     keep = recipe.trainer.keep

@@ -1,0 +1,79 @@
+"""Every family, trained in every way at tiny size: full fine-tuning or LoRA, in float32 or bfloat16, with gradient
+checkpointing or without, one or two items for each of two processes. One process and two sharded ones agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tests.support.side_by_side as two
+from npedit.nets import distributed
+from npedit.recipe.config import available_names
+from tests.support.precision import SIDE, TIMES, Case, cases, tiny_family, update_all
+
+CASES = list(cases())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The outcome of each case in one process, and sharded over two."""
+    ends = two.together(tmp_path_factory.mktemp("precision"), update_all, CASES, "full")
+    assert all("value" in end for end in ends), ends
+    return update_all(CASES, "none"), ends[0]["value"]
+
+
+def difference(a: list, b: list) -> float:
+    """The norm of a - b, relative to that of b."""
+    one, other = torch.tensor(a), torch.tensor(b)
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_update_works_and_one_process_agrees_with_two(case: Case, outcomes) -> None:
+    one, sharded = (found[str(case)] for found in outcomes)
+    assert isinstance(one, dict), one
+    assert isinstance(sharded, dict), sharded
+    for found in (one, sharded):
+        assert found["fake"] == found["teacher"]  # the fake score begins as the frozen teacher, bit for bit
+        assert found["skipped"] == 0 and difference(found["after"], found["before"]) > 1e-3
+    for key in ("before", "teacher"):
+        assert difference(one[key], sharded[key]) < 1e-3, key
+    coarse = case.dtype == "bfloat16"  # gradients of two processes are summed in another order
+    assert one["grad_norm"] == pytest.approx(sharded["grad_norm"], rel=3e-3 if coarse else 1e-5)
+    assert difference(one["after"], sharded["after"]) < (2e-2 if coarse else 1e-5)
+
+
+# ---------------------------------------------------------------------------------------- times of a sharded model
+
+
+def times_given(name: str) -> list[float]:
+    """The times that the first layer of a sharded bfloat16 model of a family is given."""
+    with distributed.process_group():
+        family, text = tiny_family(name, "bfloat16")
+        distributed.set_sharding_plan("full", family.facts.blocks, torch.bfloat16, family.device)
+        distributed.shard_frozen(family.base)
+        seen: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.extend(a for a in args if isinstance(a, Tensor) and a.numel() == 1 and a.dtype.is_floating_point)
+
+        for module in family.base.modules():
+            module.register_forward_pre_hook(note)
+        shape = (1, family.facts.channels, SIDE // family.facts.stride, SIDE // family.facts.stride)
+        with torch.no_grad():
+            family.velocity(family.base, torch.randn(shape), torch.tensor(TIMES[:1]), text.select([0]))
+        return [float(t) for t in seen]
+
+
+@pytest.mark.parametrize("name", sorted({"sd3", "sana", "z_image"} & set(available_names("families"))))
+def test_a_sharded_bfloat16_model_is_given_the_time_unrounded(name: str, tmp_path: Path) -> None:
+    """947.4 is 948 in bfloat16."""
+    (end, _) = two.together(tmp_path, times_given, name)
+    assert "value" in end, end
+    wanted = 1 - TIMES[0] if name == "z_image" else TIMES[0]
+    scales = (1, 1000)
+    assert any(t == pytest.approx(wanted * s, rel=1e-6) for t in end["value"] for s in scales), end
