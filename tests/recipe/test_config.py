@@ -101,7 +101,7 @@ def test_overrides(tmp_path: Path, override: str, read) -> None:
         ("trainer.benchmark=tooy", ["trainer.benchmark", "'toy'"]),
         ("stages.0.settings=3", ["stages.0.settings", "got 3"]),
         ("stages.9.updates=3", ["stages.9", "from 0 to 1"]),
-        ("name.a=3", ["name.a", "keys of its own"]),
+        ("name.a=3", ["name.a", "a key inside a mapping"]),
         ("seed", ["KEY=VALUE"]),
         ("seed=[", ["YAML"]),
     ],
@@ -130,7 +130,7 @@ def test_8_bit_moments_are_not_sharded(monkeypatch: pytest.MonkeyPatch, role: st
     raw["stages"][1]["settings"][role] = {"optimizer": "adamw8bit"}
     assert make_recipe(raw).trainer.shard == "none"
     with pytest.raises(
-        UserError, match=rf"stages\.1\.settings\.{role}\.optimizer: expected adamw where nets are sharded"
+        UserError, match=rf"stages\.1\.settings\.{role}\.optimizer: expected adamw where models are sharded"
     ):
         make_recipe(raw | {"trainer": {"shard": shard}})
 

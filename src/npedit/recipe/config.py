@@ -1,8 +1,8 @@
 """Strict, typed recipes in YAML. A name in a recipe is a file name: `step: np_edit` is `steps/np_edit.py`.
 
 A setting is defined in the class that reads it. The keys under `data` are checked by the class `Settings` of the named
-file in `data/`, and a stage's `settings` by the `Settings` of its step. An unknown key is an error that names the nearest
-known key.
+file in `data/`, and a stage's `settings` by the `Settings` of its step. An unknown key is an error that names the
+nearest known key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ EMBEDDED = "embedded"
 
 
 class Settings(BaseModel):
-    """The base class of all settings. Instances are frozen; an unknown key and a number that is not finite are errors."""
+    """The base class of all settings. Instances are frozen; an unknown key and a number that is not finite are
+    errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -54,9 +55,9 @@ class FamilyChoice(Settings):
 
 
 class CriticChoice(Settings):
-    """A vision-language model, as critic or as judge. `resolution` is the side in pixels of the pictures that it gets (0:
-    the model's usual one); a model with a single resolution refuses any other when its weights are opened. `bits` is 8
-    or 4 to quantise most weights (CUDA with bitsandbytes), 0 to keep all in `dtype`."""
+    """A vision-language model, as critic or as judge. `resolution` is the side in pixels of the pictures that it gets
+    (0: the model's usual one); a model with a single resolution refuses any other when its weights are opened. `bits`
+    is 8 or 4 to quantise most weights (CUDA with bitsandbytes), 0 to keep all in `dtype`."""
 
     name: str
     weights: str = EMBEDDED
@@ -101,8 +102,8 @@ class DataChoice(Settings):
 
 
 class Stage(Settings):
-    """One training method for a number of updates. The gradients of `accumulate` batches of `batch_size` items are added
-    up for one update. `batch_size` is global: the processes share each batch."""
+    """One training method for a number of updates. The gradients of `accumulate` batches of `batch_size` items are
+    added up for one update. `batch_size` is global: the processes share each batch."""
 
     step: str
     updates: int = Field(ge=1)
@@ -112,8 +113,8 @@ class Stage(Settings):
 
 
 class TrainerSettings(Settings):
-    """How often the trainer makes samples, evaluates and saves, in updates. With 0, samples are made at the start and the
-    end of the run, and evaluations at the start and at the end of each stage."""
+    """How often the trainer makes samples, evaluates and saves, in updates. With 0, samples are made at the start and
+    the end of the run, and evaluations at the start and at the end of each stage."""
 
     sample_every: int = Field(500, ge=0)
     sample_items: int = Field(8, ge=1, le=64)
@@ -124,9 +125,7 @@ class TrainerSettings(Settings):
     save_seconds: float = Field(60.0, gt=0)  # a run that is killed loses at most this much work
     keep: int = Field(2, ge=1)  # checkpoints
     steps: int = Field(4, ge=1, le=64)  # of the few-step editor
-    shard: Literal["none", "full", "hybrid"] = (
-        "none"  # trained models: not sharded, over all processes, within each machine
-    )
+    shard: Literal["none", "full", "hybrid"] = "none"  # of trained models: over all processes, or within each machine
 
 
 class Recipe(Settings):

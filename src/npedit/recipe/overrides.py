@@ -12,7 +12,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Change plain values (as from YAML) in place.
 
     Raises:
-        UserError: it is not KEY=VALUE, the value is not YAML, or the key leads nowhere.
+        UserError: the override is not KEY=VALUE, the value is not YAML, or there is no such key.
     """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -42,6 +42,4 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
                     place[key] = {}
                 place = place[key]
         else:
-            raise UserError(
-                f"{here}: expected a key that has keys of its own; got {place!r} above it; change the override"
-            )
+            raise UserError(f"{here}: expected a key inside a mapping; got {place!r} above it; change the override")

@@ -1,4 +1,4 @@
-"""YAML as it is meant: a key that stands twice in one mapping is an error, not a silent choice of the last."""
+"""YAML in which a duplicate key in one mapping is an error. PyYAML takes the last one without a message."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
+        lines: dict[Any, int] = {}
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<": its keys may be overridden, that is its purpose
+            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<": the keys of a merge may be overridden
                 continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if isinstance(key, str | int | float | bool | None):
-                if key in seen:
+                if key in lines:
                     raise UserError(
-                        f"expected each key once; got {key!r} in line {seen[key]} and again in line {line}; delete one"
+                        f"expected each key once; got {key!r} in line {lines[key]} and again in line {line}; delete one"
                     )
-                seen[key] = line
+                lines[key] = line
         return super().construct_mapping(node, deep)
 
 
@@ -31,7 +31,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """The plain values in YAML text; `source` names the text in messages, as a path does.
 
     Raises:
-        UserError: the text is not YAML, or a key stands twice in one mapping; key and lines are named.
+        UserError: the text is not YAML, or a mapping has a duplicate key; key and lines are named.
     """
     try:
         return yaml.load(text, _UniqueKeyLoader)  # noqa: S506: a child of SafeLoader

@@ -24,7 +24,7 @@ Kind = Literal["free", "recorded", "refused"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to a change of the settings that match `pattern` (dots separate keys, `*` stands for any)."""
+    """Whether the settings that match `pattern` may change. Dots separate keys; `*` matches any text."""
 
     pattern: str
     kind: Kind
@@ -43,14 +43,14 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("judge*", "recorded", "its curve before and after cannot be compared; training is untouched"),
     Decision("data.path", "free", "a moved folder; the data's fingerprint must be the same"),
     Decision("data.prefetch", "free", "speed only"),
-    Decision("data.max_bad_share", "free", "when the run gives up on bad rows"),
+    Decision("data.max_bad_share", "free", "the share of bad rows at which the run stops"),
     Decision("data.held_out", "refused", "rows that were trained on would be held out, or the reverse"),
     Decision("data*", "refused", "other training data"),
     Decision("stages.*.updates", "recorded", "last stage only, and not below what is done; a cosine schedule follows "
              "the new length from the next update on"),
     Decision("stages.*.batch_size", "recorded", "batch_size x accumulate must keep its product"),
     Decision("stages.*.accumulate", "recorded", "batch_size x accumulate must keep its product"),
-    Decision("stages.*.settings.*.max_skipped", "free", "when the run gives up on gradients that are not finite"),
+    Decision("stages.*.settings.*.max_skipped", "free", "the number of skipped updates at which the run stops"),
     Decision("stages*", "refused", "another method, or other settings of it"),
     Decision("trainer.steps", "refused", "another few-step editor"),
     Decision("trainer.shard", "recorded", "sums change by rounding"),
@@ -109,7 +109,7 @@ def recorded_changes(old: Mapping[str, Any], new: Mapping[str, Any], done: int, 
 
 
 def _refusal_reason(setting: str, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> str:
-    """Why an allowed setting cannot have this new value; "" if it can."""
+    """The reason why an allowed setting cannot have its new value; "" if it can."""
     keys = setting.split(".")
     if keys[0] != "stages" or len(keys) != 3:
         return ""
@@ -148,8 +148,9 @@ def _schedule_note(setting: str, old: Mapping[str, Any], new: Mapping[str, Any],
 
 
 def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> tuple[str, bool]:
-    """What has happened to training data whose fingerprint changed, in words, and whether the run may go on: only if
-    photos are missing or have come back. Arguments are a source's `inventory()`, None where it has none."""
+    """What has happened to training data whose fingerprint changed, in words, and whether the run may resume. It may if
+    photos are missing or have come back, and nothing else has changed. Arguments are a source's `inventory()`, None
+    where it has none."""
     if not old or not new:
         return "the data source's content or settings", False
     if old["metadata"] != new["metadata"]:

@@ -4,7 +4,7 @@
     samples/step-000500/*.png            checkpoint-000500/{*.safetensors, state.json, COMPLETE}
     final/{transformer/ or pytorch_lora_weights.safetensors, scheduler/, npedit.json, README.md}
 
-Whatever must be whole is written aside and renamed; a checkpoint without its mark COMPLETE does not count.
+Files are written under a temporary name and renamed. A checkpoint without the file COMPLETE does not count.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from npedit.runs.resolve import latest_complete_checkpoint as latest_complete_ch
 
 MANIFEST, METRICS, BAD_ROWS, FAILURES = "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "blame.json"
 PHOTOS = "photos.json"  # the training photos, their sizes in bytes, and which rows are held out
-# what a run leaves that was ended before it began
+# what is left of a run that ended before its first update
 FILES_BEFORE_START = LOCK_FILES | {MANIFEST, f"{MANIFEST}.tmp", f"{CONFIG}.tmp", BAD_ROWS, PHOTOS, f"{PHOTOS}.tmp"}
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic")
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a run was started in this folder. Both of its files may be lost where a checkpoint holds copies."""
+    """Whether a run was started in this folder. Config and manifest may be lost if a checkpoint holds copies."""
     run = Path(path)
     return ((run / CONFIG).is_file() and (run / MANIFEST).is_file()) or bool(complete_checkpoints(run))
 
@@ -69,7 +69,7 @@ def require_run(path: str | Path) -> Path:
 
 @contextmanager
 def hold_run(run: Path, recipe: Recipe, resume: bool) -> Iterator[Lock]:
-    """Hold a run directory for one process, for the length of a `with` block; an old run must have the same recipe.
+    """The lock of a run folder, held inside a `with` block. A run that is resumed must have an allowed recipe.
 
     Raises:
         UserError: the folder holds something else, cannot be written, is in use, or is a run with another recipe.
@@ -101,12 +101,13 @@ def require_allowed_changes(run: Path, recipe: Recipe, resume: bool = True) -> l
 def write_run_metadata(
     run: Path, recipe: Recipe, manifest: Mapping[str, Any], inventory: Mapping[str, Any] | None = None
 ) -> list[Change]:
-    """Write what a run is made of; returns what has changed since an old run was started, which the manifest lists.
+    """Write config, manifest and the list of photos of a run; returns the recorded changes since the run was started,
+    which the manifest lists.
 
-    `inventory` is the data source's list of photos, if it has one: it tells which photo was lost.
+    `inventory` is the data source's list of photos, if it has one. It is used to name a lost photo.
 
     Raises:
-        UserError: the data, or settings that cannot change, are others.
+        UserError: the data have changed, or settings that cannot change.
     """
     changes: list[Change] = []
     kept = dict(manifest)
@@ -217,11 +218,11 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
 
 
 def is_trained_without_pairs(recipe: Recipe) -> bool:
-    """Whether neither this training nor the one that it starts from is shown edited images. An editor's folder without
-    its run does not say so, and counts as trained with pairs.
+    """Whether neither this training nor the one that it starts from uses edited images. An exported editor does not say
+    so; it counts as trained with pairs.
 
     Raises:
-        UserError: there is no editor where it starts from.
+        UserError: there is no editor at `start`.
     """
     if recipe.is_trained_with_pairs() or not recipe.start or recipe.start == EMBEDDED:
         return not recipe.is_trained_with_pairs()
@@ -245,8 +246,8 @@ def git_revision() -> str:
 
 
 def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
-    """Write `checkpoint-STEP` aside, rename it, then drop all but the newest `keep`. If it fails, the older ones stay.
-    All processes call it, and each writes its part of the tensors.
+    """Write `checkpoint-STEP` under a temporary name, rename it, then delete all but the newest `keep`. If writing
+    fails, the older checkpoints stay. All processes call this function, and each writes its shards of the tensors.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -261,7 +262,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
             if first:
                 _remove_incomplete_checkpoints(run)
                 aside.mkdir()
-            distributed.all_gather(None)  # until the folder is there
+            distributed.all_gather(None)  # wait until the folder exists
             sharded_checkpoint.write_tensors(aside, tensors)
             if first:
                 _write_state(run, aside, numbers)
@@ -269,7 +270,7 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
                 fsync_folder(run)
     except BaseException:
         if first:
-            shutil.rmtree(aside, ignore_errors=True)  # makes room again; what went wrong is raised
+            shutil.rmtree(aside, ignore_errors=True)  # frees disk space; the error is raised
         raise
     for old in complete_checkpoints(run)[:-keep] if first else []:
         (old / COMPLETE).unlink()
@@ -278,14 +279,15 @@ def save_checkpoint(run: Path, step: int, tensors: Mapping[str, Tensor], numbers
 
 
 def _remove_incomplete_checkpoints(run: Path) -> None:
-    """Drop checkpoints that a killed process left half-written or half-deleted."""
+    """Delete checkpoints that a killed process left half-written or half-deleted."""
     for path in run.glob("checkpoint-*"):
         if path.is_dir() and (path.suffix == ".tmp" or not (path / COMPLETE).is_file()):
             shutil.rmtree(path)
 
 
 def _write_state(run: Path, folder: Path, numbers: Mapping[str, Any]) -> None:
-    """Complete a checkpoint: state.json with the sizes of the tensor files, copies of the run's own files, the mark."""
+    """Complete a checkpoint: write state.json with the sizes of the tensor files, copies of config and manifest, and
+    COMPLETE."""
     for rows in (METRICS, BAD_ROWS):
         fsync_rows(run / rows)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
@@ -302,7 +304,7 @@ def _write_state(run: Path, folder: Path, numbers: Mapping[str, Any]) -> None:
 def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
     """The latest complete checkpoint that is not damaged, and its state; (None, {}) if the run has none at all.
 
-    A damaged one is reported in the log and loses its mark, so the next save removes it.
+    A damaged one is reported in the log and loses its file COMPLETE, so the next save removes it.
 
     Raises:
         UserError: all are damaged.
@@ -330,10 +332,11 @@ def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
 def load_checkpoint(
     folder: Path, like: Callable[[str], Tensor | None] = lambda key: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` was given, the tensors as `sharded_checkpoint.read_tensors` gives them.
+    """The tensors and numbers that `save_checkpoint` was given; the tensors as `sharded_checkpoint.read_tensors`
+    returns them.
 
     Raises:
-        UserError: the checkpoint is damaged in spite of its mark.
+        UserError: the checkpoint is damaged although it has the file COMPLETE.
     """
     numbers = read_state(folder)
     try:
@@ -346,7 +349,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The numbers that `save_checkpoint` was given, of a checkpoint whose files are all there.
 
     Raises:
-        UserError: a file of the checkpoint is missing, cut off or of another kind.
+        UserError: a file of the checkpoint is missing, truncated or of another type.
     """
     try:
         state = read_json_object(folder / "state.json")
@@ -367,6 +370,6 @@ def _damage_error(folder: Path, error: BaseException) -> UserError:
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Drop the rows after `step` (all of them, if it is negative): they are about to be made again."""
+    """Delete the rows after `step`, all rows if `step` is negative: the resumed run writes them again."""
     rows = [r for r in read_rows(run / METRICS) if isinstance(r.get("step"), int) and r["step"] <= step]
     write_rows(run / METRICS, rows)

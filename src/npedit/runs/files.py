@@ -1,8 +1,8 @@
 """How the files of a run are written and read, so that a kill or a power cut loses little and a damaged file is named.
 
-A file that is rewritten is written aside, brought to the disk (fsync), and renamed; then its folder is brought to the
-disk too. A file of rows (metrics.jsonl, bad_rows.jsonl) is appended to, and brought to the disk with each checkpoint; a
-damaged line of such a file is skipped, counted and reported in the log.
+A file that is rewritten is written under a temporary name, flushed to disk (fsync) and renamed; then its folder is
+flushed. A file of rows (metrics.jsonl, bad_rows.jsonl) is append-only and is flushed at each checkpoint. A damaged line
+of such a file is skipped, counted and reported in the log.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync_file(file: IO) -> None:
-    """Bring an open file to the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
+    """Flush a folder's list of file names to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -76,8 +76,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of rows; [] if there is no file. A last line that a kill cut off is left out in silence, a
-    damaged line anywhere else with a warning that counts such lines.
+    """The rows of a file of rows; [] if there is no file. A last line that a kill truncated is skipped without a
+    message. Damaged lines anywhere else are skipped with a warning that counts them.
 
     Raises:
         UserError: the file cannot be read at all.
@@ -106,7 +106,7 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def repair_rows(path: Path) -> list[dict[str, Any]]:
-    """Write a file of rows anew without its damaged lines, so that the next row begins a line; returns the rows."""
+    """Rewrite a file of rows without its damaged lines, so that the next row starts on a new line; returns the rows."""
     rows = read_rows(path)
     if path.exists():
         write_rows(path, rows)
@@ -119,7 +119,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def fsync_rows(path: Path) -> None:
-    """Bring a file of rows to the disk, if it is there."""
+    """Flush a file of rows to disk, if it exists."""
     if path.is_file():
         with explain_write_errors(path), open(path, "a") as file:
             fsync_file(file)
