@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
@@ -13,9 +10,8 @@ from torch import Tensor
 from npedit import flow
 from npedit.families.base import Text
 from npedit.families.flux import Flux
+from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FolderChecks, latents, pictures, recorded
 
-HEIGHT, WIDTH = 24, 40  # not square, so that rows and columns cannot be mixed up
-PROMPTS = ["a red circle on grass", "two blue squares, and a somewhat longer caption"]
 both_kinds = pytest.mark.parametrize("seed", [0, 1], ids=["schnell", "dev"])  # without and with embedded guidance
 
 
@@ -32,31 +28,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def latents(family: Flux, batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
-    return noise(batch, family.facts.channels, height // family.facts.stride, width // family.facts.stride, seed=seed)
-
-
-def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
 def packed(pipe, x: Tensor) -> Tensor:
     return pipe._pack_latents(x, *x.shape)
 
 
 def unpacked(pipe, x: Tensor) -> Tensor:
     return pipe._unpack_latents(x, HEIGHT, WIDTH, pipe.vae_scale_factor)
-
-
-def recorded(net: torch.nn.Module, run) -> tuple[list[dict], object]:
-    """The keyword arguments of every call of the net during `run()`, and what it returned."""
-    calls: list[dict] = []
-    hook = net.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    try:
-        result = run()
-    finally:
-        hook.remove()
-    return calls, result
 
 
 @torch.no_grad()
@@ -323,49 +300,6 @@ def test_a_net_is_saved_and_opened(families, tmp_path):
     assert not torch.allclose(outs[0], outs[3])
 
 
-@pytest.fixture(scope="module")
-def folder(families, tmp_path_factory):
-    place = tmp_path_factory.mktemp("flux") / "base"
-    families[1].pipe.save_pretrained(place)
-    return place
-
-
-def test_a_folder_is_loaded(families, folder):
-    loaded = Flux.load(folder, torch.float32, torch.device("cpu"))
-    family = families[1]
-    x, t = latents(family, 1), torch.tensor([0.5])
-    with torch.no_grad():
-        a, b = (f.velocity(f.base, x, t, f.encode_text(PROMPTS[:1])) for f in (loaded, family))
-    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    for part in (loaded.base, loaded.pipe.vae, loaded.pipe.text_encoder, loaded.pipe.text_encoder_2):
-        assert not part.training and not any(p.requires_grad for p in part.parameters())
-
-
-def test_a_folder_is_loaded_in_another_type(folder):
-    family = Flux.load(folder, torch.bfloat16, torch.device("cpu"))
-    image = family.decode(family.encode(pictures(1)))
-    assert {p.dtype for p in family.base.parameters()} == {torch.bfloat16} and image.dtype is torch.bfloat16
-    net = family.trainable_net().float()  # what a learner makes of it
-    x = latents(family, 1)
-    v = family.velocity(net, x, torch.tensor([0.5]), family.encode_text(PROMPTS[:1]), (x,))
-    assert v.dtype is torch.float32
-
-
-def test_a_folder_without_index_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json.*has none"):
-        Flux.load(tmp_path, torch.float32, torch.device("cpu"))
-
-
-def test_another_pipeline_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ValueError, match="FluxPipeline.*got StableDiffusionPipeline"):
-        Flux.load(tmp_path, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
-def test_a_missing_part_is_named(folder, tmp_path, part):
-    broken = tmp_path / "base"
-    shutil.copytree(folder, broken)
-    shutil.rmtree(broken / part)
-    with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
-        Flux.load(broken, torch.float32, torch.device("cpu"))
+class TestFolder(FolderChecks):
+    kind, pipeline, parts = Flux, "FluxPipeline", ("transformer", "vae", "text_encoder_2")
+    seed = 1

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
@@ -14,8 +11,7 @@ from torch.nn import functional as F
 from npedit import dmd, flow
 from npedit.families.base import Text
 from npedit.families.sana import INSTRUCTION, REFERENCES, TEXT_LENGTH, Sana
-from npedit.recipe.config import MemorySettings
-from npedit.steps.base import Parts
+from tests.support.family_checks import FolderChecks, recorded
 
 HEIGHT, WIDTH = 32, 64  # not square, so that rows and columns cannot be mixed up; the pipeline wants multiples of 32
 PROMPTS = ["a dog", "Two BLUE squares, and a caption that is somewhat longer"]
@@ -51,21 +47,6 @@ def latents(family: Sana, batch: int, height: int = HEIGHT, width: int = WIDTH, 
 
 def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def recorded(net: torch.nn.Module, run) -> tuple[list[dict], object]:
-    """The arguments of every call of the net during `run()`, by name, and what it returned."""
-    calls: list[dict] = []
-
-    def note(_, args, kwargs):
-        calls.append(dict(zip(("hidden_states",), args)) | kwargs)
-
-    hook = net.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        result = run()
-    finally:
-        hook.remove()
-    return calls, result
 
 
 @torch.no_grad()
@@ -300,13 +281,6 @@ def test_facts_are_those_of_the_parts(families, texts, reader):
 # ----------------------------------------------------------------------------------------------------- nets, folders
 
 
-@pytest.fixture(scope="module")
-def folder(families, tmp_path_factory):
-    place = tmp_path_factory.mktemp("sana") / "base"
-    families[1].pipe.save_pretrained(place)
-    return place
-
-
 def test_a_net_is_a_trainable_copy_saved_and_opened(families, texts, tmp_path):
     family, net = families[1], families[1].trainable_net()
     before = [p.clone() for p in family.base.parameters()]
@@ -326,55 +300,7 @@ def test_a_net_is_a_trainable_copy_saved_and_opened(families, texts, tmp_path):
         assert not torch.allclose(outs[0], family.velocity(family.base, x, t, text))
 
 
-def test_a_folder_is_loaded(families, texts, folder):
-    loaded, family = Sana.load(folder, torch.float32, torch.device("cpu")), families[1]
-    x, t = latents(family, 1), torch.tensor([0.5])
-    with torch.no_grad():
-        a = loaded.velocity(loaded.base, x, t, loaded.encode_text(PROMPTS[:1]))
-        b = family.velocity(family.base, x, t, texts[1].select([0]))
-    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    for part in (loaded.base, loaded.pipe.vae, loaded.pipe.text_encoder):
-        assert not part.training and not any(p.requires_grad for p in part.parameters())
-
-
-def test_a_folder_is_loaded_in_another_type(folder):
-    """Latents and velocities stay in float32, so that neither x_t nor DMD's gap is rounded to 8 bits."""
-    family = Sana.load(folder, torch.bfloat16, torch.device("cpu"))
-    x = family.encode(pictures(1))
-    low_net, net = family.trainable_net(), family.trainable_net().float()  # the second is what a learner makes of it
-    assert {p.dtype for p in low_net.parameters()} == {torch.bfloat16}
-    assert family.decode(x).dtype is torch.bfloat16 and x.dtype is torch.float32
-    text, t = family.encode_text(PROMPTS[:1]), torch.tensor([0.5])
-    with torch.no_grad():
-        low, high = (family.velocity(n, x, t, text, (x,)) for n in (low_net, net))
-    assert low.dtype is high.dtype is torch.float32
-    assert (low - high).abs().max() < 0.2 * high.abs().max()
-
-
-def test_a_folder_without_index_or_of_another_pipeline_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json.*has none"):
-        Sana.load(tmp_path, torch.float32, torch.device("cpu"))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaSprintPipeline"}))
-    with pytest.raises(ValueError, match="SanaPipeline.*got SanaSprintPipeline"):
-        Sana.load(tmp_path, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_a_missing_part_is_named(folder, tmp_path, part):
-    broken = tmp_path / "base"
-    shutil.copytree(folder, broken)
-    shutil.rmtree(broken / part)
-    with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
-        Sana.load(broken, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("capacity", [0, 8])
-def test_training_encodes_negative_prompts_without_the_instruction(families, capacity):
-    """Also from the cache of prompts, where the same words may be a caption and a negative prompt."""
-    family = families[0]
-    parts = Parts(family, None, "plain", torch.device("cpu"), memory=MemorySettings(cached_prompts=capacity))
-    for _ in range(2):
-        caption, negative = parts.encode_text(["artifacts"]), parts.encode_negative_text(["artifacts"])
-        assert torch.equal(caption.parts[1], family.encode_text(["artifacts"]).parts[1])
-        assert torch.equal(negative.parts[1], family.encode_negative_text(["artifacts"]).parts[1])
-    assert not torch.equal(caption.parts[1], negative.parts[1])
+class TestFolder(FolderChecks):
+    kind, pipeline, parts = Sana, "SanaPipeline", ("transformer", "vae", "text_encoder")
+    seed = 1
+    size = (HEIGHT, WIDTH)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageOmniPipeline, ZImageTransformer2DModel
@@ -16,6 +13,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from npedit import dmd, flow
 from npedit.families.base import Text
 from npedit.families.z_image import TEXT_LENGTH, ZImage
+from tests.support.family_checks import FolderChecks, latents, pictures, recorded
 
 HEIGHT, WIDTH = 24, 40  # not square, so that rows and columns cannot be mixed up
 PROMPTS = ["a dog", "two blue squares, and a caption that takes more than a block of 32 tokens"]
@@ -26,30 +24,6 @@ def family() -> ZImage:
     made = ZImage.tiny(0)
     made.pipe.set_progress_bar_config(disable=True)
     return made
-
-
-def latents(family: ZImage, batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
-    stride, generator = family.facts.stride, torch.Generator().manual_seed(seed)
-    return torch.randn(batch, family.facts.channels, height // stride, width // stride, generator=generator)
-
-
-def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def recorded(net: torch.nn.Module, run) -> tuple[list[dict], object]:
-    """The arguments of every call of the net during `run()`, by name, and what it returned."""
-    calls: list[dict] = []
-
-    def note(_, args, kwargs):
-        calls.append(dict(zip(("x", "t", "cap_feats"), args)) | kwargs)
-
-    hook = net.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        result = run()
-    finally:
-        hook.remove()
-    return calls, result
 
 
 @torch.no_grad()
@@ -342,13 +316,6 @@ def test_facts_are_those_of_the_parts(family):
 # ----------------------------------------------------------------------------------------------------- nets, folders
 
 
-@pytest.fixture(scope="module")
-def folder(family, tmp_path_factory):
-    place = tmp_path_factory.mktemp("z_image") / "base"
-    family.pipe.save_pretrained(place)
-    return place
-
-
 def test_a_net_is_a_trainable_copy_saved_and_opened(family, tmp_path):
     net, before = family.trainable_net(), [p.clone() for p in family.base.parameters()]
     assert net.training and all(p.requires_grad for p in net.parameters())
@@ -365,42 +332,5 @@ def test_a_net_is_a_trainable_copy_saved_and_opened(family, tmp_path):
     assert torch.equal(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2])
 
 
-def test_a_folder_is_loaded(family, folder):
-    loaded = ZImage.load(folder, torch.float32, torch.device("cpu"))
-    x, t = latents(family, 1), torch.tensor([0.5])
-    with torch.no_grad():
-        a, b = (f.velocity(f.base, x, t, f.encode_text(PROMPTS[:1])) for f in (loaded, family))
-    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    for part in (loaded.base, loaded.pipe.vae, loaded.pipe.text_encoder):
-        assert not part.training and not any(p.requires_grad for p in part.parameters())
-
-
-def test_a_folder_is_loaded_in_another_type(folder):
-    """Latents and velocities stay in float32, so that neither x_t nor DMD's gap is rounded to 8 bits."""
-    family = ZImage.load(folder, torch.bfloat16, torch.device("cpu"))
-    x = family.encode(pictures(1))
-    assert {p.dtype for p in family.base.parameters()} == {torch.bfloat16}
-    assert family.decode(x).dtype is torch.bfloat16 and x.dtype is torch.float32
-    text, t = family.encode_text(PROMPTS[:1]), torch.tensor([0.5])
-    nets = family.base, family.trainable_net().float()  # the second is what a learner makes of it
-    with torch.no_grad():
-        low, high = (family.velocity(net, x, t, text, (x,)) for net in nets)
-    assert low.dtype is high.dtype is torch.float32
-    assert (low - high).abs().max() < 0.2 * high.abs().max()
-
-
-def test_a_folder_without_index_or_of_another_pipeline_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json.*has none"):
-        ZImage.load(tmp_path, torch.float32, torch.device("cpu"))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="ZImagePipeline.*got FluxPipeline"):
-        ZImage.load(tmp_path, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "tokenizer"])
-def test_a_missing_part_is_named(folder, tmp_path, part):
-    broken = tmp_path / "base"
-    shutil.copytree(folder, broken)
-    shutil.rmtree(broken / part)
-    with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
-        ZImage.load(broken, torch.float32, torch.device("cpu"))
+class TestFolder(FolderChecks):
+    kind, pipeline, parts = ZImage, "ZImagePipeline", ("transformer", "vae", "tokenizer")

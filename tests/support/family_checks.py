@@ -5,6 +5,7 @@ Parity with the family's own pipeline is in each family's file, for each pipelin
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -34,9 +35,11 @@ def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3
 
 
 def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
-    """The keyword arguments of every call of the net during `run()`, and what it returned."""
-    calls: list[dict[str, Any]] = []
-    hook = net.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    """The arguments of every call of the net during `run()`, by name, and what `run()` returned."""
+    names, calls = tuple(inspect.signature(net.forward).parameters), []
+    hook = net.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(dict(zip(names, args)) | kwargs), with_kwargs=True
+    )
     try:
         result = run()
     finally:
@@ -64,18 +67,20 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, 
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-class FamilyChecks:
-    """See the module's head. `pipeline` is the class of the family's pipeline, `parts` some of what it cannot lack."""
+class FolderChecks:
+    """Opening a family's folder. `pipeline` is the class of the family's pipeline, `parts` some that it needs."""
 
     kind: type[Family]
     pipeline: str
     parts: tuple[str, ...]
+    size = (HEIGHT, WIDTH)
+    seed = 0  # of `tiny`, which makes other configs of a family for other seeds
 
     @pytest.fixture(scope="class")
     def family(self) -> Family:
-        made = self.kind.tiny(0)
+        made = self.kind.tiny(self.seed)
         made.pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad():  # a random decoder is timid; where pictures leave [0, 1], a clamp would show
+        with torch.no_grad():  # so that pictures leave [0, 1] and a clamp would show
             made.pipe.vae.decoder.conv_out.weight.mul_(20)
         return made
 
@@ -84,6 +89,51 @@ class FamilyChecks:
         place = tmp_path_factory.mktemp("family") / "base"
         family.pipe.save_pretrained(place)
         return place
+
+    def test_a_folder_is_loaded(self, family, folder):
+        loaded = self.kind.load(folder, torch.float32, torch.device("cpu"))
+        x, t = latents(family, 1, *self.size), torch.tensor([0.5])
+        with torch.no_grad():
+            a, b = (f.velocity(f.base, x, t, f.encode_text(PROMPTS[:1])) for f in (loaded, family))
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        assert loaded.facts == family.facts and loaded.shift(64, 32) == family.shift(64, 32)
+        for part in loaded.pipe.components.values():
+            if isinstance(part, nn.Module):
+                assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+    def test_a_folder_is_loaded_in_another_type(self, folder):
+        """The nets work in bfloat16. Latents stay float32, so x_t and the DMD gradient keep all their bits."""
+        family = self.kind.load(folder, torch.bfloat16, torch.device("cpu"))
+        z = family.encode(pictures(1, *self.size))
+        assert next(family.base.parameters()).dtype is torch.bfloat16 and z.dtype is torch.float32
+        assert family.decode(z).dtype is torch.bfloat16 and family.decode(z).isfinite().all()
+        t, text = torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
+        nets = family.trainable_net(), family.trainable_net().float()  # the second is what a learner makes of it
+        with torch.no_grad():
+            low, high = (family.velocity(net, z, t, text, (z,)) for net in nets)
+        assert low.dtype is high.dtype is torch.float32
+        torch.testing.assert_close(low, high, atol=0.1, rtol=0.1)
+
+    def test_a_folder_without_index_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="model_index.json.*has none"):
+            self.kind.load(tmp_path, torch.float32, torch.device("cpu"))
+
+    def test_another_pipeline_is_refused(self, tmp_path):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+        with pytest.raises(ValueError, match=f"{self.pipeline}.*got StableDiffusionPipeline"):
+            self.kind.load(tmp_path, torch.float32, torch.device("cpu"))
+
+    def test_a_missing_part_is_named(self, folder, tmp_path):
+        for part in self.parts:
+            broken = tmp_path / part
+            shutil.copytree(folder, broken)
+            shutil.rmtree(broken / part)
+            with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
+                self.kind.load(broken, torch.float32, torch.device("cpu"))
+
+
+class FamilyChecks(FolderChecks):
+    """See the module's head."""
 
     # ------------------------------------------------------------------------------------------------------- text
 
@@ -247,49 +297,7 @@ class FamilyChecks:
             outs = [family.velocity(n, x, t, text) for n in (net, opened, plain, family.base)]
         for same in (opened, plain):
             assert all(torch.equal(p, same.state_dict()[name]) for name, p in net.state_dict().items())
-        for out in outs[
-            1:3
-        ]:  # not bitwise: weights mapped from a file are not aligned, and some CPUs then round otherwise
+        # Not bitwise: weights mapped from a file are not aligned, and some CPUs then round otherwise.
+        for out in outs[1:3]:
             torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=0)
         assert not torch.allclose(outs[0], outs[3], atol=1e-3)
-
-    def test_a_folder_is_loaded(self, family, folder):
-        loaded = self.kind.load(folder, torch.float32, torch.device("cpu"))
-        x, t = latents(family, 1), torch.tensor([0.5])
-        with torch.no_grad():
-            a, b = (f.velocity(f.base, x, t, f.encode_text(PROMPTS[:1]), (x,)) for f in (loaded, family))
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-        assert loaded.facts == family.facts and loaded.shift(64, 32) == family.shift(64, 32)
-        for part in loaded.pipe.components.values():
-            if isinstance(part, nn.Module):
-                assert not part.training and not any(p.requires_grad for p in part.parameters())
-
-    def test_a_folder_is_loaded_in_another_type(self, folder):
-        """The nets work in bfloat16; latents stay float32, so that neither x_t nor DMD's gap is rounded to 8 bits."""
-        family = self.kind.load(folder, torch.bfloat16, torch.device("cpu"))
-        z = family.encode(pictures(1))
-        assert next(family.base.parameters()).dtype is torch.bfloat16 and z.dtype is torch.float32
-        assert family.decode(z).dtype is torch.bfloat16 and family.decode(z).isfinite().all()
-        t, text = torch.tensor([0.5]), family.encode_text(PROMPTS[:1])
-        net = family.trainable_net().float()  # what a learner makes of it
-        with torch.no_grad():
-            low, high = (family.velocity(n, z, t, text, (z,)) for n in (family.base, net))
-        assert low.dtype is high.dtype is torch.float32
-        torch.testing.assert_close(low, high, atol=0.1, rtol=0.1)
-
-    def test_a_folder_without_index_is_refused(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="model_index.json.*has none"):
-            self.kind.load(tmp_path, torch.float32, torch.device("cpu"))
-
-    def test_another_pipeline_is_refused(self, tmp_path):
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-        with pytest.raises(ValueError, match=f"{self.pipeline}.*got StableDiffusionPipeline"):
-            self.kind.load(tmp_path, torch.float32, torch.device("cpu"))
-
-    def test_a_missing_part_is_named(self, folder, tmp_path):
-        for part in self.parts:
-            broken = tmp_path / part
-            shutil.copytree(folder, broken)
-            shutil.rmtree(broken / part)
-            with pytest.raises(FileNotFoundError, match=rf"\b{part}\b"):
-                self.kind.load(broken, torch.float32, torch.device("cpu"))
