@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from npedit.critics.base import answer_loss, answer_token, vocabulary_loss
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.questions import questions_for
-
-LONG, SHORT = "was this edit done : paint the red circle blue and remove the dog ?", "is there a fence ?"
+from tests.support.chat_critics import LONG, SHORT, SIZES, hard_cases, images, photo
 
 
 @pytest.fixture(scope="module")
@@ -25,37 +24,9 @@ def critic() -> LlavaOnevision:
     return LlavaOnevision.tiny(0)
 
 
-def images(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def photo(height: int, width: int, seed: int, edges: bool = True) -> np.ndarray:
-    """uint8 (H, W, 3) with smooth parts and noise, and with black and white edges unless `edges` is false."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:height, 0:width]
-    plain = 127 + 60 * np.sin(rows / 7)[..., None] * np.cos(columns[..., None] / 5 + np.arange(3))
-    if edges:
-        plain[height // 3 :, : width // 2] = rng.integers(0, 2, 3) * 255
-    return np.clip(plain + rng.normal(0, 8, (height, width, 3)), 0, 255).astype(np.uint8)
-
-
 # ------------------------------------------------------------------------------------------------------------ pixels
 
-SIZES = [
-    (32, 32),
-    (64, 64),
-    (33, 31),
-    (24, 24),
-    (8, 40),
-    (40, 8),
-    (100, 57),
-    (17, 130),
-    (256, 192),
-    (31, 32),
-    (384, 512),
-]
-# Pillow 13 takes some tall pictures' height first, where edges that overshoot are held back in another order.
-HARD = [(size, edges) for size in SIZES for edges in (False, True) if not edges or size[0] <= size[1]]
+HARD = hard_cases([*SIZES, (100, 57), (384, 512)])
 
 
 @pytest.mark.parametrize(("size", "edges"), HARD)

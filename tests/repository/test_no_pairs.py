@@ -7,6 +7,7 @@ import dataclasses
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,26 +19,15 @@ from npedit.steps import np_edit, reference_copy
 from npedit.toy import world
 from npedit.toy.dataset import write_dataset
 from npedit.toy.edits import sample_edit
+from tests.support.opened_files import opened_files
 from tests.support.parts import batch, parts, weights
-
-OPENED: list[str] = []
-_watching = False
-
-
-def _note(event: str, args: tuple) -> None:
-    if _watching and event == "open":
-        OPENED.append(str(args[0]))
-
-
-sys.addaudithook(_note)  # sees every file that Python opens, by whatever library; it cannot be taken away again
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened() -> Iterator[list[str]]:
     """The files that are opened during the test."""
-    OPENED.clear()
-    monkeypatch.setattr(sys.modules[__name__], "_watching", True)
-    return OPENED
+    with opened_files() as paths:
+        yield paths
 
 
 @pytest.fixture(scope="module")

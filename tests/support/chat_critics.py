@@ -23,8 +23,15 @@ from npedit.questions import questions_for
 
 LONG, SHORT = "was this edit done : paint the red circle blue and remove the dog ?", "is there a fence ?"
 SIZES = [(32, 32), (64, 64), (33, 31), (24, 24), (8, 40), (40, 8), (17, 130), (256, 192), (31, 32), (240, 320)]
-# Pillow 13 takes some tall pictures' height first, where edges that overshoot are held back in another order.
-HARD = [(size, edges) for size in SIZES for edges in (False, True) if not edges or size[0] <= size[1]]
+
+
+def hard_cases(sizes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], bool]]:
+    """(size, edges): sizes with and without black and white edges; tall ones without. Pillow 13 resizes some tall
+    pictures' height first, where edges that overshoot are clipped in another order."""
+    return [(size, edges) for size in sizes for edges in (False, True) if not edges or size[0] <= size[1]]
+
+
+HARD = hard_cases(SIZES)
 
 
 def images(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:

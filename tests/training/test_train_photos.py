@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
 from npedit.steps.base import Parts
 from npedit.training import trainer
+from tests.support.opened_files import opened_files
 from tests.support.photo_sets import save, write_metadata
 
 PHOTOS = {  # of scikit-image, all in its package: what it shows, instruction, type, object, what is wanted
@@ -24,23 +25,14 @@ PHOTOS = {  # of scikit-image, all in its package: what it shows, instruction, t
     "coffee": ("a cup of coffee", "add a biscuit", "add", "biscuit", "a cup of coffee and a biscuit"),
     "camera": ("a man with a camera", "make it winter", "background", "", "a man with a camera in the snow"),
 }
-STEPS, OPENED = 2, []
-_watching = False
-
-
-def _note(event: str, args: tuple) -> None:
-    if _watching and event == "open":
-        OPENED.append(str(args[0]))
-
-
-sys.addaudithook(_note)  # sees every file that Python opens, by whatever library; it cannot be taken away again
+STEPS = 2
 
 
 @pytest.fixture
-def opened(monkeypatch) -> list[str]:
-    OPENED.clear()
-    monkeypatch.setattr(sys.modules[__name__], "_watching", True)
-    return OPENED
+def opened() -> Iterator[list[str]]:
+    """The files that are opened during the test."""
+    with opened_files() as paths:
+        yield paths
 
 
 def photos(folder: Path) -> Path:
