@@ -40,11 +40,11 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        number, full = getattr(error, "errno", None), (errno.ENOSPC, errno.EDQUOT)
+        number, full = getattr(error, "errno", None), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if number in full or any(f"(os error {n})" in str(error) for n in full):
             raise UserError(
                 f"expected room on the disk for {path}; got a full one; free some space and run the same command "
-                "again: the last complete checkpoint is kept and training goes on from there"
+                "again: everything that was complete is kept, and the work resumes from there"
             ) from error
         if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
             raise UserError(f"expected a place that can be written; got {path} ({error}); choose another") from error

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from npedit.benchmarks import _judged, gedit
+from npedit.benchmarks import _judged, _scorer, gedit
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
@@ -31,7 +31,7 @@ def rows_of(found, scores):
     for item in found:
         row = {"id": item.id, "task": item.task, **item.more, "scores": {}, "why": {}, "numbers": {}}
         for name, value in zip(("SC", "PQ"), scores(item)):
-            _judged.set_score(row, name, value, "parse_error")
+            _scorer.set_score(row, name, value, "parse_error")
         rows.append(gedit.add_overall_score(row, "O"))
     return rows
 
@@ -204,8 +204,8 @@ def test_the_official_protocol_scales_the_result_and_writes_the_official_files(t
     protocol = Protocol.load("viescore-gpt", tmp_path)
     with serving(answer) as server, AnswerCache(tmp_path / "answers.jsonl") as cache:
         judge = ServerJudge(server.url, "tiny", workers=1)
-        scorer = _judged.Scorer(judge, protocol, cache, _judged.RepeatSettings(), gedit.combine_numbers)
-        rows = _judged.score_items(scorer, found, lambda r: gedit.add_overall_score(r, "O"), lambda *_: None)
+        scorer = _scorer.Scorer(judge, protocol, cache, _scorer.RepeatSettings(), gedit.combine_numbers)
+        rows = _scorer.score_items(scorer, found, lambda r: gedit.add_overall_score(r, "O"), lambda *_: None)
     assert set(sizes) == {(24, 16)}
     written = gedit.write_official_files(rows, found, model, "gpt4o")
     assert [p.relative_to(model).as_posix() for p in written[-2:]] == [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from npedit.benchmarks import _judged, imgedit
+from npedit.benchmarks import _scorer, imgedit
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
@@ -42,7 +42,7 @@ def rows_of(found, numbers):
     for item in found:
         three = numbers(item)
         row = {"id": item.id, "task": item.task, "scores": {}, "why": {}, "numbers": {"S": [three] if three else []}}
-        _judged.set_score(row, "S", imgedit.combine_numbers(three) if three else None, "refused")
+        _scorer.set_score(row, "S", imgedit.combine_numbers(three) if three else None, "refused")
         rows.append(imgedit.add_overall_score(row, "O"))
     return rows
 
@@ -127,8 +127,8 @@ def test_a_server_judges_each_type_with_its_own_criteria(found, tmp_path, monkey
 
     with serving(answer) as server, AnswerCache(tmp_path / "a.jsonl") as cache:
         judge = ServerJudge(server.url, "tiny", workers=1)
-        scorer = _judged.Scorer(judge, protocol, cache, _judged.RepeatSettings(), imgedit.combine_numbers)
-        rows = _judged.score_items(scorer, found, lambda r: imgedit.add_overall_score(r, "O"), lambda *_: None)
+        scorer = _scorer.Scorer(judge, protocol, cache, _scorer.RepeatSettings(), imgedit.combine_numbers)
+        rows = _scorer.score_items(scorer, found, lambda r: imgedit.add_overall_score(r, "O"), lambda *_: None)
         assert len(server.bodies) == 12  # the one that was no answer was asked for twice
         assert len({text_of(b).split("was: request")[1].partition("\n")[2] for b in server.bodies}) >= len(
             imgedit.TASKS

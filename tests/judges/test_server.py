@@ -11,7 +11,7 @@ from email.utils import formatdate
 
 import pytest
 
-from npedit.benchmarks import _judged, gedit
+from npedit.benchmarks import _scorer, gedit
 from npedit.benchmarks._headlines import judge_noise
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
@@ -286,10 +286,10 @@ def scores_of(body):
 def run(server, found, answers, passes=None, name="npedit-edit-v1", on_progress=lambda *_: None, **more):
     protocol = Protocol.load(name)
     with AnswerCache(answers) as cache:
-        scorer = _judged.Scorer(
-            judge_at(server, **more), protocol, cache, passes or _judged.RepeatSettings(), gedit.combine_numbers
+        scorer = _scorer.Scorer(
+            judge_at(server, **more), protocol, cache, passes or _scorer.RepeatSettings(), gedit.combine_numbers
         )
-        return _judged.score_items(
+        return _scorer.score_items(
             scorer, found, lambda row: gedit.add_overall_score(row, protocol.overall), on_progress
         )
 
@@ -416,7 +416,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
         seen[exchanged] += 1
         return json.dumps({"score": [10, value]})
 
-    passes = _judged.RepeatSettings(repeats=2, swap=True)
+    passes = _scorer.RepeatSettings(repeats=2, swap=True)
     with serving(answer) as server:
         rows = run(server, bench[:1], tmp_path / "a.jsonl", passes)
         assert len(server.bodies) == 6
@@ -426,7 +426,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
     assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
     with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or seen[True] < 2 else "no") as server:
         seen.update({False: 0, True: 2})
-        rows = run(server, bench[:1], tmp_path / "b.jsonl", _judged.RepeatSettings(swap=True))
+        rows = run(server, bench[:1], tmp_path / "b.jsonl", _scorer.RepeatSettings(swap=True))
     assert rows[0]["scores"]["SC"] is None and rows[0]["why"]["SC"] == "parse_error"  # one order alone is one-sided
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from npedit.benchmarks._headlines import Row, ScoreScale, summarise_score
-from npedit.benchmarks._judged import Item, SourceImage, set_score
 from npedit.benchmarks._outputs import has_cache_key, save_png
+from npedit.benchmarks._scorer import Item, SourceImage, set_score
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK
 from npedit.judges.cache import answer_cache_key

@@ -18,7 +18,7 @@ from typing import Any
 
 from npedit.benchmarks._answers import parse_scores
 from npedit.benchmarks._headlines import Row, ScoreScale, summarise_score
-from npedit.benchmarks._judged import Item, SourceImage, set_score
+from npedit.benchmarks._scorer import Item, SourceImage, set_score
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import NOT_IN_FILE, OK, PARSE_ERROR
 from npedit.runs.checkpoint import write_text
