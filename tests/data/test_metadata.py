@@ -98,7 +98,7 @@ def test_hidden_folders_are_left_alone(tmp_path):
 def test_a_benchmark_of_own_photos_has_the_rows_of_sub_folders_too(tmp_path):
     for place in ("", "more"):
         folder_of(tmp_path, place, ("a.png", "b.png"))
-    items, _ = own.read(str(tmp_path))
+    items, _ = own.read_items(str(tmp_path))
     assert [item.reference.relative_to(tmp_path).as_posix() for item in items] == [
         "a.png", "b.png", "more/a.png", "more/b.png",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
-from npedit.data._photos import lay_on_white
+from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, open_picture, pair_up
 from npedit.errors import UserError, did_you_mean
 from npedit.runs.resolve import resolve_editor
@@ -43,11 +43,14 @@ def run_edit(
     tile: int | None = None,
     overwrite: bool = False,
     base: str = "",
+    offload: bool = False,
+    bits: int = 0,
 ) -> Iterator[str]:
     """Edit the named pictures; yields a line for each result that is written.
 
     `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a folder,
-    "-" for standard output, or "" for a free name beside each picture; `tile` and `base` are those of `Editor.open`.
+    "-" for standard output, or "" for a free name beside each picture; `tile`, `base`, `offload` and
+    `bits` are those of `Editor.open`.
     All pictures are read and all targets checked before the first is edited.
 
     Raises:
@@ -61,7 +64,7 @@ def run_edit(
             check_writable(job.target)
     if (source := resolve_editor(model)).is_checkpoint:
         _note(err, f"using {source}")
-    editor = Editor.open(model, tile=tile, base=base)
+    editor = Editor.open(model, tile=tile, base=base, offload=offload, bits=bits)
     _note_unknown_words(model, texts, err)
     reader = _Reader(jobs, editor, err)
     edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps)
@@ -189,7 +192,7 @@ class _Reader:
             if picture.mode == "RGBA":
                 if job.target is None or job.target.suffix.lower() in ALPHA:
                     self.alpha[number] = picture.getchannel("A")
-                picture = lay_on_white(picture)
+                picture = composite_on_white(picture)
             if job.source not in noted and _loses_detail(picture, self.editor.sizes):
                 sizes = ", ".join(f"{w}x{h}" for h, w in self.editor.sizes)
                 size = f"{picture.width}x{picture.height}"

@@ -1,7 +1,7 @@
-"""What feeds training: `Example` and `Batch`, and the sources that make them (`imagefolder`, `toy`).
+"""Training data: `Example` and `Batch`, and the sources that make them (`imagefolder`, `toy`).
 
-`Batch` has no field for an edited image, and no source of `Batch` opens one. `PairedBatch`, for supervised baselines,
-comes from `toy_pairs` alone.
+`Batch` has no field for an edited image, and no source of `Batch` opens one. Only `toy_pairs` makes `PairedBatch`,
+which is for supervised baselines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from npedit.questions import IDENTITY_EDIT
 
 @dataclass(frozen=True)
 class Example:
-    """One training item. `reference` is (3, H, W) in [0, 1]; a caption is "" where the data set has none."""
+    """One training example. `reference` is (3, H, W) in [0, 1]. A caption that the data set does not have is ""."""
 
     id: str
     reference: Tensor
@@ -29,7 +29,7 @@ class Example:
     target_caption: str
 
     def as_identity_edit(self, instruction: str) -> Example:
-        """The example with an instruction to change nothing: the wanted result has the reference's caption."""
+        """The example with an instruction to change nothing. Its target caption is the reference's caption."""
         return Example(
             self.id,
             self.reference,
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """References (b, 3, H, W) of one size and, for each, the words that go with it."""
+    """References (b, 3, H, W) of one size, and the texts of each example."""
 
     ids: tuple[str, ...]
     references: Tensor
@@ -69,7 +69,7 @@ class PairedBatch(Batch):
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Stack examples whose references have one size."""
+    """The batch of examples whose references have one size."""
     return Batch(
         ids=tuple(e.id for e in examples),
         references=torch.stack([e.reference for e in examples]).to(device),

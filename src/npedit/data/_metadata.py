@@ -1,4 +1,4 @@
-"""The metadata of a data folder: which files there are, and what their rows say."""
+"""The metadata of a data folder: find the files, read and check their rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FIELDS: tuple[FieldName, ...] = get_args(FieldName)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
 EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
 REFERENCE_COLUMN = re.compile(rf"(source|src|input|reference|ref|original|before|image|img|photo|picture){_FILE}", re.I)
-NOT_FILES = {"edit", "edits"}  # elsewhere the name of an instruction
+NOT_IMAGE_COLUMNS = {"edit", "edits"}  # in some data sets the names of instruction columns
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the metadata; captions and object are "" where it has none."""
+    """One line of the metadata. Captions and object are "" if the line has none."""
 
     file_name: str
     instruction: str
@@ -42,20 +42,20 @@ class Row:
     id: str
     line: int
     metadata: Path
-    inside: str  # the folder of `metadata` in that of all data, "." if they are one
+    subfolder: str  # the folder of `metadata` relative to the data folder, "." if both are the same
 
     @property
     def location(self) -> str:
-        """Where the row stands: file and line."""
+        """The file and line of the row, for messages."""
         return f"{self.metadata}:{self.line}"
 
     @property
     def photo(self) -> str:
-        """The photo's name, relative to the folder of all data."""
-        return self.file_name if self.inside == "." else f"{self.inside}/{self.file_name}"
+        """The photo's name, relative to the data folder."""
+        return self.file_name if self.subfolder == "." else f"{self.subfolder}/{self.file_name}"
 
     def photo_path(self) -> Path:
-        """Where the photo lies. Errors as in `resolve_photo_path`."""
+        """The path of the photo. Errors as in `resolve_photo_path`."""
         return resolve_photo_path(self.metadata.parent, self.file_name)
 
 
@@ -90,7 +90,7 @@ def _metadata_below(folder: Path) -> Iterator[Path]:
         names[:] = [name for name in names if not name.startswith((".", "__"))]
         for name in files:
             file = Path(place, name)
-            if name in OTHER_METADATA or (name.lower().endswith(".zip") and _holds_metadata(file)):
+            if name in OTHER_METADATA or (name.lower().endswith(".zip") and _contains_metadata(file)):
                 raise UserError(
                     f"expected metadata in {METADATA} files alone; got {file}, which would not be read; "
                     f"write its rows into a {METADATA}, or move it out of {folder}"
@@ -105,7 +105,7 @@ def _metadata_below(folder: Path) -> Iterator[Path]:
                 yield file
 
 
-def _holds_metadata(archive: Path) -> bool:
+def _contains_metadata(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as file:
             return any(PurePosixPath(name).name in (METADATA, *OTHER_METADATA) for name in file.namelist())
@@ -126,28 +126,28 @@ def read_json_lines(metadata: Path) -> Iterator[tuple[int, dict]]:
                 yield line, value
     except (ValueError, RecursionError) as error:
         got = f"{raw[:40]!r} ({error})"
-        raise UserError(f"{metadata}:{line}: expected JSON in UTF-8; got {got}; mend or delete the line") from error
+        raise UserError(f"{metadata}:{line}: expected JSON in UTF-8; got {got}; correct or delete the line") from error
     except OSError as error:
         raise UserError(f"expected a readable {metadata}; got {error}; check its permissions") from error
 
 
-def _check_columns(columns: Mapping[FieldName, str], seen: set[str], metadata: Path) -> set[str]:
-    """Refuse unclear or wrong mappings; return the columns that hold edited images."""
+def _check_columns(columns: Mapping[FieldName, str], present: set[str], metadata: Path) -> set[str]:
+    """The columns that hold edited images. A column mapping that is wrong or missing raises a UserError."""
     for field, column in columns.items():
-        if column not in seen:
+        if column not in present:
             raise UserError(
-                f"data.columns.{field}: expected a column of {metadata}; got {column!r}.{did_you_mean(column, seen)} "
-                f"Its columns are: {', '.join(sorted(seen))}"
+                f"data.columns.{field}: expected a column of {metadata}; got {column!r}."
+                f"{did_you_mean(column, present)} Its columns are: {', '.join(sorted(present))}"
             )
-    edited = {c for c in seen if EDITED_COLUMN.fullmatch(c) and c not in NOT_FILES}
+    edited = {c for c in present if EDITED_COLUMN.fullmatch(c) and c not in NOT_IMAGE_COLUMNS}
     photo = columns.get("file_name", "file_name")
     if photo in edited:
         raise UserError(
             f"data.columns.file_name: expected a column of reference images; got {photo!r}, which by its name holds "
             "edited images, and those are never opened; name the column of the originals, or rename this one"
         )
-    sources = sorted(c for c in seen if REFERENCE_COLUMN.fullmatch(c))
-    if photo not in seen and sources and edited:
+    sources = sorted(c for c in present if REFERENCE_COLUMN.fullmatch(c))
+    if photo not in present and sources and edited:
         raise UserError(
             f"{metadata}: expected a column file_name; got {', '.join(sources)} and {', '.join(sorted(edited))}, of "
             f"which only you know the originals; set data.columns, for example {{file_name: {sources[0]}}}"
@@ -156,53 +156,52 @@ def _check_columns(columns: Mapping[FieldName, str], seen: set[str], metadata: P
 
 
 def parse_row(
-    value: dict, line: int, metadata: Path, columns: Mapping[FieldName, str], folder: Path | None = None
+    json_object: dict, line: int, metadata: Path, columns: Mapping[FieldName, str], folder: Path | None = None
 ) -> Row:
-    """A line's JSON object as a row; `columns` are our fields that have another name there, `folder` is that of all
-    data, if it is not the one that `metadata` lies in.
+    """A line's JSON object as a row. `columns` maps our field names to the data set's column names; `folder` is the
+    data folder, if `metadata` is in a sub-folder of it.
 
     Raises:
-        UserError: with file and line, for a line that lacks a field, has an edit type that nothing is asked about or a
-            removal of nothing.
+        UserError: names file and line: a field is missing, the edit type is unknown, or a removal has no object.
     """
-    words = {}
+    values = {}
     for field in FIELDS:
         column = columns.get(field, field)
-        word = value.get(column)
-        if isinstance(word, int) and field == "id":
-            word = str(word)
-        if not isinstance(word, str | None):
-            raise UserError(f"{metadata}:{line}: expected text in {column!r}; got {word!r}; write it as a string")
-        if field in ("file_name", "instruction") and not (word or "").strip():
-            if word is not None:
+        text = json_object.get(column)
+        if isinstance(text, int) and field == "id":
+            text = str(text)
+        if not isinstance(text, str | None):
+            raise UserError(f"{metadata}:{line}: expected text in {column!r}; got {text!r}; write it as a string")
+        if field in ("file_name", "instruction") and not (text or "").strip():
+            if text is not None:
                 raise UserError(f"{metadata}:{line}: expected text in {column!r}; got an empty one. Fill it in.")
             raise UserError(
-                f"{metadata}:{line}: expected a field {column!r}; got {', '.join(value) or 'an empty object'}."
-                f"{did_you_mean(column, value)} Add it, or say in data.columns which column holds it"
+                f"{metadata}:{line}: expected a field {column!r}; got {', '.join(json_object) or 'an empty object'}."
+                f"{did_you_mean(column, json_object)} Add it, or say in data.columns which column holds it"
             )
-        words[field] = (word or "").strip()
+        values[field] = (text or "").strip()
     try:
-        words["edit_type"] = normalise_edit_type(words["edit_type"])
+        values["edit_type"] = normalise_edit_type(values["edit_type"])
     except ValueError as error:
         raise UserError(f"{metadata}:{line}: {error}") from error
-    if words["edit_type"] == "remove" and not words["object"]:
+    if values["edit_type"] == "remove" and not values["object"]:
         raise UserError(
             f"{metadata}:{line}: expected an 'object' for edit type 'remove'; got none; "
             "add the name of what is removed, which the critic is asked for"
         )
-    if words["edit_type"] == IDENTITY_EDIT:
-        words["target_caption"] = words["target_caption"] or words["source_caption"]
-    inside = metadata.parent.relative_to(folder or metadata.parent)
-    words["id"] = words["id"] or (inside / f"{line:06d}").as_posix()
-    return Row(**words, line=line, metadata=metadata, inside=inside.as_posix())
+    if values["edit_type"] == IDENTITY_EDIT:
+        values["target_caption"] = values["target_caption"] or values["source_caption"]
+    subfolder = metadata.parent.relative_to(folder or metadata.parent)
+    values["id"] = values["id"] or (subfolder / f"{line:06d}").as_posix()
+    return Row(**values, line=line, metadata=metadata, subfolder=subfolder.as_posix())
 
 
 def read_rows(folder: Path, files: Sequence[Path], columns: Mapping[FieldName, str]) -> list[Row]:
-    """All rows of these metadata files in `folder`; `columns` are our fields that have another name there.
+    """All rows of these metadata files in `folder`. `columns` maps our field names to the data set's column names.
 
     Raises:
-        UserError: with file and line, for a line that is not JSON, lacks a field, has an edit type that nothing is
-            asked about or a removal of nothing; for columns that need a mapping; for files without rows.
+        UserError: names file and line: a line is not JSON, a field is missing, the edit type is unknown, a removal has
+            no object; or columns need a mapping; or there are no rows.
     """
     rows = []
     for metadata in files:
@@ -219,10 +218,10 @@ def read_rows(folder: Path, files: Sequence[Path], columns: Mapping[FieldName, s
 
 
 def resolve_photo_path(folder: Path, file_name: str) -> Path:
-    """Where a file of a data folder lies. Only the name is checked: a link inside the folder is followed.
+    """The path of a file in a data folder. Only the name is checked: symbolic links are followed.
 
     Raises:
-        BadImage: the name leads out of the folder.
+        BadImage: the name points outside the folder.
     """
     name = PurePosixPath(file_name.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or re.match(r"[a-zA-Z]:", file_name):

@@ -1,4 +1,4 @@
-"""Reading pictures, in one place for training, editing, benchmarks and judges.
+"""Reading pictures: one module for training, editing, benchmarks and judges.
 
 Every picture that is read becomes upright, 8 bits a channel, sRGB, and RGB (or RGBA where transparency is asked for):
 
@@ -7,7 +7,7 @@ Every picture that is read becomes upright, 8 bits a channel, sRGB, and RGB (or 
   picture counts as sRGB. A picture without a profile counts as sRGB.
 - Values of more than 8 bits are scaled by the range that the file declares (12 or 16 bits, signed or not). A 32-bit
   integer TIFF declares none that is of use, see `_to_8_bits`.
-- Transparency is laid on white, or kept with `keep_alpha`.
+- Transparent pictures are composited on white; with `keep_alpha` they keep their alpha channel.
 
 Deviation from the reimplementation, which resizes the short side and pads with black: a crop here fills its size.
 """
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 MAX_PIXELS = 100_000_000
 ORIENTATION = 0x0112  # EXIF; the TIFF tags below are those of the TIFF 6.0 specification
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+UPRIGHT = {  # EXIF orientation -> the transposition that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -134,7 +134,7 @@ def read_photo_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
         with Image.open(path) as image:
             _check_pixels(image, max_pixels)
             width, height = image.size
-            # A PNG's orientation may stand behind its pixels and is not worth decoding them: any crop fills its bucket.
+            # A PNG's orientation may be stored after its pixels. It is not read: any photo fits any bucket, cropped.
             swapped = not (image.format == "PNG" and "exif" not in image.info) and _orientation(image) in SWAPS_SIDES
             image.verify()
     return (width, height) if swapped else (height, width)
@@ -195,8 +195,8 @@ def crop_to_fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, keep_alpha: bool = False) -> Image.Image:
-    """Any picture as 8-bit sRGB, upright: RGB with transparency laid on white, or RGBA with `keep_alpha` if anything is
-    transparent. Nothing else (EXIF, profile) is kept.
+    """Any picture as 8-bit sRGB, upright: RGB composited on white, or RGBA with `keep_alpha` if anything is
+    transparent. EXIF data and colour profile are removed.
 
     Raises:
         BadImage: it cannot be decoded, holds floating-point values, or 32-bit integers of unknown range.
@@ -223,11 +223,11 @@ def _convert_transparent(image: Image.Image, keep_alpha: bool, icc: bytes | None
     if alpha.getextrema() == (255, 255):
         return colours
     colours.putalpha(alpha)
-    return colours if keep_alpha else lay_on_white(colours)
+    return colours if keep_alpha else composite_on_white(colours)
 
 
-def lay_on_white(image: Image.Image) -> Image.Image:
-    """An RGBA picture on a white background, as RGB."""
+def composite_on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture composited on white, as RGB."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -264,14 +264,14 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})
-    signed = _first(tags.get(SAMPLE_FORMAT), 1) == 2
-    bits = _first(tags.get(BITS_PER_SAMPLE), 16)
+    signed = _first_int(tags.get(SAMPLE_FORMAT), 1) == 2
+    bits = _first_int(tags.get(BITS_PER_SAMPLE), 16)
     if bits == 32:
         values, bits = _guess_range(values, signed)
     if values.min(initial=0) < 0:
         raise BadImage(f"expected values from 0; got {values.min()}, below black; save it with 16 bits, unsigned")
     most = 2 ** (bits - (signed and bits > 8)) - 1
-    if _first(tags.get(PHOTOMETRIC), 1) == 0:  # 0 is white; Pillow turns this round for 8 bits alone
+    if _first_int(tags.get(PHOTOMETRIC), 1) == 0:  # 0 is white; Pillow turns this round for 8 bits alone
         values = most - values
     return Image.fromarray((values.clip(0, most) * (255 / most)).round().astype(np.uint8))
 
@@ -288,7 +288,7 @@ def _guess_range(values: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
     return values, 32
 
 
-def _first(value: Any, default: int) -> int:
+def _first_int(value: Any, default: int) -> int:
     value = value[0] if isinstance(value, tuple) and value else value
     return value if isinstance(value, int) else default
 

@@ -1,15 +1,15 @@
-"""A Hugging Face imagefolder of photos: `metadata.jsonl` beside the images, one JSON object a line, no edited image.
+"""A Hugging Face imagefolder of photos: images and `metadata.jsonl` with one JSON object per line. No edited images.
 
     {"file_name": "images/0001.jpg", "instruction": "Remove the white fence", "edit_type": "remove",
      "object": "white fence", "source_caption": "...", "target_caption": "...", "id": "0001"}
 
-Only `file_name` and `instruction` are required. This module opens the files named in the `file_name` column and no
-others: columns that hold edited images are named in the log and left alone.
+Only `file_name` and `instruction` are required. This module opens only the files named in the column `file_name`.
+Columns that hold edited images are named in the log and never opened.
 
 Metadata in sub-folders are read too (`_metadata.py`).
 
-A wrong line is an error that stops the run at once; a picture that cannot be used is a *bad row*, which is recorded and
-replaced by the next good row of its bucket, until there are too many of them.
+A wrong line is an error that stops the run at once. A picture that cannot be used is a *bad row*: it is recorded and
+replaced by the next good row of its bucket. Too many bad rows stop the run.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ Pixels = Annotated[int, Field(ge=8, le=8192)]
 
 
 class Settings(Base):
-    """Where the photos lie and how they are cut. `sizes` are (H, W) in pixels; each batch has one of them."""
+    """The folder of the photos and how they are cropped. `sizes` are (H, W) in pixels; each batch has one size."""
 
     path: str
     sizes: tuple[tuple[Pixels, Pixels], ...] = Field(
         ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512)), min_length=1
     )
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad rows above which training stops")
-    share: float = Field(1.0, gt=0, le=1, description="share of the rows, drawn by lot, that is used at all")
+    share: float = Field(1.0, gt=0, le=1, description="share of the rows that is used, drawn at random")
     held_out: Annotated[int, Field(ge=0)] | str = Field(
         0, description="rows that are never trained on, for samples and judge: how many, or a file of their ids"
     )
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
-    columns: dict[FieldName, str] = Field({}, description="our field -> the data set's column")
+    columns: dict[FieldName, str] = Field({}, description="our field name -> the data set's column name")
     max_pixels: int = Field(80_000_000, ge=1, le=89_478_485, description="larger images are bad rows")
     min_kept_share: float = Field(
         0.25, ge=0, le=1, description="share of a photo that its crop must keep; longer and narrower ones are bad rows"
@@ -63,26 +63,27 @@ class Settings(Base):
     max_enlargement: float = Field(
         4.0, gt=0, description="how many times a photo's sides may be enlarged; smaller ones are bad rows"
     )
-    prefetch: int = Field(2, ge=0, le=16, description="batches made ahead, each in its own thread; 0 for none")
+    prefetch: int = Field(2, ge=0, le=16, description="batches prepared in advance, each in a separate thread")
 
 
 def subsample(rows: list[Row], share: float) -> list[Row]:
-    """This share of the rows, at least one, in their order. Whatever the seed, a smaller share is part of a larger."""
-    lots = list(range(len(rows)))
-    random.Random("share").shuffle(lots)
-    return [rows[i] for i in sorted(lots[: max(1, round(share * len(rows)))])]
+    """A random share of the rows, at least one, in their order. The choice does not depend on the seed, and a smaller
+    share is part of a larger one."""
+    shuffled = list(range(len(rows)))
+    random.Random("share").shuffle(shuffled)
+    return [rows[i] for i in sorted(shuffled[: max(1, round(share * len(rows)))])]
 
 
 # ----------------------------------------------------------------------------------------------------------- source
 
 
 class Source:
-    """The rows of one data folder as batches. A row belongs to the bucket (size) of the aspect nearest to its photo's.
+    """The rows of one data folder as batches. A row belongs to the bucket (picture size) with the nearest aspect ratio.
 
-    Each bucket is passed through over and over, in a new order each time, and no row comes again before all others of
-    its bucket have come. A batch is of one bucket; what is left at the end of a pass opens the next batch. Buckets are
-    mixed in proportion to their rows, so an epoch (one pass of all) visits every row once, to within one unfinished
-    batch a bucket.
+    Each bucket is repeated in epochs, in a new random order each time; no row is repeated before all others of its
+    bucket have been used. A batch is from one bucket. The rows that are left at the end of an epoch begin the next
+    batch. Buckets are mixed in proportion to their rows, so an epoch uses every row once, except for at most one
+    unfinished batch per bucket.
     """
 
     def __init__(self, settings: Settings, seed: int):
@@ -96,7 +97,7 @@ class Source:
         self._lock = threading.Lock()
         self._all_buckets, self._bytes = self._scan_photos()
         self.hold_out(self._choose_held_out())
-        self._ahead: dict[tuple[int, int, int, int], Future[Batch]] = {}
+        self._prefetched: dict[tuple[int, int, int, int], Future[Batch]] = {}
         self._pool = ThreadPoolExecutor(settings.prefetch, "photos") if settings.prefetch else None
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Source:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of every bucket, in pixels, filled or not."""
+        """(H, W) of every bucket in pixels, with or without rows."""
         return list(self.settings.sizes)
 
     @property
@@ -198,16 +199,16 @@ class Source:
         """
         if size < 1 or index < 0 or not 0 <= rank < world:
             raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
-        self._check_bad_share()  # of what batches made ahead have met
+        self._check_bad_share()  # bad rows that prefetched batches have found
         if self._pool is None:
             return self._make_batch(index, size, rank, world)
         wanted = [(i, size, rank, world) for i in range(index, index + 1 + self.settings.prefetch)]
-        for key in self._ahead.keys() - set(wanted):
-            self._ahead.pop(key).cancel()
+        for key in self._prefetched.keys() - set(wanted):
+            self._prefetched.pop(key).cancel()
         for key in wanted:
-            if key not in self._ahead:
-                self._ahead[key] = self._pool.submit(self._make_batch, *key)
-        return self._ahead.pop(wanted[0]).result()
+            if key not in self._prefetched:
+                self._prefetched[key] = self._pool.submit(self._make_batch, *key)
+        return self._prefetched.pop(wanted[0]).result()
 
     # ---- rows
 
@@ -228,7 +229,7 @@ class Source:
             first = "; ".join(f"{place}: {entry['file']}: {entry['reason']}" for place, entry in list(bad.items())[:3])
             raise BadRowsError(
                 f"expected at most {share:.1%} bad rows; got {len(bad)} of {len(self.rows)}: {first}"
-                f"{'; ...' if len(bad) > 3 else ''}. Mend or delete these rows, or raise data.max_bad_share",
+                f"{'; ...' if len(bad) > 3 else ''}. Correct or delete these rows, or raise data.max_bad_share",
                 list(bad.values()),
             )
 
@@ -301,7 +302,7 @@ class Source:
         return collate([self._example_at(bucket, position) for position in range(first, first + size)])
 
     def _example_at(self, bucket: int, position: int) -> Example:
-        """What stands at a position of a bucket's endless stream; a bad row's place is taken by the next good one."""
+        """The example at a position of a bucket's endless stream. The next good row replaces a bad one."""
         size, rows = self._buckets[bucket]
         epoch, place = divmod(position, len(rows))
         order = self._order(bucket, epoch)
@@ -317,14 +318,14 @@ class Source:
                 self._check_bad_share()
                 continue
             return self._make_example(row, picture, random.Random(f"{self.seed}/nothing/{bucket}/{position}"))
-        raise UserError(f"expected at least one readable photo in {self.folder}; got none; mend the data")
+        raise UserError(f"expected at least one readable photo in {self.folder}; got none; correct the data")
 
     def _make_example(self, row: Row, picture: Tensor, rng: random.Random) -> Example:
-        """A row as an example, now and then with nothing to do; never where the only caption is that of the edit, which
-        would contradict it."""
+        """A row as an example; `nothing_share` of them become "do nothing" examples. A row whose only caption is the
+        target caption never does: that caption describes the edit."""
         item = _as_example(row, picture)
-        fits = bool(row.source_caption) or not row.target_caption
-        if fits and rng.random() < self.settings.nothing_share:
+        can_do_nothing = bool(row.source_caption) or not row.target_caption
+        if can_do_nothing and rng.random() < self.settings.nothing_share:
             return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
         return item
 

@@ -1,7 +1,8 @@
-"""The toy world as an endless data set: scenes drawn on the way, instructions and captions, and never an edited image.
+"""The toy world as an endless data set of scenes, instructions and captions, without edited images.
 
-Item i is a pure function of (seed, i), and only the reference of its edit is drawn. With `items` the set is finite: so
-many from `first` on, passed through over and over, in a new order each time. A smaller set is part of a larger one.
+Item i is a pure function of (seed, i), and only its reference is rendered. With `items` the data set is finite: it has
+so many items, beginning with `first`, and is repeated in a new random order each time. A smaller set is part of a
+larger one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Settings(Base):
     """How the toy world is sampled."""
 
     nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
-    items: int = Field(0, ge=0, description="how many different items there are; 0 is no end of them")
+    items: int = Field(0, ge=0, description="number of different items; 0: endless")
     first: int = Field(
         0, ge=0, repr=False, description="the first item's number; a start may have been trained on those before it"
     )

@@ -16,7 +16,7 @@ from npedit.toy.world import render
 class Settings(Base):
     """How many pairs there are."""
 
-    items: int = Field(0, ge=0, description="how many different pairs there are; 0 is no end of them")
+    items: int = Field(0, ge=0, description="number of different pairs; 0: endless")
 
 
 class Source(ToySource):
