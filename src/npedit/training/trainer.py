@@ -1,11 +1,12 @@
 """Train by a recipe: run the stages, log, draw samples, evaluate, save, resume after a stop.
 
-The state of a run is (stage, update) and what the step's learners hold. Data and noise are functions of the seed and
-the update's number, so a run that was stopped at any moment, `kill -9` included, repeats itself exactly from its last
+The state of a run is (stage, update) and the state of the step's learners. Data and noise are functions of the seed and
+the update's number. So a run that was stopped at any moment, also by `kill -9`, repeats exactly from its last
 checkpoint.
 
-Several processes run this loop side by side (`distributed.py`). The first writes and prints; each batch, each set of
-pictures to edit, and what is logged are shared out; stops and saves are agreed on after each update.
+Several processes run this loop (`nets/distributed.py`). The main process writes and prints. The processes share each
+batch and each set of pictures to edit, they average what is logged, and after each update they agree on stops and
+saves.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from npedit.scoring.reward_hacking import RewardHackingMonitor
 from npedit.steps.base import Parts, Step, Timers
 from npedit.training.evaluation import Evaluation, EvaluationStopped
 from npedit.training.finite import require_finite_weights
+from npedit.training.gradient_ratio import GradientRatioCheck
 from npedit.training.out_of_memory import Progress, explain_out_of_memory
 from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
 from npedit.training.signals import catch_stop_signals, exit_code
@@ -94,7 +96,7 @@ def train(
 
 
 def _print_changes(changes: Sequence[Change]) -> None:
-    """Say which recorded changes a resumed run has, and how its schedule goes on."""
+    """Print the recorded changes of a resumed run, and how its schedule continues."""
     for change in changes:
         note = f" ({change.note})" if change.note else ""
         words = f"Changed after update {change.update}: {change.setting}: {change.old} -> {change.new}{note}"
@@ -117,20 +119,20 @@ def _hold_run(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager
 def _list_bad_rows(run: Path) -> Iterator[None]:
     """List all bad rows in the run directory when they are too many to go on."""
     if distributed.is_main_process() and not checkpoint.is_run(run):
-        (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # of an attempt that ended so; rows may be mended by now
+        (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # from an earlier attempt; the rows may be correct now
     try:
         yield
     except BadRowsError as error:
         if distributed.is_main_process():
-            kept = checkpoint.repair_rows(run / checkpoint.BAD_ROWS)
+            listed = checkpoint.repair_rows(run / checkpoint.BAD_ROWS)
             for row in error.rows:
-                if row not in kept:
+                if row not in listed:
                     checkpoint.append_row(run / checkpoint.BAD_ROWS, row)
         raise UserError(f"{error}. All of them: {run / checkpoint.BAD_ROWS}") from None
 
 
 def _require_shared_files(run: Path, fingerprint: str) -> None:
-    """Refuse a machine that does not see the first one's run folder, or sees other data."""
+    """Refuse a process that cannot see the main process's run folder, or that sees other data."""
     if distributed.broadcast_object(fingerprint) != fingerprint:
         raise UserError(
             f"data: expected the same data for every process; got others in process {distributed.rank()}; "
@@ -144,7 +146,7 @@ def _require_shared_files(run: Path, fingerprint: str) -> None:
 
 
 class TrainingLoop:
-    """One training under way."""
+    """One training run: its state, and the loop over its stages."""
 
     def __init__(
         self,
@@ -167,9 +169,10 @@ class TrainingLoop:
         self.rows_seen = 0
         self.evaluation = Evaluation(recipe, run, parts, data, on_event, lambda: bool(self._agreed_signal()))
         self.reward_hacking = RewardHackingMonitor(recipe.trainer.evaluate_items)
+        self.gradient_ratio = GradientRatioCheck()
 
     def run_stages(self) -> None:
-        """All stages, from the last checkpoint that is not damaged if there is one."""
+        """Run all stages, from the last checkpoint that is not damaged if there is one."""
         folder, numbers = distributed.broadcast_object(checkpoint.usable_checkpoint(self.run) if self.first else None)
         numbers = numbers or {"stage": 0, "update": 0, "step": -1}
         if self.first:
@@ -202,7 +205,7 @@ class TrainingLoop:
                     start = numbers["update"]
                     if numbers.get("is_evaluation_due"):
                         self._evaluate_late(step, numbers["step"])
-                if i == 0 and start == 0 and not folder:  # a stop before the first update has saved this row
+                if i == 0 and start == 0 and not folder:  # after a stop before the first update, this row exists
                     self._evaluate_first(step)
                 self._train_stage(i, step, start)
                 if i + 1 < len(self.recipe.stages):
@@ -217,7 +220,7 @@ class TrainingLoop:
         stage = self.recipe.stages[i]
         seed = self.recipe.seed + STAGE_SEEDS * i
         step = find_class("steps", stage.step)(stage.settings, self.parts, student, stage.updates, seed)
-        if i + 1 == len(self.recipe.stages):  # no more nets are copied from the base
+        if i + 1 == len(self.recipe.stages):  # no more models are copied from the base
             distributed.shard_frozen(self.parts.family.base)
             if self.parts.lora:
                 distributed.shard_frozen(self.parts.family.lora_base())
@@ -263,7 +266,7 @@ class TrainingLoop:
             self._save_and_stop(number, i, step, stage.updates, first_step + stage.updates)
 
     def _agreed_signal(self) -> int:
-        """The signal that a process has caught, 0 if none has; the same number in all."""
+        """The signal that any process has caught, 0 if none has; the same number in all processes."""
         return max(distributed.all_gather(self.caught[0] if self.caught else 0))
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -279,7 +282,7 @@ class TrainingLoop:
 
     def _count_skipped_and_bad(self, step: Step) -> dict[str, float]:
         rows = self.data.bad_rows
-        for row in (r for met in distributed.all_gather(rows[self.rows_seen :]) for r in met):
+        for row in (row for new in distributed.all_gather(rows[self.rows_seen :]) for row in new):
             if self.first and row not in self.bad_rows:
                 checkpoint.append_row(self.run / checkpoint.BAD_ROWS, row)
                 self.bad_rows.append(row)
@@ -296,10 +299,13 @@ class TrainingLoop:
             self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
 
     def _report_alarms(self, row: dict[str, Any]) -> None:
-        """Print the reward-hacking alarms that a new row of metrics raises."""
+        """Print the alarms and warnings that a new row of metrics raises."""
         for alarm in self.reward_hacking.add(row):
             self.console.print(f"ALARM {alarm.message()}", style="bold red", highlight=False, soft_wrap=True)
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
+        if message := self.gradient_ratio.add(row):
+            self.console.print(f"WARNING {message}", style="yellow", highlight=False, soft_wrap=True)
+            self.on_event("gradient_ratio", {"step": row["step"]})
 
     def _evaluate(self, step: Step, n: int) -> tuple[dict[str, float], bool]:
         """What samples and evaluation give to log after update n, and whether they are complete. An evaluation may take
@@ -360,14 +366,14 @@ class TrainingLoop:
         self.progress.phase = "the finished editor"
         require_finite_weights(step, self.run, self.total)
         family, steps = self.parts.family, self.recipe.trainer.steps
-        shift = family.shift(*self.data.sizes[0])
+        shift = family.noise_shift(*self.data.sizes[0])
         times, scheduler = few_step_times(steps, shift).tolist(), family.few_step_scheduler(shift)
-        # Held until it is written: a net that is not sharded is no copy.
+        # The EMA weights stay in use until they are written: a model that is not sharded is not copied.
         with step.learners["student"].use_ema_weights() as net:
-            whole = distributed.gather_full_model(net)
-            if whole is not None:
-                final = write_final(self.run, self.recipe, whole, scheduler, times, self.data.sizes)
-        if whole is None:
+            full_model = distributed.gather_full_model(net)
+            if full_model is not None:
+                final = write_final(self.run, self.recipe, full_model, scheduler, times, self.data.sizes)
+        if full_model is None:
             self.on_event("end", {"step": self.total})
             return
         report = write_report(self.run)
