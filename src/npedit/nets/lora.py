@@ -125,6 +125,11 @@ class LoraAdapter(nn.Module):
             return getattr(self.base, name)
 
 
+def weights_module(net: nn.Module) -> nn.Module:
+    """The module that holds all weights of a call of `net`: of an adapter its base, which contains its layers."""
+    return net.base if isinstance(net, LoraAdapter) else net
+
+
 def _file_key(name: str) -> str:
     """The name of a parameter of `LoraAdapter.lora_layers`, as diffusers writes it."""
     return f"{KEY_PREFIX}.{name.replace('/', '.')}"
