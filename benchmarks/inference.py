@@ -26,7 +26,7 @@ def inference(repeats: int, sizes: Sequence[int] = (1, 16)) -> str:
 @torch.no_grad()
 def _rows(editor: Editor, size: int, repeats: int) -> list[tuple[str, int, str, str]]:
     family, (height, width) = editor.family, editor.sizes[0]
-    times = flow.few_step_times(BASE_STEPS, family.shift(height, width)).tolist()
+    times = flow.few_step_times(BASE_STEPS, family.noise_shift(height, width)).tolist()
     references = torch.rand(size, 3, height, width, generator=seeded_generator("bench", size)).to(family.device)
     noise = sample_noise(family.encode(references), 1, seeded_generator("noise", size))[0]
     base = f"base model, {BASE_STEPS} steps, guidance {GUIDANCE:g}"

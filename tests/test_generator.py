@@ -50,7 +50,7 @@ def assert_same_call(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_training_unrolls_the_very_transitions_of_use(family, monkeypatch, k):
     """Fault 2. Use's k-th transition from a given draft, and training's, call the net with the very same tensors."""
-    times = flow.few_step_times(4, family.shift(16, 24)).tolist()
+    times = flow.few_step_times(4, family.noise_shift(16, 24)).tolist()
     seen = Recorder(family, monkeypatch)
     edit_images(family, family.base, references(1), WORDS[:1], seeds=[7], steps=4)
     used = list(seen.calls)
@@ -122,8 +122,8 @@ def test_each_transition_has_fresh_noise(family, monkeypatch):
 
 def test_an_exported_scheduler_makes_the_same_transitions(family):
     """diffusers' own scheduler, as it is saved beside an editor, walks the same way with the same noise."""
-    scheduler = family.few_step_scheduler(family.shift(16, 24))
-    times = flow.few_step_times(4, family.shift(16, 24))
+    scheduler = family.few_step_scheduler(family.noise_shift(16, 24))
+    times = flow.few_step_times(4, family.noise_shift(16, 24))
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(scheduler.sigmas[:-1], times, atol=1e-6, rtol=0)
     latents, text = family.encode(references(1)), family.encode_text(WORDS[:1])

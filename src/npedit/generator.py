@@ -9,7 +9,8 @@ all times.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from npedit import flow
 from npedit.families import _decode
-from npedit.families.base import Family, Text
+from npedit.families.base import EncodedText, Family
 from npedit.nets.distributed import global_batch_size, local_slice
 
 
@@ -30,7 +31,7 @@ def seeded_generator(*key: object) -> torch.Generator:
 def generate_few_step(
     family: Family,
     net: nn.Module,
-    text: Text,
+    text: EncodedText,
     references: Float[Tensor, "b c h w"],
     times: Sequence[float],
     noise: Sequence[Float[Tensor, "b c h w"]],
@@ -92,16 +93,23 @@ def edit_images(
     seeds: Sequence[int] | int = 0,
     steps: int = 4,
     tile: int = 0,
+    on_device: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Float[Tensor, "b 3 H W"]:
     """The edited images, in [0, 1]. Each image has noise from its own seed, so a batch equals its images one by one.
 
-    `tile` is the side, in pixels, of the decoder's tiles (`families/_decode.py`); 0 means no tiles.
+    `tile` is the side, in pixels, of the decoder's tiles (`families/_decode.py`); 0 means no tiles. `on_device` gives a
+    context in which one part ("text", "vae" or "net") is on the device; at most one is entered at a time.
     """
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
-    times = flow.few_step_times(steps, family.shift(*references.shape[-2:])).tolist()
-    latents = family.encode(references.to(family.device))
+    times = flow.few_step_times(steps, family.noise_shift(*references.shape[-2:])).tolist()
+    with on_device("vae"):
+        latents = family.encode(references.to(family.device))
     generators = [seeded_generator("edit", seed) for seed in seeds]
     shape = latents[:1].shape
     noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
-    x0 = generate_few_step(family, net, family.encode_text(instructions), latents, times, noise)
-    return _decode.decode_latents(family, x0, tile).clamp(0, 1).float()
+    with on_device("text"):
+        text = family.encode_text(instructions)
+    with on_device("net"):
+        x0 = generate_few_step(family, net, text, latents, times, noise)
+    with on_device("vae"):
+        return _decode.decode_latents(family, x0, tile).clamp(0, 1).float()

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from torch import Tensor
 
 from npedit import flow
-from npedit.families.base import Text
+from npedit.families.base import EncodedText
 from npedit.families.flux import Flux
 from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FolderChecks, latents, pictures, recorded
 
@@ -37,7 +37,7 @@ def unpacked(pipe, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def euler(family: Flux, x: Tensor, text: Text, references: tuple[Tensor, ...] = ()) -> Tensor:
+def euler(family: Flux, x: Tensor, text: EncodedText, references: tuple[Tensor, ...] = ()) -> Tensor:
     """Four ordinary Euler steps with our velocity on the times that the pipeline has just used."""
     times = family.pipe.scheduler.sigmas
     for now, then in zip(times[:-1], times[1:]):
@@ -103,7 +103,7 @@ def test_texts_can_be_taken_apart_and_put_together(families):
     swapped = text.select([1, 0])
     assert len(swapped) == 2
     assert torch.equal(swapped.parts[1][0], text.parts[1][1])
-    again = Text.cat([swapped.select([1]), swapped.select([0])])
+    again = EncodedText.cat([swapped.select([1]), swapped.select([0])])
     assert all(torch.equal(a, b) for a, b in zip(again.parts, text.parts))
 
 
@@ -214,7 +214,7 @@ def test_the_schedule_is_the_pipelines_own(config, size):
     family.pipe.set_progress_bar_config(disable=True)
     height, width = size
     family.pipe("x", height=height, width=width, num_inference_steps=4, output_type="latent", max_sequence_length=128)
-    ours = flow.few_step_times(4, family.shift(height, width))
+    ours = flow.few_step_times(4, family.noise_shift(height, width))
     torch.testing.assert_close(ours, family.pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
 
 

@@ -114,7 +114,7 @@ class TestKrea2(FamilyChecks):
             "x", height=height, width=width, num_inference_steps=4, output_type="latent", guidance_scale=0.0,
             max_sequence_length=family.text_length,
         )  # fmt: skip
-        ours = flow.few_step_times(4, family.shift(height, width))
+        ours = flow.few_step_times(4, family.noise_shift(height, width))
         torch.testing.assert_close(ours, family.pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
 
     def test_what_the_folder_says_of_the_pipeline_is_kept(self, tmp_path):

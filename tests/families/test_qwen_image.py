@@ -143,13 +143,13 @@ class TestQwenImage(FamilyChecks):
         monkeypatch.setattr(family.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(**config))
         height, width = size
         family.pipe("x", height=height, width=width, num_inference_steps=4, output_type="latent")
-        ours = flow.few_step_times(4, family.shift(height, width))
+        ours = flow.few_step_times(4, family.noise_shift(height, width))
         torch.testing.assert_close(ours, family.pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
 
     def test_the_stretch_to_the_terminal_time_is_left_out(self, family):
         """The pipeline's times are ours, stretched: 1 - t multiplied so that the last one is 0.02."""
         family.pipe("x", height=HEIGHT, width=WIDTH, num_inference_steps=4, output_type="latent")
-        theirs, ours = family.pipe.scheduler.sigmas[:-1], flow.few_step_times(4, family.shift(HEIGHT, WIDTH))
+        theirs, ours = family.pipe.scheduler.sigmas[:-1], flow.few_step_times(4, family.noise_shift(HEIGHT, WIDTH))
         assert theirs[-1] == pytest.approx(0.02) and ours[-1] > 0.3
         torch.testing.assert_close((1 - theirs[1:]) / (1 - ours[1:]), torch.full((3,), 0.98 / float(1 - ours[-1])))
         assert family.few_step_scheduler(1.6).config.shift_terminal is None

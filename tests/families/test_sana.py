@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npedit import dmd, flow
-from npedit.families.base import Text
+from npedit.families.base import EncodedText
 from npedit.families.sana import INSTRUCTION, REFERENCES, TEXT_LENGTH, Sana
 from tests.support.family_checks import FolderChecks, recorded
 
@@ -28,7 +28,7 @@ def families() -> list[Sana]:
 
 
 @pytest.fixture(scope="module")
-def texts(families) -> list[Text]:
+def texts(families) -> list[EncodedText]:
     return [family.encode_text(PROMPTS) for family in families]
 
 
@@ -50,7 +50,9 @@ def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3
 
 
 @torch.no_grad()
-def walk(family: Sana, net: torch.nn.Module, x: Tensor, text: Text, steps: int, blank: Text | None = None) -> Tensor:
+def walk(
+    family: Sana, net: torch.nn.Module, x: Tensor, text: EncodedText, steps: int, blank: EncodedText | None = None
+) -> Tensor:
     """Our velocity under the pipeline's own solver, at the times that the pipeline states."""
     scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -141,7 +143,7 @@ def test_texts_can_be_taken_apart_and_put_together(families, texts):
     """Whatever their lengths, and whoever was encoded beside them."""
     family, text = families[0], texts[0]
     alone = [family.encode_text([p]) for p in PROMPTS]
-    joined = Text.cat([alone[1], text.select([0]), alone[0]])
+    joined = EncodedText.cat([alone[1], text.select([0]), alone[0]])
     assert len(joined) == 3
     x, t = latents(family, 3), torch.tensor([0.9, 0.5, 0.3])
     with torch.no_grad():
@@ -216,7 +218,7 @@ def test_gradient_flows_to_everything(families, texts, seed):
 def test_a_batch_is_its_items_one_by_one(families, texts, reader, count):
     family = families[0]
     x, t = latents(family, 3), torch.tensor([1.0, 0.6, 0.1])
-    text = Text.cat([texts[0], family.encode_text([""])])
+    text = EncodedText.cat([texts[0], family.encode_text([""])])
     refs = [latents(family, 3, seed=9 + i) for i in range(count)]
     with torch.no_grad():
         together = family.velocity(reader, x, t, text, refs)
@@ -237,12 +239,12 @@ def test_the_schedule_is_the_pipelines_own(families, shift, monkeypatch):
     run = {"height": HEIGHT, "width": WIDTH, "output_type": "latent", "use_resolution_binning": False}
     dpm = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     monkeypatch.setattr(family.pipe, "scheduler", dpm)
-    assert family.shift(HEIGHT, WIDTH) == shift
+    assert family.noise_shift(HEIGHT, WIDTH) == shift
     family.pipe("x", num_inference_steps=4, guidance_scale=1.0, **run)
     torch.testing.assert_close(dpm.sigmas[:-1], ours, atol=1.1e-3, rtol=0)
     saved = family.few_step_scheduler(shift)
     monkeypatch.setattr(family.pipe, "scheduler", saved)
-    assert family.shift(HEIGHT, WIDTH) == shift and saved.config.stochastic_sampling
+    assert family.noise_shift(HEIGHT, WIDTH) == shift and saved.config.stochastic_sampling
     family.pipe("x", sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0, **run)
     torch.testing.assert_close(saved.sigmas[:-1], ours, atol=1e-6, rtol=0)
 

@@ -100,7 +100,7 @@ class TestSD3(FamilyChecks):
             "x", height=height, width=width, sigmas=GRID, guidance_scale=1.0, output_type="latent",
             max_sequence_length=family.text_length, num_inference_steps=4,
         )  # fmt: skip
-        ours = flow.few_step_times(4, family.shift(height, width))
+        ours = flow.few_step_times(4, family.noise_shift(height, width))
         torch.testing.assert_close(ours, family.pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
 
     # ------------------------------------------------------------------------------------------------- references

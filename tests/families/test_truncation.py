@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from npedit.editor import Editor
-from npedit.families._prompts import text_after, truncation_message
+from npedit.families._prompts import text_after_tokens, truncation_message
 from npedit.families.flux import Flux
 from npedit.recipe.config import embedded_weights, find_class, load_recipe
 from npedit.training.parts import build_parts, build_source, check_recipe_fits
@@ -25,7 +25,7 @@ def letters(count, seed):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_truncated_part_is_what_the_states_do_not_depend_on(name):
     family = find_class("families", name).tiny(0)
-    _, limit = family.text_window()
+    _, limit = family.prompt_tokenizer_and_limit()
     text = letters(limit + 200, 0)
     lost, nothing = family.truncated_part([text, text[:limit]])
     assert lost == text[limit:]
@@ -42,8 +42,8 @@ def test_sd3_without_t5_is_measured_by_clip():
     family = find_class("families", "sd3").tiny(0)
     family.pipe.tokenizer_3 = family.pipe.text_encoder_3 = None
     text = letters(200, 0)
-    assert family.truncated_part([text]) == [text[family.text_window()[1] :]]
-    assert family.text_window()[1] <= family.pipe.tokenizer.model_max_length
+    assert family.truncated_part([text]) == [text[family.prompt_tokenizer_and_limit()[1] :]]
+    assert family.prompt_tokenizer_and_limit()[1] <= family.pipe.tokenizer.model_max_length
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def toy():
 
 
 def test_the_toys_words_are_counted_and_the_lost_ones_come_back_as_written(toy):
-    _, limit = toy.text_window()
+    _, limit = toy.prompt_tokenizer_and_limit()
     assert toy.truncated_part(["red " * limit, "Red, " * limit + "a Blue: cross!"]) == ["", "a Blue: cross!"]
     long = "a red circle " * 20
     assert "cross" not in long
@@ -61,11 +61,11 @@ def test_the_toys_words_are_counted_and_the_lost_ones_come_back_as_written(toy):
 
 def test_no_length_of_text_that_fits_is_called_too_long(toy):
     """The shortcut for short texts agrees with the tokenizer for every length and for letters of many bytes."""
-    tokenizer, limit = toy.text_window()
+    tokenizer, limit = toy.prompt_tokenizer_and_limit()
     for sign in "aé猫 .":
         for count in range(limit - 3, limit + 4):
             tokens = len(tokenizer(sign * count + " red" * limit, add_special_tokens=False).input_ids)
-            lost = text_after(tokenizer, limit, sign * count + " red" * limit)
+            lost = text_after_tokens(tokenizer, limit, sign * count + " red" * limit)
             assert bool(lost) == (tokens > limit)
 
 

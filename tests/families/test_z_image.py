@@ -11,7 +11,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from npedit import dmd, flow
-from npedit.families.base import Text
+from npedit.families.base import EncodedText
 from npedit.families.z_image import TEXT_LENGTH, ZImage
 from tests.support.family_checks import FolderChecks, latents, pictures, recorded
 
@@ -27,7 +27,9 @@ def family() -> ZImage:
 
 
 @torch.no_grad()
-def euler(family: ZImage, x: Tensor, text: Text, references: tuple[Tensor, ...] = (), blank: Text | None = None):
+def euler(
+    family: ZImage, x: Tensor, text: EncodedText, references: tuple[Tensor, ...] = (), blank: EncodedText | None = None
+):
     """Ordinary Euler steps with our velocity on the times that the pipeline has just used."""
     times = family.pipe.scheduler.sigmas
     for now, then in zip(times[:-1], times[1:]):
@@ -99,7 +101,7 @@ def test_text_is_the_pipelines_own(family):
 def test_texts_can_be_taken_apart_and_put_together(family):
     """Whatever their lengths, and whoever was encoded beside them."""
     text, alone = family.encode_text(PROMPTS), [family.encode_text([p]) for p in PROMPTS]
-    joined = Text.cat([alone[1], text.select([0]), alone[0]])
+    joined = EncodedText.cat([alone[1], text.select([0]), alone[0]])
     assert len(joined) == 3
     x, t = latents(family, 3), torch.tensor([0.9, 0.5, 0.3])
     with torch.no_grad():
@@ -273,9 +275,9 @@ def test_other_numbers_are_refused(family):
 def test_the_schedule_is_the_pipelines_own(family, config, size, monkeypatch):
     monkeypatch.setattr(family.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(**config))
     family.pipe("x", *size, num_inference_steps=4, output_type="latent", guidance_scale=0.0)
-    ours = flow.few_step_times(4, family.shift(*size))
+    ours = flow.few_step_times(4, family.noise_shift(*size))
     torch.testing.assert_close(ours, family.pipe.scheduler.sigmas[:-1], atol=1e-6, rtol=0)
-    saved = family.few_step_scheduler(family.shift(*size))
+    saved = family.few_step_scheduler(family.noise_shift(*size))
     saved.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(saved.sigmas[:-1], ours, atol=1e-6, rtol=0)
     assert saved.config.stochastic_sampling

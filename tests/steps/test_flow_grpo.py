@@ -60,7 +60,7 @@ def test_trajectories_are_the_sdes_with_the_editors_own_reading_of_references(fr
     step = make(frozen)
     found, _ = sampled(step)
     family, given, net = frozen.family, batch(0, 1), step.learners["student"].net
-    schedule = flow.few_step_times(3, family.shift(16, 16)).tolist()
+    schedule = flow.few_step_times(3, family.noise_shift(16, 16)).tolist()
     assert found.times == pytest.approx(schedule) and len(found.states) == 3 and len(found.before) == 2
     latents, text = family.encode(given.references), family.encode_text(given.instructions)
     for k in range(2):

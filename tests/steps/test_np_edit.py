@@ -153,7 +153,7 @@ def written_out(step: Step, given, update: int) -> Tensor:
     b, generator = len(given), seeded_generator(step.seed, "student", update, 0)
     references = family.encode(given.references)
     k = int(torch.randint(4, (), generator=seeded_generator(step.seed, "times", update)))
-    schedule = flow.few_step_times(4, family.shift(16, 16)).tolist()
+    schedule = flow.few_step_times(4, family.noise_shift(16, 16)).tolist()
     x0, words = None, family.encode_text(given.instructions)
     for time in schedule[:1] + ([schedule[k]] if k else []):
         noise = torch.randn(references.shape, generator=generator)

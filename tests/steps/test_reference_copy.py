@@ -79,7 +79,7 @@ def test_times_are_those_of_the_few_step_editor(frozen, monkeypatch):
         for update in range(40):
             step.step([batch(0, 1, 2, 3)], update)
     times = torch.cat([c["t"] for c in calls])
-    schedule = flow.few_step_times(4, frozen.family.shift(16, 16))
+    schedule = flow.few_step_times(4, frozen.family.noise_shift(16, 16))
     assert set(times.tolist()) == set(schedule.tolist())
     shares = [float((times == t).float().mean()) for t in schedule]
     assert shares[0] == pytest.approx(0.5 + 0.125, abs=0.12)

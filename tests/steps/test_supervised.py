@@ -44,7 +44,7 @@ def recipe(step: str, data: str) -> Recipe:
 @pytest.mark.parametrize("update", [0, 1, 2, 3, 4])
 def test_the_loss_is_the_written_out_one(frozen, update: int) -> None:
     step, given, family = make(frozen), paired(0, 1, 2), frozen.family
-    schedule = flow.few_step_times(4, family.shift(16, 16))
+    schedule = flow.few_step_times(4, family.noise_shift(16, 16))
     times = sample_training_times(schedule, seeded_generator(7, "times", update))
     references, wanted = family.encode(given.references), family.encode(given.edited)
     noise = sample_noise(references, len(times), seeded_generator(7, "supervised", update, 0))
@@ -72,7 +72,7 @@ def test_flow_matching_is_the_written_out_one(frozen, monkeypatch: pytest.Monkey
     loss = step.step([given], 0)["loss/supervised"]
     ((x, t, (latents,), v),) = calls
     even = torch.rand(3, generator=seeded_generator(7, "supervised", 0, 0))
-    torch.testing.assert_close(t, flow.shift_times(even, family.shift(16, 16)))
+    torch.testing.assert_close(t, flow.shift_times(even, family.noise_shift(16, 16)))
     assert torch.equal(latents, family.encode(given.references))
     wanted, s = family.encode(given.edited), t.view(-1, 1, 1, 1)
     eps = (x - (1 - s) * wanted) / s
@@ -81,7 +81,7 @@ def test_flow_matching_is_the_written_out_one(frozen, monkeypatch: pytest.Monkey
 
 
 def test_both_unrollings_are_met_above(frozen) -> None:
-    schedule = flow.few_step_times(4, frozen.family.shift(16, 16))
+    schedule = flow.few_step_times(4, frozen.family.noise_shift(16, 16))
     assert {len(sample_training_times(schedule, seeded_generator(7, "times", u))) for u in range(5)} == {1, 2}
 
 

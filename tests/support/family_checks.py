@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit import flow
-from npedit.families.base import Family, Text
+from npedit.families.base import EncodedText, Family
 
 HEIGHT, WIDTH = 24, 40  # not square, so that rows and columns cannot be mixed up
 PROMPTS = ["a red circle on grass", "two blue squares, and a somewhat longer caption"]
@@ -48,7 +48,9 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[list[dict[str, Any
 
 
 @torch.no_grad()
-def euler(family: Family, x: Tensor, text: Text, references: tuple[Tensor, ...] = (), guidance: float = 1.0) -> Tensor:
+def euler(
+    family: Family, x: Tensor, text: EncodedText, references: tuple[Tensor, ...] = (), guidance: float = 1.0
+) -> Tensor:
     """Ordinary Euler steps with our velocity on the times that the pipeline has just used."""
     times = family.pipe.scheduler.sigmas
     blank = family.encode_text([""] * len(x))
@@ -96,7 +98,7 @@ class FolderChecks:
         with torch.no_grad():
             a, b = (f.velocity(f.base, x, t, f.encode_text(PROMPTS[:1])) for f in (loaded, family))
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-        assert loaded.facts == family.facts and loaded.shift(64, 32) == family.shift(64, 32)
+        assert loaded.facts == family.facts and loaded.noise_shift(64, 32) == family.noise_shift(64, 32)
         for part in loaded.pipe.components.values():
             if isinstance(part, nn.Module):
                 assert not part.training and not any(p.requires_grad for p in part.parameters())
@@ -156,7 +158,7 @@ class FamilyChecks(FolderChecks):
                     for i in range(3)
                 ]
             )
-            texts = (together, Text.cat(alone), Text.cat([together.select([0]), *alone[1:]]))
+            texts = (together, EncodedText.cat(alone), EncodedText.cat([together.select([0]), *alone[1:]]))
             got = [family.velocity(family.base, x, t, text, references) for text in texts]
             order = torch.tensor([2, 0, 1])
             turned = family.velocity(family.base, x[order], t[order], together.select(order), (references[0][order],))

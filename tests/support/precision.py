@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from npedit.families.base import Family, Text
+from npedit.families.base import EncodedText, Family
 from npedit.nets import distributed
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import LoraChoice, MemorySettings, available_names, find_class, torch_dtype
@@ -50,7 +50,7 @@ def cases() -> Iterator[Case]:
 
 
 @cache
-def tiny_family(name: str, dtype: str) -> tuple[Family, Text]:
+def tiny_family(name: str, dtype: str) -> tuple[Family, EncodedText]:
     """The family's tiny model, loaded in this type, and the encoded prompts. Its denoiser is to be copied, not used."""
     made = find_class("families", name).tiny(0)
     logging.set_verbosity_error()  # diffusers warns of each model that is cast

@@ -49,7 +49,7 @@ def run_export(name: str, folder: Path, base: str = "") -> list[str]:
 def _write_checkpoint(source: EditorSource, base: str, aside: Path) -> None:
     """Write a checkpoint's editor as training writes `final/`."""
     editor, recipe = Editor.open(source.folder, base=base), read_recipe(source)
-    shift = editor.family.shift(*editor.sizes[0])
+    shift = editor.family.noise_shift(*editor.sizes[0])
     times, scheduler = few_step_times(editor.steps, shift).tolist(), editor.family.few_step_scheduler(shift)
     aside.mkdir()
     final = write_final(aside, recipe, editor.net, scheduler, times, editor.sizes)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from npedit.errors import UserError
-from npedit.families.base import Facts, Family
+from npedit.families.base import Family, ModelProperties
 
 MIN_TILE_LATENTS = 4  # latents along a tile's side: fewer leave no overlap
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a frozen decoder draws nothing
@@ -69,7 +69,7 @@ def decode_latents(family: Family, latents: Tensor, tile: int = 0, again: bool =
     return out.to(piece.dtype)
 
 
-def check_tile(facts: Facts, tile: int) -> None:
+def check_tile(facts: ModelProperties, tile: int) -> None:
     """Refuse tiles that a family cannot overlap.
 
     Raises:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 SHOWN_CHARACTERS = 80
 
 
-def text_after(tokenizer: PreTrainedTokenizerBase, limit: int, text: str) -> str:
+def text_after_tokens(tokenizer: PreTrainedTokenizerBase, limit: int, text: str) -> str:
     """The end of a text, from its token number `limit` on; "" for a text of at most `limit` tokens."""
     if text.isascii() and len(text) < limit:  # an ASCII character gives one token at most, and one may stand before
         return ""

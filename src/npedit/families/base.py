@@ -18,14 +18,14 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from npedit.families._prompts import text_after
+from npedit.families._prompts import text_after_tokens
 from npedit.families._shared import check_pipeline_folder
 
 Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part as diffusers takes it, with a "default"
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelProperties:
     """What the method must know of a base model."""
 
     channels: int  # of a latent
@@ -36,7 +36,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedText:
     """Encoded prompts. Only `velocity` of the family that made it looks inside; each part has the batch first."""
 
     parts: tuple[Tensor, ...]
@@ -44,15 +44,15 @@ class Text:
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    def select(self, index: Sequence[int] | Tensor) -> Text:
+    def select(self, index: Sequence[int] | Tensor) -> EncodedText:
         """The prompts at these positions."""
         index = torch.as_tensor(index, device=self.parts[0].device)
-        return Text(tuple(p[index] for p in self.parts))
+        return EncodedText(tuple(p[index] for p in self.parts))
 
     @staticmethod
-    def cat(texts: Sequence[Text]) -> Text:
+    def cat(texts: Sequence[EncodedText]) -> EncodedText:
         """Several batches of prompts as one."""
-        return Text(tuple(torch.cat(p) for p in zip(*(t.parts for t in texts))))
+        return EncodedText(tuple(torch.cat(p) for p in zip(*(t.parts for t in texts))))
 
 
 class Family(ABC):
@@ -63,7 +63,7 @@ class Family(ABC):
     part_names: ClassVar[tuple[str, ...]]  # the parts that a folder must have
     optional_part_names: ClassVar[tuple[str, ...]] = ()  # parts that the folder's index may declare absent
 
-    facts: Facts
+    facts: ModelProperties
     device: torch.device
     pipe: DiffusionPipeline  # all parts, as diffusers opens them
     base: nn.Module  # the text-to-image model's own denoiser, frozen: the teacher
@@ -100,6 +100,11 @@ class Family(ABC):
     def tiny(cls, seed: int) -> Self:
         """The same real classes at toy size with random weights, for tests."""
 
+    def text_encoders(self) -> list[nn.Module]:
+        """The text encoders of the pipeline."""
+        parts = self.pipe.components.items()
+        return [m for name, m in parts if name.startswith("text_encoder") and isinstance(m, nn.Module)]
+
     @abstractmethod
     def trainable_net(self) -> nn.Module:
         """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
@@ -119,27 +124,27 @@ class Family(ABC):
         return self.load_net(folder, next(self.base.parameters()).dtype, self.device)
 
     @abstractmethod
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """The noise shift of the base model's schedule for images of this size in pixels (see `flow.shift_times`)."""
 
     @abstractmethod
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts, as the family's own pipeline does. No gradient."""
 
-    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+    def encode_negative_text(self, prompts: Sequence[str]) -> EncodedText:
         """Encode negative prompts for classifier-free guidance, as the family's own pipeline does. No gradient. Most
         pipelines encode them as they encode prompts."""
         return self.encode_text(prompts)
 
     @abstractmethod
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """(the tokenizer of the text encoder that takes the longest prompts, how many tokens of a prompt it takes).
         Tokens of a template and of marks around the prompt are not counted."""
 
     def truncated_part(self, texts: Sequence[str]) -> list[str]:
         """For each text, the end that `encode_text` does not read because the text is too long; "" if it reads all."""
-        tokenizer, limit = self.text_window()
-        return [text_after(tokenizer, limit, text) for text in texts]
+        tokenizer, limit = self.prompt_tokenizer_and_limit()
+        return [text_after_tokens(tokenizer, limit, text) for text in texts]
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -151,7 +156,9 @@ class Family(ABC):
         """Latents (b, c, h, w) -> images (b, 3, H, W), about [0, 1], NOT clamped. Gradient flows to the latents."""
 
     @abstractmethod
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v at (x, t): x (b, c, h, w), t (b,) in [0, 1], references are latents (b, c, h', w'). Gradient flows to
         all."""
 

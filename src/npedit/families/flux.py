@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from npedit.families._shared import pack_latents, schedule_shift, unpack_latents
-from npedit.families.base import Facts, Family, Text
+from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -54,7 +54,7 @@ class Flux(Family):
         self.text_length = min(T5_LENGTH, pipe.tokenizer_2.model_max_length)
         if not pipe.transformer.config.guidance_embeds:
             self.text_length = min(256, self.text_length)
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=vae.latent_channels,
             stride=stride,
             multiple=2 * stride,
@@ -94,23 +94,23 @@ class Flux(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """T5's tokenizer and length; CLIP reads less, for the pooled vector alone."""
         tokenizer = self.pipe.tokenizer_2
         return tokenizer, self.text_length - tokenizer.num_special_tokens_to_add()
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """T5 states (b, length, d) and CLIP's pooled vector (b, p)."""
         sequence, pooled, _ = self.pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_length
         )
-        return Text((sequence, pooled))
+        return EncodedText((sequence, pooled))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -127,7 +127,9 @@ class Flux(Family):
             vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
         ) / 2
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
         sequence, pooled = text.parts
         planes = [x, *references]

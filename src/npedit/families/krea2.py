@@ -39,7 +39,7 @@ from npedit.families._shared import (
     trim_padding,
     unpack_latents,
 )
-from npedit.families.base import Facts, Family, Text
+from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -63,7 +63,7 @@ class Krea2(Family):
             raise ValueError(f"expected Krea 2 with patches of 2 x 2 latents; got {pipe.config.patch_size}")
         stride = 2 ** len(pipe.vae.config.temperal_downsample)
         self.text_length = min(TEXT_LENGTH, pipe.tokenizer.model_max_length)
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=pipe.vae.config.z_dim,
             stride=stride,
             multiple=2 * stride,
@@ -108,14 +108,14 @@ class Krea2(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """exp(mu) of the scheduler's resolution-dependent shift or of the distilled model's own, or the fixed one."""
         config = self.pipe.scheduler.config
         if config.use_dynamic_shifting and self.pipe.config.is_distilled:
             return math.exp(DISTILLED_MU)
         return schedule_shift(config, (height // self.facts.multiple) * (width // self.facts.multiple))
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen3-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""
         pipe = self.pipe
         taken = self.text_length + pipe.prompt_template_encode_start_idx - pipe.prompt_template_encode_num_suffix_tokens
@@ -123,10 +123,10 @@ class Krea2(Family):
         return pipe.tokenizer, taken - count_tokens(pipe.tokenizer, pipe.prompt_template_encode_prefix)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """The tapped states (b, length, layers, d) and their mask (b, length); the length is always the same."""
         states, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.text_length)
-        return Text((states, mask))
+        return EncodedText((states, mask))
 
     def encode(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [0, 1] -> (b, c, h, w), normalised per channel as Qwen-Image does, in float32."""
@@ -136,7 +136,9 @@ class Krea2(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_qwen_vae(self.pipe.vae, latents)
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
         states, mask = trim_padding(*text.parts)
         planes = [x, *references]

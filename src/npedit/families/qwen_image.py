@@ -3,10 +3,10 @@
 - time: the net is given t itself; its output is v, no sign change.
 - layout: latents are packed 2 x 2 into tokens; `img_shapes` lists (1, rows, columns) of every picture, and from that
   the net makes its positions, centred.
-- text: the last hidden states of Qwen2.5-VL after the pipeline's own template, and their mask. `Text` holds them padded
-  to `TEXT_LENGTH`, so that prompts of any length can be put together; `velocity` leaves out what is padding in all of
-  them. Padding comes after the words, is masked, and has no say in their positions, so no prompt's answer depends on
-  how long the others are.
+- text: the last hidden states of Qwen2.5-VL after the pipeline's own template, and their mask. `EncodedText` holds them
+  padded to `TEXT_LENGTH`, so that prompts of any length can be put together; `velocity` leaves out what is padding in
+  all of them. Padding comes after the words, is masked, and does not change their positions, so the answer for a prompt
+  does not depend on the length of the others.
 - references: packed likewise and appended after the picture's tokens, each one more entry of `img_shapes`; the net's
   output on them is dropped. This is how Qwen-Image-Edit (arXiv 2508.02324, QwenImageEditPipeline) does it; no new
   weight is needed. That pipeline also shows the reference to Qwen2.5-VL beside the instruction, under another template.
@@ -48,7 +48,7 @@ from npedit.families._shared import (
     trim_padding,
     unpack_latents,
 )
-from npedit.families.base import Facts, Family, Text
+from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -68,7 +68,7 @@ class QwenImage(Family):
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
         stride = 2 ** len(pipe.vae.config.temperal_downsample)
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=pipe.vae.config.z_dim,
             stride=stride,
             multiple=2 * stride,
@@ -109,25 +109,25 @@ class QwenImage(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """exp(mu) of the scheduler's resolution-dependent shift, or its fixed one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen2.5-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""
         before = self.pipe.prompt_template_encode.split("{}")[0]
         kept = self.pipe.prompt_template_encode_start_idx + TEXT_LENGTH
         return self.pipe.tokenizer, kept - count_tokens(self.pipe.tokenizer, before)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """Qwen2.5-VL's states (b, TEXT_LENGTH, d), zero where padded, and their mask (b, TEXT_LENGTH)."""
         states, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=TEXT_LENGTH)
         if mask is None:  # the pipeline's way to say that nothing is padding
             mask = torch.ones(states.shape[:2], device=states.device)
         rest = TEXT_LENGTH - states.shape[1]
-        return Text((F.pad(states, (0, 0, 0, rest)), F.pad(mask.bool(), (0, rest))))
+        return EncodedText((F.pad(states, (0, 0, 0, rest)), F.pad(mask.bool(), (0, rest))))
 
     def encode(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [0, 1] -> (b, c, h, w), normalised per channel as Qwen-Image does, in float32."""
@@ -137,7 +137,9 @@ class QwenImage(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_qwen_vae(self.pipe.vae, latents)
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
         states, mask = trim_padding(*text.parts)
         planes = [x, *references]

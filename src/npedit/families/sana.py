@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
 
 from npedit.families._published import find_published
-from npedit.families.base import Dtypes, Facts, Family, Text
+from npedit.families.base import Dtypes, EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -62,7 +62,7 @@ class Sana(Family):
         self.device = device
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=pipe.vae.config.latent_channels,
             stride=pipe.vae_scale_factor,
             multiple=pipe.vae_scale_factor * pipe.transformer.config.patch_size,
@@ -125,31 +125,31 @@ class Sana(Family):
     def _widened_base(self) -> nn.Module:
         return _widen_input(copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})).requires_grad_(False)
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """The scheduler's shift, of a DPM solver or of flow matching's Euler; the same for all sizes."""
         config = self.pipe.scheduler.config
         return float(config.flow_shift if "flow_shift" in config else config.shift)
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Gemma's tokenizer; the pipeline leaves two tokens of the length to marks."""
         return self.pipe.tokenizer, TEXT_LENGTH - 2
 
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """Gemma 2's states (b, 300, d) and their mask (b, 300), of prompts after the pipeline's long instruction."""
         return self._encode_after(INSTRUCTION, prompts)
 
-    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+    def encode_negative_text(self, prompts: Sequence[str]) -> EncodedText:
         """Gemma 2's states (b, 300, d) and their mask (b, 300), of negative prompts. The pipeline puts no instruction
         before these."""
         return self._encode_after(None, prompts)
 
     @torch.no_grad()
-    def _encode_after(self, instruction: list[str] | None, prompts: Sequence[str]) -> Text:
+    def _encode_after(self, instruction: list[str] | None, prompts: Sequence[str]) -> EncodedText:
         states, mask, *_ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=TEXT_LENGTH,
             complex_human_instruction=instruction,
         )  # fmt: skip
-        return Text((states, mask))
+        return EncodedText((states, mask))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -163,7 +163,9 @@ class Sana(Family):
         vae: AutoencoderDC = self.pipe.vae
         return (vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample + 1) / 2
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:

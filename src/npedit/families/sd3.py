@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from npedit.families._shared import schedule_shift
-from npedit.families.base import Facts, Family, Text
+from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -70,7 +70,7 @@ class SD3(Family):
         stride = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         longest = pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 is not None else T5_LENGTH
         self.text_length = min(T5_LENGTH, longest)
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=pipe.vae.config.latent_channels,
             stride=stride,
             multiple=stride * pipe.transformer.config.patch_size,
@@ -115,12 +115,12 @@ class SD3(Family):
         """A trainable copy of the base transformer."""
         return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """T5's tokenizer and length, or CLIP's where the folder has no T5."""
         tokenizer, length = self.pipe.tokenizer_3, self.text_length
         if tokenizer is None:
@@ -128,13 +128,13 @@ class SD3(Family):
         return tokenizer, length - tokenizer.num_special_tokens_to_add()
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """CLIPs' and T5's states (b, length, d) and the CLIPs' pooled vectors (b, p)."""
         sequence, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )  # fmt: skip
-        return Text((sequence, pooled))
+        return EncodedText((sequence, pooled))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -149,7 +149,9 @@ class SD3(Family):
         z = latents / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(z.to(vae.dtype)).sample + 1) / 2
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:

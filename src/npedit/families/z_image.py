@@ -2,9 +2,10 @@
 
 - time: the net is given 1 - t, in float32; its output is x0 - eps, so the sign is turned.
 - layout: a list of (c, 1, h, w), one an item; the net cuts it into 2 x 2 patches with ids (frame, row, column).
-- text: the states of the last layer but one of a Qwen3, as the chat template lays the prompt out. The net takes ragged
-  captions; `Text` holds them padded to 512 beside their true lengths, so that any two batches of prompts can be joined,
-  and the padding is cut off again before each call. An item's own padding to a multiple of 32 is the model's.
+- text: the states of the last layer but one of a Qwen3, as the chat template lays the prompt out. The net takes
+  captions of different lengths. `EncodedText` holds them padded to 512, with their true lengths, so that any two
+  batches of prompts can be joined; the padding is cut off again before each call. The model itself pads each caption to
+  a multiple of 32.
 - references: the net's own *omni* mode, of which diffusers' `ZImageOmniPipeline` is the user: each reference is a frame
   of its own, its tokens are modulated with the clean time and the picture's with the true one. Frames are
   1, 3, 5, ... for the references, then the caption, then the picture; diffusers puts each frame behind a piece of
@@ -38,7 +39,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Q
 
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, schedule_shift
-from npedit.families.base import Facts, Family, Text
+from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -66,7 +67,7 @@ class ZImage(Family):
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
         stride = pipe.vae_scale_factor
-        self.facts = Facts(
+        self.facts = ModelProperties(
             channels=pipe.vae.config.latent_channels,
             stride=stride,
             multiple=2 * stride,
@@ -116,12 +117,12 @@ class ZImage(Family):
         self.thinking = not _takes_frames(net)
         return net
 
-    def shift(self, height: int, width: int) -> float:
+    def noise_shift(self, height: int, width: int) -> float:
         """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
         tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
         return schedule_shift(self.pipe.scheduler.config, tokens)
 
-    def text_window(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen3's tokenizer, and the place that the chat template leaves for the prompt."""
         tokenizer, prompt = self.pipe.tokenizer, "prompt"
         turn = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
@@ -129,7 +130,7 @@ class ZImage(Family):
         return tokenizer, TEXT_LENGTH - count_tokens(tokenizer, text[: text.rindex(prompt)])
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """States (b, 512, d), zero behind each prompt's end, and the true lengths (b,)."""
         if self.thinking:
             ragged, _ = self.pipe.encode_prompt(
@@ -140,7 +141,7 @@ class ZImage(Family):
         padded = ragged[0].new_zeros(len(ragged), TEXT_LENGTH, ragged[0].shape[1])
         for row, states in zip(padded, ragged):
             row[: len(states)] = states
-        return Text((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
+        return EncodedText((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
 
     def _encode_without_thinking(self, prompts: Sequence[str]) -> list[Tensor]:
         """The states of each prompt as the pipeline takes them, but behind a template with an empty thought."""
@@ -168,7 +169,9 @@ class ZImage(Family):
             vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
         ) / 2
 
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = ()) -> Tensor:
+    def velocity(
+        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:

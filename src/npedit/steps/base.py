@@ -24,7 +24,7 @@ from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families import _decode
-from npedit.families.base import Family, Text
+from npedit.families.base import EncodedText, Family
 from npedit.nets.device import offload_device
 from npedit.nets.learner import Learner
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
@@ -55,7 +55,7 @@ class Parts:
     device: torch.device
     lora: LoraChoice | None = None
     memory: MemorySettings = MemorySettings()
-    prompts: OrderedDict[tuple[str, bool], Text] = field(
+    prompts: OrderedDict[tuple[str, bool], EncodedText] = field(
         default_factory=OrderedDict
     )  # encoded texts by (text, whether it is a negative prompt), the last used at the end
     latents: OrderedDict[bytes, Tensor] = field(
@@ -113,16 +113,16 @@ class Parts:
         finally:
             self.encoded.clear()
 
-    def encode_text(self, prompts: Sequence[str]) -> Text:
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """The encoded prompts. Distinct prompts are kept in a cache of `memory.cached_prompts` entries. The encoders
         are frozen, so the prompt alone is the key."""
         return self._encode_texts(prompts, is_negative=False)
 
-    def encode_negative_text(self, prompts: Sequence[str]) -> Text:
+    def encode_negative_text(self, prompts: Sequence[str]) -> EncodedText:
         """The encoded negative prompts of classifier-free guidance, in the cache of `encode_text`."""
         return self._encode_texts(prompts, is_negative=True)
 
-    def _encode_texts(self, prompts: Sequence[str], is_negative: bool) -> Text:
+    def _encode_texts(self, prompts: Sequence[str], is_negative: bool) -> EncodedText:
         if (key := (tuple(prompts), is_negative)) in self.encoded:
             return self.encoded[key]
         encode = self.family.encode_negative_text if is_negative else self.family.encode_text
@@ -130,17 +130,17 @@ class Parts:
         if not capacity:
             with self.on_device("text"):
                 return encode(prompts)
-        here: dict[str, Text] = {}
+        here: dict[str, EncodedText] = {}
         for prompt in dict.fromkeys(prompts):
             found = _get_cached(
                 self.prompts, capacity, (prompt, is_negative), partial(self._encode_text, encode, prompt)
             )
-            here[prompt] = Text(tuple(p.to(self.device) for p in found.parts))
-        return Text.cat([here[prompt] for prompt in prompts])
+            here[prompt] = EncodedText(tuple(p.to(self.device) for p in found.parts))
+        return EncodedText.cat([here[prompt] for prompt in prompts])
 
-    def _encode_text(self, encode: Callable[[Sequence[str]], Text], prompt: str) -> Text:
+    def _encode_text(self, encode: Callable[[Sequence[str]], EncodedText], prompt: str) -> EncodedText:
         with self.on_device("text"):
-            return Text(tuple(p.to(offload_device()) for p in encode([prompt]).parts))
+            return EncodedText(tuple(p.to(offload_device()) for p in encode([prompt]).parts))
 
     def encode_images(self, images: Tensor) -> Tensor:
         """The latents of images (b, 3, H, W). Distinct images are kept in a cache of `memory.cached_latents` entries.

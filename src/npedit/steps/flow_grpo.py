@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from npedit import flow, grpo
 from npedit.data import Batch
-from npedit.families.base import Text
+from npedit.families.base import EncodedText
 from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.nets.master_weights import master_weight, set_weight
@@ -63,7 +63,7 @@ class Trajectories:
     `reference` the mean (n, c, h, w) that the reference policy gives it (none of these, if the KL's weight is 0).
     """
 
-    text: Text
+    text: EncodedText
     references: Tensor
     times: tuple[float, ...]
     states: tuple[Tensor, ...]
@@ -111,7 +111,7 @@ class Step(Base):
         latents = self.parts.encode_images(batch.references)
         rows = torch.arange(len(batch)).repeat(s.group)
         text, references = self.parts.encode_text(batch.instructions).select(rows), latents.repeat(s.group, 1, 1, 1)
-        shift = self.parts.family.shift(*batch.references.shape[-2:])
+        shift = self.parts.family.noise_shift(*batch.references.shape[-2:])
         times = (1.0, *flow.few_step_times(s.sampling_steps, shift)[1:].tolist())
         x = torch.cat(sample_noise(latents, s.group, generator))
         states, before = [x], []
@@ -126,7 +126,7 @@ class Step(Base):
         found = Trajectories(text, references, times, tuple(states), tuple(before), (), advantages.flatten())
         return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
 
-    def _velocity(self, x: Tensor, t: float, text: Text, references: Tensor) -> Tensor:
+    def _velocity(self, x: Tensor, t: float, text: EncodedText, references: Tensor) -> Tensor:
         net, times = self.learners["student"].net, torch.full((len(x),), t, device=x.device)
         return self.parts.family.velocity(net, x, times, text, (references,)).float()
 

@@ -174,7 +174,7 @@ class Step(Base):
         family, net = self.parts.family, self.learners["student"].net
         if references is None:
             references = self.parts.encode_images(batch.references)
-        schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
+        schedule = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
         times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))  # equal on all ranks
         text = self.parts.encode_text(batch.instructions)
         return generate_few_step(family, net, text, references, times, sample_noise(references, len(times), generator))

@@ -61,7 +61,7 @@ class Step(Base):
             )
             latents = self.parts.encode_images(batch.references)
             text = self.parts.encode_text(batch.source_captions)
-            times = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
+            times = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
             later = times[torch.randint(len(times), (rows,), generator=generator)]
             t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)
             t, (eps,) = local_slice(t).to(latents.device), sample_noise(latents, 1, generator)

@@ -72,7 +72,7 @@ class Step(Base):
         self, batch: Batch, references: Tensor, wanted: Tensor, update: int, generator: torch.Generator
     ) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
-        schedule = flow.few_step_times(self.settings.steps, family.shift(*batch.references.shape[-2:]))
+        schedule = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
         times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))
         text, noise = self.parts.encode_text(batch.instructions), sample_noise(references, len(times), generator)
         return F.mse_loss(generate_few_step(family, net, text, references, times, noise), wanted)
@@ -82,7 +82,7 @@ class Step(Base):
     ) -> Tensor:
         family, net = self.parts.family, self.learners["student"].net
         even = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator))
-        t = flow.shift_times(even, family.shift(*batch.references.shape[-2:])).to(wanted.device)
+        t = flow.shift_times(even, family.noise_shift(*batch.references.shape[-2:])).to(wanted.device)
         text, (eps,) = self.parts.encode_text(batch.instructions), sample_noise(wanted, 1, generator)
         v = family.velocity(net, flow.add_noise(wanted, eps, t), t, text, (references,))
         return F.mse_loss(v.float(), flow.velocity(wanted, eps).float())

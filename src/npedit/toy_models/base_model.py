@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from npedit import flow
-from npedit.families.base import Text
+from npedit.families.base import EncodedText
 from npedit.families.flux import Flux
 from npedit.generator import generate_images
 from npedit.toy.edits import EDIT_TYPES, Edit, sample_caption, sample_edit, sample_full_caption
@@ -85,14 +85,14 @@ class _TextHeads(nn.Module):
         self.facts = nn.Linear(states + pooled, sum(map(len, self.names)))
         self.thing = nn.Linear(states, sum(len(names) + 1 for names in THING_VALUES))
 
-    def instruction_loss(self, text: Text, edits: list[Edit]) -> Tensor:
+    def instruction_loss(self, text: EncodedText, edits: list[Edit]) -> Tensor:
         """Cross-entropy of an instruction's facts, from its T5 states in the mean and CLIP's pooled vector."""
         states, pooled = text.parts
         out = self.facts(torch.cat([states.mean(1), pooled], 1)).split([len(n) for n in self.names], 1)
         labels = torch.tensor([[n.index(f) for n, f in zip(self.names, self._instruction_facts(e))] for e in edits])
         return torch.stack([F.cross_entropy(o, labels[:, i]) for i, o in enumerate(out)]).mean()
 
-    def binding_loss(self, text: Text, lines: list[str]) -> Tensor:
+    def binding_loss(self, text: EncodedText, lines: list[str]) -> Tensor:
         """Cross-entropy, at each word said of a thing, of all that is said of this thing."""
         rows: list[int] = []
         places: list[int] = []
@@ -199,12 +199,12 @@ def _sample_prompt(scene: Scene, request: str, rng: random.Random) -> str:
     return rng.choice((sample_caption, sample_full_caption))(scene, rng)
 
 
-def _encode_with_gradient(pipe: FluxPipeline, captions: list[str]) -> Text:
+def _encode_with_gradient(pipe: FluxPipeline, captions: list[str]) -> EncodedText:
     """Like `Flux.encode_text`, with gradient to the text encoders."""
     ids = pipe.tokenizer(
         captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
-    return Text((pipe.text_encoder_2(ids)[0], pipe.text_encoder(ids).pooler_output))
+    return EncodedText((pipe.text_encoder_2(ids)[0], pipe.text_encoder(ids).pooler_output))
 
 
 @torch.no_grad()

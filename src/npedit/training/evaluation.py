@@ -183,7 +183,7 @@ class Evaluation:
         with self.parts.on_device("critic"):
             is_accepted = self._score_batches(critic, self.parts.wording, [edited]).is_accepted()
         guidance = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
-        times = few_step_times(TEACHER_STEPS, family.shift(*edited.shape[-2:])).tolist()
+        times = few_step_times(TEACHER_STEPS, family.noise_shift(*edited.shape[-2:])).tolist()
         generated = []
         for start in range(0, len(edited), CHUNK):
             self._stop_if_asked()
