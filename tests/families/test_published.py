@@ -43,7 +43,7 @@ def test_a_checkpoint_is_known_by_its_id_and_by_a_folder_of_its_name():
 
 
 def test_a_number_type_for_each_part(sana_folder):
-    """In training, without weights, and from the recipe: the denoiser, the text encoder and the VAE each have theirs."""
+    """In training, without weights, and from the recipe: denoiser, text encoder and VAE each have their own."""
     recipe = toy_recipe(name="sana", weights=str(sana_folder), dtype="float32", text_dtype="bfloat16")
     assert recipe.family.dtypes() == {
         "transformer": torch.float32, "vae": torch.float32, "default": torch.bfloat16,
@@ -61,7 +61,7 @@ def test_a_number_type_for_each_part(sana_folder):
 
 
 def test_attention_of_a_float16_checkpoint_is_clipped_in_every_type(sana_folder, tmp_path):
-    """As float16 does it: base, trainable copy and adapters' base; a checkpoint that needs no clipping is left alone."""
+    """As float16 does it: base, trainable copy, base of adapters. Other checkpoints are left alone."""
     other = tmp_path / "Sana_1600M_1024px_BF16_diffusers"
     Sana.tiny(0).pipe.save_pretrained(other)
     outputs = {}
