@@ -122,7 +122,7 @@ def test_another_machine_that_died_is_waited_for_and_replaced(tmp_path: Path, mo
     with lock.hold(tmp_path, "train"):
         assert json.loads((tmp_path / lock.HOLDER).read_text())["pid"] == os.getpid()
     foreign(tmp_path)
-    old = time.time() - 2 * lock.FORGOTTEN_SECONDS
+    old = time.time() - 2 * lock.STALE_SECONDS
     os.utime(tmp_path / lock.HOLDER, (old, old))
     monkeypatch.setattr(lock, "WATCH_SECONDS", 600.0)
     with lock.hold(tmp_path, "train"):

@@ -95,7 +95,7 @@ def test_what_is_no_editor_is_told(run: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_net_and_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:
     net = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="checkpoint of another net"):
+    with pytest.raises(UserError, match="checkpoint of another model"):
         load_ema_weights(run / "checkpoint-000002", net)
 
 

@@ -32,16 +32,16 @@ def read_recipe(source: EditorSource) -> Recipe:
 
 @torch.no_grad()
 def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
-    """Put the student's EMA weights from a checkpoint into `net`, a trainable net or adapter as training made it. A
+    """Load the student's EMA weights of a checkpoint into `net`, a trainable model or adapter as training makes it. A
     checkpoint has no EMA weights where `ema` is 0; then the newest weights are the same.
 
     Raises:
-        UserError: the checkpoint is damaged, or is of another net.
+        UserError: the checkpoint is damaged, or is of another model.
     """
     try:
         tensors = dict(_student_tensors(checkpoint))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"expected a whole checkpoint; got {checkpoint} ({error}). Use an earlier one.") from error
+        raise UserError(f"expected a complete checkpoint; got {checkpoint} ({error}). Use an earlier one.") from error
     prefix = EMA_PREFIX if any(name.startswith(EMA_PREFIX) for name in tensors) else NET_PREFIX
     places: dict[str, Tensor] = {prefix + name: p for name, p in net.named_parameters() if p.requires_grad}
     places |= {BUFFER_PREFIX + name: b for name, b in net.named_buffers()}
@@ -49,10 +49,10 @@ def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
         if name not in tensors:
             if name.startswith(BUFFER_PREFIX):  # one that is not saved
                 continue
-            raise UserError(f"expected {name} in {checkpoint}; there is none. It is a checkpoint of another net.")
+            raise UserError(f"expected {name} in {checkpoint}; there is none. It is a checkpoint of another model.")
         if tensors[name].shape != place.shape:
             got, wanted = tuple(tensors[name].shape), tuple(place.shape)
-            raise UserError(f"expected {name} of shape {wanted} in {checkpoint}; got {got}: it is of another net.")
+            raise UserError(f"expected {name} of shape {wanted} in {checkpoint}; got {got}: it is of another model.")
         set_weight(place, tensors[name])
 
 
@@ -72,7 +72,7 @@ def _student_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_finite_weights(net: nn.Module, where: object) -> None:
-    """Check that all weights are numbers.
+    """Check that all weights are finite.
 
     Raises:
         UserError: one is NaN or infinite, as after a training that diverged.
@@ -82,7 +82,7 @@ def require_finite_weights(net: nn.Module, where: object) -> None:
 
 
 def require_finite_files(folder: Path) -> None:
-    """Check that all weights in the safetensors files below a folder are numbers, one tensor at a time.
+    """Check that all weights in the safetensors files below a folder are finite, one tensor at a time.
 
     Raises:
         UserError: one is NaN or infinite, or a file is damaged.
@@ -93,7 +93,7 @@ def require_finite_files(folder: Path) -> None:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     _require_finite(name, file.get_tensor(name), path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"expected whole weights; got {path} ({error}). Use an earlier checkpoint.") from error
+            raise UserError(f"expected complete weights; got {path} ({error}). Use an earlier checkpoint.") from error
 
 
 def _require_finite(name: str, tensor: Tensor, where: object) -> None:

@@ -1,4 +1,5 @@
-"""One process at a time may write, move or delete a folder: `hold` it, `move_aside` what nobody holds.
+"""Only one process at a time may write, move or delete a folder. `hold` locks a folder; `move_aside` renames a free
+one.
 
 A held folder has two files:
 
@@ -33,9 +34,9 @@ from npedit.errors import UserError, explain_write_errors
 
 LOCK, HOLDER = ".lock", ".holder.json"
 LOCK_FILES = frozenset({LOCK, HOLDER})  # what `hold` leaves or may leave in a folder
-BEAT_SECONDS = 10.0  # between two renewals of .holder.json
-WATCH_SECONDS = 45.0  # a holder that renews nothing for so long has ended
-FORGOTTEN_SECONDS = 3600.0  # a .holder.json as old as that needs no watching, whatever the clocks of the machines say
+BEAT_SECONDS = 10.0  # time between two renewals of .holder.json
+WATCH_SECONDS = 45.0  # a process that does not renew the file for so long has ended
+STALE_SECONDS = 3600.0  # an older .holder.json is ignored without watching; clocks differ by less
 log = logging.getLogger(__name__)
 
 
@@ -62,8 +63,8 @@ class Lock:
 
 @contextmanager
 def hold(folder: Path, work: str) -> Iterator[Lock]:
-    """Hold a folder for the length of a `with` block. A folder that is missing is made. `work` says what for, as in
-    "train".
+    """The lock of a folder, held inside a `with` block. A missing folder is created. `work` is a word for the task in
+    messages, such as "train".
 
     Raises:
         UserError: another process holds the folder (the message names host, process and since when), or the folder
@@ -78,13 +79,13 @@ def hold(folder: Path, work: str) -> Iterator[Lock]:
         lock = Lock(folder, secrets.token_hex(8))
         _write_holder(lock, work)
         ended = threading.Event()
-        beat = threading.Thread(target=_renew, args=(lock, ended), daemon=True)
-        beat.start()
+        renewal = threading.Thread(target=_renew_holder, args=(lock, ended), daemon=True)
+        renewal.start()
         try:
             yield lock
         finally:
             ended.set()
-            beat.join()
+            renewal.join()
             if _read_holder(lock.folder).get("token") == lock.token:
                 (lock.folder / HOLDER).unlink(missing_ok=True)
 
@@ -114,7 +115,7 @@ def move_aside(folder: Path) -> Path | None:
         return None
     require_free(folder)
     with hold(folder, "move aside") as lock:
-        aside = _free_name(folder)
+        aside = _unused_name(folder)
         try:
             os.rename(folder, aside)
         except OSError as error:
@@ -123,7 +124,7 @@ def move_aside(folder: Path) -> Path | None:
     return aside
 
 
-def _free_name(folder: Path) -> Path:
+def _unused_name(folder: Path) -> Path:
     wanted = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     names = (wanted.with_name(f"{wanted.name}-{i}") if i > 1 else wanted for i in range(1, 1000))
     return next(name for name in names if not name.exists())
@@ -138,7 +139,7 @@ def _lock_file(file: IO, folder: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _held(folder) from None
+        raise _held_error(folder) from None
     except OSError:
         return False
     try:
@@ -146,34 +147,34 @@ def _lock_file(file: IO, folder: Path) -> bool:
     except FileNotFoundError:
         moved = True
     if moved:  # between the opening and the locking
-        raise UserError(f"expected {folder} to stay; got one that another process has just moved; run this again")
+        raise UserError(f"expected {folder} to stay in its place; another process has just moved it; run this again")
     return True
 
 
 def _require_no_holder(folder: Path, locked: bool) -> None:
     """Refuse a folder whose `.holder.json` is being renewed by a process that `flock` may not know of."""
     path = folder / HOLDER
-    before = _renewed_at(path)
+    before = _modified_at(path)
     if before is None or (locked and _read_holder(folder).get("boot") == _boot_id() != ""):
         path.unlink(missing_ok=True)
         return
-    age = (_renewed_at(folder / LOCK, touch=True) or before) - before
-    if age < FORGOTTEN_SECONDS * 1e9:
-        log.warning("%s: %s was here; watching for %.0f s whether it still is", folder, _describe(_read_holder(folder)),
-                    WATCH_SECONDS)  # fmt: skip
+    age = (_modified_at(folder / LOCK, touch=True) or before) - before
+    if age < STALE_SECONDS * 1e9:
+        words = "%s: %s was here; waiting %.0f s to see whether it is still running"
+        log.warning(words, folder, _describe(_read_holder(folder)), WATCH_SECONDS)
         deadline = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(1.0, WATCH_SECONDS / 10))
-            now = _renewed_at(path)
+            now = _modified_at(path)
             if now is None:
                 return
             if now != before:
-                raise _held(folder)
+                raise _held_error(folder)
     path.unlink(missing_ok=True)
 
 
-def _renewed_at(path: Path, touch: bool = False) -> int | None:
-    """When a file was changed, in ns by the file system's clock; None if there is none."""
+def _modified_at(path: Path, touch: bool = False) -> int | None:
+    """The time of a file's last change in ns, by the file system's clock; None if there is no file."""
     try:
         if touch:
             os.utime(path)
@@ -190,7 +191,7 @@ def _write_holder(lock: Lock, work: str) -> None:
         try:
             file = open(lock.folder / HOLDER, "x", encoding="utf-8")  # noqa: SIM115 - "x" is atomic on NFS too
         except FileExistsError:
-            raise _held(lock.folder) from None
+            raise _held_error(lock.folder) from None
         try:
             with file:
                 file.write(json.dumps(facts | {"token": lock.token}) + "\n")
@@ -201,7 +202,7 @@ def _write_holder(lock: Lock, work: str) -> None:
             raise
 
 
-def _renew(lock: Lock, ended: threading.Event) -> None:
+def _renew_holder(lock: Lock, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         if _read_holder(lock.folder).get("token", lock.token) != lock.token:
             lock.lost.set()
@@ -228,7 +229,7 @@ def _describe(holder: dict[str, Any]) -> str:
     )
 
 
-def _held(folder: Path) -> UserError:
+def _held_error(folder: Path) -> UserError:
     return UserError(
         f"expected {folder} to be free; got a folder that is held by {_describe(_read_holder(folder))}; "
         "wait for that process, stop it, or choose another folder"

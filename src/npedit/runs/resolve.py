@@ -1,12 +1,12 @@
-"""Which editor a string means. `edit`, `evaluate`, `export` and a recipe's `start:` all ask `resolve_editor`.
+"""Find the editor that a string names. `edit`, `evaluate`, `export` and a recipe's `start:` all use `resolve_editor`.
 
     embedded           the editor that ships in the package
     RUN                RUN/final; where there is none yet, the latest complete checkpoint
     RUN/final          or any other folder with npedit.json, such as one that `npedit export` wrote
     RUN/checkpoint-N   a checkpoint, of a finished, stopped or running training
 
-A checkpoint is used with its EMA weights, as `final/` is. Another kind of source (a Hub id, a LoRA of diffusers) is one
-more branch in `resolve_editor`, and one more kind for those who open an `EditorSource`.
+A checkpoint is used with its EMA weights, as `final/` is. A new kind of source (a Hub id, a diffusers LoRA) needs one
+more branch in `resolve_editor` and in the code that opens an `EditorSource`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class EditorSource:
-    """A place that an editor can be opened from.
+    """A folder that an editor can be opened from.
 
     `folder` is a checkpoint, or holds npedit.json. `run` is the run's folder, None for an editor without one.
     """
@@ -42,7 +42,7 @@ class EditorSource:
 
 
 def resolve_editor(name: str | Path) -> EditorSource:
-    """Find the editor that `name` means; see the head of this file.
+    """The editor that `name` names; see the head of this file.
 
     Raises:
         UserError: there is none. The message says what was found, and which checkpoints there are.
@@ -86,6 +86,6 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def latest_complete_checkpoint(run: Path) -> Path | None:
-    """The checkpoint to go on from; None if there is none yet."""
+    """The checkpoint to resume from; None if there is none yet."""
     found = complete_checkpoints(run)
     return found[-1] if found else None

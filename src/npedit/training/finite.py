@@ -1,4 +1,4 @@
-"""Weights with NaN or infinity are an error: neither a checkpoint nor an editor is written from them."""
+"""Weights with NaN or infinity are an error: no checkpoint and no editor is written with them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from npedit.steps.base import Step
 
 
 def require_finite_weights(step: Step, run: Path, n: int) -> None:
-    """Make sure that the trained weights and their averages after update n are finite, in all processes.
+    """Check that the trained weights and the EMA weights are finite after update n, in all processes.
 
     Raises:
-        UserError: they are not; names the first such tensor and the last good checkpoint.
+        UserError: a weight is NaN or infinite; names the first such tensor and the last good checkpoint.
     """
     found = [
         f"{role}/{key}"
@@ -37,5 +37,5 @@ def require_finite_weights(step: Step, run: Path, n: int) -> None:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """This process's slice of a sharded tensor; any other tensor as it is."""
+    """This process's shard of a sharded tensor; any other tensor as it is."""
     return value.to_local() if isinstance(value, DTensor) else value

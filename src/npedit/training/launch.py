@@ -1,7 +1,7 @@
 """Start one process per GPU of this machine, with the environment that torchrun would give them.
 
-torchrun itself ends with code 1 and a page of its own whatever went wrong; here the exit code and the one message are
-those of the process that failed. For several machines there is torchrun: see docs/clusters.md.
+torchrun always fails with exit code 1 and its own long report. Here the exit code and the message are those of the
+process that failed. On several machines, use torchrun: see docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from npedit.training.signals import STOP_SIGNALS, exit_code
 
 LIBC = ctypes.CDLL(None)  # opened before any fork
-GRACE = 10.0  # seconds for the others to end by themselves when one has failed
+GRACE = 10.0  # seconds until the other processes are killed after one has failed
 STOP_CODES = (0, *(exit_code(n) for n in STOP_SIGNALS))
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -33,13 +33,13 @@ def default_process_count() -> int:
 
 
 def start_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run `npedit ARGUMENTS` in `count` processes that train together, and wait for them.
+    """Run `npedit ARGUMENTS` in `count` processes that train together; returns their exit code.
 
     The first SIGINT, SIGTERM or SIGUSR1 is sent to all, a second one kills them. When one fails, the others are ended.
 
     Returns:
-        the exit code: 0; 130 or 75 if a signal stopped them (`signals.py`); 2 for a user's error; else that of the
-        first to fail.
+        the exit code: 0; 130 or 75 if a signal stopped them (`signals.py`); 2 for a user error; else that of the first
+        process that failed.
     """
     command = [sys.executable, "-m", "npedit", *arguments]
     common = os.environ | {
@@ -53,7 +53,7 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
     with _forward_signals(children):
         for i in range(count):
             env = common | {"RANK": str(i), "LOCAL_RANK": str(i)}
-            # A session of its own: Ctrl-C in a terminal would else reach it twice.
+            # A new session: otherwise Ctrl-C in a terminal would reach the process twice.
             children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent))
         return _wait_for_all(children)
 
@@ -70,20 +70,20 @@ def _wait_for_all(children: Sequence[subprocess.Popen]) -> int:
                 deadline = min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
             for child in running:
-                child.kill()  # it waits for the one that failed, and would not hear SIGTERM
+                child.kill()  # it waits in a collective for the failed process and would not handle SIGTERM
         time.sleep(0.1)
     return 2 if 2 in codes else next((c for c in codes if c), 0)
 
 
 @contextmanager
 def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
-    heard = []
+    received = []
 
     def forward_signal(number: int, frame: Any) -> None:
-        heard.append(number)
+        received.append(number)
         for child in children:
             if child.poll() is None:
-                child.send_signal(number if len(heard) == 1 else signal.SIGKILL)
+                child.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
     before = {n: signal.signal(n, forward_signal) for n in STOP_SIGNALS}
     try:
@@ -94,7 +94,7 @@ def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when the parent dies, `kill -9` included, so that no GPU stays taken."""
+    """In the child process: ask for SIGTERM when the parent dies, also by `kill -9`, so that the GPU becomes free."""
     if sys.platform == "linux":
         LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 

@@ -1,4 +1,5 @@
-"""Out of memory, on the device or on the host: one message with phase, largest part and the settings that save most."""
+"""Out of memory on the device or the host: one message with the phase, the largest part, and settings that save
+memory."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def explain_out_of_memory(recipe: Recipe, run: Path, progress: Progress) -> Iter
         raise UserError(
             f"expected enough memory for {progress.phase}{failed_part(error)}; got: {words}.\n{largest_part(recipe)}\n"
             "Settings that save memory and may be changed in this run (the same command with them resumes it):\n"
-            f"{_lines(savings_in_this_run(recipe))}\nSettings for a new run:\n{_lines(savings_in_a_new_run(recipe))}\n"
+            f"{_indented_lines(savings_in_this_run(recipe))}\nSettings for a new run:\n"
+            f"{_indented_lines(savings_in_a_new_run(recipe))}\n"
             f"All that was saved in {run} can be used"
         ) from None
 
@@ -65,10 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_part(recipe: Recipe) -> str:
-    """What `npedit estimate` counts at the peak, in words; without the models' configs, how to ask for it."""
+    """The peak and the largest part by `npedit estimate`, in words; how to run it, if it fails here."""
     try:
         peak = estimate(recipe, distributed.world_size()).peak
-    except Exception:  # noqa: BLE001 the message must come, whatever the estimate meets
+    except Exception:  # noqa: BLE001 the message must be shown even if the estimate fails
         return 'The parts in memory are listed by "npedit estimate RECIPE".'
     name, size = max(peak.held.items(), key=lambda item: item[1])
     return (
@@ -77,12 +79,12 @@ def largest_part(recipe: Recipe) -> str:
     )
 
 
-def _lines(settings: list[str]) -> str:
+def _indented_lines(settings: list[str]) -> str:
     return "\n".join(f"  {setting}" for setting in settings) or "  none is left"
 
 
 def savings_in_this_run(recipe: Recipe) -> list[str]:
-    """Settings not yet in use that may change when a run is resumed (`runs/changes.py`)."""
+    """Memory settings that are not in use and may change when a run resumes (`runs/changes.py`)."""
     memory, world = recipe.memory, distributed.world_size()
     found = []
     for i, stage in enumerate(recipe.stages):
@@ -107,7 +109,7 @@ def savings_in_this_run(recipe: Recipe) -> list[str]:
 
 
 def savings_in_a_new_run(recipe: Recipe) -> list[str]:
-    """Settings not yet in use that make another training."""
+    """Memory settings that are not in use and need a new run."""
     found = []
     if recipe.lora is None:
         found.append("lora={rank: 64, alpha: 64}  (trained models, optimizer and averages)")

@@ -1,4 +1,4 @@
-"""Open what a recipe names, family, critic and data, and check that they go together."""
+"""Open the family, the critic and the data of a recipe, and check that they fit together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from npedit.training.checkpoint_warnings import checkpoint_warnings
 
 log = logging.getLogger(__name__)
 
-STAGE_SEEDS = 1_000_003  # stages have seeds this far apart
+STAGE_SEEDS = 1_000_003  # difference between the seeds of two stages
 
 
 def build_parts(recipe: Recipe) -> Parts:
@@ -70,7 +70,7 @@ def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Criti
 
 
 def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
-    """Give a fresh student the weights of the editor that the recipe starts from, if it names one.
+    """Load the weights of the editor that the recipe starts from, if it names one, into a new student.
 
     Raises:
         UserError: there is no editor there, or it is one of another family or has other adapters.
@@ -78,10 +78,10 @@ def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None
     if not recipe.start:
         return
     source = resolve_editor(recipe.start)
-    there, here = _editor_kind(source, recipe), {"family": recipe.family.name, "lora": recipe.as_dict().get("lora")}
-    if there != here:
+    found, expected = _editor_kind(source, recipe), {"family": recipe.family.name, "lora": recipe.as_dict().get("lora")}
+    if found != expected:
         raise UserError(
-            f"start: expected an editor of the same kind as this recipe's, {here}; got {there} in {recipe.start}; "
+            f"start: expected an editor of the same kind as this recipe's, {expected}; got {found} in {recipe.start}; "
             "change the recipe to fit, or start from another run"
         )
     with explain_loading_errors("start", recipe.start):
@@ -97,10 +97,10 @@ def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None
 
 
 def _editor_kind(source: EditorSource, recipe: Recipe) -> dict[str, Any]:
-    """The family and the LoRA settings of an editor. Without its run, only whether it has adapters is known."""
+    """The family and the LoRA settings of an editor. For an editor without a run, the rank is unknown."""
     if source.run is not None:
-        begun = read_config(source.run)
-        return {"family": begun["family"]["name"], "lora": begun.get("lora")}
+        recipe_of_run = read_config(source.run)
+        return {"family": recipe_of_run["family"]["name"], "lora": recipe_of_run.get("lora")}
     has_adapter, mine = (source.folder / LORA_FILE).is_file(), recipe.as_dict().get("lora")
     return {
         "family": EditorFacts.read(source.folder).family,
@@ -125,12 +125,18 @@ def check_dtype(part: str, dtype: torch.dtype, device: torch.device) -> None:
 def explain_loading_errors(key: str, weights: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # also cut off, other shapes
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # also truncated files
         raise UserError(f"{key}: expected a model that opens; got {weights!r} ({error}); correct the recipe") from error
 
 
 def build_source(recipe: Recipe) -> Any:
-    """Open the training data, as the recipe says."""
+    """The source of training data that the recipe names."""
     return find_module("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
 
 

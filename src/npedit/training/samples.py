@@ -15,7 +15,7 @@ from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import explain_write_errors
 
-SIDE = 128  # of a picture in grid.png
+SIDE = 128  # pixels of the longer side of a picture in grid.png
 
 
 def evaluation_batches(recipe: Recipe, data: Any, count: int) -> list[Batch]:
@@ -52,11 +52,11 @@ def write_samples(
         folder.mkdir(parents=True, exist_ok=True)
         pairs = [(_to_image(r), _to_image(e)) for r, e in zip(references, edited, strict=True)]
         listed = []
-        for i, ((before, after), words) in enumerate(zip(pairs, instructions, strict=True)):
+        for i, ((before, after), instruction) in enumerate(zip(pairs, instructions, strict=True)):
             files = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
             after.save(folder / files["file"])
             before.save(folder / files["reference"])
-            listed.append({**files, "instruction": words})
+            listed.append({**files, "instruction": instruction})
         (folder / "items.json").write_text(json.dumps(listed, indent=1))
         _draw_grid(pairs, instructions).save(folder / "grid.png")
 
@@ -66,12 +66,12 @@ def _draw_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: S
     cell = (2 * SIDE + 24, SIDE + 36)
     sheet = Image.new("RGB", (columns * cell[0], -(-len(pairs) // columns) * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (pair, words) in enumerate(zip(pairs, instructions, strict=True)):
+    for i, (pair, instruction) in enumerate(zip(pairs, instructions, strict=True)):
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         for k, picture in enumerate(pair):
-            kept = picture.copy().resize(_thumbnail_size(picture.size), Image.Resampling.LANCZOS)
-            sheet.paste(kept, (x + k * (SIDE + 8), y))
-        draw.text((x, y + SIDE + 4), words if len(words) < 46 else words[:43] + "...", fill="black")
+            thumbnail = picture.copy().resize(_thumbnail_size(picture.size), Image.Resampling.LANCZOS)
+            sheet.paste(thumbnail, (x + k * (SIDE + 8), y))
+        draw.text((x, y + SIDE + 4), instruction if len(instruction) < 46 else instruction[:43] + "...", fill="black")
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop, and the exit codes that answer them.
+"""Signals that stop a training, and its exit codes.
 
     signal            who sends it                         exit code
     SIGINT            Ctrl-C                               130
@@ -6,7 +6,8 @@
                       end of the time limit; a cloud's
                       spot machine; `kill`
 
-The update that is being computed is finished, a checkpoint is written, and the process exits.
+The current update is finished, a checkpoint is written, and the process exits. Samples and evaluations are stopped
+between two batches of pictures; the resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[list[int]]:
-    """Collect the first stop signal instead of dying from it; a second one acts as usual. One of several processes
-    collects all: there the system and torchrun may both send the one signal."""
+    """A list that collects the first stop signal inside the `with` block; a second signal has its usual effect. With
+    several processes all signals are collected: the system and torchrun may both send the same signal."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
