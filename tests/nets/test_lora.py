@@ -175,7 +175,7 @@ def test_each_distinct_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(part, plain, atol=1e-5, rtol=1e-4)
         assert torch.equal(part[[3, 1, 0]], swapped)
     made.encode_text(["", "c"])  # one too many: the prompt that was not asked for longest goes
-    assert len(made.prompts) == 3 and list(made.prompts) == ["a", "", "c"]
+    assert len(made.prompts) == 3 and [text for text, _ in made.prompts] == ["a", "", "c"]
     made.encode_text(["1", "2", "3", "4", "1"])
     assert len(made.prompts) == 3
     assert len(parts(critic=False).prompts) == 0

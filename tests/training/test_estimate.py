@@ -78,7 +78,7 @@ def test_weights_averages_and_moments_are_counted_exactly(plain, models) -> None
     family, critic = Flux.tiny(0), LlavaOnevision.tiny(0)
     pipe, net = family.pipe, counted(family.base)  # float32
     assert worst(plain, "base") == net == worst(plain, "student") == worst(plain, "fake")
-    assert worst(plain, "averages") == 2 * net and worst(plain, "optimizer") == 4 * net
+    assert worst(plain, "averages") == 2 * net and worst(plain, "optimizer") == 2 * net
     held = {what: worst(plain, what) for what in ("text", "VAE", "critic")}
     known = {"text": counted(pipe.text_encoder) + counted(pipe.text_encoder_2), "VAE": counted(pipe.vae)}
     known["critic"] = counted(critic.model)
@@ -92,7 +92,23 @@ def test_weights_averages_and_moments_are_counted_exactly(plain, models) -> None
     }  # the first's are there meanwhile
     assert worst(estimate(recipe(models, stages=[twice])), "gradients", "reference_copy: update") == net
     assert plain.disk["finished editor:"] == net
-    assert plain.disk["checkpoints, 2 kept and one being written:"] == pytest.approx(3 * 8 * net, rel=0.01)
+    assert plain.disk["checkpoints, 2 kept and one being written:"] == pytest.approx(3 * 6 * net, rel=0.01)
+
+
+def test_what_settings_switch_off_and_what_a_type_costs(plain, models) -> None:
+    """No averages where `ema` is 0; a second moment more where beta1 is not 0; float32 weights beside those of bfloat16,
+    in which the models compute."""
+    net = worst(plain, "base")
+    lean = {"step": "np_edit", "updates": 1, "batch_size": ITEMS,
+            "settings": {"fake_updates": 2, "fake": {"ema": 0.0, "betas": [0.5, 0.9]}}}  # fmt: skip
+    found = estimate(recipe(models, stages=[lean]), at_once=False)
+    assert worst(found, "averages") == net and worst(found, "optimizer") == 3 * net
+    family = {"name": "flux", "weights": str(models / "base"), "dtype": "bfloat16"}
+    half = estimate(recipe(models, stages=[NP_EDIT], family=family), at_once=False)
+    assert worst(half, "base") == net / 2 and worst(half, "student") == worst(half, "fake") == 1.5 * net
+    sharded = estimate(recipe(models, stages=[NP_EDIT], family=family, trainer={"shard": "full"}), 2, at_once=False)
+    assert worst(sharded, "student") == net / 2
+    assert half.disk["finished editor:"] == sharded.disk["finished editor:"] == net
 
 
 def update_with_two_transitions() -> int:
@@ -208,7 +224,11 @@ MILLIONS = {  # of parameters, as published: denoiser, text encoders, VAE, criti
 def test_a_recipe_builds_its_models_without_weights(name: str) -> None:
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     of = load_recipe(path)
-    assert of.name == name and not of.is_trained_with_pairs() and [s.step for s in of.stages] == ["reference_copy", "np_edit"]
+    assert (
+        of.name == name
+        and not of.is_trained_with_pairs()
+        and [s.step for s in of.stages] == ["reference_copy", "np_edit"]
+    )
     family, critic = open_without_weights(of)
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     text = [m for n, m in pipe.items() if n.startswith("text_encoder")]

@@ -177,11 +177,11 @@ def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
     """The output of a block. The backward pass runs the block again with the adapter that is active now, since another
     one may be active by then.
 
-    `view_as` gives dimensions of size 1 their usual strides. FSDP2 does so in the forward pass but not when a block
-    runs again. A linear layer without bias and with a frozen weight keeps tensors of a shape that depends on these
-    strides, and `checkpoint` refuses a second run that keeps other shapes.
+    Inputs are given usual strides first. FSDP2 does so in the forward pass but not when a block runs again. A linear
+    layer without bias and with a frozen weight keeps tensors of a shape that depends on the strides of dimensions of
+    size 1, and `checkpoint` refuses a second run that keeps other shapes.
     """
-    args = tuple(a.view_as(a) if isinstance(a, torch.Tensor) else a for a in args)
+    args = tuple(_with_usual_strides(a) if isinstance(a, torch.Tensor) else a for a in args)
     roles: list[str] = next((m.active_adapters for m in block.modules() if isinstance(m, BaseTunerLayer)), [])
 
     def run(*given: Any) -> Any:
@@ -189,3 +189,10 @@ def _checkpoint_with_active_adapters(block: nn.Module, *args: Any) -> Any:
             return block(*given)
 
     return checkpoint(run, *args, use_reentrant=False)
+
+
+def _with_usual_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a view of it in which dimensions of size 1, whose strides are arbitrary, have those that torch
+    gives to a new view."""
+    usual = tensor.detach().view_as(tensor).stride()
+    return tensor if tensor.stride() == usual else tensor.view_as(tensor)

@@ -4,7 +4,7 @@
               critic: -log p(wanted answer) of each question, through the decoder to x0
               DMD: (fake - teacher) / w at a random time, both conditioned on the target caption
               identity edits ("do nothing"): the identity question alone, and || x0 - reference ||^2
-    N times:  x0 = few-step edit, without gradient
+    N times:  x0 = few-step edit, without gradient; or with `fake_samples: replay`, one of the last updates' edits
               fake score: flow matching on x0, conditioned on the target caption
 
 Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
@@ -13,7 +13,8 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
   `balance: item` each item's gradient is scaled, in proportion to how wrong the critic finds the item.
 - the reference's visual tokens are computed once per batch, without gradient.
 - the first fake score update uses the x0 that the student has just made, which saves one of N + 1 generations. The
-  other updates use further batches.
+  other updates use further batches. With `fake_samples: replay` they use what the student made in its last
+  `replay_updates` updates, with new noise and times, which saves all of these generations.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from npedit.nets.distributed import all_gather, global_batch_size, global_norm, 
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, Question, questions_for
 from npedit.recipe.config import Settings
+from npedit.steps._replay import ReplayBuffer, Samples
 from npedit.steps.base import Parts, Timers
 from npedit.steps.base import Step as Base
 
@@ -51,6 +53,8 @@ class NpEditSettings(Settings):
     balance: Literal["none", "match", "item"] = "none"
     answer: Literal["two_way", "vocabulary"] = "two_way"
     fake_updates: int = Field(5, ge=1, le=50)
+    fake_samples: Literal["fresh", "replay"] = "fresh"  # what fake score updates after the first are trained on
+    replay_updates: int = Field(4, ge=1, le=64)  # with replay: from how many updates samples are kept
     ramp_from: float = Field(0.1, gt=0, le=1)  # inverse temperature of the critic's logits at the start
     ramp_updates: int = Field(2000, ge=0)  # until it is 1
     guidance: float = Field(3.5, ge=0)  # of the teacher
@@ -89,12 +93,14 @@ class Step(Base):
             )
         self.running_norms = torch.ones(2)  # running gradient norms at x0: critic, DMD
         self.observed_norms: list[Tensor] = []  # the same norms in this update's batches
-        self.student_x0: list[Tensor] = []  # the student's output in this update, by batch
+        self.student_samples: list[Samples] = []  # the student's output in this update, by batch
+        self.replay = ReplayBuffer(settings.replay_updates if settings.fake_samples == "replay" else 1, parts.device)
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:
-        """One batch for the student, and one for each fake score update after the first."""
-        return settings.fake_updates if settings.dmd_weight else 1
+        """One batch for the student, and one for each fake score update that needs fresh samples: those after the
+        first."""
+        return settings.fake_updates if settings.dmd_weight and settings.fake_samples == "fresh" else 1
 
     @classmethod
     def needs(cls, settings: NpEditSettings) -> frozenset[str]:
@@ -114,38 +120,52 @@ class Step(Base):
                 logged |= self._update_student(groups[0], update, timers)
             if self.settings.dmd_weight:
                 with timers("fake"):
-                    for i, group in enumerate(groups):
-                        logged |= self._update_fake_score(group, update, i)
-        self.student_x0 = []
+                    for turn in range(self.settings.fake_updates):
+                        logged |= self._update_fake_score(groups, update, turn)
+        self.student_samples = []
         return logged | timers.seconds
 
     def _encode_ahead(self, batches: Sequence[Batch], of_student: Sequence[Batch]) -> AbstractContextManager[None]:
         """`Parts.encode_ahead` for all texts and references of an update."""
         has_dmd = bool(self.settings.dmd_weight)
         prompts = [b.instructions for b in batches] + [b.target_captions for b in batches if has_dmd]
+        prompts += self.replay.local_captions()
         negative = [[self.settings.negative_prompt] * len(b) for b in of_student if has_dmd]
         return self.parts.encode_ahead(prompts, [b.references for b in batches], negative)
 
     # ------------------------------------------------------------------------------------------------ fake score
 
-    def _update_fake_score(self, batches: Sequence[Batch], update: int, turn: int) -> dict[str, float]:
+    def _update_fake_score(self, groups: Sequence[Sequence[Batch]], update: int, turn: int) -> dict[str, float]:
         values: list[float] = []
+        replayed = self._replayed_samples(turn)
 
-        def loss(batch: Batch, micro: int) -> Tensor:
+        def loss(micro: int) -> Tensor:
             family, generator = self.parts.family, seeded_generator(self.seed, "fake", update, turn, micro)
             with torch.no_grad():
-                x0 = self.student_x0[micro] if turn == 0 else self._generate(batch, update, generator)
-            t = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator)).to(x0.device)
+                samples = replayed[micro] if replayed else self._fresh_samples(groups[turn][micro], update, generator)
+            x0, rows = samples.x0, len(samples.captions)
+            t = local_slice(torch.rand(global_batch_size(rows), generator=generator)).to(x0.device)
             (eps,) = sample_noise(x0, 1, generator)
             v = family.velocity(
-                self.learners["fake"].net, flow.add_noise(x0, eps, t), t, self.parts.encode_text(batch.target_captions)
+                self.learners["fake"].net, flow.add_noise(x0, eps, t), t, self.parts.encode_text(samples.captions)
             )
             value = dmd.fake_score_loss(v, x0, eps)
             values.append(float(value.detach()))
             return value
 
-        logged = self.learners["fake"].update([partial(loss, b, i) for i, b in enumerate(batches)])
+        logged = self.learners["fake"].update([partial(loss, i) for i in range(len(replayed or groups[turn]))])
         return {"loss/fake": sum(values) / len(values), **{f"{k}/fake": v for k, v in logged.items()}}
+
+    def _replayed_samples(self, turn: int) -> list[Samples]:
+        """The samples that a fake score update need not make: the student's of this update for the first; with replay,
+        those of `turn` updates ago for the others. Else none."""
+        if turn == 0:
+            return self.student_samples
+        is_replay = self.settings.fake_samples == "replay"
+        return (self.replay.local_samples(turn) or self.student_samples) if is_replay else []
+
+    def _fresh_samples(self, batch: Batch, update: int, generator: torch.Generator) -> Samples:
+        return Samples(self._generate(batch, update, generator), batch.target_captions)
 
     # --------------------------------------------------------------------------------------------------- student
 
@@ -157,12 +177,14 @@ class Step(Base):
             with timers("draft"):
                 references = self.parts.encode_images(batch.references)
                 x0 = self._generate(batch, update, generator, references)
-            self.student_x0.append(x0.detach())
+            self.student_samples.append(Samples(x0.detach(), batch.target_captions))
             gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, timers)
             metrics.append(seen)
             return (x0.float() * gradient).sum()  # the gradient of this sum at x0 is `gradient`
 
         logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
+        if self.settings.dmd_weight and self.settings.fake_samples == "replay":
+            self.replay.add(self.student_samples)
         self.running_norms, self.observed_norms = self._updated_norms(), []
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
@@ -335,9 +357,10 @@ class Step(Base):
         return now if bool((self.running_norms == 1).all()) else torch.lerp(self.running_norms, now, 0.05)
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The running norms of the two gradients."""
-        return {"sizes": self.running_norms}
+        """The running norms of the two gradients, and the samples that are kept for replay."""
+        return {"sizes": self.running_norms} | self.replay.state()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Load what `extra_state` returned."""
         self.running_norms = state["sizes"].clone()
+        self.replay.load_state(state)
