@@ -54,7 +54,7 @@ def decoded(family: Family, x: Tensor, **how) -> tuple[Tensor, Tensor, int]:
 def test_blocks_that_are_computed_again_change_no_value_and_keep_less(family: Family) -> None:
     x = latents(family, 6, 9)
     plain, wanted, all_of_it = decoded(family, x)
-    image, gradient, kept = decoded(family, x, again=True)
+    image, gradient, kept = decoded(family, x, checkpointing=True)
     assert torch.equal(plain, family.decode(x).detach()) and torch.equal(image, plain)
     torch.testing.assert_close(gradient, wanted, atol=1e-6 * float(wanted.abs().max()), rtol=1e-5)
     assert kept < 0.5 * all_of_it
@@ -67,7 +67,7 @@ def test_tiles_have_the_pictures_size_and_pass_gradient_to_every_latent(family: 
     image, gradient, kept = decoded(family, x, tile=6 * facts.stride - 1)  # rounded down to five latents
     assert image.shape == plain.shape == (1, 3, 7 * facts.stride, 11 * facts.stride)
     assert gradient.abs().min() > 0 and kept < 0.5 * all_of_it
-    both, same, _ = decoded(family, x, tile=6 * facts.stride - 1, again=True)
+    both, same, _ = decoded(family, x, tile=6 * facts.stride - 1, checkpointing=True)
     assert torch.equal(both, image)
     torch.testing.assert_close(same, gradient, atol=1e-6 * float(gradient.abs().max()), rtol=1e-5)
     for tile in (0, 11 * facts.stride, 4096):  # no longer than the tile: not cut

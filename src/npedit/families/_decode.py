@@ -1,21 +1,23 @@
-"""Decode large pictures in little memory, for every family alike: blocks that are computed again, and tiles.
+"""Decode large pictures with little memory. Works for every family, in two ways that can be combined.
 
-- again: the backward pass computes each residual, attention and upsampling block of the VAE's decoder once more from
-  its input, instead of keeping what is inside. Values are the same bit for bit. It works on what all decoders of
-  diffusers share, a list `up_blocks` and perhaps a `mid_block`; diffusers' own switch is not offered for AutoencoderDC
-  and AutoencoderKLQwenImage.
-- tiles: windows of the latents, all of one size and evenly spread, are decoded one after the other and blended. Each is
-  computed again as a whole in the backward pass, for which the picture's latents alone are kept. Neighbours overlap by
-  a quarter of a tile or more, as in diffusers' `tiled_decode`; but the outer quarter of that overlap, where zeros stand
-  in for what lies beyond the tile, is dropped, and the weight rises evenly over its middle half.
+Checkpointing: the backward pass computes each residual, attention and upsampling block of the VAE's decoder again from
+the block's input, so that the values inside the block are not kept. The decoded pictures are equal bit for bit. This
+works for all decoders of diffusers, which have a list `up_blocks` and in some cases a `mid_block`. diffusers' own
+gradient checkpointing does not exist for AutoencoderDC and AutoencoderKLQwenImage.
 
-A tile's result differs from the whole's. Convolutions alone give the same but for rounding where their reach, in
-pixels, is at most a sixteenth of a tile; where it is more, the difference is near the seams (below a twentieth of the
-picture's standard deviation for random weights that reach four times as far: tests/families/test_decode.py). What looks
-at all of its input differs everywhere: group norm (AutoencoderKL) takes its mean and variance from the tile,
-attention (the middle block of AutoencoderKL and AutoencoderKLQwenImage, the linear attention in the deep stages of
-AutoencoderDC) sees the tile alone. Colour and contrast can shift from tile to tile, blended at the seams. How much
-depends on weights and picture, so no bound is given; compare with the whole before you trust small tiles.
+Tiles: windows of the latents, all of one size and evenly spaced, are decoded one after the other and blended. The
+backward pass computes each tile again, so only the latents of the picture are kept. Neighbouring tiles overlap by a
+quarter of a tile or more, as in diffusers' `tiled_decode`. The outer quarter of the overlap is not used, because zero
+padding affects it. The weight of a tile rises linearly over the middle half of the overlap.
+
+A picture that is decoded in tiles differs from one that is decoded at once:
+- Convolutions give the same result except for rounding, if their receptive field in pixels is at most a sixteenth of a
+  tile. Otherwise the pictures differ near the seams. For random weights with a receptive field four times as large, the
+  difference is below a twentieth of the picture's standard deviation (tests/families/test_decode.py).
+- Group norm (AutoencoderKL) takes its mean and variance from the tile, and attention (middle block of AutoencoderKL and
+  AutoencoderKLQwenImage, linear attention in the deep stages of AutoencoderDC) uses the tile only. So colour and
+  contrast can change from tile to tile; blending makes the change gradual. The size of this effect depends on weights
+  and picture, and no bound is known. Compare with a picture that is decoded at once before you use small tiles.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ MIN_TILE_LATENTS = 4  # latents along a tile's side: fewer leave no overlap
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a frozen decoder draws nothing
 
 
-def decode_latents(family: Family, latents: Tensor, tile: int = 0, again: bool = False) -> Tensor:
+def decode_latents(family: Family, latents: Tensor, tile: int = 0, checkpointing: bool = False) -> Tensor:
     """The family's `decode` of (b, c, h, w) to (b, 3, H, W), not clamped, with gradient.
 
-    `tile` is the side of the tiles in pixels, rounded down to whole latents, and 0 the whole at once; a side of the
-    picture that is no longer is not cut. `again` has the decoder's blocks computed again in the backward pass.
+    `tile` is the side of the tiles in pixels, rounded down to a whole number of latents; 0 decodes the picture at once.
+    A side of the picture that is not longer than a tile is not divided. With `checkpointing` the backward pass computes
+    the decoder's blocks again.
 
     Raises:
         UserError: the tile is too small, see `check_tile`.
@@ -48,7 +51,7 @@ def decode_latents(family: Family, latents: Tensor, tile: int = 0, again: bool =
     check_tile(family.facts, tile)
 
     def run(part: Tensor) -> Tensor:
-        if not again:
+        if not checkpointing:
             return family.decode(part)
         with _gradient_checkpointing(family.pipe.vae.decoder):
             return family.decode(part)

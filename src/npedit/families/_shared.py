@@ -1,5 +1,5 @@
-"""What several families do alike: check a pipeline's folder, read the shift of its schedule, pack latents 2 x 2, leave
-out padding, and Qwen-Image's VAE, which Krea 2 uses too. Knows no family."""
+"""Functions that several families use: check a pipeline's folder, read the shift of its schedule, pack latents 2 x 2,
+remove padding, and encode and decode with Qwen-Image's VAE, which Krea 2 uses too."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def check_pipeline_folder(
     absent = {part: None for part in optional if index.get(part) == [None, None]}
     missing = [part for part in (*parts, *optional) if part not in absent and not (folder / part).is_dir()]
     if missing:
-        raise FileNotFoundError(f"expected a whole diffusers folder in {weights}; it lacks {', '.join(missing)}")
+        raise FileNotFoundError(f"expected a complete diffusers folder in {weights}; it lacks {', '.join(missing)}")
     return absent
 
 
 def schedule_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The noise shift (`flow.shifted`) of a flow-matching scheduler for a picture of so many tokens: the fixed one, or
-    with dynamic shifting exp(mu), mu linear in the number of tokens; "linear" time shift takes mu itself."""
+    """The noise shift (`flow.shift_times`) of a flow-matching scheduler for a picture with this number of tokens: the
+    fixed shift, or exp(mu) with dynamic shifting, where mu is linear in the number of tokens. With `time_shift_type`
+    "linear" the shift is mu itself."""
     if not config["use_dynamic_shifting"]:
         return float(config["shift"])
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
@@ -57,7 +58,7 @@ def pack_latents(x: Tensor) -> Tensor:
 
 
 def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `packed`: tokens (b, rows * columns, 4c) -> (b, c, 2 rows, 2 columns)."""
+    """The inverse of `pack_latents`: tokens (b, rows * columns, 4c) -> (b, c, 2 rows, 2 columns)."""
     b, _, d = tokens.shape
     x = tokens.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, d // 4, 2 * rows, 2 * columns)
@@ -82,7 +83,7 @@ def encode_with_qwen_vae(vae: AutoencoderKLQwenImage, images: Tensor) -> Tensor:
 
 def decode_with_qwen_vae(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
     """Latents (b, c, h, w) -> images (b, 3, H, W), not clamped. `vae.decode` clamps, and a clamp stops the gradient, so
-    this calls what stands before it. One frame needs none of the decoder's memory of earlier frames."""
+    this function calls the layers before the clamp. One frame needs none of the decoder's memory of earlier frames."""
     middle, deviation = _latent_statistics(vae, latents)
     frame = (latents * deviation + middle).to(vae.dtype).unsqueeze(2)
     return (vae.decoder(vae.post_quant_conv(frame))[:, :, 0] + 1) / 2

@@ -1,8 +1,8 @@
 """A family without its published weights: real classes at real size, from the configs of a diffusers folder alone. On
 the meta device there are no weights; elsewhere they are random.
 
-Tokenizers are those of the family's `tiny`, which cut text finer than real ones do: a short prompt stands for a usual
-one.
+Tokenizers are those of the family's `tiny`. They divide a text into more tokens than real tokenizers do, so a short
+prompt has as many tokens as a usual prompt has with a real tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from npedit.nets.meta_device import META, read_model_config
 
 
 def family_without_weights(kind: Any, folder: Path, dtype: Dtypes, device: torch.device = META) -> Family:
-    """The family `kind` as the configs in `folder` describe it; weights and tokenizers need not lie there.
+    """The family `kind` as the configs in `folder` describe it; the folder needs no weights and no tokenizers.
 
     Raises:
         FileNotFoundError: the index or a part's config is missing.

@@ -1,7 +1,7 @@
-"""What a family of text-to-image flow models must offer. One file in this folder is one family; none imports another.
+"""The interface of a family of text-to-image flow models. One file in this folder is one family; none imports another.
 
 A family translates between `flow.py`'s convention and its own model (sign, scale, packing, guidance input, ids of the
-reference's tokens). The denoiser is an argument of `velocity`, so student, teacher and fake score are three nets of ONE
+reference's tokens). The denoiser is an argument of `velocity`, so student, teacher and fake score are three nets of one
 family, and text encoders and VAE exist once.
 """
 
@@ -26,7 +26,7 @@ Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part a
 
 @dataclass(frozen=True)
 class ModelProperties:
-    """What the method must know of a base model."""
+    """Properties of a base model that the method needs."""
 
     channels: int  # of a latent
     stride: int  # pixels per latent pixel
@@ -56,7 +56,8 @@ class EncodedText:
 
 
 class Family(ABC):
-    """See the module's head. `load` and `tiny` build it; all its own modules are frozen and in eval mode."""
+    """A text-to-image pipeline as the method uses it. `load` and `tiny` build it; all its modules are frozen and in
+    eval mode."""
 
     pipeline: ClassVar[Any]  # the class of diffusers that opens a folder of this family
     denoiser: ClassVar[Any]  # the class of its part "transformer"
@@ -110,8 +111,8 @@ class Family(ABC):
         """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
 
     def lora_base(self) -> nn.Module:
-        """The frozen net that adapters are laid on: the base itself. A family whose `net` is wider than its base gives
-        one such net, frozen, the same at every call."""
+        """The frozen net that LoRA adapters are added to: the base itself. A family whose `trainable_net` has more
+        input channels than the base returns one such net, frozen, and the same object at every call."""
         return self.base
 
     def base_as_editor(self) -> nn.Module:

@@ -38,7 +38,7 @@ T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy tak
 
 
 class Flux(Family):
-    """One FLUX pipeline, opened once; see `families/base.py` for the contract."""
+    """One FLUX pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = FluxPipeline, FluxTransformer2DModel
     part_names = PARTS

@@ -1,19 +1,20 @@
 """Krea 2 (Krea2Pipeline), base and distilled.
 
-Chosen beside SD3 and Qwen-Image because it is a recent text-to-image model, without an editing sister in diffusers, and
-simple: one stream of blocks, whose positions and mask are the caller's, so that references enter without a change of
-the net. HunyuanImage 2.1 and Lumina 2 make their positions inside, and LongCat-Image has its editor.
+This family was chosen in addition to SD3 and Qwen-Image because it is a recent text-to-image model, diffusers has no
+editing model of it, and it is simple: one stream of blocks, to which the caller gives positions and mask, so references
+need no change of the net. (HunyuanImage 2.1 and Lumina 2 compute positions inside the net, and LongCat-Image has an
+editing model.)
 
 - time: the net is given t itself, in float32; its output is v, no sign change.
 - layout: latents of Qwen-Image's VAE, packed 2 x 2 into tokens; `position_ids` holds (0, row, column) for each, and
   zeros for each token of text.
-- text: several layers of Qwen3-VL's hidden states, laid out by the pipeline in a fixed length with the padding in the
-  middle, and their mask. All text stands at position zero, so `velocity` may leave out what is padding in every prompt;
-  the rest is masked. No prompt's answer depends on how long the others are.
+- text: several layers of Qwen3-VL's hidden states, which the pipeline puts into a fixed length with the padding in the
+  middle, and their mask. All text has position zero, so `velocity` can leave out what is padding in every prompt; the
+  rest is masked. The result for a prompt does not depend on the length of the others.
 - references: packed likewise and appended after the picture's tokens with the ids' first coordinate 1, 2, ..., which is
   0 in every picture that the base model has seen; the net's output on them is dropped. This is what FLUX.1-Kontext
   (arXiv 2506.15742) did to FLUX.1, whose ids are the same; no new weight is needed.
-- guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond); in `dmd.guided`'s usual terms that is 5.5. A distilled
+- guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond); with the usual formula of `dmd.classifier_free_guidance` that is 5.5. A distilled
   checkpoint has none, which is 1.
 - schedule: exp(mu), mu from the number of tokens; a distilled checkpoint's mu is 1.15 at every size.
 """
@@ -48,7 +49,7 @@ DISTILLED_MU = 1.15  # the pipeline's own
 
 
 class Krea2(Family):
-    """One Krea 2 pipeline, opened once; see `families/base.py` for the contract."""
+    """One Krea 2 pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = Krea2Pipeline, Krea2Transformer2DModel
     part_names = PARTS

@@ -9,7 +9,7 @@
   does not depend on the length of the others.
 - references: packed likewise and appended after the picture's tokens, each one more entry of `img_shapes`; the net's
   output on them is dropped. This is how Qwen-Image-Edit (arXiv 2508.02324, QwenImageEditPipeline) does it; no new
-  weight is needed. That pipeline also shows the reference to Qwen2.5-VL beside the instruction, under another template.
+  weight is needed. That pipeline also gives Qwen2.5-VL the reference too, with the instruction and another template.
   Here the text stays as the text-to-image teacher learnt it, and the reference enters through its latents alone.
 - guidance: the net embeds none. The pipeline's classifier-free guidance (4, with a negative prompt) rescales its result
   to the norm of the conditional one; `np_edit`'s teacher is guided without that.
@@ -56,7 +56,7 @@ TEXT_LENGTH = 512  # the pipeline's own limit, in tokens
 
 
 class QwenImage(Family):
-    """One Qwen-Image pipeline, opened once; see `families/base.py` for the contract."""
+    """One Qwen-Image pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = QwenImagePipeline, QwenImageTransformer2DModel
     part_names = PARTS

@@ -6,15 +6,16 @@
 - text: Gemma 2, lower case, after the long instruction that the pipeline puts before each prompt; of that sequence
   the first and the last 299 states, with a mask. A negative prompt is encoded without that instruction.
 - references: stacked on the channels of x, as InstructPix2Pix does (arXiv 2211.09800). Sana has no position ids: places
-  are told apart by the 3 x 3 convolutions of its feed-forward alone, and its attention keeps one small matrix a head. A
-  reference laid beside the picture on one larger canvas would need no new weight, but a token hardly finds its
-  counterpart there. A trial with one seed, six untrained blocks trained to return 6 x 6 latents of unit variance at
-  t = 1: after 450 updates of 16 the mean squared error was .0007 stacked and .97 on a canvas; without any reference it
-  is 1. So `trainable_net()` widens the input's 1 x 1 convolution by REFERENCES slots of zero weights: the student
-  starts as the base model exactly, with or without references. Absent references are zeros; one of another size
-  is resampled to the picture's grid, so encode it at the picture's size if you can. The base has no slot and refuses
-  references. Adapters (LoRA) lie on a frozen net widened likewise, `lora_base()`; so the base's own pipeline does not
-  open them, npedit's editor does.
+  are distinguished only by the 3 x 3 convolutions of its feed-forward layers, and its linear attention keeps one small
+  matrix per head. A reference next to the picture on one larger canvas would need no new weight, but a token cannot find
+  the matching token of the reference there. A trial with one seed: six untrained blocks were trained to return 6 x 6
+  latents of unit variance at t = 1. After 450 updates of 16 items the mean squared error was .0007 with stacked
+  references and .97 on a canvas; it is 1 without any reference. So `trainable_net()` widens the input's 1 x 1
+  convolution by REFERENCES slots of zero weights, and the student's output equals the base model's at the start, with
+  or without references. Slots without a reference get zeros. A reference of another size is resampled to the picture's
+  grid, so encode it at the picture's size if you can. The base has no slot and refuses references. LoRA adapters are
+  added to a frozen net that is widened in the same way, `lora_base()`. So the base's own pipeline does not open them;
+  npedit's editor does.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ REFERENCES = 4  # slots of a net that `trainable_net()` makes
 
 
 class Sana(Family):
-    """One Sana pipeline, opened once; see `families/base.py` for the contract."""
+    """One Sana pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = SanaPipeline, SanaTransformer2DModel
     part_names = PARTS
@@ -192,7 +193,7 @@ class Sana(Family):
         return out[:, : x.shape[1]].to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save beside a few-step editor: flow matching's Euler, since the DPM solver that most Sana
+        """The scheduler to save with a few-step editor: flow matching's Euler, since the DPM solver that most Sana
         folders hold does not re-noise with fresh noise. SanaPipeline takes either."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 

@@ -4,17 +4,18 @@
 - layout: the net takes latents (b, c, h, w) and makes patches of 2 x 2 itself.
 - text: the two CLIPs concatenated along features, T5 after them (padding attended to, as SD3 does; zeros where
   the folder has no T5), and the two pooled vectors. Always the same length.
-- references: the net takes one picture, and its patch embedding adds to each patch the code of its place, cut from the
-  middle of a table (192 x 192 patches, SD3.5 medium 384 x 384). A reference goes through that same embedding with the
-  codes of the places beside the picture (right, else below, left, above: the first free side where the table has room,
-  so four references at most) and its tokens follow the picture's; before the last norm they are dropped again. Two
-  hooks, there for one call, do this around the net's own forward: no new weight, no code of diffusers copied. Why so:
-  - as in a diptych every token has its own position, so the net can distinguish picture and references at every t, and
-    their order, which the picture's own codes would not allow (the net has no other mark);
-  - the picture stays where text-to-image has it, and without references the call is the base model's. On one common
-    canvas it would move, and references of another size would need filling.
-  Those places lie outside what SD3 was trained on at 1024 pixels, as the new ids of FLUX.1-Kontext's references did.
-  That they are good ones has not been measured here.
+- references: the net takes one picture. Its patch embedding adds to each patch the position code of its place, cut from
+  the middle of a table (192 x 192 patches, SD3.5 medium 384 x 384). A reference goes through the same embedding, with
+  the codes of places next to the picture: right, else below, left, above, on the first free side where the table has
+  room. So there can be four references at most. The tokens of references follow those of the picture, and are removed
+  before the last norm. Two hooks, which exist during one call only, do this around the net's own forward: no new weight,
+  and no copied code of diffusers. Reasons for this choice:
+  - As in a diptych, every token has a different position, so the net can distinguish the picture, the references and
+    their order at every t. With the picture's codes for all of them it could not.
+  - The picture has the same place as in text-to-image, and without references the call equals the base model's. On one
+    common canvas the picture would move, and references of another size would need padding.
+  SD3 was not trained on these places at 1024 pixels, as FLUX.1 was not trained on the new ids of FLUX.1-Kontext's
+  references. Whether these places are good ones has not been measured.
 - guidance: the net embeds none; the pipeline's classifier-free guidance is 7.
 - schedule: the scheduler's fixed shift (3), or exp(mu). The pipeline's own four times before the shift are not 1, 3/4,
   1/2, 1/4: diffusers takes its ends from the shifted range and shifts once more. A few-step editor takes the method's.
@@ -54,7 +55,7 @@ T5_LENGTH = 256  # the pipeline's own, in tokens
 
 
 class SD3(Family):
-    """One SD3 or SD3.5 pipeline, opened once; see `families/base.py` for the contract."""
+    """One SD3 or SD3.5 pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = StableDiffusion3Pipeline, SD3Transformer2DModel
     part_names = PARTS

@@ -6,9 +6,9 @@
   captions of different lengths. `EncodedText` holds them padded to 512, with their true lengths, so that any two
   batches of prompts can be joined; the padding is cut off again before each call. The model itself pads each caption to
   a multiple of 32.
-- references: the net's own *omni* mode, of which diffusers' `ZImageOmniPipeline` is the user: each reference is a frame
-  of its own, its tokens are modulated with the clean time and the picture's with the true one. Frames are
-  1, 3, 5, ... for the references, then the caption, then the picture; diffusers puts each frame behind a piece of
+- references: the net's *omni* mode, as diffusers' `ZImageOmniPipeline` uses it: each reference is a separate frame. Its
+  tokens are modulated with the clean time and the picture's with the true one. Frames are
+  1, 3, 5, ... for the references, then the caption, then the picture; diffusers puts each frame after a piece of
   the caption, and here the pieces before references are empty. References may have any size, and no new weight is
   needed. The SigLIP states, which the omni checkpoint sees in addition to the latents, are left out: Z-Image and Turbo
   have no weights for them. One thing differs from the omni pipeline. Without references the net puts the picture's
@@ -18,7 +18,7 @@
 - frames: a net that `npedit convert` made from NP-Edit's public reimplementation was trained otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
   thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
-- guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 in `dmd.guided`. Turbo is
+- guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 with `dmd.classifier_free_guidance`. Turbo is
   distilled and wants none: give a recipe `guidance: 1.0`.
 """
 
@@ -54,7 +54,7 @@ TINY_TEMPLATE = (  # Qwen3's, for one turn
 
 
 class ZImage(Family):
-    """One Z-Image pipeline, opened once; see `families/base.py` for the contract."""
+    """One Z-Image pipeline, opened once; `families/base.py` describes the interface."""
 
     pipeline, denoiser = ZImagePipeline, ZImageTransformer2DModel
     part_names = PARTS
@@ -131,7 +131,7 @@ class ZImage(Family):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:
-        """States (b, 512, d), zero behind each prompt's end, and the true lengths (b,)."""
+        """States (b, 512, d), zero after each prompt's end, and the true lengths (b,)."""
         if self.thinking:
             ragged, _ = self.pipe.encode_prompt(
                 list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
@@ -144,7 +144,7 @@ class ZImage(Family):
         return EncodedText((padded, torch.tensor([len(states) for states in ragged], device=padded.device)))
 
     def _encode_without_thinking(self, prompts: Sequence[str]) -> list[Tensor]:
-        """The states of each prompt as the pipeline takes them, but behind a template with an empty thought."""
+        """The states of each prompt as the pipeline takes them, but with a template that has an empty thought."""
         tokenizer, turn = self.pipe.tokenizer, {"add_generation_prompt": True, "enable_thinking": False}
         texts = [
             tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, **turn) for p in prompts
@@ -179,8 +179,8 @@ class ZImage(Family):
                 trained with frames is given other than one reference of the picture's size.
         """
         if len(text) != len(x) or any(len(r) != len(x) for r in references):
-            came = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
-            raise ValueError(f"expected {len(x)} of each; got {came}")
+            got = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
+            raise ValueError(f"expected {len(x)} of each; got {got}")
         dtype = compute_dtype(net)
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
@@ -265,23 +265,23 @@ def _round_up(tokens: int) -> int:
 
 @contextmanager
 def _modulate_frames(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
-    """Inside the block, a call of the net modulates each film's first `tokens` tokens, the reference's, with the clean
-    time, and all others with the film's own: what the omni mode does for an image of its own. For use, not for training
-    with blocks that are computed again."""
+    """Inside the block, a call of the net modulates the first `tokens` tokens of each film, which are the reference's,
+    with the clean time, and all others with the film's time, as the omni mode does for separate images. For use, not for
+    training with gradient checkpointing."""
     model: Any = net  # diffusers sets these attributes at run time
     clean = model.t_embedder(torch.ones_like(t, dtype=torch.float32) * model.t_scale)
 
-    def modulation(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def modulation(x: Tensor, noisy_time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noisy = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         noisy[:, :tokens] = 0
-        return noisy, own, clean.to(own)
+        return noisy, noisy_time, clean.to(noisy_time)
 
     def block(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return *args[:4], *modulation(args[0], args[3])
 
     def last(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask, own, free = modulation(args[0], kwargs["c"])
-        return args, {"noise_mask": mask, "c_noisy": own, "c_clean": free}
+        mask, noisy_time, clean_time = modulation(args[0], kwargs["c"])
+        return args, {"noise_mask": mask, "c_noisy": noisy_time, "c_clean": clean_time}
 
     hooks = [layer.register_forward_pre_hook(block) for layer in (*model.noise_refiner, *model.layers)]
     hooks += [layer.register_forward_pre_hook(last, with_kwargs=True) for layer in model.all_final_layer.values()]
