@@ -14,8 +14,8 @@ editing model.)
 - references: packed likewise and appended after the picture's tokens with the ids' first coordinate 1, 2, ..., which is
   0 in every picture that the base model has seen; the net's output on them is dropped. This is what FLUX.1-Kontext
   (arXiv 2506.15742) did to FLUX.1, whose ids are the same; no new weight is needed.
-- guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond); with the usual formula of `dmd.classifier_free_guidance` that is 5.5. A distilled
-  checkpoint has none, which is 1.
+- guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond), which is 5.5 for `dmd.classifier_free_guidance`. A
+  distilled checkpoint has none, which is 1.
 - schedule: exp(mu), mu from the number of tokens; a distilled checkpoint's mu is 1.15 at every size.
 """
 

@@ -8,8 +8,8 @@
   the middle of a table (192 x 192 patches, SD3.5 medium 384 x 384). A reference goes through the same embedding, with
   the codes of places next to the picture: right, else below, left, above, on the first free side where the table has
   room. So there can be four references at most. The tokens of references follow those of the picture, and are removed
-  before the last norm. Two hooks, which exist during one call only, do this around the net's own forward: no new weight,
-  and no copied code of diffusers. Reasons for this choice:
+  before the last norm. Two hooks, which exist during one call only, do this around the net's own forward: no new
+  weight, and no copied code of diffusers. Reasons for this choice:
   - As in a diptych, every token has a different position, so the net can distinguish the picture, the references and
     their order at every t. With the picture's codes for all of them it could not.
   - The picture has the same place as in text-to-image, and without references the call equals the base model's. On one

@@ -18,8 +18,8 @@
 - frames: a net that `npedit convert` made from NP-Edit's public reimplementation was trained otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
   thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
-- guidance: the pipeline adds g (cond - uncond) to the *conditional*; its default of 5 is 6 with `dmd.classifier_free_guidance`. Turbo is
-  distilled and wants none: give a recipe `guidance: 1.0`.
+- guidance: the pipeline adds g (cond - uncond) to the *conditional*. Its default of 5 is 6 for
+  `dmd.classifier_free_guidance`. Turbo is distilled and needs none: give a recipe `guidance: 1.0`.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ def _round_up(tokens: int) -> int:
 @contextmanager
 def _modulate_frames(net: nn.Module, tokens: int, t: Tensor) -> Iterator[None]:
     """Inside the block, a call of the net modulates the first `tokens` tokens of each film, which are the reference's,
-    with the clean time, and all others with the film's time, as the omni mode does for separate images. For use, not for
-    training with gradient checkpointing."""
+    with the clean time, and all others with the film's time, as the omni mode does for separate images. For use, not
+    for training with gradient checkpointing."""
     model: Any = net  # diffusers sets these attributes at run time
     clean = model.t_embedder(torch.ones_like(t, dtype=torch.float32) * model.t_scale)
 
