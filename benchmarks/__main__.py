@@ -2,7 +2,7 @@
 
     python -m benchmarks [--recipe recipes/toy.yaml] [--repeats 8] [--write docs/benchmarks.md]
 
-A recipe of real models works the same, where its weights and data are. Run nothing beside it.
+A recipe of real models works the same where its weights and data are. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.inference import inference
-from benchmarks.processes import processes
-from benchmarks.train_step import Bench, arithmetic, by_part, exchanges, savings
+from benchmarks.inference import inference_table
+from benchmarks.processes import processes_table
+from benchmarks.train_step import Bench, arithmetic_table, memory_settings_table, parts_table, savings_table
 from npedit.nets.device import device_name, is_accelerator, pick_device
 from npedit.recipe.config import load_recipe
 
 
-def machine() -> str:
-    """What it was measured on."""
+def describe_machine() -> str:
+    """The device, its threads and torch's version."""
     if is_accelerator(pick_device()):
         return f"{device_name(pick_device())}, torch {torch.__version__}"
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -32,8 +32,8 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def filled(page: str, tables: Mapping[str, str]) -> str:
-    """A page with each table between its two markers.
+def fill_tables(page: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between its two markers.
 
     Raises:
         ValueError: a marker is missing.
@@ -46,8 +46,8 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
     return page
 
 
-def say(words: str) -> None:
-    """Print as it is."""
+def print_plain(words: str) -> None:
+    """Print words without markup or line breaks."""
     Console(soft_wrap=True).print(words, markup=False, highlight=False)
 
 
@@ -59,28 +59,28 @@ def main() -> None:
     parser.add_argument("--write", default="", help="a page to write the tables into")
     chosen = parser.parse_args()
     bench = Bench(load_recipe(chosen.recipe))
-    tables = {"machine": f"Measured on: {machine()}; `{chosen.recipe}`, {bench.pictures} pictures an update."}
-    say(tables["machine"])
+    tables = {"machine": f"Measured on: {describe_machine()}; `{chosen.recipe}`, {bench.pictures} pictures an update."}
+    print_plain(tables["machine"])
     makers = {
-        "parts": lambda: by_part(bench, chosen.repeats),
-        "savings": lambda: _with_difference(*savings(bench, chosen.repeats)),
-        "exchanges": lambda: exchanges(bench, chosen.repeats),
-        "arithmetic": lambda: arithmetic(bench, chosen.repeats),
-        "inference": lambda: inference(chosen.repeats),
+        "parts": lambda: parts_table(bench, chosen.repeats),
+        "savings": lambda: _with_difference(*savings_table(bench, chosen.repeats)),
+        "exchanges": lambda: memory_settings_table(bench, chosen.repeats),
+        "arithmetic": lambda: arithmetic_table(bench, chosen.repeats),
+        "inference": lambda: inference_table(chosen.repeats),
     }
     if not is_accelerator(pick_device()):
-        makers["processes"] = lambda: processes(chosen.recipe, bench.pictures, 3 + chosen.repeats)
+        makers["processes"] = lambda: processes_table(chosen.recipe, bench.pictures, 3 + chosen.repeats)
     for name, make in makers.items():
         tables[name] = make()
-        say(f"\n{name}\n\n{tables[name]}")
+        print_plain(f"\n{name}\n\n{tables[name]}")
     if chosen.write:
         page = Path(chosen.write)
-        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
-        say(f"\nWritten: {page}")
+        page.write_text(fill_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        print_plain(f"\nWritten: {page}")
 
 
-def _with_difference(text: str, apart: float) -> str:
-    return f"{text}\n\nThe losses of all versions are the same: they differ by at most {apart:.0e} of their size."
+def _with_difference(text: str, largest: float) -> str:
+    return f"{text}\n\nThe losses of all versions are the same: they differ by at most {largest:.0e} of their size."
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import MIB, interleaved, middle, peaks, table
+from benchmarks.measure import MIB, median, peak_bytes_by_part, table, time_interleaved
 from benchmarks.small_models import Sizes, batch_of_one, build_internvl, build_parts
 from npedit.critics.base import Critic, answer_loss
 from npedit.generator import sample_training_times, seeded_generator
@@ -63,11 +63,11 @@ def critic_table(repeats: int, sizes: Sizes = Sizes(), counts: Sequence[int] = (
     critic, rows = build_internvl(sizes), []
     for count in counts:
         calls = {name: _gradient_call(critic, way, count, sizes) for name, way in WAYS.items()}
-        seconds = interleaved(calls, repeats)
+        seconds = time_interleaved(calls, repeats)
         operations = {name: _operations(lambda call=call: call(0)) for name, call in calls.items()}
         plain = next(iter(WAYS))
         for name, call in calls.items():
-            ratio = middle(a / b for a, b in zip(seconds[plain], seconds[name]))
+            ratio = median(a / b for a, b in zip(seconds[plain], seconds[name]))
             cells = (f"{operations[name] / 1e9:.1f}", f"{operations[plain] / operations[name]:.2f}", f"{ratio:.2f}")
             rows.append((count, name, *cells, f"{_peak_bytes(lambda call=call: call(0)) / MIB:.0f}"))
     head = ("questions", "way", "GFLOP", "times fewer operations", "times as fast", "peak, MiB")
@@ -139,14 +139,14 @@ def update_table(repeats: int, sizes: Sizes = Sizes(), side: int = 256) -> str:
         logged[name] = step.step(batches, _with_two_transitions(turn, step.settings.steps))
 
     calls = {name: lambda turn, name=name: call(name, turn) for name in steps}
-    seconds = interleaved(calls, repeats)
+    seconds = time_interleaved(calls, repeats)
     operations = {name: _operations(lambda name=name: call(name, repeats)) for name in steps}
     plain, rows = next(iter(steps)), []
     for name, taken in seconds.items():
-        by_part = peaks(lambda name=name: call(name, repeats))
-        ratio = middle(a / b for a, b in zip(seconds[plain], taken))
+        by_part = peak_bytes_by_part(lambda name=name: call(name, repeats))
+        ratio = median(a / b for a, b in zip(seconds[plain], taken))
         rows.append((name, f"{operations[name] / 1e9:.0f}", f"{operations[plain] / operations[name]:.2f}",
-                     f"{middle(taken):.2f}", f"{ratio:.2f}", f"{by_part['critic'] / MIB:.0f}",
+                     f"{median(taken):.2f}", f"{ratio:.2f}", f"{by_part['critic'] / MIB:.0f}",
                      f"{max(by_part.values()) / MIB:.0f}"))  # fmt: skip
     head = ("setting", "GFLOP an update", "times fewer operations", "seconds", "times as fast")
     return table((*head, "peak of the critic, MiB", "peak, MiB"), rows)
@@ -162,14 +162,14 @@ def _with_two_transitions(update: int, steps: int) -> int:
 
 def main() -> None:
     """See the module's head."""
-    from benchmarks.__main__ import machine, say
+    from benchmarks.__main__ import describe_machine, print_plain
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.critic_packing")
     parser.add_argument("--repeats", type=int, default=3, help="how often each is timed; medians are shown")
     chosen = parser.parse_args()
-    say(f"{machine()}\n")
-    say(critic_table(chosen.repeats) + "\n")
-    say(update_table(chosen.repeats))
+    print_plain(f"{describe_machine()}\n")
+    print_plain(critic_table(chosen.repeats) + "\n")
+    print_plain(update_table(chosen.repeats))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An edit in few steps against the base model's own picture in many."""
+"""The time of an edit in few steps, compared with text-to-image sampling by the base model in many."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import interleaved, middle, table
+from benchmarks.measure import median, table, time_interleaved
 from npedit import flow
 from npedit.editor import Editor
 from npedit.generator import generate_images, sample_noise, seeded_generator
@@ -16,8 +16,8 @@ BASE_STEPS, GUIDANCE = 20, 5.0  # as the toy's base model is measured
 WORDS = "paint the circle red"
 
 
-def inference(repeats: int, sizes: Sequence[int] = (1, 16)) -> str:
-    """The table of seconds a picture, for batches of so many."""
+def inference_table(repeats: int, sizes: Sequence[int] = (1, 16)) -> str:
+    """The table of milliseconds a picture, for batches of these sizes."""
     editor = Editor.open("embedded")
     rows = [row for size in sizes for row in _rows(editor, size, repeats)]
     return table(("what", "pictures at a time", "ms a picture", "times as fast as the base model"), rows)
@@ -36,8 +36,8 @@ def _rows(editor: Editor, size: int, repeats: int) -> list[tuple[str, int, str, 
 
     calls = {f"edit, {n} step{'s' * (n > 1)}": partial(edit, n) for n in sorted({1, 2, editor.steps})}
     calls[base] = lambda turn: generate_images(family, [WORDS] * size, noise, times, GUIDANCE)
-    seconds = interleaved(calls, repeats)
+    seconds = time_interleaved(calls, repeats)
     return [
-        (name, size, f"{1000 * middle(taken) / size:.1f}", f"{middle(b / a for a, b in zip(taken, seconds[base])):.1f}")
+        (name, size, f"{1000 * median(taken) / size:.1f}", f"{median(b / a for a, b in zip(taken, seconds[base])):.1f}")
         for name, taken in seconds.items()
     ]

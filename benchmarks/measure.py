@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks that wait for the device, peak memory by part of a step, tables."""
+"""What all benchmarks share: timing that waits for the device, peak memory by part of a step, tables."""
 
 from __future__ import annotations
 
@@ -18,62 +18,64 @@ MIB = 2**20
 MARK = "part of a step: "
 
 
-def wait() -> None:
-    """Until the device has done all that it was asked to."""
+def wait_for_device() -> None:
+    """Wait until the device has finished its queued work."""
     synchronize(pick_device())
 
 
-def interleaved(calls: Mapping[str, Callable[[int], object]], repeats: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taking turns so that a slow moment of the machine meets all of them. Each is
-    given the number of its turn; the first `warm` turns are not kept."""
+def time_interleaved(
+    calls: Mapping[str, Callable[[int], object]], repeats: int, warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call. The calls take turns, so a slow moment of the machine affects all of them. Each call is
+    given the number of its turn; the first `warm` turns are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm + repeats):
         for name, call in calls.items():
-            wait()
+            wait_for_device()
             start = time.perf_counter()
             call(turn)
-            wait()
+            wait_for_device()
             if turn >= warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def middle(values: Iterable[float]) -> float:
-    """Their median."""
+def median(values: Iterable[float]) -> float:
+    """The median of these values."""
     return statistics.median(values)
 
 
-def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of these tensors, memory that several share counted once."""
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors. Memory that several of them share is counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class _Marked(Timers):
-    """The clock of a step, whose parts show in a profile."""
+class _ProfiledTimers(Timers):
+    """Timers of a step that also mark its parts in a profile."""
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        wait()
+        wait_for_device()
         with super().__call__(part), record_function(MARK + part):
             yield
-            wait()
+            wait_for_device()
 
 
 @contextmanager
-def marked() -> Iterator[None]:
+def profiled_parts() -> Iterator[None]:
     """Inside, NP-Edit's step waits for the device at the end of each part and marks the part for `peaks`."""
-    before, np_edit.Timers = np_edit.Timers, _Marked
+    before, np_edit.Timers = np_edit.Timers, _ProfiledTimers
     try:
         yield
     finally:
         np_edit.Timers = before
 
 
-def peaks(call: Callable[[], object]) -> dict[str, int]:
-    """Most bytes that a call of a step holds in each part of it, beside those from before the call, by torch's
-    profiler. A moment counts for the innermost part."""
+def peak_bytes_by_part(call: Callable[[], object]) -> dict[str, int]:
+    """Part of a step -> the most bytes that torch's profiler sees in it, less those from before the call. Where parts
+    are nested, a moment counts for the innermost one."""
     device = pick_device()
-    with marked(), profile(activities=profiler_activities(device), profile_memory=True) as seen:
+    with profiled_parts(), profile(activities=profiler_activities(device), profile_memory=True) as seen:
         call()
     events = sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     spans = [(e.start_ns(), e.end_ns(), e.name().removeprefix(MARK)) for e in events if e.name().startswith(MARK)]
@@ -88,6 +90,6 @@ def peaks(call: Callable[[], object]) -> dict[str, int]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; numbers as they are, so format them first."""
+    """A Markdown table. Cells are printed as they are, so numbers must be formatted."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

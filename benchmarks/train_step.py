@@ -1,5 +1,4 @@
-"""One update of NP-Edit: how long each part takes and what it holds, what each saving is worth, and how much of the
-machine's arithmetic is used."""
+"""One update of NP-Edit: time and memory of each part, what each saving gives, and the share of the machine's speed."""
 
 from __future__ import annotations
 
@@ -11,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import MIB, interleaved, marked, middle, peaks, storages, table, wait
+from benchmarks.measure import (
+    MIB,
+    median,
+    peak_bytes_by_part,
+    profiled_parts,
+    storage_bytes,
+    table,
+    time_interleaved,
+    wait_for_device,
+)
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.generator import sample_training_times, seeded_generator
@@ -22,32 +30,32 @@ from npedit.steps import np_edit
 from npedit.steps.base import Parts
 from npedit.training.parts import build_parts, build_source
 
-PARTS = ("draft", "dmd", "critic", "fake")  # of a step, as its clock names them
+PARTS = ("draft", "dmd", "critic", "fake")  # of a step, as its timers name them
 LORA = LoraChoice(rank=16, alpha=16)
 
 
-class Unshared(Critic):
-    """A critic that looks at each picture anew for each question about it, as a plain version would."""
+class UnsharedCritic(Critic):
+    """A critic that encodes each picture again for each question about it, as a plain version would."""
 
     def __init__(self, critic: Critic):
         self.critic, self.model, self.device = critic, critic.model, critic.device
         self.yes, self.no = critic.yes, critic.no
 
     def encode_images(self, images: Tensor) -> list[Tensor]:
-        """Nothing yet: the pictures themselves."""
+        """The pictures themselves; they are encoded when a question is asked."""
         return list(images)
 
     def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
-        """All pictures of all questions, each as often as it is asked about."""
+        """Logits, after encoding each picture as often as it is asked about."""
         tokens = iter(self.critic.encode_images(torch.stack([image for look in seen for image in look])))
         return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen], packed)
 
-    load = tiny = generate_text = answer_id = None  # not asked for here
+    load = tiny = generate_text = answer_id = None  # not used here
 
 
 @dataclass(frozen=True)
-class Apart(Parts):
-    """Adapters that have a frozen base of their own each."""
+class SeparateBases(Parts):
+    """Parts whose adapters each have their own frozen base model."""
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         """As in `Parts`, over a copy."""
@@ -56,8 +64,8 @@ class Apart(Parts):
 
 
 def variants(recipe: Recipe) -> dict[str, Parts]:
-    """LoRA training with nothing shared, each saving by itself, and all of them. Each has parts of its own, since a
-    base serves one set of adapters."""
+    """Name -> parts for LoRA training: with nothing shared, with each saving alone, and with all of them. Each version
+    has its own parts, since a base model serves one set of adapters."""
     return {
         "plain": _parts(recipe),
         "each picture encoded once": _parts(recipe, seen_once=True),
@@ -69,13 +77,13 @@ def variants(recipe: Recipe) -> dict[str, Parts]:
 
 def _parts(recipe: Recipe, seen_once: bool = False, kept: bool = False, one_base: bool = False) -> Parts:
     made = build_parts(recipe)
-    critic = made.critic if seen_once else Unshared(made.critic)
+    critic = made.critic if seen_once else UnsharedCritic(made.critic)
     memory = MemorySettings(cached_prompts=10_000 if kept else 0)
-    return (Parts if one_base else Apart)(made.family, critic, made.wording, made.device, LORA, memory)
+    return (Parts if one_base else SeparateBases)(made.family, critic, made.wording, made.device, LORA, memory)
 
 
 class Bench:
-    """Steps on the same few batches, which come again and again as photos do in later passes."""
+    """Steps on the same few batches, which repeat as photos do in later epochs."""
 
     def __init__(self, recipe: Recipe, groups: int = 2):
         self.stage = next(s for s in recipe.stages if s.step == "np_edit")
@@ -88,11 +96,11 @@ class Bench:
         return replace(batch, references=batch.references.to(self.parts.device))
 
     def step(self, parts: Parts) -> np_edit.Step:
-        """A fresh one."""
+        """A new step with these parts."""
         return np_edit.Step(self.stage.settings, parts, parts.create_trainable("student", 0), self.stage.updates, 0)
 
     def two_transitions(self, update: int) -> int:
-        """The next update whose draft makes two transitions, as three in four do."""
+        """The next update whose unroll makes two transitions, as three in four do."""
         times = torch.ones(self.stage.settings.steps)
         while len(sample_training_times(times, seeded_generator(0, "times", update))) < 2:
             update += 1
@@ -100,40 +108,40 @@ class Bench:
 
     @property
     def pictures(self) -> int:
-        """Edits an update."""
+        """Edited images an update."""
         return self.stage.batch_size * self.stage.accumulate
 
 
-def held(step: np_edit.Step) -> int:
-    """Bytes that stay between updates: all nets, frozen ones too, averages, the optimizer's state."""
+def static_bytes(step: np_edit.Step) -> int:
+    """Bytes that stay between updates: all models (frozen ones too), EMA weights and optimizer state."""
     modules = [m for name in ("text", "vae", "critic") for m in step.parts.frozen_modules(name)]
     modules += [step.parts.family.base, *(learner.net for learner in step.learners.values())]
     state = [t for learner in step.learners.values() for t in learner.state()[0].values()]
-    return storages([*state, *(t for m in modules for t in (*m.parameters(), *m.buffers()))])
+    return storage_bytes([*state, *(t for m in modules for t in (*m.parameters(), *m.buffers()))])
 
 
-def by_part(bench: Bench, repeats: int) -> str:
+def parts_table(bench: Bench, repeats: int) -> str:
     """The table of one update's parts, in full fine-tuning."""
     step, seconds = bench.step(bench.parts), []
-    with marked():
+    with profiled_parts():
         for turn in range(2 + repeats):
             logged = step.step(bench.groups[turn % len(bench.groups)], bench.two_transitions(turn))
             seconds.append({k.removeprefix("time/"): v for k, v in logged.items() if k.startswith("time/")})
-    times = {part: middle(s[part] for s in seconds[2:]) for part in (*PARTS, "student")}
-    times["student"] -= sum(times[part] for part in PARTS if part != "fake")  # they are inside it
-    most = peaks(lambda: step.step(bench.groups[0], bench.two_transitions(0)))
-    whole, stays = sum(times.values()), held(step) / MIB
+    times = {part: median(s[part] for s in seconds[2:]) for part in (*PARTS, "student")}
+    times["student"] -= sum(times[part] for part in PARTS if part != "fake")  # their times are inside the student's
+    most = peak_bytes_by_part(lambda: step.step(bench.groups[0], bench.two_transitions(0)))
+    total, static = sum(times.values()), static_bytes(step) / MIB
     names = {"draft": "few-step generation: encode, unroll", "dmd": "DMD: fake score and guided teacher",
              "critic": "critic: decode, encode images, ask; back to x0",
              "student": "student: back through the unroll, and its update",
              "fake": "fake score: its updates"}  # fmt: skip
-    rows = [(names[p], f"{1000 * times[p]:.0f}", f"{times[p] / whole:.0%}", f"{most[p] / MIB:.0f}") for p in names]
-    rows.append(("**update**", f"{1000 * whole:.0f}", f"{bench.pictures / whole:.1f} pictures/s",
-                 f"{max(most.values()) / MIB:.0f}, beside {stays:.0f} of static memory"))  # fmt: skip
+    rows = [(names[p], f"{1000 * times[p]:.0f}", f"{times[p] / total:.0%}", f"{most[p] / MIB:.0f}") for p in names]
+    rows.append(("**update**", f"{1000 * total:.0f}", f"{bench.pictures / total:.1f} pictures/s",
+                 f"{max(most.values()) / MIB:.0f} (static memory: {static:.0f})"))  # fmt: skip
     return table(("part", "ms", "share", "peak, MiB"), rows)
 
 
-def savings(bench: Bench, repeats: int) -> tuple[str, float]:
+def savings_table(bench: Bench, repeats: int) -> tuple[str, float]:
     """The table of LoRA training against a plain version of it, and the largest relative difference of any loss."""
     steps = {name: bench.step(parts) for name, parts in variants(bench.recipe).items()}
     logged: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
@@ -143,28 +151,28 @@ def savings(bench: Bench, repeats: int) -> tuple[str, float]:
         logged[name].append(steps[name].step(batches, update))
 
     calls = {name: lambda turn, name=name: call(name, turn) for name in steps}
-    seconds = interleaved(calls, repeats, warm=len(bench.groups))
-    apart = max(difference(logged["plain"], seen) for seen in logged.values())
-    most = {n: max(peaks(lambda n=n: call(n, repeats)).values()) for n in steps}
-    sizes = {name: (held(step), held(step) + most[name]) for name, step in steps.items()}
+    seconds = time_interleaved(calls, repeats, warm=len(bench.groups))
+    largest = max(largest_difference(logged["plain"], seen) for seen in logged.values())
+    most = {n: max(peak_bytes_by_part(lambda n=n: call(n, repeats)).values()) for n in steps}
+    sizes = {name: (static_bytes(step), static_bytes(step) + most[name]) for name, step in steps.items()}
     rows = []
     for name, taken in seconds.items():
-        ratio = middle(a / b for a, b in zip(seconds["plain"], taken))
-        rows.append((name, f"{1000 * middle(taken):.0f}", f"{ratio:.2f}", f"{sizes[name][0] / MIB:.0f}",
+        ratio = median(a / b for a, b in zip(seconds["plain"], taken))
+        rows.append((name, f"{1000 * median(taken):.0f}", f"{ratio:.2f}", f"{sizes[name][0] / MIB:.0f}",
                      f"{sizes[name][1] / MIB:.0f}", f"{sizes[name][1] / sizes['plain'][1]:.2f}"))  # fmt: skip
     return table(
         ("version", "ms an update", "times as fast", "static memory, MiB", "peak, MiB", "peak relative to plain"), rows
-    ), apart
+    ), largest
 
 
-def difference(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> float:
+def largest_difference(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> float:
     """The largest relative difference of two runs' losses."""
     pairs = [(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x if k.startswith("loss/")]
     return max(abs(x - y) / max(abs(x), 1e-6) for x, y in pairs)
 
 
-def exchanges(bench: Bench, repeats: int) -> str:
-    """The table of settings that give time for memory, or the reverse."""
+def memory_settings_table(bench: Bench, repeats: int) -> str:
+    """The table of settings that save memory at the cost of time."""
     changes = {
         "full fine-tuning": {},
         "gradient_checkpointing": {"gradient_checkpointing": True},
@@ -177,31 +185,31 @@ def exchanges(bench: Bench, repeats: int) -> str:
     def call(name: str, turn: int) -> None:
         steps[name].step(bench.groups[turn % len(bench.groups)], bench.two_transitions(turn))
 
-    seconds = interleaved({n: lambda turn, n=n: call(n, turn) for n in steps}, repeats)
+    seconds = time_interleaved({n: lambda turn, n=n: call(n, turn) for n in steps}, repeats)
     rows = []
     for name, step in steps.items():
-        most = peaks(lambda name=name: call(name, repeats))
-        first = middle(a / b for a, b in zip(seconds[name], seconds["full fine-tuning"]))
-        rows.append((name, f"{first:.2f}", f"{held(step) / MIB:.0f}", f"{max(most.values()) / MIB:.0f}"))
+        most = peak_bytes_by_part(lambda name=name: call(name, repeats))
+        first = median(a / b for a, b in zip(seconds[name], seconds["full fine-tuning"]))
+        rows.append((name, f"{first:.2f}", f"{static_bytes(step) / MIB:.0f}", f"{max(most.values()) / MIB:.0f}"))
     return table(("setting", "time relative to full fine-tuning", "static memory, MiB", "activation memory, MiB"), rows)
 
 
-def arithmetic(bench: Bench, repeats: int) -> str:
-    """The table of what an update computes against what the machine can: its own matrix product."""
+def arithmetic_table(bench: Bench, repeats: int) -> str:
+    """The table of an update's speed, compared with a large matrix product on the same machine."""
     step, update = bench.step(bench.parts), bench.two_transitions(0)
     with FlopCounterMode(display=False) as counter:
         step.step(bench.groups[0], update)
     side, dtype = 2048, torch_dtype(bench.recipe.family.dtype)
     a = torch.randn(side, side, device=pick_device(), dtype=dtype)
-    seconds = interleaved(
+    seconds = time_interleaved(
         {"matmul": lambda turn: a @ a, "update": lambda turn: step.step(bench.groups[0], update)}, repeats, warm=2
     )
-    wait()
+    wait_for_device()
     peak = 2 * side**3 / min(seconds["matmul"])
-    speed = counter.get_total_flops() / middle(seconds["update"])
+    speed = counter.get_total_flops() / median(seconds["update"])
     rows = [
         ("an update computes, GFLOP", f"{counter.get_total_flops() / 1e9:.1f}"),
-        ("GFLOP/s meanwhile", f"{speed / 1e9:.1f}"),
+        ("speed of an update, GFLOP/s", f"{speed / 1e9:.1f}"),
         (f"a product of two {side} x {side} matrices of {str(dtype)[6:]}, GFLOP/s", f"{peak / 1e9:.1f}"),
         ("**share of the matrix product's speed**", f"{speed / peak:.0%}"),
     ]

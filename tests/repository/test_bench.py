@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import filled
-from benchmarks.inference import inference
-from benchmarks.measure import peaks, storages, table
+from benchmarks.__main__ import fill_tables
+from benchmarks.inference import inference_table
+from benchmarks.measure import peak_bytes_by_part, storage_bytes, table
 from benchmarks.train_step import (
     LORA,
     Bench,
-    Unshared,
-    arithmetic,
-    by_part,
-    difference,
-    exchanges,
-    held,
-    savings,
+    UnsharedCritic,
+    arithmetic_table,
+    largest_difference,
+    memory_settings_table,
+    parts_table,
+    savings_table,
+    static_bytes,
     variants,
 )
 from npedit.critics.llava_onevision import LlavaOnevision
@@ -51,9 +51,9 @@ def assert_is_table(text: str) -> None:
 
 
 def test_every_version_has_the_losses_of_the_plain_one(bench) -> None:
-    text, largest_difference = savings(bench, 1)
+    text, difference = savings_table(bench, 1)
     assert_is_table(text)
-    assert largest_difference < 1e-3
+    assert difference < 1e-3
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == list(variants(bench.recipe))
 
 
@@ -61,7 +61,7 @@ def test_a_version_with_another_alpha_has_other_losses(bench) -> None:
     plain = variants(bench.recipe)["plain"]
     other = replace(variants(bench.recipe)["plain"], lora=LORA.model_copy(update={"alpha": 64.0}))
     logged = [[step.step(bench.groups[0], turn) for turn in range(2)] for step in map(bench.step, (plain, other))]
-    assert difference(*logged) > 1e-3
+    assert largest_difference(*logged) > 1e-3
 
 
 def test_the_unshared_critic_has_equal_margins_and_encodes_more_often(bench) -> None:
@@ -69,7 +69,7 @@ def test_the_unshared_critic_has_equal_margins_and_encodes_more_often(bench) -> 
     asked = ["is it red?", "is it blue?", "is it a circle?"]
     looks = [(0,), (0, 1), (1, 0)]
     answers, seen = [], []
-    for one in (critic, Unshared(critic)):
+    for one in (critic, UnsharedCritic(critic)):
         tokens = one.encode_images(pictures)
         hook = critic.model.model.vision_tower.register_forward_pre_hook(
             lambda m, a, k: seen.append(1), with_kwargs=True
@@ -82,10 +82,10 @@ def test_the_unshared_critic_has_equal_margins_and_encodes_more_often(bench) -> 
 
 def test_shared_storage_is_counted_once_so_one_base_takes_less(bench) -> None:
     x = torch.zeros(10)
-    assert storages([x, x[2:], torch.zeros(5)]) == 60
+    assert storage_bytes([x, x[2:], torch.zeros(5)]) == 60
     made = variants(bench.recipe)
-    base = storages(made["plain"].family.base.parameters())
-    plain, one = (held(bench.step(made[name])) for name in ("plain", "one base for all"))
+    base = storage_bytes(made["plain"].family.base.parameters())
+    plain, one = (static_bytes(bench.step(made[name])) for name in ("plain", "one frozen base model"))
     assert plain - one == pytest.approx(2 * base, rel=0.001)
 
 
@@ -93,30 +93,30 @@ def test_peaks_are_by_part_and_checkpointing_lowers_the_critics_peak(bench) -> N
     found = {}
     for name, memory in (("plain", {}), ("again", {"decoder_checkpointing": True})):
         step = bench.step(replace(bench.parts, memory=MemorySettings(**memory)))
-        found[name] = peaks(lambda step=step: step.step(bench.groups[0], bench.two_transitions(0)))
+        found[name] = peak_bytes_by_part(lambda step=step: step.step(bench.groups[0], bench.two_transitions(0)))
     assert set(found["plain"]) >= {"draft", "dmd", "critic", "student", "fake"}
     assert 0 < found["again"]["critic"] < found["plain"]["critic"]
 
 
-@pytest.mark.parametrize("make", [by_part, exchanges, arithmetic])
+@pytest.mark.parametrize("make", [parts_table, memory_settings_table, arithmetic_table])
 def test_a_benchmark_makes_a_table(bench, make) -> None:
     assert_is_table(make(bench, 1))
 
 
 def test_the_benchmark_of_edits_makes_a_table() -> None:
-    assert_is_table(inference(1, (1,)))
+    assert_is_table(inference_table(1, (1,)))
 
 
 def test_only_text_between_markers_is_replaced() -> None:
     page = "a\n<!-- x -->\nold\n<!-- end x -->\nb\n"
     text = table(("k",), [(1,)])
-    assert filled(page, {"x": text}) == f"a\n<!-- x -->\n{text}\n<!-- end x -->\nb\n"
-    assert filled(filled(page, {"x": text}), {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- end x -->\nb\n"
+    assert fill_tables(page, {"x": text}) == f"a\n<!-- x -->\n{text}\n<!-- end x -->\nb\n"
+    assert fill_tables(fill_tables(page, {"x": text}), {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- end x -->\nb\n"
     with pytest.raises(ValueError, match="markers of y"):
-        filled(page, {"y": text})
+        fill_tables(page, {"y": text})
 
 
 def test_the_benchmarks_page_has_the_markers_of_every_table() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     names = ("machine", "parts", "savings", "exchanges", "arithmetic", "inference", "processes")
-    assert filled(page, dict.fromkeys(names, "x")) != page
+    assert fill_tables(page, dict.fromkeys(names, "x")) != page
