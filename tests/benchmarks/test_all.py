@@ -11,7 +11,7 @@ from npedit import benchmarks
 from npedit.toy.dataset import write_dataset
 from tests.benchmarks.test_dreambench import write_data as write_dreambench
 from tests.benchmarks.test_imgedit import write_data as write_imgedit
-from tests.judges.test_local import taught
+from tests.judges.test_local import model_that_answers
 from tests.support.command_line import run
 from tests.support.encoder_sets import clip, dino
 from tests.support.judge_server import write_gedit
@@ -33,7 +33,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("all")
     for name in ("judge", "nets", "dreambench"):
         (root / name).mkdir()
-    taught(0).save(root / "judge")
+    model_that_answers(0).save(root / "judge")
     dino(root / "nets" / "dino"), clip(root / "nets" / "clip")
     write_gedit(root / "gedit")
     write_imgedit(root / "imgedit")
@@ -43,7 +43,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name[0] != "_"))
-def test_the_toy_editor_goes_through(name, root, tmp_path, monkeypatch):
+def test_the_toy_editor_is_evaluated_on_every_benchmark(name, root, tmp_path, monkeypatch):
     monkeypatch.setenv("NPEDIT_DEVICE", "cpu")
     monkeypatch.chdir(tmp_path)
     for place in root.iterdir():

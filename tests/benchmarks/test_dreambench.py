@@ -110,12 +110,12 @@ def test_similarities_by_hand(data, nets, tmp_path):
         assert scores[f"copy/{key}_held_out"] == pytest.approx(float((real[1] @ real[[0, 2]].T).mean()), abs=1e-5)
         assert scores[f"copy/{key}"] == pytest.approx((1 + 2 * scores[f"copy/{key}_held_out"]) / 3, abs=1e-5)
     net = nets[1]
-    told = net.encode_texts([can.prompts[1]])[0]
+    text_features = net.encode_texts([can.prompts[1]])[0]
     assert rows[1].scores[f"clip_t_{net.tag}"] == pytest.approx(
-        float((net.encode_images(made[1]) @ told).mean()), abs=1e-5
+        float((net.encode_images(made[1]) @ text_features).mean()), abs=1e-5
     )
     assert rows[1].scores[f"copy/clip_t_{net.tag}"] == pytest.approx(
-        float(net.encode_images(photos)[1] @ told), abs=1e-5
+        float(net.encode_images(photos)[1] @ text_features), abs=1e-5
     )
 
 
@@ -133,9 +133,9 @@ def test_real_images_leave_out_equal_pairs(data, nets):
     found = bench.real_image_baseline(subjects, nets[0], MissingEncoder("vitb32", "not here"))
     values = []
     for subject in subjects:
-        seen = nets[0].encode_images([Image.open(p).convert("RGB") for p in subject.photos])
-        n = len(seen)
-        values.append(np.mean([float(seen[i] @ seen[j]) for i in range(n) for j in range(n) if i != j]))
+        photos = nets[0].encode_images([Image.open(p).convert("RGB") for p in subject.photos])
+        n = len(photos)
+        values.append(np.mean([float(photos[i] @ photos[j]) for i in range(n) for j in range(n) if i != j]))
     assert found["real/dino_vit32x2-7"]["value"] == pytest.approx(np.mean(values), abs=1e-5)
     assert found["real/clip_i_vitb32"]["value"] is None and found["real/clip_i_vitb32"]["coverage"] == 0
 

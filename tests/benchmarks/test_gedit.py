@@ -72,7 +72,7 @@ def test_a_key_of_two_tasks_is_two_items_and_the_column_tells_the_language(tmp_p
         gedit.read_items(write_rows(tmp_path / "d", [same[0], same[0]]), ("en",), tmp_path)
 
 
-def test_wrong_data_are_told_of(tmp_path):
+def test_wrong_data_are_an_error(tmp_path):
     with pytest.raises(UserError, match="hf download stepfun-ai/GEdit-Bench"):
         gedit.read_items(tmp_path, ("en",), tmp_path)
     with pytest.raises(UserError, match="expected a task of GEdit-Bench"):
@@ -111,8 +111,8 @@ def test_an_incomplete_benchmark_is_known_as_such(tmp_path):
 def test_macro_micro_and_the_root_of_means_by_hand(tmp_path):
     """subject-add has three items, all others one. O: (9, 4) -> 6, (0, 10) -> 0, (4, 4) -> 4; elsewhere (1, 4) -> 2."""
     found = found_in(tmp_path, {"subject-add": 3})
-    told = iter([(9, 4), (0, 10), (4, 4)])
-    rows = rows_of(found, lambda i: next(told) if i.kind == "subject-add" else (1, 4))
+    additions = iter([(9, 4), (0, 10), (4, 4)])
+    rows = rows_of(found, lambda i: next(additions) if i.kind == "subject-add" else (1, 4))
     summary = gedit.summarise(rows, found, 0.99, "p")
     value = {k: v["value"] for k, v in summary.items()}
     assert value["p/en/full/SC"] == pytest.approx((13 / 3 + 10 * 1) / 11, abs=1e-12)
@@ -173,7 +173,7 @@ def test_a_task_without_scores_makes_no_headline_however_few_are_wanted(tmp_path
     }  # fmt: skip
 
 
-def test_a_trial_takes_tasks_in_turn(tmp_path):
+def test_a_sample_takes_tasks_in_turn(tmp_path):
     found = found_in(tmp_path, dict.fromkeys(gedit.TASKS, 3))
     first = _judged.sample_across_tasks(found, 13)
     assert [i.kind for i in first] == [*gedit.TASKS, *gedit.TASKS[:2]] and first[11].id.endswith("1")

@@ -64,8 +64,8 @@ def test_items(found, tmp_path):
 
 def test_means_by_hand(found):
     """Additions (5, 4, 4), (1, 1, 1), (3, 2, 1); all others (4, 2, 3)."""
-    told = iter([(5, 4, 4), (1, 1, 1), (3, 2, 1)])
-    rows = rows_of(found, lambda i: next(told) if i.task == "add" else (4, 2, 3))
+    additions = iter([(5, 4, 4), (1, 1, 1), (3, 2, 1)])
+    rows = rows_of(found, lambda i: next(additions) if i.task == "add" else (4, 2, 3))
     summary = imgedit.summarise(rows, found, 0.99, "p")
     add = (13 / 3 + 1 + 2) / 3
     assert summary["p/O"]["value"] == pytest.approx((add + 8 * 3) / 9, abs=1e-12)
@@ -87,8 +87,8 @@ def test_missing_scores(found):
 
 
 def test_official_files_are_as_the_official_scripts_compute_them(found, tmp_path):
-    told = iter([(5, 4, 4), (1, 1, 1), None])
-    rows = rows_of(found, lambda i: next(told) if i.task == "add" else (4, 2, 3))
+    additions = iter([(5, 4, 4), (1, 1, 1), None])
+    rows = rows_of(found, lambda i: next(additions) if i.task == "add" else (4, 2, 3))
     result, average, kinds = imgedit.write_official_files(rows, found, tmp_path / "out", "judge")
     answers = json.loads(result.read_text())
     assert answers["100"] == "S1: 5\nS2: 4\nS3: 4" and "110" not in answers and len(answers) == 10
@@ -106,9 +106,9 @@ def test_official_files_are_as_the_official_scripts_compute_them(found, tmp_path
 def test_official_answers_are_read_and_errors_in_them_are_missing(found, tmp_path):
     lines = "Brief reasoning: fine.\nPrompt Compliance: {}\nVisual Naturalness: 3\nPhysical & Detail Integrity: 3"
     keys = [i.edited.stem for i in found]
-    told = {keys[0]: lines.format(5), keys[1]: {"error": "rate limit"}, keys[2]: lines.format(0), keys[3]: "Sorry."}
+    answers = {keys[0]: lines.format(5), keys[1]: {"error": "rate limit"}, keys[2]: lines.format(0), keys[3]: "Sorry."}
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(answers))
     rows = imgedit.read_official_scores(path, found)
     assert rows[0]["scores"]["O"] == pytest.approx(11 / 3)
     assert [r["why"].get("O") for r in rows[1:5]] == ["parse_error", "range_error", "parse_error", "not_in_file"]

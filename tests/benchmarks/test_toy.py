@@ -38,7 +38,7 @@ def test_items_are_balanced_held_out_and_repeat_themselves(edits):
         assert any(re.fullmatch(p, e.instruction) for p in phrasings)
 
 
-def test_training_streams_never_meet_the_held_out_ones(edits):
+def test_training_never_draws_held_out_instructions(edits):
     trained = {sample_edit(random.Random(f"{seed}/{i}")).instruction for seed in range(4) for i in range(200)}
     held = {e.instruction for e in edits if e.edit_type == "background"}
     assert held and not held & trained
@@ -62,13 +62,13 @@ def test_a_copy_preserves_everything_and_applies_nothing(edits):
     assert low == 0 and 0.05 < high < 0.1
 
 
-def test_another_items_answer_is_no_answer(edits):
+def test_the_right_edit_of_another_item_is_wrong(edits):
     """The right pictures in the wrong places must not pass."""
     scores = toy.score(targets(edits[1:] + edits[:1]), edits)
     assert scores["both"]["value"] == 0 and scores["outside_change"] > 0.02
 
 
-def test_broken_numbers_count_as_failures_and_are_told(edits):
+def test_outputs_that_are_not_finite_count_as_failures(edits):
     def half_broken(references, instructions):
         out = render([e.target for e in edits[: len(references)]])
         out[0] = float("nan")
@@ -87,14 +87,15 @@ def test_a_wrong_shape_is_an_error(edits):
         toy.sample_items(0)
 
 
-def test_faults_are_laid_where_the_measurements_say(edits):
-    """Right edits, then copies with: a content critic; an objecting one and a teacher that can draw it, or cannot."""
+def test_causes_of_wrong_edits_are_counted(edits):
+    """Right edits, then copies with: a critic that accepts them; one that rejects them and a teacher that can draw
+    the target, or cannot."""
     items = edits[:9] * 4
     references, wanted = (render([getattr(e, k) for e in items]) for k in ("reference", "target"))
     edited = torch.cat([wanted[:9], references[9:]])
-    content = [True] * 18 + [False] * 18
-    drawn = torch.cat([wanted[:27], torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))])
-    counts = toy.attribute_failures(items, edited, content, drawn)
+    is_accepted = [True] * 18 + [False] * 18
+    teacher_images = torch.cat([wanted[:27], torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))])
+    counts = toy.attribute_failures(items, edited, is_accepted, teacher_images)
     assert list(counts) == list(EDIT_TYPES)
     assert all(row == {"n": 4, "right": 1, "critic": 1, "student": 1, "teacher": 1} for row in counts.values())
 

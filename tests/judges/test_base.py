@@ -52,21 +52,21 @@ NOT_READ = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), READ)
-def test_answers_that_can_be_read(text, wanted):
+def test_readable_answers(text, wanted):
     assert parse_scores("json", text, 2, 0, 10) == ("ok", tuple(float(x) for x in wanted))
 
 
 @pytest.mark.parametrize("text", NOT_READ)
-def test_answers_that_cannot_are_missing_and_no_number(text):
+def test_unreadable_answers_have_no_scores(text):
     assert parse_scores("json", text, 2, 0, 10) == ("parse_error", ())
 
 
 @pytest.mark.parametrize("score", ["[11, 3]", "[-1, 3]", "[3, 10.01]", "[100, 100]"])
-def test_scores_off_the_scale_are_missing(score):
+def test_scores_outside_the_scale_are_missing(score):
     assert parse_scores("json", f'{{"score": {score}}}', 2, 0, 10) == ("range_error", ())
 
 
-def test_one_score_may_stand_without_a_list():
+def test_a_single_score_needs_no_list():
     assert parse_scores("json", '{"score": 0}', 1, 0, 10) == ("ok", (0.0,))
     assert parse_scores("json", "4", 1, 0, 10) == ("ok", (4.0,))
 
@@ -74,7 +74,7 @@ def test_one_score_may_stand_without_a_list():
 LINES = "Brief reasoning: fine, though: small flaws.\n**Prompt Compliance:** 5\nVisual Naturalness: 4\n- Detail: 3/5\n"
 
 
-def test_lines_with_a_number_each():
+def test_one_score_in_each_line():
     assert parse_scores("lines", LINES, 3, 1, 5) == ("ok", (5.0, 4.0, 3.0))
     assert parse_scores("lines", LINES.replace("4", "0"), 3, 1, 5) == ("range_error", ())
     assert parse_scores("lines", LINES.replace("4", "four"), 3, 1, 5) == ("parse_error", ())
@@ -82,21 +82,21 @@ def test_lines_with_a_number_each():
     assert parse_scores("lines", "", 3, 1, 5) == ("parse_error", ())
 
 
-def test_an_expected_digit():
+def test_the_expected_value_of_a_digit():
     """2 * (0.4 * 5 + 0.4 * 3 + 0.1 * 0) / 0.9; the tenth that is left is on other words."""
-    chances = {"0": 0.1, "1": 0.0, "2": 0.0, "3": 0.4, "4": 0.0, "5": 0.4}
-    outcome, (score,) = parse_scores("digits", json.dumps({"probabilities": chances}), 1, 0, 10)
+    probabilities = {"0": 0.1, "1": 0.0, "2": 0.0, "3": 0.4, "4": 0.0, "5": 0.4}
+    outcome, (score,) = parse_scores("digits", json.dumps({"probabilities": probabilities}), 1, 0, 10)
     assert outcome == "ok" and score == pytest.approx(64 / 9, abs=1e-12)
-    sure = dict.fromkeys(chances, 0.0) | {"5": 0.7}
+    sure = dict.fromkeys(probabilities, 0.0) | {"5": 0.7}
     assert parse_scores("digits", json.dumps({"probabilities": sure}), 1, 0, 10) == ("ok", (10.0,))
-    elsewhere = {w: p / 2 for w, p in chances.items()}
+    elsewhere = {w: p / 2 for w, p in probabilities.items()}
     assert parse_scores("digits", json.dumps({"probabilities": elsewhere}), 1, 0, 10) == ("parse_error", ())
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_the_cache_serves_answers_and_refusals_alone(tmp_path):
+def test_the_cache_returns_only_answers_and_refusals(tmp_path):
     path = tmp_path / "deep" / "answers.jsonl"
     with AnswerCache(path) as cache:
         for outcome in ("ok", "refused", "rejected", "transport_error"):
@@ -110,7 +110,7 @@ def test_the_cache_serves_answers_and_refusals_alone(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))
-def test_a_line_that_a_kill_cut_off_costs_that_answer_alone(tmp_path, cut):
+def test_a_cut_last_line_loses_only_that_answer(tmp_path, cut):
     path = tmp_path / "answers.jsonl"
     with AnswerCache(path) as cache:
         for k in "abc":
@@ -152,7 +152,7 @@ def test_a_key_covers_pixels_order_and_every_fact():
 # --------------------------------------------------------------------------------------------------------- protocols
 
 
-def test_own_protocols_are_whole_and_differ():
+def test_npedits_protocols_are_complete_and_differ():
     own = [n for n in available_protocols() if n.startswith("npedit-")]
     loaded = [Protocol.load(n) for n in own]
     assert len(own) == 3 and len({p.hash for p in loaded}) == 3 and len({p.prompts_hash for p in loaded}) == 3
@@ -208,7 +208,7 @@ def test_official_texts_are_read_from_an_installed_package(tmp_path, monkeypatch
     assert Protocol.load("viescore-gpt").questions[1].prompts("", "") == ["CONTEXT\nPQ"]
 
 
-def test_imgedits_official_texts(tmp_path):
+def test_official_texts_of_imgedit_are_read(tmp_path):
     texts = {"add": "ADD <edit_prompt>.", "style": "STYLE <edit_prompt>."}
     (tmp_path / "prompts.json").write_text(json.dumps(texts))
     (tmp_path / "prompt.py").write_text(f"IMGEDIT_PROMPTS = {texts!r}\n")
@@ -218,7 +218,7 @@ def test_imgedits_official_texts(tmp_path):
         a.questions[0].prompts("remove", "a cat")
 
 
-def test_texts_that_are_not_there_are_told_of(tmp_path):
+def test_missing_texts_are_an_error(tmp_path):
     with pytest.raises(UserError, match="--no-deps lmms-eval"):
         Protocol.load("viescore-gpt")
     with pytest.raises(UserError, match="found none"):
@@ -227,7 +227,7 @@ def test_texts_that_are_not_there_are_told_of(tmp_path):
     with pytest.raises(UserError, match="got none of .'_prompts_0shot_tie_rule_SC'"):
         Protocol.load("viescore-gpt", tmp_path)
     (tmp_path / "vie_prompts.py").write_text(VIE.replace("<instruction>", "it"))
-    with pytest.raises(UserError, match="one slot"):
+    with pytest.raises(UserError, match="one placeholder"):
         Protocol.load("viescore-gpt", tmp_path)
     (tmp_path / "vie_prompts.py").write_text("def broken(")
     with pytest.raises(UserError, match="cannot be read"):
@@ -245,7 +245,7 @@ def test_no_published_text_is_in_the_package():
         assert not [m for m in marks if m in path.read_text(encoding="utf-8").lower()], path
 
 
-def test_a_models_name_tells_its_family():
+def test_the_critic_family_is_guessed_from_the_models_name():
     assert guess_critic_family("Qwen/Qwen2.5-VL-72B-Instruct-AWQ") == guess_critic_family("qwen3_vl_8b") == "qwen_vl"
     assert guess_critic_family("OpenGVLab/InternVL3-14B-hf") == "internvl"
     assert guess_critic_family("llava-hf/llava-onevision-qwen2-7b-ov-hf") == "llava_onevision"

@@ -24,27 +24,27 @@ from tests.benchmarks.test_imgedit import write_data
 from tests.support.command_line import run
 from tests.support.judge_server import images_of, picture, serving, text_of, write_edited, write_gedit
 
-SAID = '{"score": [7, 8]}'
+ANSWER = '{"score": [7, 8]}'
 MANNER = RequestSettings(temperature=0, max_tokens=40)
 DIGITS = RequestSettings(temperature=0, max_tokens=1, answer_choices=("0", "1", "2", "3", "4", "5"))
 
 
-def with_digits(seed: int) -> SmolVLM:
+def model_with_digit_tokens(seed: int) -> SmolVLM:
     """A tiny SmolVLM with the words of an answer in its vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chat, "TINY_TEXTS", (*_chat.TINY_TEXTS, SAID, "0 1 2 3 4 5 6 7 8 9 10"))
+        patch.setattr(_chat, "TINY_TEXTS", (*_chat.TINY_TEXTS, ANSWER, "0 1 2 3 4 5 6 7 8 9 10"))
         return SmolVLM.tiny(seed)
 
 
-def taught(seed: int) -> SmolVLM:
-    """One whose layers add nothing, so that each word depends on the last one alone, and whose head was taught to go
-    through SAID, whatever is asked."""
-    critic = with_digits(seed)
+def model_that_answers(seed: int) -> SmolVLM:
+    """A tiny SmolVLM that gives the answer ANSWER to every question. Its layers add nothing, so that each token depends on
+    the previous one alone, and its head is trained on the tokens of ANSWER."""
+    critic = model_with_digit_tokens(seed)
     model = critic.model
     for layer in model.model.text_model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
-    said = critic.tokenizer(SAID, add_special_tokens=False).input_ids
+    said = critic.tokenizer(ANSWER, add_special_tokens=False).input_ids
     words = [critic._prompt_ids("is it ?", [])[-1], *said, critic.tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
     assert len(set(words)) == len(words) and critic.tokenizer.unk_token_id not in words
     with torch.no_grad():
@@ -64,9 +64,9 @@ def taught(seed: int) -> SmolVLM:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Its folder, as `from_pretrained` opens it."""
-    place = tmp_path_factory.mktemp("judge") / "smolvlm-taught"
+    place = tmp_path_factory.mktemp("judge") / "smolvlm-trained"
     place.mkdir()
-    taught(0).save(place)
+    model_that_answers(0).save(place)
     return place
 
 
@@ -74,11 +74,11 @@ def test_a_local_model_is_opened_by_its_kind_and_answers_in_words(folder):
     judge = LocalJudge.open(str(folder))
     assert judge.family == "smolvlm" and judge.identity["dtype"] == "float32"
     reply = judge.ask("is it ?", [picture(0, (32, 32))], MANNER)
-    assert (reply.outcome, reply.text) == ("ok", SAID)
+    assert (reply.outcome, reply.text) == ("ok", ANSWER)
     assert reply.text == judge.ask("is it ?", [picture(0, (32, 32))], MANNER).text
 
 
-def test_the_revision_tells_weights_apart_and_not_folders(folder, tmp_path):
+def test_the_revision_depends_on_weights_and_not_on_the_folder(folder, tmp_path):
     QwenVL.tiny(0).save(tmp_path / "a")
     QwenVL.tiny(0).save(tmp_path / "b")
     QwenVL.tiny(1).save(tmp_path / "c")
@@ -87,7 +87,7 @@ def test_the_revision_tells_weights_apart_and_not_folders(folder, tmp_path):
     assert LocalJudge.open(str(tmp_path / "a")).identity == LocalJudge.open(str(tmp_path / "b")).identity
 
 
-def test_wrong_weights_are_told_of(tmp_path):
+def test_wrong_weights_are_an_error_that_lists_the_supported_models(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="expected a judge: .*llava_onevision.*qwen3_vl.*got bert"):
         LocalJudge.open(str(tmp_path))
@@ -95,7 +95,7 @@ def test_wrong_weights_are_told_of(tmp_path):
         LocalJudge.open("nobody/nothing-of-this-name")
 
 
-def test_a_manner_for_servers_and_digits_that_are_no_tokens_are_refused(folder):
+def test_request_settings_that_a_local_model_does_not_support_are_refused(folder):
     judge = LocalJudge.open(str(folder))
     with pytest.raises(UserError, match="shows pictures before the text"):
         judge.check_supported(RequestSettings(0, 10, text_first=True))
@@ -106,17 +106,17 @@ def test_a_manner_for_servers_and_digits_that_are_no_tokens_are_refused(folder):
         toy.check_supported(DIGITS)
 
 
-def test_scores_from_logits_are_the_models_own_probabilities(tmp_path):
+def test_probabilities_of_digits_equal_the_softmax_of_transformers(tmp_path):
     """Against transformers' forward pass: softmax over the whole vocabulary, read at the six digits."""
-    with_digits(1).save(tmp_path / "judge")
+    model_with_digit_tokens(1).save(tmp_path / "judge")
     judge = LocalJudge.open(str(tmp_path / "judge"))
     judge.check_supported(DIGITS)
     image = picture(3, (32, 32))
     found = json.loads(judge.ask("is it ?", [image], DIGITS).text)["probabilities"]
     critic: Critic = judge.critic
     pixels = critic.processor(image, do_image_splitting=False, return_tensors="pt")["pixel_values"]
-    seen = critic.encode_images(torch.zeros(1, 3, 32, 32))
-    row = torch.tensor([critic._prompt_ids("is it ?", seen)])
+    visual_tokens = critic.encode_images(torch.zeros(1, 3, 32, 32))
+    row = torch.tensor([critic._prompt_ids("is it ?", visual_tokens)])
     with torch.no_grad():
         logits = critic.model(input_ids=row, pixel_values=pixels).logits[0, -1].double()
     spoken = {w: critic.answer_id(w) for w in DIGITS.answer_choices}
@@ -167,7 +167,7 @@ def test_gedit_with_a_local_judge_from_command_to_files(here, folder):
     assert "is of another" in other and "swap False" in other
 
 
-def behind(judge):
+def serve_model(judge):
     """What a server does with a request: it shows the pictures to a real model and gives its words back."""
     one_at_a_time = threading.Lock()
 
@@ -179,12 +179,12 @@ def behind(judge):
     return answer
 
 
-def test_a_model_behind_a_server_says_what_it_says_here():
-    """Words that no head was taught, so that they depend on the pixels and on the question."""
-    judge = LocalJudge(with_digits(3), "tiny", "smolvlm", "x")
+def test_a_model_answers_the_same_behind_a_server_and_in_process():
+    """The model is not trained on an answer, so that its words depend on the pixels and on the question."""
+    judge = LocalJudge(model_with_digit_tokens(3), "tiny", "smolvlm", "x")
     asked = [(text, picture(k, (40, 32))) for k in range(3) for text in ("is it red ?", "is there a fence ?")]
     here = [judge.ask(text, [image, picture(9)], MANNER).text for text, image in asked]
-    with serving(behind(judge)) as server:
+    with serving(serve_model(judge)) as server:
         there = [ServerJudge(server.url, "tiny").ask(text, [image, picture(9)], MANNER) for text, image in asked]
     assert [reply.text for reply in there] == here and len(set(here)) > 1
 
@@ -192,7 +192,7 @@ def test_a_model_behind_a_server_says_what_it_says_here():
 def test_gedit_judged_through_a_server_with_the_model_behind_it(here, folder):
     words = ("evaluate", "gedit", "--data", "data", "--model", "copy")
     run(*words, "--judge", folder, "--out", "r")
-    with serving(behind(LocalJudge.open(str(folder)))) as server:
+    with serving(serve_model(LocalJudge.open(str(folder)))) as server:
         said = run(*words, "--judge", server.url, "--judge-model", "tiny", "--out", "s")
     assert (
         records(here / "r" / "rows.jsonl") == records(here / "s" / "rows.jsonl") and "24 answers came from tiny" in said
@@ -202,10 +202,12 @@ def test_gedit_judged_through_a_server_with_the_model_behind_it(here, folder):
     assert a == b
 
 
-def test_the_embedded_editor_edits_and_a_judge_of_the_critics_family_is_warned_of(here, folder, monkeypatch):
+def test_a_judge_of_the_critics_family_gives_a_warning(here, folder, monkeypatch):
     words = ("evaluate", "gedit", "--data", "data", "--judge", folder, "--items", 3, "--steps", 1)
     said = run(*words, "--out", "r")
-    assert "of the same family" not in said and "No headline npedit-edit-v1/en/full/O: 25.0% of the items have it" in said
+    assert (
+        "of the same family" not in said and "No headline npedit-edit-v1/en/full/O: 25.0% of the items have it" in said
+    )
     rows = records(here / "r" / "rows.jsonl")
     assert len(rows) == 3 and all(r["scores"]["O"] == pytest.approx(7.0) for r in rows)
     assert len(list((here / "r/official").rglob("*_SRCIMG.png"))) == 3
@@ -238,8 +240,8 @@ def test_gedit_with_a_server_and_the_official_scores_read_back(here):
         )
     assert not list((here / "theirs").rglob("*_SRCIMG.png"))  # nothing is written into others' folders
     csv = here / "r/official/theirs/some-Judge/eval_results_new/theirs_combined_gpt_score.csv"
-    told = run(*common, "--scores", csv, "--out", "s")
-    assert "imported/en/full macro" in told
+    output = run(*common, "--scores", csv, "--out", "s")
+    assert "imported/en/full macro" in output
     a, b = (json.loads((here / n / "summary.json").read_text()) for n in "rs")
     assert a["npedit-edit-v1/en/full/O"] == b["imported/en/full/O"] and b["imported/en/full/O"]["value"] == 4.0
 
@@ -260,7 +262,7 @@ def test_imgedit_from_command_to_files(here, folder):
     ]  # fmt: skip
 
 
-def test_options_that_do_not_go_together(here, folder):
+def test_options_that_contradict_each_other_are_refused(here, folder):
     common = ("evaluate", "gedit", "--data", "data")
     assert "give one of them" in run(*common, code=2)
     assert "--language" in run(*common, "--judge", folder, "--language", "fr", code=2)
@@ -272,7 +274,7 @@ def test_options_that_do_not_go_together(here, folder):
     assert not list(here.glob("runs/*/official"))
 
 
-def test_the_critic_families_a_run(tmp_path, monkeypatch):
+def test_the_critic_families_of_a_run(tmp_path, monkeypatch):
     run_folder = tmp_path / "run"
     (run_folder / "final").mkdir(parents=True)
     (run_folder / "final" / "npedit.json").write_text("{}")

@@ -45,7 +45,7 @@ def ask(answer, settings=MANNER, **more):
 # ------------------------------------------------------------------------------------------------------ the protocol
 
 
-def test_a_question_is_one_user_message_with_pictures_first(monkeypatch):
+def test_a_request_is_one_user_message_with_pictures_first(monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     reply, server = ask(lambda *_: GOOD)
     assert (reply.outcome, reply.text, reply.served_by) == ("ok", GOOD, "tiny-1")
@@ -59,7 +59,7 @@ def test_a_question_is_one_user_message_with_pictures_first(monkeypatch):
         assert sent.format == "PNG" and sent.tobytes() == picture(k).tobytes()
 
 
-def test_the_official_manner_sends_text_first_jpeg_and_no_temperature():
+def test_official_request_settings_send_text_first_jpeg_and_no_temperature():
     _, server = ask(lambda *_: GOOD, RequestSettings(None, None, text_first=True, jpeg_quality=75))
     (body,) = server.bodies
     assert "temperature" not in body and "max_tokens" not in body and "Authorization" not in server.headers[0]
@@ -67,7 +67,7 @@ def test_the_official_manner_sends_text_first_jpeg_and_no_temperature():
     assert [im.format for im in images_of(body)] == ["JPEG", "JPEG"]
 
 
-def test_bad_addresses_and_manners_are_refused():
+def test_invalid_addresses_and_unsupported_settings_are_refused():
     for url in (
         "localhost:8000",
         "ftp://x/v1",
@@ -129,7 +129,7 @@ def broken(body):
     return lambda handler: send(handler, 200, body)
 
 
-PASSING = {
+TEMPORARY_FAULTS = {
     "rate limit": status(429, "rate_limit_exceeded"),
     "overload": status(503),
     "server error": status(500, "boom"),
@@ -147,16 +147,16 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_a_passing_fault_costs_an_attempt(fault):
-    reply, server = ask(lambda n, _: PASSING[fault] if n < 1 else GOOD)
+@pytest.mark.parametrize("fault", TEMPORARY_FAULTS)
+def test_a_temporary_fault_is_retried(fault):
+    reply, server = ask(lambda n, _: TEMPORARY_FAULTS[fault] if n < 1 else GOOD)
     assert (reply.outcome, reply.text) == ("ok", GOOD) and len(server.bodies) == 2
     assert server.bodies[0] == server.bodies[1]
 
 
 @pytest.mark.parametrize("fault", ["rate limit", "reset", "half json", "cut"])
-def test_a_lasting_fault_is_a_missing_answer(fault):
-    reply, server = ask(lambda *_: PASSING[fault])
+def test_a_permanent_fault_is_a_missing_answer(fault):
+    reply, server = ask(lambda *_: TEMPORARY_FAULTS[fault])
     assert reply.outcome == "transport_error" and not reply.text and len(server.bodies) == 3
     assert "3 attempts" in reply.detail
 
@@ -196,7 +196,7 @@ def test_each_wait_for_a_retry_is_reported():
 
 
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", "\u201csk-secret\u201d", "sk secret", "sk-secr\u00e9t"])
-def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, monkeypatch):
+def test_an_invalid_key_is_refused_and_not_shown(key, monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, key)
     with pytest.raises(UserError, match=API_KEY_VARIABLE) as caught:
         ServerJudge("http://localhost:1/v1", "m")
@@ -250,12 +250,12 @@ def test_a_request_that_does_not_fit_is_rejected_and_not_repeated():
     "fault",
     [status(401), status(403), status(404, "no such model"), status(402), status(429, "insufficient_quota")],
 )
-def test_what_every_call_would_meet_stops_the_run(fault):
+def test_errors_that_concern_every_request_stop_the_run(fault):
     with pytest.raises(JudgeUnavailable):
         ask(lambda *_: fault)
 
 
-def test_a_redirect_is_not_followed_so_that_the_key_stays(monkeypatch):
+def test_a_redirect_is_not_followed_and_the_key_is_not_sent_on(monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     with serving(lambda *_: GOOD) as other:
         for code in (301, 302, 307, 308):
@@ -295,7 +295,7 @@ def run(server, found, answers, passes=None, name="npedit-edit-v1", on_progress=
 
 
 FAULTS = [
-    *PASSING.values(), *(v for v in REFUSALS.values() if callable(v)), status(413), "nonsense", "",
+    *TEMPORARY_FAULTS.values(), *(v for v in REFUSALS.values() if callable(v)), status(413), "nonsense", "",
     '{"score":[11,3]}', '{"score": [5]}', '{"score": [1, 2', "I cannot judge people.", "5",
 ]  # fmt: skip
 
@@ -324,8 +324,8 @@ def test_no_fault_becomes_a_score(bench, tmp_path):
             assert (value is None) == (name in after["why"])
             missing += value is None
     assert missing >= 20
-    seen = {why for row in faulty for why in row["why"].values()}
-    assert {"transport_error", "parse_error", "refused", "rejected", "range_error"} <= seen
+    outcomes = {why for row in faulty for why in row["why"].values()}
+    assert {"transport_error", "parse_error", "refused", "rejected", "range_error"} <= outcomes
     summary = gedit.summarise(faulty, bench, 0.99, "p")
     assert all(s["value"] is None and s["coverage"] < 0.99 for s in summary.values())
 
@@ -403,8 +403,8 @@ def test_sc_sees_both_pictures_and_pq_the_edited_one_alone(bench, tmp_path):
 
 def test_repeats_and_exchanged_pictures(bench, tmp_path):
     """SC is asked twice in each order and PQ twice; means over passes, and the spread of both kinds."""
-    told = {(False, 0): 4, (False, 1): 6, (True, 0): 8, (True, 1): 10}
-    seen = dict.fromkeys((False, True), 0)
+    values = {(False, 0): 4, (False, 1): 6, (True, 0): 8, (True, 1): 10}
+    asked = dict.fromkeys((False, True), 0)
 
     def answer(_, body):
         images = images_of(body)
@@ -412,8 +412,8 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
             return '{"score": [4, 9]}'
         exchanged = images[0].tobytes() == picture(50_000).tobytes()
         assert ("one that came out, then" in " ".join(text_of(body).split())) == exchanged
-        value = told[exchanged, seen[exchanged]]
-        seen[exchanged] += 1
+        value = values[exchanged, asked[exchanged]]
+        asked[exchanged] += 1
         return json.dumps({"score": [10, value]})
 
     passes = _scorer.RepeatSettings(repeats=2, swap=True)
@@ -424,8 +424,8 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
     assert rows[0]["numbers"]["SC"] == [[10, 4], [10, 6], [10, 8], [10, 10]]
     noise = judge_noise(rows, 2, True, min)
     assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
-    with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or seen[True] < 2 else "no") as server:
-        seen.update({False: 0, True: 2})
+    with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or asked[True] < 2 else "no") as server:
+        asked.update({False: 0, True: 2})
         rows = run(server, bench[:1], tmp_path / "b.jsonl", _scorer.RepeatSettings(swap=True))
     assert rows[0]["scores"]["SC"] is None and rows[0]["why"]["SC"] == "parse_error"  # one order alone is one-sided
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from tests.judges.test_local import records, taught
+from tests.judges.test_local import model_that_answers, records
 from tests.support.command_line import run
 from tests.support.judge_server import write_gedit
 
@@ -23,22 +23,24 @@ PATIENCE = 120  # seconds until the server answers
 
 
 def write_idefics(folder: Path) -> None:
-    """A taught SmolVLM as the Idefics3 it grew out of: the same weights under another name. SmolVLM's own processor
+    """A trained SmolVLM as the Idefics3 it grew out of: the same weights under another name. SmolVLM's own processor
     also reads videos, for which it wants torchvision."""
     folder.mkdir()
-    taught(0).save(folder)
+    model_that_answers(0).save(folder)
     facts = json.loads((folder / "config.json").read_text())
     own = {k: v for k, v in facts.items() if k not in ("model_type", "architectures", "transformers_version")}
     del own["vision_config"]["model_type"]
     model = Idefics3ForConditionalGeneration(Idefics3Config(**own))
-    model.load_state_dict(taught(0).model.state_dict())
+    model.load_state_dict(model_that_answers(0).model.state_dict())
     model.save_pretrained(folder)
     images = json.loads((folder / "preprocessor_config.json").read_text())
     images["image_processor_type"] = "Idefics3ImageProcessor"
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
-    seen = (own["vision_config"]["image_size"] // own["vision_config"]["patch_size"] // own["scale_factor"]) ** 2
-    said = {"image_seq_len": seen, "processor_class": "Idefics3Processor"}
-    (folder / "processor_config.json").write_text(json.dumps(said))
+    image_tokens = (
+        own["vision_config"]["image_size"] // own["vision_config"]["patch_size"] // own["scale_factor"]
+    ) ** 2
+    processor = {"image_seq_len": image_tokens, "processor_class": "Idefics3Processor"}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
 
 
 @pytest.fixture

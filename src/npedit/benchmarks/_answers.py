@@ -1,7 +1,7 @@
-"""A judge's words -> numbers, or the reason why there are none. Never a guess: what cannot be read is missing.
+"""The scores in a judge's answer, or the reason why there are none. Nothing is guessed: unreadable answers are missing.
 
-Unlike the official GEdit-Bench code, which draws a random number for an answer it cannot read and takes any count and
-range, an answer counts only if it has exactly as many scores as were asked for, all on the scale.
+An answer is valid only if it has exactly as many scores as were asked for, all within the scale. The official
+GEdit-Bench code accepts any count and range, and draws a random number for an answer that it cannot read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 from npedit.judges.base import OK, PARSE_ERROR, RANGE_ERROR
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
-MIN_DIGIT_PROBABILITY = 0.5  # of the probability, on digits: below it, the judge meant to say something else
-FULL_WIDTH = str.maketrans("\uff0c\uff1a\uff3b\uff3d\uff0f", ",:[]/")  # as judges write them in Chinese
-ParsedScores = tuple[str, tuple[float, ...]]  # outcome; the scores if it is ok, else ()
+MIN_DIGIT_PROBABILITY = (
+    0.5  # total probability of the six digits; below it, the judge wants to answer with something else
+)
+FULL_WIDTH = str.maketrans("\uff0c\uff1a\uff3b\uff3d\uff0f", ",:[]/")  # punctuation in Chinese answers
+ParsedScores = tuple[str, tuple[float, ...]]  # outcome; the scores if the outcome is ok, else ()
 
 
 def parse_scores(kind: str, text: str, count: int, low: float, high: float) -> ParsedScores:
-    """The `count` scores of an answer in the form `kind` (json, lines, digits), each in [low, high]."""
+    """The `count` scores of an answer in the format `kind` (json, lines, digits), each in [low, high]."""
     found = {"json": _scores_from_json, "lines": _scores_from_lines, "digits": _score_from_digit_probabilities}[kind](
         _strip_reasoning(text), count
     )
@@ -35,7 +37,7 @@ def parse_scores(kind: str, text: str, count: int, low: float, high: float) -> P
 
 
 def _strip_reasoning(text: str) -> str:
-    """Without thoughts, finished or not, and without code fences."""
+    """The text without <think> blocks, complete or not, and without code fences."""
     text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL).rpartition("</think>")[2]
     return re.sub(r"```\w*", " ", text)
 
@@ -45,14 +47,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _parse_number_text(value: Any, high: float) -> Any:
-    """A number that was written as text, "8" or "8/10" with the scale's end, as a number; all else unchanged."""
+    """The number in a text such as "8" or "8/10", where 10 must be the scale's maximum. Other values are unchanged."""
     found = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*(\d+)\s*)?", value) if isinstance(value, str) else None
     return float(found[1]) if found and float(found[2] or high) == high else value
 
 
 def _scores_from_json(text: str, count: int) -> Sequence[Any] | None:
-    """The one list under "score" in the text's objects; without any object, the text may be the bare list. Several
-    different ones: None."""
+    """The list under "score" in the text's JSON objects. A text without any object may be the list alone. None if
+    several objects have different scores."""
     found = [o["score"] for o in _iterate_objects(text) if isinstance(o, dict) and "score" in o]
     scores = [s if isinstance(s, list) else [s] for s in found]
     if scores:
@@ -64,8 +66,8 @@ def _scores_from_json(text: str, count: int) -> Sequence[Any] | None:
 
 
 def _scores_from_malformed_json(text: str) -> Sequence[Any] | None:
-    """The value behind the one "score" in an object that is no JSON, as with an unescaped quote in the reasoning. None
-    if the object does not end, or holds several different scores."""
+    """The value of "score" in an object that is not valid JSON, for example with an unescaped quote in the reasoning.
+    None if the object is incomplete, or has several different scores."""
     found = re.findall(r'"score"\s*:\s*(\[[^][{}]*\]|"[^"]*"|-?\d+(?:\.\d+)?(?:\s*/\s*\d+)?)\s*(?=[,}])', text)
     if not found or len(found) != len(re.findall(r'"score"\s*:', text)) or not text.rstrip().endswith("}"):
         return None
@@ -78,13 +80,13 @@ def _as_list(value: Any) -> Sequence[Any] | None:
 
 
 def _iterate_objects(text: str) -> Iterator[Any]:
-    """The values of all outermost {...}; braces within strings do not count. What cannot be read gives None."""
+    """The values of all outermost {...}; None for one that cannot be parsed. Braces within strings are ignored."""
     depth, start, quoted, i = 0, 0, False, 0
     while i < len(text):
         mark = text[i]
         if quoted:
             quoted = mark != '"'
-            i += mark == "\\"  # what stands behind it ends no string
+            i += mark == "\\"  # the escaped character does not end the string
         elif mark == '"' and depth:
             quoted = True
         elif mark == "{":
@@ -98,7 +100,7 @@ def _iterate_objects(text: str) -> Iterator[Any]:
 
 
 def _parse_json_or_literal(text: str) -> Any:
-    """A JSON value, or a Python literal (single quotes, a last comma); None if it is neither."""
+    """The value of a JSON text or a Python literal (single quotes, trailing comma); None for other text."""
     for form in (text, text.translate(FULL_WIDTH)):
         try:
             return json.loads(form, strict=False)
@@ -117,7 +119,7 @@ def _parse_json_or_literal(text: str) -> Any:
 
 
 def _scores_from_lines(text: str, count: int) -> Sequence[Any]:
-    """The whole numbers of lines "criterion: number", marks of emphasis aside."""
+    """The integers of lines "criterion: number". Markdown emphasis is ignored."""
     plain = text.translate(FULL_WIDTH).replace("*", "").replace("#", "")
     return [
         int(n) for n in re.findall(r"^[^:\n]+:[ \t]*(-?\d+)(?:[ \t]*/[ \t]*5)?[ \t]*\.?[ \t]*$", plain, re.MULTILINE)
@@ -125,7 +127,7 @@ def _scores_from_lines(text: str, count: int) -> Sequence[Any]:
 
 
 def _score_from_digit_probabilities(text: str, count: int) -> Sequence[Any] | None:
-    """Twice the expected digit, from {"probabilities": {digit: number}}, on the scale 0 to 10."""
+    """Twice the expected value of the digit, from {"probabilities": {digit: number}}: a score from 0 to 10."""
     found = json.loads(text)["probabilities"]
     mass = sum(found.values())
     expected = sum(int(w) * p for w, p in found.items()) / max(mass, MIN_DIGIT_PROBABILITY)

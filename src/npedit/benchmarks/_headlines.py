@@ -1,4 +1,4 @@
-"""Rows of scores -> a benchmark's headlines, with their bounds, and the judge's own noise."""
+"""A benchmark's headlines (mean scores) with their bounds, and the noise of the judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """The ends of a score's scale, and the least coverage, a share in [0, 1], that a headline needs."""
+    """The ends of a score's scale, and the coverage, a share in [0, 1], that a headline needs at least."""
 
     low: float
     high: float
@@ -20,27 +20,27 @@ class ScoreScale:
 
 
 def summarise_score(
-    rows: Sequence[Row], name: str, groups: Mapping[str, int], scale: ScoreScale, micro: bool = False
+    rows: Sequence[Row], name: str, task_sizes: Mapping[str, int], scale: ScoreScale, micro: bool = False
 ) -> dict[str, Any]:
-    """One figure over rows: the mean of the tasks' means, or with `micro` the mean over items. `groups` is the number
-    of items that each task has in the benchmark, judged or not."""
-    by_task: dict[str, list[float]] = {task: [] for task in groups}
+    """{"value", "n", "coverage", "bounds"} of one score: the mean of the tasks' means, or with `micro` the mean over
+    items. `task_sizes` is the number of items of each task in the benchmark, judged or not."""
+    by_task: dict[str, list[float]] = {task: [] for task in task_sizes}
     for row in rows:
         if row["scores"][name] is not None:
             by_task[row["task"]].append(row["scores"][name])
-    n, total = sum(map(len, by_task.values())), sum(groups.values())
+    n, total = sum(map(len, by_task.values())), sum(task_sizes.values())
     coverage = n / total if total else 0.0
     result = {"value": None, "n": n, "coverage": coverage}
     bounds = []
     for end in (scale.low, scale.high):
-        filled = {t: v + [end] * (groups[t] - len(v)) for t, v in by_task.items()}
-        bounds.append(_mean_of(filled, micro))
+        filled = {t: v + [end] * (task_sizes[t] - len(v)) for t, v in by_task.items()}
+        bounds.append(_mean_over_tasks(filled, micro))
     if n and all(by_task.values()) and coverage >= scale.min_coverage:
-        result["value"] = _mean_of(by_task, micro)
+        result["value"] = _mean_over_tasks(by_task, micro)
     return {**result, "bounds": bounds}
 
 
-def _mean_of(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | None:
+def _mean_over_tasks(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | None:
     if micro:
         by_task = {"all": [v for values in by_task.values() for v in values]}
     means = [statistics.fmean(v) for v in by_task.values() if v]
@@ -50,14 +50,14 @@ def _mean_of(by_task: Mapping[str, Sequence[float]], micro: bool) -> float | Non
 def judge_noise(
     rows: Sequence[Row], repeats: int, swap: bool, combine: Callable[[Sequence[float]], float]
 ) -> dict[str, dict[str, float]]:
-    """By score: `repeat_sd`, the deviation of single answers about their item's mean, and `order_gap`, the mean
-    absolute difference between the two orders of the pictures. What was not asked more than once is left out."""
+    """Score -> `repeat_sd`, the standard deviation of single answers around their item's mean, and `order_gap`, the
+    mean absolute difference between the two orders of the pictures. Items that were asked once are left out."""
     found: dict[str, dict[str, float]] = {}
     for name in rows[0]["numbers"] if rows else ():
-        whole = [[combine(numbers) for numbers in r["numbers"][name]] for r in rows]
+        passes = [[combine(numbers) for numbers in r["numbers"][name]] for r in rows]
         k = repeats
-        groups = [p[i : i + k] for p in whole if len(p) in (k, 2 * k) for i in range(0, len(p), k)]
-        pairs = [p for p in whole if swap and len(p) == 2 * k]
+        groups = [p[i : i + k] for p in passes if len(p) in (k, 2 * k) for i in range(0, len(p), k)]
+        pairs = [p for p in passes if swap and len(p) == 2 * k]
         if k > 1 and groups:
             found.setdefault(name, {})["repeat_sd"] = statistics.fmean(map(statistics.variance, groups)) ** 0.5
         if pairs:

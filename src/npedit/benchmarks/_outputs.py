@@ -1,4 +1,4 @@
-"""What benchmarks of pictures share: edited pictures on disk, made here or by others, and a table of their scores."""
+"""Edited pictures on disk, made by npedit or by another editor, and a table of their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npedit.scoring.results import MissingScore, lower_is_better
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16
-CACHE_KEY_FIELD = "npedit:key"  # of a PNG's text: what the picture depends on
+CACHE_KEY_FIELD = "npedit:key"  # field of a PNG's text: a hash of what the picture depends on
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 Edit = Callable[[Sequence[Image.Image], Sequence[str], int], list[Image.Image]]  # pictures, instructions, seed
 ProgressCallback = Callable[[int, int], None]  # done, of
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[int, int], None]  # done, of
 
 @dataclass(frozen=True)
 class EditJob:
-    """One picture to make: `file` is its name in the folder of edited pictures."""
+    """One picture to be edited. `file` is the name in the folder of edited pictures."""
 
     file: str
     reference: Path
@@ -45,27 +45,27 @@ def edit_missing(
     longest: int = 0,
     editor: Mapping[str, Any] | None = None,
 ) -> None:
-    """Edit what is not there yet, or was made from another photo, instruction or `editor` (facts: weights, steps).
-    Each picture is written whole or not at all, so that a stopped run resumes.
+    """Edit every picture that is missing, or that was made from another photo, instruction or `editor` (facts: weights,
+    steps). Each picture is written completely or not at all, so that a stopped run can resume.
 
-    References whose longer side exceeds `longest` pixels are scaled down to it first; 0 leaves them.
+    References whose longer side exceeds `longest` pixels are scaled down to that size first; 0 means no limit.
 
-    A job whose reference cannot be opened is passed over: its scores will be missing for that reason.
+    A job whose reference cannot be opened is skipped. The item's scores are missing for that reason.
     """
-    digest = cache(_hash_photo)
+    hash_photo = cache(_hash_photo)
     keys = {
         job.file: _combined_key(
-            digest(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
+            hash_photo(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
         )
         for job in jobs
     }
-    left = [job for job in jobs if not has_cache_key(folder / job.file, keys[job.file])]
-    done = len(jobs) - len(left)
-    while left:
-        part = [job for job in left[:CHUNK] if job.seed == left[0].seed]
-        left = left[len(part) :]
+    missing = [job for job in jobs if not has_cache_key(folder / job.file, keys[job.file])]
+    done = len(jobs) - len(missing)
+    while missing:
+        chunk = [job for job in missing[:CHUNK] if job.seed == missing[0].seed]
+        missing = missing[len(chunk) :]
         opened = []
-        for job in part:
+        for job in chunk:
             try:
                 picture = read_photo(job.reference)
             except BadImage:
@@ -77,7 +77,7 @@ def edit_missing(
             pictures = edit([p for _, p in opened], [job.instruction for job, _ in opened], opened[0][0].seed)
             for (job, _), picture in zip(opened, pictures, strict=True):
                 save_png(picture, folder / job.file, keys[job.file])
-        done += len(part)
+        done += len(chunk)
         on_progress(done, len(jobs))
 
 
@@ -92,7 +92,7 @@ def _combined_key(source_digest: str, instruction: str, editor: Mapping[str, Any
 
 
 def _hash_photo(path: Path) -> str:
-    """A hash of a photo's pixels; "" for one that cannot be read."""
+    """A hash of a photo's pixels; "" if the photo cannot be read."""
     try:
         return answer_cache_key([read_photo(path)])
     except BadImage:
@@ -100,7 +100,7 @@ def _hash_photo(path: Path) -> str:
 
 
 def has_cache_key(path: Path, key: str) -> bool:
-    """Whether a picture is there that was saved under this key and can be read."""
+    """Whether `path` is a readable picture that was saved with this key."""
     try:
         with Image.open(path) as picture:
             return picture.info.get(CACHE_KEY_FIELD) == key
@@ -109,8 +109,8 @@ def has_cache_key(path: Path, key: str) -> bool:
 
 
 def find_picture_any_format(path: Path) -> Path:
-    """The picture at `path`, or where there is none, the one beside it with the same name and another ending (.jpg,
-    .webp, ...); `path` if there is no such one or several."""
+    """`path` if the file exists. Otherwise the one file in the same folder with the same name and another extension
+    (.jpg, .webp, ...); `path` if there is none or more than one."""
     if path.is_file() or not path.parent.is_dir():
         return path
     names = (path.with_name(path.stem + ending) for kind in IMAGE_EXTENSIONS for ending in (kind, kind.upper()))
@@ -119,7 +119,7 @@ def find_picture_any_format(path: Path) -> Path:
 
 
 def save_png(picture: Image.Image, path: Path, key: str = "") -> None:
-    """Write a PNG aside and rename it. `key` goes into its metadata, see `has_cache_key`."""
+    """Write a PNG completely or not at all. `key` is stored in the metadata, see `has_cache_key`."""
     facts = PngInfo()
     if key:
         facts.add_text(CACHE_KEY_FIELD, key)
@@ -131,7 +131,8 @@ def save_png(picture: Image.Image, path: Path, key: str = "") -> None:
 
 
 def make_opener(path: Path, what: str) -> ImageOpener:
-    """A function that opens a picture, once; it raises `MissingScore` if that cannot be done."""
+    """A function that opens the picture once. The function raises `MissingScore` if the picture cannot be opened.
+    `what` names the picture in the message."""
 
     @cache
     def opened() -> Image.Image:
@@ -144,7 +145,7 @@ def make_opener(path: Path, what: str) -> ImageOpener:
 
 
 def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    """The headlines: value with 95 % interval, n, coverage, direction."""
+    """A table of the headlines: value with 95 % interval, n, coverage, which direction is better."""
     shown = Table(title=title)
     shown.add_column("measure", overflow="fold")
     for name in ("value", "95 % interval", "n", "coverage"):
@@ -158,5 +159,5 @@ def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table
         words = f"[{ci[0]:.4f}, {ci[1]:.4f}]" if ci else "-"
         better = "" if "/" in name else "lower" if lower_is_better(name) else "higher"
         shown.add_row(name, value, words.replace("[", r"\["), str(entry["n"]), f"{entry['coverage']:.1%}", better)
-    shown.caption = "means over tasks of each task's mean; - where too many are missing or it is undefined for all"
+    shown.caption = "mean of the tasks' means; -: too many scores are missing, or the score is undefined for all items"
     return shown

@@ -1,7 +1,7 @@
-"""What a judge is asked and how: protocols, one YAML file each in protocols/, and official texts from elsewhere.
+"""Protocols: what a judge is asked, and how. Each protocol is one YAML file in protocols/.
 
-The texts of npedit's own protocols stand in their files. The published ones of VIEScore and ImgEdit are not in this
-package: they are read, never run, from an installed package that carries them or from a folder of the official files.
+The files of npedit's protocols hold the texts. The published texts of VIEScore and ImgEdit are not in this package.
+They are read from an installed package that has them, or from a folder with the official files; no code is run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from npedit.judges.base import RequestSettings
 from npedit.judges.cache import hash_json
 
 PROTOCOL_FOLDER = Path(__file__).parent / "protocols"
-INSTRUCTION_PLACEHOLDERS = ("<instruction>", "<edit_prompt>")  # in our own and VIEScore's texts; in ImgEdit's
-VIESCORE = ("vie_prompts.py",)  # its file in VIEScore, GEdit-Bench, and packages
+INSTRUCTION_PLACEHOLDERS = ("<instruction>", "<edit_prompt>")  # of npedit and VIEScore; of ImgEdit
+VIESCORE = ("vie_prompts.py",)  # the file in VIEScore, GEdit-Bench and packages
 IMGEDIT = ("prompts.json", "prompt.py")
 PACKAGES = {
     VIESCORE: (
@@ -37,9 +37,10 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One score: the smallest, or the mean (the benchmark says), of `criteria` numbers from each of its texts.
-    `pictures` are "source" and "edited", in order. `texts` and `swapped` (for the other order; may be empty) are by
-    edit type, with "" for all; each has one slot for the instruction if the source is shown."""
+    """One score of a protocol: the minimum or the mean (the benchmark decides) of `criteria` numbers for each text.
+    `pictures` are "source" and "edited", in the order shown. `texts` and `swapped` (for the other order; may be empty)
+    are by edit type, with "" for all types. Each text has one placeholder for the instruction if the source is
+    shown."""
 
     name: str
     pictures: tuple[str, ...]
@@ -48,10 +49,10 @@ class Question:
     swapped: Mapping[str, tuple[str, ...]]
 
     def prompts(self, task: str, instruction: str, swapped: bool = False) -> list[str]:
-        """The texts as they are sent. The instruction is put in once: slots in its own words stay words.
+        """The texts with the instruction filled in. A placeholder within the instruction is not replaced.
 
         Raises:
-            UserError: there is no text for this edit type.
+            UserError: the question has no text for this edit type.
         """
         found = self.swapped if swapped else self.texts
         texts = found.get(task, found.get(""))
@@ -62,25 +63,25 @@ class Question:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that is fixed about how scores come about. See the files in protocols/."""
+    """All settings of how a benchmark is judged. See the files in protocols/."""
 
     name: str
-    answer: str  # json, lines or digits: `_answers.read`
+    answer: str  # format: json, lines or digits; see `_answers.parse_scores`
     low: float
     high: float
     overall: str  # the name of the overall score
-    resize: str  # source: the edited picture is scaled to the source's size first; none: it is shown as it is
+    resize: str  # source: scale the edited picture to the source's size; none: show the edited picture as it is
     request_settings: RequestSettings
-    tries: int  # attempts at an answer that can be read
-    reminder: str  # added to the text from the second try on
+    tries: int  # attempts to get a readable answer
+    reminder: str  # added to the text from the second attempt on
     questions: tuple[Question, ...]
 
     @classmethod
     def load(cls, name: str, prompts: Path | None = None) -> Self:
-        """The protocol of this name; `prompts` is a folder or file with official texts, for those that need them.
+        """The protocol with this name. `prompts` is a folder or file with official texts, for protocols that need them.
 
         Raises:
-            UserError: there is none of this name, or its texts are not found or have no slot.
+            UserError: there is no such protocol, or its texts are not found or have no placeholder.
         """
         if name not in available_protocols():
             raise UserError(
@@ -88,12 +89,13 @@ class Protocol:
                 f"{did_you_mean(name, available_protocols())}"
             )
         raw = yaml.safe_load((PROTOCOL_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-        foreign = any("blocks" in q for q in raw["questions"].values())
-        if prompts and not foreign:
+        needs_official = any("blocks" in q for q in raw["questions"].values())
+        if prompts and not needs_official:
             raise UserError(
-                f"--prompts: expected none, for {name} has its own texts; got {prompts}; choose an official"
+                f"--prompts: expected none, because {name} has its own texts; got {prompts}; leave the option out, or "
+                "choose an official --protocol"
             )
-        texts = _read_official_prompts(name, raw["answer"], prompts) if foreign else {}
+        texts = _read_official_prompts(name, raw["answer"], prompts) if needs_official else {}
         shapes = raw.pop("criteria", {})
         questions = tuple(_parse_question(key, q, texts, shapes) for key, q in raw.pop("questions").items())
         choices = DIGITS if raw["answer"] == "digits" else ()
@@ -102,23 +104,23 @@ class Protocol:
 
     @cached_property
     def hash(self) -> str:
-        """Of the whole record, texts included: results under different hashes are not comparable."""
+        """A hash of the protocol with all texts. Results under different hashes are not comparable."""
         return hash_json(self._as_json())
 
     @cached_property
     def prompts_hash(self) -> str:
-        """Of the texts alone, so that two copies of the official ones can be told to be the same."""
+        """A hash of the texts alone, which shows whether two copies of the official texts are the same."""
         return hash_json([[q.name, q.texts, q.swapped] for q in self.questions])
 
     def to_record(self) -> dict[str, Any]:
-        """For a result: all but the texts, and both hashes."""
+        """The protocol for settings.json: all fields except the texts, and both hashes."""
         found = self._as_json()
         for question in found["questions"]:
             del question["texts"], question["swapped"]
         return {**found, "hash": self.hash, "prompts_hash": self.prompts_hash}
 
     def _as_json(self) -> dict[str, Any]:
-        """All fields under the names that they have on disk, which stay when a field is renamed."""
+        """All fields under their names on disk. These names must not change when a field is renamed."""
         found = asdict(self)
         request = found.pop("request_settings")
         request["options"] = request.pop("answer_choices")
@@ -126,7 +128,7 @@ class Protocol:
 
 
 def available_protocols() -> list[str]:
-    """The protocols there are."""
+    """The names of all protocols."""
     return sorted(p.stem for p in PROTOCOL_FOLDER.glob("*.yaml"))
 
 
@@ -138,7 +140,8 @@ def _fill_instruction(text: str, instruction: str) -> str:
 def _parse_question(
     name: str, raw: Mapping[str, Any], official: Mapping[str, str], shapes: Mapping[str, str]
 ) -> Question:
-    """A question with its texts: its own, one for each edit type if it has criteria by type, or the official ones."""
+    """A question with its texts: the file's, one for each edit type if there are criteria by type, or the official
+    ones."""
     if "blocks" not in raw:
         kinds = shapes or {"": ""}
         own, other = (
@@ -155,14 +158,17 @@ def _parse_question(
         texts, swapped = {"": ("\n".join(official[b] for b in raw["blocks"]),)}, {}
     bare = [k for k, group in texts.items() for t in group if sum(s in t for s in INSTRUCTION_PLACEHOLDERS) != 1]
     if bare and "source" in raw["pictures"]:
+        placeholders = " or ".join(INSTRUCTION_PLACEHOLDERS)
         raise UserError(
-            f"expected one slot for the instruction, {' or '.join(INSTRUCTION_PLACEHOLDERS)}, in the text {name} {bare}"
+            f"expected one placeholder for the instruction, {placeholders}, in the text {name} {bare}; "
+            "correct the texts"
         )
     return Question(name, tuple(raw["pictures"]), raw["criteria"], texts, swapped)
 
 
 def _read_official_prompts(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
-    """The official texts by name: constants of a Python file, which is read and not run, or entries of a JSON file."""
+    """Name -> official text. The texts are constants of a Python file, which is parsed and not run, or entries of a
+    JSON file."""
     wanted = IMGEDIT if answer == "lines" else VIESCORE
     found = list(_find_prompt_files(wanted, prompts))
     if not found:
@@ -186,15 +192,15 @@ def _find_prompt_files(wanted: tuple[str, ...], prompts: Path | None) -> Iterato
         yield from (p for p in inside if p.is_file())
         return
     for package, file in PACKAGES[wanted]:
-        spec = importlib.util.find_spec(package)  # finds, and does not import
+        spec = importlib.util.find_spec(package)  # find_spec does not import the package
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(folder) / file).is_file():
                 yield Path(folder) / file
 
 
 def _parse_python_constants(text: str) -> dict[str, Any]:
-    """The top-level constants of Python source. A lone dictionary of strings, as lmms-eval has it, counts as its
-    entries."""
+    """Name -> value of the top-level constants of Python source. If one constant is a dictionary, as in lmms-eval, its
+    entries are returned instead."""
     found: dict[str, Any] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -1,20 +1,22 @@
-"""DreamBench, the subjects of DreamBooth (arXiv 2208.12242): is the subject of a reference kept in a new scene?
+"""DreamBench, the subjects of DreamBooth (arXiv 2208.12242): does an edit keep the subject in a new scene?
 
-The data are the official repository's folder `dataset`: one folder of photos a subject, and prompts_and_classes.txt,
-which is read from there (it is CC BY 4.0 and not part of this package). 30 subjects, 25 prompts each, 4 pictures each.
-DINO and CLIP-I are the mean cosine between a picture and *all* real photos of the subject, no mask; CLIP-T is that
-between a picture and its prompt. In the literature the nets are ViT-S/16 and ViT-B/32.
+The data are the official repository's folder `dataset`: one folder of photos for each subject, and the file
+prompts_and_classes.txt (CC BY 4.0, not part of this package). There are 30 subjects, 25 prompts for each subject, and 4
+pictures for each prompt. DINO and CLIP-I are the mean cosine similarity between a picture and *all* real photos of the
+subject, without a mask. CLIP-T is the cosine similarity between a picture and the prompt. In the literature the
+encoders are ViT-S/16 and ViT-B/32.
 
-Deviations from the paper, since an editor is given one photo and no training:
+Deviations from the paper, because an editor gets one photo and is not trained on the subject:
 
-- The prompt is the instruction, with the unique token left out of it.
-- The input is the photo that UNO chose for each subject; the first one for subjects that it does not know.
-- The input is among the real photos, so pasting it raises DINO. Hence `_input` and `_held_out` beside each similarity,
-  which is to the input alone and to all others, and `copy/NAME`, the score of the input itself.
+- The instruction is the prompt without the unique token.
+- The input is the photo that UNO uses for each subject; for subjects that UNO does not have, the first photo.
+- The input is one of the real photos, so an editor that copies the input gets a higher DINO score. Therefore each
+  similarity is also given to the input alone (`_input`) and to all other photos (`_held_out`), and `copy/NAME` is the
+  score of the unchanged input.
 
-`real/NAME` is the mean over pairs of unlike real photos, the paper's "real images": .774 for DINO and .885 for CLIP-I.
-It is the acceptance test of weights and transforms. A row is a subject and a prompt, with the mean of its pictures; one
-that lacks a picture has no score.
+`real/NAME` is the mean over pairs of different real photos, "real images" in the paper: .774 for DINO and .885 for
+CLIP-I. These two values test the encoders' weights and transforms. A row is a subject and a prompt, with the mean over
+the pictures. A row with a missing picture has no score.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.results import Metrics, MissingScore, Row
 
 PROMPTS = "prompts_and_classes.txt"
-LIVE_CLASSES = ("cat", "dog")  # classes with the second list of prompts
+LIVE_CLASSES = ("cat", "dog")  # classes of live subjects, which use the second list of prompts
 PICTURES_PER_PROMPT = 4
-SUBJECTS, PROMPTS_EACH, PHOTOS = 30, 25, 158  # of the official data
+SUBJECTS, PROMPTS_EACH, PHOTOS = 30, 25, 158  # counts in the official data
 REAL = {"real/dino_vits16": 0.774, "real/clip_i_vitb32": 0.885}
 TOLERANCE = 0.005
 Features = Callable[[], Tensor]  # (n, d), of unit length
@@ -52,7 +54,7 @@ INPUTS = {  # the number of the photo that UNO (arXiv 2504.02160) gives to the m
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject: its photos in order, which of them is the input, and the prompts without the token."""
+    """One subject: the photos in order, the index of the input photo, and the prompts without the unique token."""
 
     name: str
     photos: tuple[Path, ...]
@@ -61,10 +63,10 @@ class Subject:
 
 
 def read_subjects(folder: str | Path) -> tuple[list[Subject], str]:
-    """The subjects of the official folder, and a hash of its prompts.
+    """The subjects in the official folder, and a hash of the prompts file.
 
     Raises:
-        UserError: no prompts file there, one of another form, or a subject without two photos.
+        UserError: there is no prompts file, the file has another form, or a subject has fewer than two photos.
     """
     folder = Path(folder)
     path = folder / PROMPTS
@@ -90,7 +92,8 @@ def read_subjects(folder: str | Path) -> tuple[list[Subject], str]:
 
 
 def parse_prompts_file(text: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """{subject: class}, the templates of objects and those of live subjects; {0} is the token and {1} the class."""
+    """{subject: class}, the templates of objects, and the templates of live subjects. In a template {0} is the unique
+    token and {1} the class."""
     head, _, lists = text.partition("\nPrompts")
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
     classes = {name.strip(): kind.strip() for name, kind in pairs if name.strip() != "subject_name"}
@@ -103,7 +106,7 @@ def parse_prompts_file(text: str) -> tuple[dict[str, str], list[str], list[str]]
 
 
 def is_official_data(subjects: Sequence[Subject]) -> bool:
-    """Are these as many subjects, prompts and photos as the benchmark has?"""
+    """Whether there are as many subjects, prompts and photos as in the official data."""
     return (
         len(subjects) == SUBJECTS
         and all(len(s.prompts) == PROMPTS_EACH for s in subjects)
@@ -112,12 +115,12 @@ def is_official_data(subjects: Sequence[Subject]) -> bool:
 
 
 def picture_file_name(subject: Subject, prompt: int, k: int) -> str:
-    """The name of an edited picture: cat/07-0.png is the first picture of the eighth prompt."""
+    """The file name of an edited picture: cat/07-0.png is the first picture of the eighth prompt."""
     return f"{subject.name}/{prompt:02d}-{k}.png"
 
 
 def edit_jobs(subjects: Sequence[Subject], seed: int, pictures_per_prompt: int = PICTURES_PER_PROMPT) -> list[EditJob]:
-    """The pictures to make; the k-th of every prompt is from the noise of seed + k."""
+    """The pictures to be edited. The k-th picture of every prompt uses the noise of seed + k."""
     return [
         EditJob(picture_file_name(s, i, k), s.photos[s.input_index], prompt, seed + k)
         for k in range(pictures_per_prompt)
@@ -134,7 +137,7 @@ def score_pictures(
     on_progress: ProgressCallback,
     pictures_per_prompt: int = PICTURES_PER_PROMPT,
 ) -> list[Row]:
-    """Measure the pictures in the folder `edited`."""
+    """The scores of the pictures in the folder `edited`, one row for each prompt."""
     rows, total = [], sum(len(s.prompts) for s in subjects)
     for subject in subjects:
         features = {e: _real_photo_features(subject, e) for e in (dino, clip)}
@@ -146,7 +149,7 @@ def score_pictures(
 
 
 def _real_photo_features(subject: Subject, encoder: Dino | Clip | MissingEncoder) -> Features:
-    """A function that gives the features of the real photos, made once."""
+    """A function that returns the features of the real photos. They are computed once."""
 
     @cache
     def features() -> Tensor:
@@ -186,10 +189,10 @@ def _metrics_of_prompt(
         return lambda: features[encoder]()[[subject.input_index]]
 
     for name, encoder in (("dino", dino), ("clip_i", clip)):
-        seen, real = pictures(encoder), features[encoder]
+        edited, real = pictures(encoder), features[encoder]
         for suffix, which in everything.items():
             measure = partial(_mean_cosine, theirs=partial(_select_rows, real, which))
-            made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, seen)
+            made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, edited)
             if suffix != "_input":  # of the input to itself: one
                 copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, given(encoder))
     made[f"clip_t_{clip.tag}"] = partial(_mean_cosine, pictures(clip), theirs=text)
@@ -198,27 +201,27 @@ def _metrics_of_prompt(
 
 
 def _mean_cosine(ours: Features, theirs: Features) -> float:
-    """The mean over all pairs of unit features."""
+    """The mean cosine similarity over all pairs of features of unit length."""
     return float((ours() @ theirs().T).double().mean())
 
 
 def real_image_baseline(
     subjects: Sequence[Subject], dino: Dino | MissingEncoder, clip: Clip | MissingEncoder
 ) -> dict[str, dict[str, Any]]:
-    """The "real images" headlines: the mean over pairs of unlike photos of a subject, then over subjects."""
+    """The "real images" headlines: the mean over pairs of different photos of a subject, then over subjects."""
     out = {}
     for name, encoder in (("dino", dino), ("clip_i", clip)):
         values = []
         for subject in subjects:
             try:
-                seen = _real_photo_features(subject, encoder)()
+                photos = _real_photo_features(subject, encoder)()
             except MissingScore:
                 continue
-            off = ~torch.eye(len(seen), dtype=torch.bool)
-            values.append(float((seen @ seen.T)[off].double().mean()))
-        whole = len(values) == len(subjects)
+            off = ~torch.eye(len(photos), dtype=torch.bool)
+            values.append(float((photos @ photos.T)[off].double().mean()))
+        is_complete = len(values) == len(subjects)
         out[f"real/{name}_{encoder.tag}"] = {
-            "value": sum(values) / len(values) if whole else None,
+            "value": sum(values) / len(values) if is_complete else None,
             "n": len(values),
             "coverage": len(values) / len(subjects),
             "undefined": 0,
@@ -228,12 +231,12 @@ def real_image_baseline(
 
 
 def check_real_image_baseline(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with the "real images" rows of the official data; [] if they are the paper's."""
+    """Messages about "real images" values that differ from the paper's; [] if none differ."""
     found = []
     for name, expected in REAL.items():
         value = summary.get(name, {}).get("value")
         if value is None:
-            found.append(f"{name}: expected {expected}; there is none, so weights and transform are not proven")
+            found.append(f"{name}: expected {expected}; there is none, so the weights and transforms are not proven")
         elif abs(value - expected) > TOLERANCE:
             found.append(f"{name}: expected {expected} +- {TOLERANCE}; got {value:.4f}: other weights or transforms")
     return found

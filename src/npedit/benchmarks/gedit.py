@@ -1,15 +1,17 @@
 """GEdit-Bench v1 (arXiv 2504.17761): real users' edits of photos, 606 in English and 606 in Chinese, of eleven tasks.
 
-Scores, each from 0 to 10: `SC`, was the edit carried out and no more than that; `PQ`, is the result well made; `O`, the
-square root of SC times PQ of an item. SC and PQ are the smaller of two numbers that the judge gives. A headline is the
-mean of the eleven tasks' means (macro), as the official code computes it; the mean over items (`_micro`) differs, since
-tasks have 40 to 99 items. With a protocol that scores from logits the names end in `_logit`.
+Each score is from 0 to 10. `SC` (semantic consistency): was the edit carried out, and nothing else changed? `PQ`
+(perceptual quality): is the result free of faults? `O` (overall): the square root of SC times PQ of an item. SC and PQ
+are the minimum of two numbers that the judge gives. A headline is the mean of the eleven tasks' means (macro), as in
+the official code. The mean over items (`_micro`) differs, because tasks have 40 to 99 items. With a protocol that
+scores from logits the names end in `_logit`.
 
-An item is (task, language, key), for keys alone are not unique. The language is what the column says: some English
-instructions hold Chinese characters. The data are parquet files with the columns of the Hub's stepfun-ai/GEdit-Bench.
+An item is identified by (task, language, key), because keys alone are not unique. The language is the value of the
+column: some English instructions contain Chinese characters. The data are parquet files with the columns of the Hub's
+stepfun-ai/GEdit-Bench.
 
-Deviations from the official code: an answer that cannot be read and a picture that is not there are missing, counted
-and shown; a task without scores makes no headline.
+Deviations from the official code: unreadable answers and missing pictures are recorded as missing, counted and shown.
+If a task has no scores, there is no headline.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ TASKS = (
     "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
     "subject-remove", "subject-replace", "text_change", "tone_transfer",
 )  # fmt: skip
-LANGUAGES = {"en": "en", "cn": "cn", "zh": "cn"}  # what a user may say -> the column's word
-SIZE = 606  # items of one language
-SCALE, QUESTIONS = (0, 10), 2  # what a protocol for it must have
+LANGUAGES = {"en": "en", "cn": "cn", "zh": "cn"}  # command-line value -> column value
+SIZE = 606  # number of items in one language
+SCALE, QUESTIONS = (0, 10), 2  # required of a protocol for this benchmark
 COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
 combine_numbers = min  # a question's numbers -> its score
 
 
 def read_items(data: Path, languages: Sequence[str], pictures: Path) -> list[Item]:
-    """The benchmark's items in those languages ("en", "cn"), tasks in the official order. `data` is a parquet file or a
-    folder of them; `pictures` the folder with the edited ones in the official layout (or where they are to be).
+    """The benchmark's items in these languages ("en", "cn"), with the tasks in the official order. `data` is a parquet
+    file or a folder of parquet files. `pictures` is the folder of edited pictures in the official layout.
 
     Raises:
         UserError: no such files, a column is missing, an unknown task, or two rows for one item.
@@ -88,7 +90,7 @@ def _read_parquet_rows(data: Path) -> list[dict[str, Any]]:
 
 
 def missing_items_message(found: Sequence[Item]) -> str:
-    """What the data lack of the real benchmark; "" if nothing."""
+    """A message about items that the data lack, compared with the official benchmark; "" if none are missing."""
     sizes = Counter(i.more["language"] for i in found)
     tasks = {i.task for i in found}
     wrong = [f"{n} {lang}" for lang, n in sizes.items() if n != SIZE]
@@ -101,7 +103,7 @@ def missing_items_message(found: Sequence[Item]) -> str:
 
 
 def add_overall_score(row: Row, overall: str) -> Row:
-    """Add the item's overall score: the square root of the product of its two others."""
+    """The row with the overall score: the square root of the product of the two other scores."""
     consistency, quality = row["scores"]
     values = row["scores"][consistency], row["scores"][quality]
     why = next((row["why"][n] for n in (consistency, quality) if n in row["why"]), OK)
@@ -112,9 +114,9 @@ def add_overall_score(row: Row, overall: str) -> Row:
 def summarise(
     rows: Sequence[Row], found: Sequence[Item], min_coverage: float, protocol: str
 ) -> dict[str, dict[str, Any]]:
-    """Headlines "PROTOCOL/LANGUAGE/SET/SCORE" and "..._micro" -> figures. SET is full or intersection; LANGUAGE is en,
-    cn or both, where a task's mean is over both. `found` are all items of the benchmark, judged or not; `min_coverage` is the
-    coverage, a share, that a headline needs."""
+    """Headline "PROTOCOL/LANGUAGE/SET/SCORE" and "..._micro" -> figures. SET is full or intersection. LANGUAGE is en,
+    cn or both, where a task's mean is over both languages. `found` are all items of the benchmark, judged or not.
+    `min_coverage` is the coverage, a share in [0, 1], that a headline needs."""
     scale = ScoreScale(*SCALE, min_coverage)
     languages = sorted({i.more["language"] for i in found}, key=lambda x: x != "en")
     chosen = {lang: (lang,) for lang in languages} | ({"both": tuple(languages)} if len(languages) > 1 else {})
@@ -136,20 +138,20 @@ def summarise(
 
 
 def edited_path(folder: Path, task: str, language: str, key: str) -> Path:
-    """Where the official scripts look for an edited picture. `folder` is {save_path}/{model}, or the fullset/ in it."""
+    """The path of an edited picture in the official layout. `folder` is {save_path}/{model}, or fullset/ in there."""
     inside = folder if folder.name == "fullset" else folder / "fullset"
     return inside / task / language / f"{key}.png"
 
 
 def source_path(edited: Path) -> Path:
-    """Where the official scripts look for the source of an edited picture."""
+    """The path of an edited picture's source in the official layout."""
     return edited.with_name(f"{edited.stem}_SRCIMG.png")
 
 
 def write_official_files(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
     """Write {folder}/{judge}/eval_results_new/{folder's name}_{task}_gpt_score.csv and the combined one, as the
-    official statistics read them; an item without both scores has no line, as there. Edited pictures that lie in
-    `folder` get their sources beside them."""
+    official statistics read them. As in the official code, an item without both scores has no line. The sources of
+    edited pictures in `folder` are written next to these pictures."""
     for item in found:
         path = source_path(item.edited)
         if (
@@ -187,11 +189,12 @@ CSV_COLUMNS = (
 
 
 def read_official_scores(csv_file: Path, found: Sequence[Item]) -> list[Row]:
-    """Rows from a combined CSV of the official scripts; an item without a line is missing. Its numbers may hold the
-    official code's random guesses, which cannot be told from answers.
+    """Rows from a combined CSV file of the official scripts. An item without a line is missing. The numbers can include
+    random guesses of the official code, which look like answers.
 
     Raises:
-        UserError: no such file, a column is missing, a bad number, or a line that is no item's or stands twice.
+        UserError: there is no such file, a column is missing, a number is not valid, or a line belongs to no item or
+            to an item that has a line already.
     """
     by_place = {(i.kind, i.more["language"], i.edited.stem): i for i in found}
     scores: dict[str, tuple[float, float]] = {}

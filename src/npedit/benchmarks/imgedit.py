@@ -1,11 +1,11 @@
 """ImgEdit-Bench, its Basic part (arXiv 2505.20275): 737 edits of nine types, three criteria from 1 to 5 each.
 
-Scores: `S1` instruction, `S2` and `S3` look and detail, as the edit type's text words them (for a style: content and
-rendering; for an action: identity and body); `O`, the mean of the three. A headline is the mean of the nine types'
-means (macro), as the benchmark's tables compute it; `_micro` is the mean over items. Official files round each mean to
-two decimals; here nothing is rounded.
+Scores: `S1` is about the instruction, `S2` and `S3` are about visual quality and detail, as defined by the edit type's
+text (for a style: content and rendering; for an action: identity and body). `O` (overall) is the mean of the three. A
+headline is the mean of the nine types' means (macro), as in the benchmark's tables; `_micro` is the mean over items.
+The official files round each mean to two decimals; npedit rounds nothing.
 
-The data are the official JSON file ({key: {"id": picture, "prompt", "edit_type"}}) and its pictures beside it.
+The data are the official JSON file ({key: {"id": picture, "prompt", "edit_type"}}) and the pictures in the same folder.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ALIASES = {"alter": "adjust", "hybrid": "compose"}  # other names in official fi
 FILES = ("basic_edit.json", "singleturn.json")
 SIZE = 737
 SCORES = ("S1", "S2", "S3")
-SCALE, QUESTIONS = (1, 5), 1  # what a protocol for it must have
+SCALE, QUESTIONS = (1, 5), 1  # required of a protocol for this benchmark
 
 
 def read_items(data: Path, pictures: Path) -> list[Item]:
-    """The benchmark's items. `data` is the JSON file, or the folder that holds it and the pictures; `pictures` the
-    folder with the edited ones, {key}.png.
+    """The benchmark's items. `data` is the JSON file, or the folder with this file and the pictures. `pictures` is the
+    folder of edited pictures, {key}.png.
 
     Raises:
-        UserError: the file or a picture is missing, or an entry is not as described.
+        UserError: the file or a picture is missing, or an entry has another form.
     """
     file = next((data / n for n in FILES if (data / n).is_file()), data)
     try:
@@ -64,7 +64,7 @@ def read_items(data: Path, pictures: Path) -> list[Item]:
 
 
 def missing_items_message(found: Sequence[Item]) -> str:
-    """What the data lack of the real benchmark; "" if nothing."""
+    """A message about items that the data lack, compared with the official benchmark; "" if none are missing."""
     if len(found) == SIZE and len({i.task for i in found}) == len(TASKS):
         return ""
     return f"expected {SIZE} items of {len(TASKS)} types; the data hold {len(found)} of {len({i.task for i in found})}"
@@ -74,12 +74,13 @@ def missing_items_message(found: Sequence[Item]) -> str:
 
 
 def combine_numbers(numbers: Sequence[float]) -> float:
-    """A pass's three numbers -> its overall score."""
+    """The overall score of a pass: the mean of the three numbers."""
     return sum(numbers) / len(numbers)
 
 
 def add_overall_score(row: Row, overall: str) -> Row:
-    """From the one question's score make the three criteria's, each the mean over passes, and the overall one."""
+    """The row with three scores, each the mean of a criterion over the passes, and the overall score, in place of the
+    question's single score."""
     (name,) = row["scores"]
     total, passes = row["scores"].pop(name), row["numbers"][name]
     why = row["why"].pop(name, OK)
@@ -92,8 +93,8 @@ def add_overall_score(row: Row, overall: str) -> Row:
 def summarise(
     rows: Sequence[Row], found: Sequence[Item], min_coverage: float, protocol: str
 ) -> dict[str, dict[str, Any]]:
-    """Headlines "PROTOCOL/SCORE" and "..._micro" -> figures. `found` are all items of the benchmark, judged or not;
-    `min_coverage` is the coverage, a share, that a headline needs."""
+    """Headline "PROTOCOL/SCORE" and "..._micro" -> figures. `found` are all items of the benchmark, judged or not.
+    `min_coverage` is the coverage, a share in [0, 1], that a headline needs."""
     scale = ScoreScale(*SCALE, min_coverage)
     groups = dict.fromkeys(TASKS, 0) | Counter(i.task for i in found)
     out = {}
@@ -107,9 +108,9 @@ def summarise(
 
 
 def write_official_files(rows: Sequence[Row], found: Sequence[Item], folder: Path, judge: str) -> list[Path]:
-    """Write what the official scripts write: result.json (answers as lines "S1: 4", for items with whole numbers, which
-    alone those scripts read), average_score.json and typescore.json, whose means are rounded to two decimals. This
-    layout has no place for the judge's name."""
+    """Write the files of the official scripts: result.json (answers as lines "S1: 4", only for items with integer
+    scores, because those scripts read integers alone), average_score.json and typescore.json, whose means are rounded
+    to two decimals. This layout has no place for the judge's name."""
     keys = {i.id: i.edited.stem for i in found}
     answers, means = {}, {}
     for row in rows:
@@ -133,11 +134,11 @@ def write_official_files(rows: Sequence[Row], found: Sequence[Item], folder: Pat
 
 
 def read_official_scores(result: Path, found: Sequence[Item]) -> list[Row]:
-    """Rows from a result.json of the official scripts: {key: answer}. An answer that is no text with three lines
-    "criterion: number" is missing.
+    """Rows from a result.json of the official scripts: {key: answer}. An answer is missing if it is not a text with
+    three lines "criterion: number".
 
     Raises:
-        UserError: no such file, or a key that is no item's.
+        UserError: there is no such file, or a key belongs to no item.
     """
     try:
         answers = json.loads(result.read_text(encoding="utf-8"))

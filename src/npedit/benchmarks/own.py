@@ -1,11 +1,12 @@
-"""A user's own photos and instructions, in the form of the training data (`data/imagefolder.py`), as a benchmark.
+"""A benchmark of your photos and instructions, in the format of the training data (`data/imagefolder.py`).
 
-Two columns may be added, named as `datasets` wants them: `mask_file_name`, white where the edit belongs, and
-`edited_file_name`, the wanted result. Captions are used where they are there. No judge is asked: the scores say what
-was kept, and with a target or captions how near the wanted result is. The task is the edit type.
+Two optional columns, named as in the library `datasets`: `mask_file_name`, a mask that is white where the edit belongs,
+and `edited_file_name`, the target image. Captions are used where they are given. There is no judge: the scores measure
+how similar the edited picture is to the reference, and with a target or captions how similar to the wanted result. The
+task is the edit type.
 
-Beside each measure of the wanted result stands `copy/NAME`, the score of the reference itself: an editor that does
-nothing, which many such measures like well.
+For each metric against the wanted result, `copy/NAME` is the score of the unchanged reference. Many such metrics give
+an editor that changes nothing a high score.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from npedit.scoring.results import Metrics, Row, UndefinedMetric
 from npedit.scoring.statistics import mean_over_tasks
 
 MASK, WANTED = "mask_file_name", "edited_file_name"
-LONGEST_NAME = 200  # bytes of a file's name
-NO_TASK = "all"  # of rows without an edit type
+LONGEST_NAME = 200  # maximum number of characters in a file name
+NO_TASK = "all"  # task of rows without an edit type
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the metadata. `mask` and `target` are None where it names none; captions "" likewise."""
+    """One line of the metadata. A mask or target that is not given is None; a caption that is not given is ""."""
 
     id: str
     task: str
@@ -58,7 +59,7 @@ class Item:
 
     @property
     def file(self) -> str:
-        """The name of its edited picture."""
+        """The file name of the edited picture."""
         return f"{quote(self.id, safe=' ')}.png"
 
 
@@ -66,17 +67,18 @@ def read_items(folder: str) -> tuple[list[Item], str]:
     """The items of a data folder, and a hash of its metadata.
 
     Raises:
-        UserError: with file and line, for what training refuses too, and for an id that comes twice or is too long.
+        UserError: with file and line, for rows that training would refuse too, and for an id that is not unique or is
+            too long.
     """
     root, files = find_metadata(folder)
     items: list[Item] = []
-    seen: set[str] = set()
+    ids: set[str] = set()
     for metadata in files:
         for line, value in read_json_lines(metadata):
             item = _read_item(value, line, metadata, root)
-            if item.id in seen or len(item.file) > LONGEST_NAME:
+            if item.id in ids or len(item.file) > LONGEST_NAME:
                 raise UserError(f"{metadata}:{line}: expected short ids, each once; got {item.id!r}; change it")
-            seen.add(item.id)
+            ids.add(item.id)
             items.append(item)
     if not items:
         raise UserError(f"expected at least one row; got an empty {files[0]}; write one line of JSON an image")
@@ -115,16 +117,16 @@ def score_pictures(
     on_progress: ProgressCallback,
     lpips: Lpips | None = None,
 ) -> list[Row]:
-    """Measure the pictures in the folder `edited`. What no item has (masks, targets, captions) is left out, and LPIPS
-    where it is not given."""
-    parts = _AvailableColumns(
+    """The scores of the pictures in the folder `edited`. Metrics that need masks, targets or captions are left out if
+    no item has any, and LPIPS if `lpips` is None."""
+    columns = _AvailableColumns(
         any(item.mask for item in items),
         any(item.target for item in items),
         any(item.target_caption for item in items),
     )
     rows = []
     for item in items:
-        rows.append(Row.from_metrics(item.id, item.task, _metrics_of_item(item, edited, dino, clip, lpips, parts)))
+        rows.append(Row.from_metrics(item.id, item.task, _metrics_of_item(item, edited, dino, clip, lpips, columns)))
         on_progress(len(rows), len(items))
     return rows
 
@@ -142,7 +144,7 @@ def _metrics_of_item(
     dino: Dino | MissingEncoder,
     clip: Clip | MissingEncoder,
     lpips: Lpips | None,
-    parts: _AvailableColumns,
+    columns: _AvailableColumns,
 ) -> Metrics:
     reference, edited = (
         make_opener(item.reference, "reference"),
@@ -151,17 +153,17 @@ def _metrics_of_item(
     found = dict(pixel_metrics(reference, edited)) | dict(feature_metrics(reference, edited, dino, clip))
     if lpips:
         found |= perceptual_metrics(reference, edited, lpips)
-    if parts.masks:
+    if columns.masks:
         found |= metrics_outside_mask(reference, edited, _open_optional(item.mask, "mask"), dino, clip, lpips)
     wanted: dict[str, Callable[[], float]] = {}
     copy: dict[str, Callable[[], float]] = {}
-    if parts.targets:
+    if columns.targets:
         target = _open_optional(item.target, "target")
         for out, picture in ((wanted, edited), (copy, reference)):
             out |= pixel_metrics(target, picture, TARGET)
             out |= feature_metrics(target, picture, dino, clip, TARGET)
             out |= perceptual_metrics(target, picture, lpips, TARGET) if lpips else {}
-    if parts.captions:
+    if columns.captions:
         words = (item.source_caption, item.target_caption, clip)
         wanted |= text_metrics(reference, edited, *words)
         copy |= {k: v for k, v in text_metrics(reference, reference, *words).items() if k.startswith("clip_t")}
@@ -176,9 +178,12 @@ def _open_optional(path: Path | None, what: str) -> Callable[[], Image.Image]:
 
 
 def task_table(rows: Sequence[Row]) -> Table:
-    """A task a line, with the means of the chief measures and, in brackets, of how many items where not of all."""
-    chief = ("l1", "psnr", "ssim", "lpips", "dino", "clip_i", "changed_area", "copied")
-    names = [n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(chief) and "/" not in n]
+    """A table with one line for each task: the means of the main metrics. If some items have no score, the number of
+    scored items follows in brackets."""
+    main_metrics = ("l1", "psnr", "ssim", "lpips", "dino", "clip_i", "changed_area", "copied")
+    names = [
+        n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(main_metrics) and "/" not in n
+    ]
     names = [n for n in names if not n.endswith(("_outside", TARGET))]
     shown = Table(title="By task")
     for name in ("task", "n", *names):

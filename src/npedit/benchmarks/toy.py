@@ -1,12 +1,12 @@
-"""The toy benchmark: held-out scenes and phrasings of the toy world, judged by its exact oracle and by no network.
+"""The toy benchmark: held-out scenes and phrasings of the toy world, judged by an exact oracle without a network.
 
-`applied`: the edit was carried out. `preserved`: all else is as in the reference. `both`: the two together, the
-figure to quote. Each is a share of the items with a Wilson 95 % interval. `copy_rate` is the share of
-outputs that show the very scene of the reference; `outside_change` the mean absolute pixel change in the cells that an
-edit must not touch.
+`applied`: the edit was carried out. `preserved`: everything else is as in the reference. `both`: the edit was applied
+and the rest preserved, the success rate to quote. Each is a share of the items with a Wilson 95 % interval. `copy_rate`
+is the share of outputs that show the same scene as the reference. `outside_change` is the mean absolute pixel change in
+the cells that an edit must not change.
 
-Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses, and instructions from the
-templates that are kept out of training.
+Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses. Instructions are drawn from
+templates that training never uses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rate(TypedDict):
 
 
 class TypeScores(TypedDict):
-    """The three measures for one edit type."""
+    """The three rates of one edit type."""
 
     n: int
     applied: Rate
@@ -52,7 +52,7 @@ class TypeScores(TypedDict):
 
 
 class Scores(TypedDict):
-    """What `score` returns: plain numbers, ready for JSON. `outside_change` is in [0, 1] units of pixel value."""
+    """The result of `score`: numbers, ready for JSON. `outside_change` is in [0, 1] units of pixel value."""
 
     n: int
     applied: Rate
@@ -65,7 +65,7 @@ class Scores(TypedDict):
 
 
 def sample_items(n: int, seed: int = 0) -> list[Edit]:
-    """`n` held-out edits, the edit types in turn, so that each has its even share.
+    """`n` held-out edits. The edit types take turns, so that all have the same share.
 
     A longer list begins with the shorter one.
 
@@ -83,7 +83,7 @@ def sample_items(n: int, seed: int = 0) -> list[Edit]:
 def wilson_interval(hits: float, n: int) -> Rate:
     """A share with its Wilson score interval (E. B. Wilson, 1927), which also holds near 0 and 1.
 
-    `hits` may be the mean of several looks at the same n items.
+    `hits` may be the mean of several evaluations of the same n items.
 
     Raises:
         ValueError: n is smaller than one, or hits is not in [0, n].
@@ -176,24 +176,25 @@ def score(
 
 
 def attribute_failures(
-    items: Sequence[Edit], edited: Tensor, content: Sequence[bool], drawn: Tensor
+    items: Sequence[Edit], edited: Tensor, is_accepted: Sequence[bool], teacher_images: Tensor
 ) -> dict[str, dict[str, int]]:
-    """Whose fault are wrong edits? Counts by edit type: `n`, `right` (applied and preserved), and of the others
+    """The causes of wrong edits, as counts by edit type: `n`, `right` (applied and preserved), and for wrong edits
 
-    critic    it is content: every wanted answer is the likelier one, so nothing was left to learn from it
-    teacher   the critic objects, but the base model, given the wanted result's caption, draws something else
-    student   the critic objects and the teacher can draw it: the signal was there
+    critic    the critic accepts the wrong edit (all its answers are the wanted ones), so its loss is low already
+    teacher   the critic rejects the edit, but the base model with the target caption generates something else
+    student   the critic rejects the edit and the teacher can generate the target, but the student did not learn it
 
-    `edited` and `drawn` are images (n, 3, 32, 32), the editor's and the base model's; `content` is the critic's
-    verdict on each edit. One drawing an item, so `teacher` is a share of chance too.
+    `edited` and `teacher_images` are images (n, 3, 32, 32) of the editor and of the base model. `is_accepted` says for
+    each edit whether the critic accepts it. The teacher has one sample for each item, so `teacher` includes chance.
     """
     counts: dict[str, dict[str, int]] = {
         t: dict.fromkeys(FAILURE_CAUSES, 0) for t in EDIT_TYPES if any(t == e.edit_type for e in items)
     }
-    readings = read_scene(edited), read_scene(drawn)
-    for e, seen, other, happy in zip(items, *readings, content, strict=True):
-        able = matches_caption(e.target_caption, other)
-        fault = "right" if all(judge_edit(e, seen)) else "critic" if happy else "student" if able else "teacher"
+    readings = read_scene(edited), read_scene(teacher_images)
+    for e, student, teacher, accepted in zip(items, *readings, is_accepted, strict=True):
+        teacher_is_right = matches_caption(e.target_caption, teacher)
+        wrong = "critic" if accepted else "student" if teacher_is_right else "teacher"
+        fault = "right" if all(judge_edit(e, student)) else wrong
         counts[e.edit_type][fault] += 1
         counts[e.edit_type]["n"] += 1
     return counts
@@ -233,7 +234,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def results_table(after: Scores, before: Scores | None = None, title: str = "") -> Table:
-    """A table by edit type: `both` before (if given) and after with its 95 % interval, and what it is made of."""
+    """A table by edit type: `applied`, `preserved`, and `both` with 95 % intervals, before (if given) and after."""
     shown = Table(title=title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})")
     shown.add_column("edit type")
     shown.add_column("n", justify="right")
@@ -252,13 +253,13 @@ def results_table(after: Scores, before: Scores | None = None, title: str = "") 
         cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")]
         shown.add_row(*cells, format_rate(row["both"]))
     shown.caption = (
-        f"both = applied and preserved, with 95 % interval; mere copies {100 * after['copy_rate']:.1f} %, "
+        f"both = applied and preserved, with 95 % interval; copy rate {100 * after['copy_rate']:.1f} %, "
         f"pixel change outside the edit {after['outside_change']:.3f}"
     )
     return shown
 
 
 def format_rate(rate: Rate) -> str:
-    """A rate for people: "52.3 % [47.9, 56.6]"."""
+    """A rate as text: "52.3 % [47.9, 56.6]"."""
     low, high = (100 * x for x in rate["ci95"])
     return f"{100 * rate['value']:.1f} % [{low:.1f}, {high:.1f}]"

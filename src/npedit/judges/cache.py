@@ -1,8 +1,8 @@
-"""Answers on disk: JSON lines, one a call, only ever added to. A run that was stopped asks nothing twice.
+"""Answers on disk, one JSON line for each call. The file is only appended to. A resumed run asks no question twice.
 
-The key of an answer covers all it depends on: protocol, judge and revision, prompt as filled in, decoding, pass and
-attempt, and the pixels of each picture in order. It covers no file name and no item id: a picture that moves keeps its
-answer, one that changes loses it.
+The key of an answer covers everything that the answer depends on: protocol, judge and revision, complete prompt,
+decoding, pass and attempt, and the pixels of each picture in order. File names and item ids are not part of the key. So
+a picture that is moved keeps its answers, and a picture that is changed loses them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class AnswerCache:
-    """The answers kept in one file, for several threads of one process. Use it as a context: it holds the file.
+    """The answers in one file, for several threads of one process. Used as a context manager, which locks the file.
 
     Raises:
         UserError: another process holds the file, or it cannot be written.
@@ -62,7 +62,7 @@ class AnswerCache:
     def _load(self) -> None:
         self._file.seek(0)
         *lines, torn = self._file.read().split(b"\n")
-        if torn:  # a kill cut it off; that answer is asked for again
+        if torn:  # a kill cut the last line off; this question is asked again
             self._file.truncate(sum(len(line) + 1 for line in lines))
         damaged = []
         for number, line in enumerate(lines, 1):
@@ -79,23 +79,23 @@ class AnswerCache:
             log.warning(words, self.path, len(damaged), len(lines), numbers, more)
 
     def total_token_usage(self) -> dict[str, int]:
-        """The servers' token counts, added up over what is kept."""
+        """The sum of the servers' token counts over all kept answers."""
         with self._lock:
             return dict(sum((Counter(r.get("usage", {})) for r in self._final.values()), Counter()))
 
     def count_answers_by_address(self) -> dict[str, int]:
-        """How many of the kept answers each server's address gave."""
+        """Server address -> number of kept answers from there."""
         with self._lock:
             found = Counter(r["address"] for r in self._final.values() if r.get("address"))
         return dict(sorted(found.items()))
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer or refusal under this key. What ended otherwise is not served: it is asked again."""
+        """The answer or refusal with this key. Other outcomes are not returned, so that the question is asked again."""
         with self._lock:
             return self._final.get(key)
 
     def put(self, record: Mapping[str, Any]) -> None:
-        """Add one record with at least `key` and `outcome`; it is on the disk when this returns."""
+        """Append one record, which has at least `key` and `outcome`, and bring it to the disk (fsync)."""
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock, explain_write_errors(self.path):
             before = os.fstat(self._file.fileno()).st_size
@@ -104,19 +104,19 @@ class AnswerCache:
                     line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
             except OSError:
-                self._file.truncate(before)  # half a line would spoil the next one
+                self._file.truncate(before)  # half a line would damage the next one
                 raise
             if record["outcome"] in FINAL_OUTCOMES:
                 self._final[record["key"]] = dict(record)
 
 
 def answer_cache_key(images: Sequence[Image.Image], **facts: Any) -> str:
-    """The hash of the pictures' pixels and sizes, in order, and of plain `facts`."""
+    """A hash of the pictures' pixels and sizes, in order, and of `facts`, which are JSON values."""
     digests = [hashlib.sha256(f"{im.mode} {im.size}".encode() + im.tobytes()).hexdigest() for im in images]
     return hash_json({**facts, "images": digests})
 
 
 def hash_json(value: Any) -> str:
-    """sha256 of a plain value in canonical JSON."""
+    """sha256 of a JSON value in canonical form (sorted keys)."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A judge in this process: a vision-language model that transformers opens, through the adapters in critics/.
+"""A judge in this process: a vision-language model of transformers, opened by the classes in critics/.
 
 It reads greedily, one question at a time, so the same question gets the same answer. Pictures are scaled as the
 model's own image processor does it. With `answer_choices` it writes nothing: the probabilities of those words as the
@@ -27,11 +27,12 @@ from npedit.judges.base import OK, JudgeModel, Reply, RequestSettings
 from npedit.nets.device import default_dtype, pick_device
 from npedit.recipe import config
 
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a Hub repository, what is fetched
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # files that are fetched from the Hub
 
 
 class LocalJudge(JudgeModel):
-    """One open model. `family` is the file in critics/ that opens it; `revision` tells its weights from all others."""
+    """A judge with open weights. `family` is the file in critics/ that opens the model. `revision` identifies the
+    weights: the Hub's commit, or a hash of the files."""
 
     def __init__(self, critic: Critic, name: str, family: str, revision: str):
         self.critic, self.name, self.family, self.revision = critic, name, family, revision
@@ -53,8 +54,8 @@ class LocalJudge(JudgeModel):
             critic = config.find_class("critics", family).load(folder, dtype, device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_family_by_model_type()))}, or a server's "
-                f"address; got {weights}, where {error}"
+                f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_family_by_model_type()))}, "
+                f"or a server's address; got {weights}, where {error}"
             ) from None
         return cls(critic, weights, family, revision)
 
@@ -74,13 +75,15 @@ class LocalJudge(JudgeModel):
             self._choice_token_ids(settings)
 
     def ask(self, prompt: str, images: Sequence[Image.Image], settings: RequestSettings) -> Reply:
-        """See `JudgeModel.ask`. With options, the text is {"probabilities": {word: number}} over the whole vocabulary."""
+        """See `JudgeModel.ask`. With `answer_choices`, the text is {"probabilities": {word: number}}; the probabilities
+        are over the whole vocabulary."""
         start, pictures = time.monotonic(), [_to_tensor(im) for im in images]
         if settings.answer_choices:
             with torch.no_grad():
-                seen = [self.critic.encode_images(p[None].to(self.critic.device))[0] for p in pictures]
-                chances = self.critic.logits([prompt], [seen])[0].double().softmax(0)
-            found = {w: float(chances[i]) for w, i in zip(settings.answer_choices, self._choice_token_ids(settings))}
+                visual_tokens = [self.critic.encode_images(p[None].to(self.critic.device))[0] for p in pictures]
+                probabilities = self.critic.logits([prompt], [visual_tokens])[0].double().softmax(0)
+            ids = self._choice_token_ids(settings)
+            found = {word: float(probabilities[i]) for word, i in zip(settings.answer_choices, ids)}
             text = json.dumps({"probabilities": found})
         else:
             assert settings.max_tokens is not None  # `check_supported` has refused the others
@@ -97,7 +100,7 @@ class LocalJudge(JudgeModel):
 
 
 def _family_by_model_type() -> dict[str, str]:
-    """config.json's model_type -> the file in critics/ that opens it."""
+    """The `model_type` in config.json -> the file in critics/ that opens such models."""
     kinds = {"llava_onevision": "llava_onevision"}
     for name in config.available_names("critics"):
         kinds |= dict.fromkeys(getattr(config.find_class("critics", name), "kinds", ()), name)
@@ -105,7 +108,7 @@ def _family_by_model_type() -> dict[str, str]:
 
 
 def _resolve_weights(weights: str) -> tuple[Path, str]:
-    """The folder, and what tells its weights from others: the Hub's commit, or a hash over the files."""
+    """The folder of the weights, and their revision: the Hub's commit, or a hash of the files."""
     if weights == config.EMBEDDED:
         folder = config.embedded_weights("critic")
     elif Path(weights).is_dir():
@@ -118,13 +121,13 @@ def _resolve_weights(weights: str) -> tuple[Path, str]:
 
 
 def hash_folder(folder: Path) -> str:
-    """A hash over names and contents of all files in a folder."""
-    whole = hashlib.sha256()
+    """A hash of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -1,17 +1,19 @@
-"""A judge behind HTTP that speaks OpenAI's chat completions: vLLM, SGLang, `transformers serve`, a paid service.
+"""A judge behind an HTTP server with OpenAI's chat completions API: vLLM, SGLang, `transformers serve`, a paid service.
 
-Plain standard library. One user message: pictures as data URLs and the text, in the protocol's order; no system
-message. The key comes from the environment variable NPEDIT_JUDGE_KEY, goes to the given server alone (redirects are not
-followed) and is written nowhere: where a server repeats it in an answer, it is replaced.
+Only the standard library is used. A request is one user message without a system message: pictures as data URLs and
+the text, in the protocol's order. The API key comes from the environment variable NPEDIT_JUDGE_KEY. The key is sent to
+the given server only (redirects are not followed) and is never written: where a server repeats the key in an answer,
+the key is replaced.
 
-What the server does decides the outcome, never a number:
+The server's behaviour decides the outcome of a question:
 
-- 429, 408, 5xx, a time-out, a cut connection, a body that is no JSON or holds no choice: asked again after a growing
-  wait (Retry-After is honoured; each wait is reported), then transport_error;
+- 429, 408, 5xx, a time-out, a lost connection, a body that is not JSON or has no choice: retried with exponential
+  backoff (Retry-After is respected; each wait is reported), then transport_error;
 - a content filter, in the status or as the finish reason, or a filled `refusal`: refused;
 - 400, 413, 422 for another reason: rejected;
 - 401, 403, 404, a redirect, no credit left, a page of HTML (a login page), a host without a name or certificate: the
-  run stops at once, and where nothing listens at the port after `CONNECTION_REFUSED_ATTEMPTS` attempts; all answers are kept.
+  run stops at once. Where nothing listens at the port, the run stops after `CONNECTION_REFUSED_ATTEMPTS` attempts. All
+  finished answers are kept.
 """
 
 from __future__ import annotations
@@ -61,16 +63,16 @@ MAX_RESPONSE_BYTES = 8_000_000  # of one answer
 MAX_WAIT_SECONDS = 300.0  # seconds between two attempts, whatever the server asks for
 CONNECTION_REFUSED_ATTEMPTS = 3  # attempts at a port where nothing listens
 CONNECTION_REFUSED_WAIT = 1.0  # seconds between them
-RESERVED_PARAMETERS = ("model", "messages", "stream", "n")  # of a request, that a user may not set
+RESERVED_PARAMETERS = ("model", "messages", "stream", "n")  # of a request; a user cannot set them
 
 
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Follow none: the key must not go elsewhere."""
+        """Follow no redirect: the key must not be sent to another server."""
 
 
 class _RetryableError(Exception):
-    """An attempt that may be made again, after `wait` seconds if the server said so."""
+    """A failed attempt that can be repeated, after `wait` seconds if the server said so."""
 
     def __init__(self, detail: str, wait: float = 0.0):
         super().__init__(detail)
@@ -82,12 +84,12 @@ class _ConnectionRefused(Exception):
 
 
 class ServerJudge(JudgeModel):
-    """`url` is the API's root, such as http://localhost:8000/v1; `timeout` is for one attempt, in seconds. `parameters`
-    go into each request, in place of the protocol's; a value of None leaves a parameter out. `on_retry` is called with a
-    line for people before each wait.
+    """`url` is the API's root, such as http://localhost:8000/v1. `timeout` is for one attempt, in seconds. `parameters`
+    are added to each request and replace the protocol's; a value of None removes a parameter. `on_retry` is called with
+    a line for people before each wait.
 
     Raises:
-        UserError: a URL that is none, no model, a key that no header can hold, or parameters that are not the user's.
+        UserError: the URL or the key is not valid, the model is missing, or a reserved parameter is set.
     """
 
     def __init__(
@@ -104,10 +106,10 @@ class ServerJudge(JudgeModel):
     ):
         validate_url(url)
         read_api_key()
-        fixed = [name for name in RESERVED_PARAMETERS if name in (parameters or {})]
-        if fixed:
+        reserved = [name for name in RESERVED_PARAMETERS if name in (parameters or {})]
+        if reserved:
             raise UserError(
-                f"expected parameters of decoding; got {', '.join(fixed)}, which npedit sets; leave them out"
+                f"expected parameters of decoding; got {', '.join(reserved)}, which npedit sets; leave them out"
             )
         if not model:
             raise UserError("expected the model's name as the server knows it; got none; give --judge-model")
@@ -124,7 +126,8 @@ class ServerJudge(JudgeModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `JudgeModel.identity`. The address is no part of it, so that a server may move; each answer records it."""
+        """See `JudgeModel.identity`. The address is not part of the identity, so that a server can move; each answer
+        records the address."""
         found = {"kind": "server", "model": self.name, "revision": self.revision}
         return found | ({"parameters": self.parameters} if self.parameters else {})
 
@@ -158,14 +161,14 @@ class ServerJudge(JudgeModel):
                     ) from None
             except _RetryableError as failed:
                 detail = str(failed)
-                grown = self.initial_backoff * 2**attempt * random.uniform(0.5, 1.5)
-                wait = min(max(grown, failed.wait), MAX_WAIT_SECONDS)
+                backoff = self.initial_backoff * 2**attempt * random.uniform(0.5, 1.5)
+                wait = min(max(backoff, failed.wait), MAX_WAIT_SECONDS)
             if attempt + 1 < self.max_attempts and self._wait_before_retry(wait, detail, attempt):
                 break
         return Reply(TRANSPORT_ERROR, detail=f"{detail} ({attempt + 1} attempts)")
 
     def _wait_before_retry(self, seconds: float, detail: str, attempt: int) -> bool:
-        """Report and wait; True if the run is being stopped."""
+        """Report the retry and wait. True if the run is being stopped."""
         if not self._stopping.is_set():
             self.on_retry(
                 f"{self.name}: {detail[:200]}; attempt {attempt + 2} of {self.max_attempts} in {seconds:.0f} s"
@@ -184,8 +187,8 @@ class ServerJudge(JudgeModel):
         ]
         text = [{"type": "text", "text": prompt}]
         content = text + pictures if settings.text_first else pictures + text
-        stated = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
-        decoding = {k: v for k, v in {**stated, **self.parameters}.items() if v is not None}
+        defaults = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
+        decoding = {k: v for k, v in {**defaults, **self.parameters}.items() if v is not None}
         return {"model": self.name, "messages": [{"role": "user", "content": content}], **decoding}
 
     def _send_request(self, body: bytes) -> Reply:
@@ -193,14 +196,14 @@ class ServerJudge(JudgeModel):
         if read_api_key():
             headers["Authorization"] = f"Bearer {read_api_key()}"
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers, method="POST")
-        end = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
         try:
             with self._open_url(request, timeout=self.timeout) as response:
-                return self._parse_response(_read_body(response, end))
+                return self._parse_response(_read_body(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
                 try:
-                    text = redact_api_key(_read_body(error, end)).decode(errors="replace")
+                    text = redact_api_key(_read_body(error, deadline)).decode(errors="replace")
                 except (OSError, http.client.HTTPException):
                     text = ""
             return self._handle_http_error(error.code, text, error.headers)
@@ -208,7 +211,7 @@ class ServerJudge(JudgeModel):
             raise self._classify_connection_error(error) from None
 
     def _parse_response(self, body: bytes) -> Reply:
-        """See `_parse_completion`. A page of HTML is a login page or another service's: all requests would get it."""
+        """The reply in a response. A page of HTML stops the run: a login page would answer all requests."""
         if body.lstrip()[:1] == b"<":
             raise JudgeUnavailable(
                 f"expected {self.url}/chat/completions to answer with JSON; got a page that begins "
@@ -218,7 +221,7 @@ class ServerJudge(JudgeModel):
         return _parse_completion(redact_api_key(body))
 
     def _classify_connection_error(self, error: Exception) -> Exception:
-        """What to raise for a request that got no answer."""
+        """The exception for a request that got no answer."""
         reason = getattr(error, "reason", error)
         detail = f"{type(reason).__name__}: {reason}"
         if isinstance(reason, ConnectionRefusedError):
@@ -230,12 +233,12 @@ class ServerJudge(JudgeModel):
         return _RetryableError(detail)
 
     def _handle_http_error(self, code: int, text: str, headers: Mapping[str, str] | Message) -> Reply:
-        said, detail = text.lower(), f"HTTP {code}: {' '.join(text.split())[:300]}"
-        if any(mark in said for mark in NO_CREDIT_MARKERS) or code == 402:
+        lowered, detail = text.lower(), f"HTTP {code}: {' '.join(text.split())[:300]}"
+        if any(mark in lowered for mark in NO_CREDIT_MARKERS) or code == 402:
             raise JudgeUnavailable(
                 f"expected credit left at {self.url}; got {detail}; add some and run the same command"
             )
-        if code in (400, 403, 422) and any(mark in said for mark in CONTENT_FILTER_MARKERS):
+        if code in (400, 403, 422) and any(mark in lowered for mark in CONTENT_FILTER_MARKERS):
             return Reply(REFUSED, detail=detail)
         if code in (408, 409, 425, 429) or code >= 500:
             raise _RetryableError(detail, _parse_retry_after(headers.get("Retry-After", "")))
@@ -248,10 +251,10 @@ class ServerJudge(JudgeModel):
 
 
 def validate_url(url: str) -> None:
-    """Refuse what is no address of an API.
+    """Check the address of an API.
 
     Raises:
-        UserError: it is none, or holds a key.
+        UserError: the address is not valid, or it holds a key.
     """
     try:
         parts = urlsplit(url)
@@ -270,45 +273,45 @@ def read_api_key() -> str:
     """The key from the environment, or "".
 
     Raises:
-        UserError: it holds what no header can. The message does not show it.
+        UserError: the key has a character that an HTTP header cannot hold. The message does not show the key.
     """
     key = os.environ.get(API_KEY_VARIABLE, "")
     wrong = [i for i, c in enumerate(key, 1) if not "!" <= c <= "~"]
     if wrong:
         raise UserError(
-            f"expected a key of plain ASCII characters in {API_KEY_VARIABLE}, without spaces and line breaks; got another "
-            f"character at position {wrong[0]} of {len(key)} (a line break at the end, or curly quotes, from copying); "
-            "set it again"
+            f"expected a key of plain ASCII characters in {API_KEY_VARIABLE}, without spaces and line breaks; got "
+            f"another character at position {wrong[0]} of {len(key)} (a line break at the end, or curly quotes, "
+            "from copying); set it again"
         )
     return key
 
 
 def redact_api_key(body: bytes) -> bytes:
-    """What a server sent, without the key, which some repeat in their errors."""
+    """A server's answer without the API key, which some servers repeat in error messages."""
     key = read_api_key().encode()
     return body.replace(key, b"[the key]") if len(key) >= 6 else body
 
 
-def _read_body(response: Any, end: float) -> bytes:
-    """The body, whole, before `end` of the monotonic clock: each single wait has a limit already, but many add up."""
+def _read_body(response: Any, deadline: float) -> bytes:
+    """The complete body. `deadline` is a time of the monotonic clock: each single wait has a limit, but many add up."""
     parts, size = [], 0
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise TimeoutError("the answer takes too long")
         if size > MAX_RESPONSE_BYTES:
             raise OSError(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
-    if getattr(response, "length", None):  # read1 does not complain of a body that was cut
+    if getattr(response, "length", None):  # read1 reports no error for an incomplete body
         raise http.client.IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
 
 
 def _parse_completion(body: bytes) -> Reply:
-    """What the JSON of a 200 says.
+    """The reply in the body of a response with status 200.
 
     Raises:
-        _RetryableError: it is no JSON, an error, or holds no choice.
+        _RetryableError: the body is not JSON, is an error, or has no choice.
     """
     try:
         found = json.loads(body)
@@ -322,13 +325,13 @@ def _parse_completion(body: bytes) -> Reply:
     model = str(found.get("model", ""))
     if refusal or reason == "content_filter":
         return Reply(REFUSED, str(refusal or content or ""), usage, f"finish_reason {reason}", model)
-    if isinstance(content, list):  # some servers give parts
+    if isinstance(content, list):  # some servers send a list of parts
         content = "".join(p.get("text", "") for p in content if isinstance(p, dict))
     return Reply(OK, content if isinstance(content, str) else "", usage, f"finish_reason {reason}", model)
 
 
 def _parse_retry_after(value: str) -> float:
-    """Seconds that the header asks to wait, given as a number or a date; 0 if it says nothing."""
+    """Seconds to wait, from the Retry-After header (a number or a date); 0 without one."""
     try:
         return max(0.0, float(value))
     except ValueError:
