@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit.errors import UserError
+from npedit.nets import distributed
 from npedit.nets.adamw import AdamWWithoutMomentum
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import validate_settings
@@ -84,6 +85,16 @@ def test_the_next_stage_goes_on_from_the_float32_weights() -> None:
     following = Learner(one.net, LearnerSettings(), 10).state()[0]
     assert all(torch.equal(following[f"net.{name}"], value) for name, value in ema.items())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in ema.values())
+
+
+def test_the_model_to_be_saved_has_the_float32_weights() -> None:
+    one = Learner(net().bfloat16(), LearnerSettings(lr=1e-5), 10)
+    one.update([lambda: one.net(X.bfloat16()).float().sum()])
+    whole = distributed.gather_full_model(one.net)
+    assert whole is not one.net and {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert all(torch.equal(p, one.state()[0][f"net.{name}"]) for name, p in whole.named_parameters())
+    plain = learner()
+    assert distributed.gather_full_model(plain.net) is plain.net
 
 
 def test_gradients_of_several_losses_add_up_in_float32() -> None:
