@@ -69,7 +69,7 @@ def nets(data):
     return Dino.load(str(data / "dino"), CPU), Clip.load(str(data / "clip"), CPU)
 
 
-def test_the_official_form_is_read(data):
+def test_the_official_prompts_file_is_read(data):
     subjects, digest = bench.read_subjects(data)
     can, bear, dog = subjects
     assert can.prompts == ("a can in the snow", "a can on a dog's bed")  # no doubled blank where the token was
@@ -140,7 +140,7 @@ def test_real_images_leave_out_equal_pairs(data, nets):
     assert found["real/clip_i_vitb32"]["value"] is None and found["real/clip_i_vitb32"]["coverage"] == 0
 
 
-def test_acceptance_is_the_papers_row():
+def test_real_image_values_are_compared_with_the_papers():
     def entries(a, b):
         return {"real/dino_vits16": {"value": a}, "real/clip_i_vitb32": {"value": b}}
 
@@ -154,7 +154,7 @@ def test_the_inputs_are_those_of_the_thirty_subjects():
     assert bench.INPUTS["poop_emoji"] == 0 and bench.INPUTS["dog3"] == 5
 
 
-def test_from_the_command_line(data, tmp_path):
+def test_a_copy_scores_the_same_as_the_copy_baseline(data, tmp_path):
     """The editor that does nothing scores what stands beside it as the copy."""
     words = ["evaluate", "dreambench", data, "--copy", "--pictures", 1, "--out", tmp_path / "r"]
     words += ["--dino", data / "dino", "--clip", data / "clip"]

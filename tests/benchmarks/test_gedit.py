@@ -39,7 +39,7 @@ def rows_of(found, scores):
 # ------------------------------------------------------------------------------------------------------------- items
 
 
-def test_items_come_in_the_official_order_with_whole_ids(tmp_path):
+def test_items_are_in_the_official_order_with_unique_ids(tmp_path):
     found = found_in(tmp_path, {"text_change": 3}, ("en", "cn"))
     assert [i.task for i in found if i.more["language"] == "en"][:2] == ["en/background_change", "en/color_alter"]
     assert len(found) == 2 * 13 and len({i.id for i in found}) == 26
@@ -93,7 +93,7 @@ def test_wrong_data_are_an_error(tmp_path):
         gedit.read_items(write_rows(tmp_path / "d", broken), ("en",), tmp_path)[0].source()
 
 
-def test_an_incomplete_benchmark_is_known_as_such(tmp_path):
+def test_missing_items_are_reported(tmp_path):
     sizes = (40, 40, 40, 40, 70, 60, 60, 57, 60, 99, 40)
     found = found_in(tmp_path)
     assert "the data hold 11 en" in gedit.missing_items_message(found)
@@ -108,7 +108,7 @@ def test_an_incomplete_benchmark_is_known_as_such(tmp_path):
 # -------------------------------------------------------------------------------------------------------- aggregation
 
 
-def test_macro_micro_and_the_root_of_means_by_hand(tmp_path):
+def test_macro_and_micro_means_by_hand(tmp_path):
     """subject-add has three items, all others one. O: (9, 4) -> 6, (0, 10) -> 0, (4, 4) -> 4; elsewhere (1, 4) -> 2."""
     found = found_in(tmp_path, {"subject-add": 3})
     additions = iter([(9, 4), (0, 10), (4, 4)])
@@ -128,7 +128,7 @@ def test_macro_micro_and_the_root_of_means_by_hand(tmp_path):
     assert not any("cn" in name or "both" in name for name in summary)
 
 
-def test_identities_hold_for_random_scores(tmp_path):
+def test_means_of_random_scores_satisfy_the_official_formulas(tmp_path):
     """The official formula, written once more with dictionaries of lists; Jensen's inequality; both languages."""
     rng = random.Random(0)
     found = found_in(tmp_path, {"text_change": 5, "ps_human": 3}, ("en", "cn"))
@@ -147,7 +147,7 @@ def test_identities_hold_for_random_scores(tmp_path):
     assert halves[2] == pytest.approx((halves[0] + halves[1]) / 2, abs=1e-12)  # as many items in each
 
 
-def test_missing_scores_are_no_zeros_and_make_no_headline(tmp_path):
+def test_missing_scores_are_not_zeros_and_there_is_no_headline(tmp_path):
     found = found_in(tmp_path, dict.fromkeys(gedit.TASKS, 2))
     lost = found[0].id
     rows = rows_of(found, lambda i: (None, 4) if i.id == lost else (4, 4))
@@ -163,7 +163,7 @@ def test_missing_scores_are_no_zeros_and_make_no_headline(tmp_path):
     assert zero["value"] == 0 and zero["n"] == 22
 
 
-def test_a_task_without_scores_makes_no_headline_however_few_are_wanted(tmp_path):
+def test_without_scores_in_one_task_there_is_no_headline_at_any_coverage(tmp_path):
     found = found_in(tmp_path)
     rows = rows_of(found, lambda i: (None, None) if i.kind == "ps_human" else (5, 5))
     assert gedit.summarise(rows, found, 0.5, "p")["p/en/full/O"]["value"] is None
@@ -227,7 +227,7 @@ def test_the_official_protocol_scales_the_result_and_writes_the_official_files(t
     assert [r["scores"] for r in again] == [r["scores"] for r in rows]
 
 
-def test_official_scores_that_lack_items_or_are_off_the_scale(tmp_path):
+def test_official_scores_with_missing_items_or_values_outside_the_scale(tmp_path):
     found = found_in(tmp_path)
     rows = rows_of(found, lambda i: (None, 3) if i.kind == "ps_human" else (3, 3))
     path = gedit.write_official_files(rows, found, tmp_path / "m", "j")[-1]

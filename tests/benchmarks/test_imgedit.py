@@ -47,7 +47,7 @@ def rows_of(found, numbers):
     return rows
 
 
-def test_items(found, tmp_path):
+def test_items_are_read_from_the_official_file(found, tmp_path):
     assert [i.id for i in found][:4] == ["imgedit/add/100", "imgedit/add/109", "imgedit/add/110", "imgedit/adjust/101"]
     assert found[0].edited == tmp_path / "edited/100.png" and found[0].source().tobytes() == picture(0).tobytes()
     assert "the data hold 11 of 9" in imgedit.missing_items_message(found)

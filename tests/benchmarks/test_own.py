@@ -63,7 +63,7 @@ def summary(root, name):
     return json.loads((root / name / "summary.json").read_text())
 
 
-def test_true_edits_reach_their_targets_and_spare_the_rest(done):
+def test_true_edits_match_their_targets_and_preserve_the_rest(done):
     found = summary(done[0], "r-true")
     assert found["l1_target"]["value"] == 0 and found["dino_vit32x2-7_target"]["value"] == pytest.approx(1)
     assert found["psnr_target"]["value"] is None and found["psnr_target"]["undefined"] == N
@@ -77,7 +77,7 @@ def test_true_edits_reach_their_targets_and_spare_the_rest(done):
     assert found["clip_dir_vit32x2-7"]["n"] > 0 and "copy/clip_dir_vit32x2-7" not in found
 
 
-def test_copies_keep_everything_and_are_called_copies(done):
+def test_copies_preserve_everything_and_are_counted_as_copies(done):
     found = summary(done[0], "r-copy")
     assert found["copied"]["value"] == 1 and found["l1"]["value"] == 0 and found["ssim"]["value"] == pytest.approx(1)
     assert found["dino_vit32x2-7"]["value"] == pytest.approx(1)
@@ -85,7 +85,7 @@ def test_copies_keep_everything_and_are_called_copies(done):
     assert found["clip_t_vit32x2-7"]["value"] == pytest.approx(found["copy/clip_t_vit32x2-7"]["value"])
 
 
-def test_the_editor_is_run_its_pictures_kept_and_it_goes_on(done):
+def test_a_second_run_edits_only_missing_pictures(done):
     root, said = done
     pictures = sorted((root / "r-editor" / "edited").iterdir())
     assert len(pictures) == N and "0%2F3.png" in [p.name for p in pictures]
@@ -100,7 +100,7 @@ def test_the_editor_is_run_its_pictures_kept_and_it_goes_on(done):
     assert settings["source"]["model"] == "embedded" and settings["protocol"]["benchmark"] == "own"
 
 
-def test_a_picture_that_is_not_there_is_missing(done, tmp_path):
+def test_a_missing_picture_has_no_scores(done, tmp_path):
     root = done[0]
     for path in sorted((root / "true").iterdir())[1:]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -165,7 +165,7 @@ def test_compare_refuses_what_cannot_be_compared(done, tmp_path):
     assert "no item has it in all" in run("compare", root / "r-copy", other, "--force", *plot, code=2)
 
 
-def test_bad_calls_and_data(done, tmp_path):
+def test_invalid_options_and_data_are_refused(done, tmp_path):
     root = done[0]
     assert "got several" in evaluated(root, "x", "--copy", "--edited", root / "true", code=2)
     assert "folder of edited pictures" in evaluated(root, "x", "--edited", tmp_path / "none", code=2)
@@ -186,7 +186,7 @@ def test_bad_calls_and_data(done, tmp_path):
             own.read_items(str(tmp_path))
 
 
-def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):
+def test_a_photo_that_cannot_be_opened_has_no_scores(root, tmp_path):
     """A row without edit type; and nothing is left out or counted that no item has."""
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
@@ -202,7 +202,7 @@ def test_a_photo_that_cannot_be_opened_is_missing_in_all(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["own", "dreambench"])
-def test_training_cannot_watch_a_benchmark_that_needs_data(name):
+def test_a_recipe_cannot_evaluate_on_a_benchmark_that_needs_data(name):
     with pytest.raises(UserError, match=f"npedit evaluate {name}"):
         parts._check_benchmark(name, [(32, 32)], 8)
 
@@ -246,7 +246,7 @@ def test_leftovers_of_a_full_disk_are_accepted(tmp_path):
     assert "something else" in measured(data, tmp_path / "other", "--copy", code=2)
 
 
-def test_pictures_of_another_editor_with_another_ending_or_size_are_found_and_others_are_explained(tmp_path):
+def test_pictures_of_another_editor_may_have_another_extension_and_wrong_sizes_are_explained(tmp_path):
     data = write_photos(tmp_path / "data", "a", "b")
     theirs = tmp_path / "theirs"
     theirs.mkdir()

@@ -199,7 +199,7 @@ def test_pictures_are_not_reused_after_a_change(evaluated, change, here):
     assert is_same(found, expected) if code == 0 else is_same(found, old) and "choose another" in said, said
 
 
-def test_an_editor_is_another_one_after_its_local_base_model_changed(tmp_path):
+def test_the_hash_of_an_editor_covers_its_local_base_model(tmp_path):
     editor, base = tmp_path / "editor", tmp_path / "base"
     shutil.copytree(config.embedded_weights("editor"), editor)
     assert hash_editor(str(editor)) == hash_editor("embedded")  # as in results of earlier versions
@@ -234,7 +234,7 @@ def rows_of(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_the_same_command_goes_on_after_a_full_disk(name, here):
+def test_the_same_command_resumes_after_a_full_disk(name, here):
     """The limit rises from run to run, so that each time another file is the first that does not fit."""
     write_data(name, here / "data")
     with serving(lambda *_: ANSWERS[name]) as server:
@@ -271,7 +271,7 @@ def test_a_damaged_answer_is_asked_for_again_and_the_others_are_kept(name, damag
 
 
 @pytest.mark.parametrize("name", JUDGED)
-def test_a_run_goes_on_at_another_address_and_the_settings_count_the_answers_of_each(name, here):
+def test_a_run_resumes_at_another_address_and_the_settings_count_the_answers_of_each(name, here):
     write_data(name, here / "data")
 
     def fail_after_one(number, _):

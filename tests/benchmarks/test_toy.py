@@ -27,7 +27,7 @@ def targets(edits):
     return lambda references, instructions: torch.stack([next(waiting) for _ in instructions])
 
 
-def test_items_are_balanced_held_out_and_repeat_themselves(edits):
+def test_items_are_balanced_held_out_and_reproducible(edits):
     assert [e.edit_type for e in edits] == list(EDIT_TYPES) * (N // len(EDIT_TYPES))
     assert toy.sample_items(N, seed=3) == edits
     assert toy.sample_items(2 * N, seed=3)[:N] == edits

@@ -37,8 +37,8 @@ def model_with_digit_tokens(seed: int) -> SmolVLM:
 
 
 def model_that_answers(seed: int) -> SmolVLM:
-    """A tiny SmolVLM that gives the answer ANSWER to every question. Its layers add nothing, so that each token depends on
-    the previous one alone, and its head is trained on the tokens of ANSWER."""
+    """A tiny SmolVLM that answers every question with ANSWER. The layers add nothing, so that each token depends on the
+    previous one only. The head is trained on the tokens of ANSWER."""
     critic = model_with_digit_tokens(seed)
     model = critic.model
     for layer in model.model.text_model.layers:

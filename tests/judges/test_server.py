@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 
 from npedit.benchmarks import _scorer, gedit
-from npedit.benchmarks._headlines import judge_noise
+from npedit.benchmarks._headlines import measure_judge_noise
 from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.base import JudgeUnavailable, RequestSettings
@@ -162,7 +162,7 @@ def test_a_permanent_fault_is_a_missing_answer(fault):
 
 
 @pytest.mark.parametrize("wait", ["0.4", "date"])
-def test_retry_after_is_honoured(wait):
+def test_retry_after_is_respected(wait):
     def answer(n, _):
         value = formatdate(time.time() + 2, usegmt=True) if wait == "date" else wait
         return status(429, "slow down", Retry_After=value) if n < 1 else GOOD
@@ -338,7 +338,7 @@ def test_an_unreadable_answer_is_asked_for_again_with_a_reminder(bench, tmp_path
     assert "one JSON object and nothing else" in texts[1] and texts[1].startswith(texts[0])
 
 
-def test_a_second_run_asks_nothing_and_a_changed_pixel_asks_anew(bench, tmp_path):
+def test_a_second_run_asks_only_about_changed_pixels(bench, tmp_path):
     with serving(lambda _, body: scores_of(body)) as server:
         first = run(server, bench, tmp_path / "a.jsonl")
         assert len(server.bodies) == 2 * len(bench)
@@ -392,7 +392,7 @@ def test_several_workers_give_the_same_rows(bench, tmp_path):
         assert run(server, bench, tmp_path / "a.jsonl") == run(server, bench, tmp_path / "b.jsonl", workers=8)
 
 
-def test_sc_sees_both_pictures_and_pq_the_edited_one_alone(bench, tmp_path):
+def test_sc_shows_both_pictures_and_pq_only_the_edited_one(bench, tmp_path):
     with serving(lambda *_: GOOD) as server:
         run(server, bench[:1], tmp_path / "a.jsonl")
     sc, pq = server.bodies
@@ -401,7 +401,7 @@ def test_sc_sees_both_pictures_and_pq_the_edited_one_alone(bench, tmp_path):
     assert bench[0].instruction in text_of(sc) and bench[0].instruction not in text_of(pq)
 
 
-def test_repeats_and_exchanged_pictures(bench, tmp_path):
+def test_repeats_and_swapped_pictures(bench, tmp_path):
     """SC is asked twice in each order and PQ twice; means over passes, and the spread of both kinds."""
     values = {(False, 0): 4, (False, 1): 6, (True, 0): 8, (True, 1): 10}
     asked = dict.fromkeys((False, True), 0)
@@ -422,7 +422,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
         assert len(server.bodies) == 6
     assert rows[0]["scores"] == {"SC": 7.0, "PQ": 4.0, "O": pytest.approx(28**0.5)}
     assert rows[0]["numbers"]["SC"] == [[10, 4], [10, 6], [10, 8], [10, 10]]
-    noise = judge_noise(rows, 2, True, min)
+    noise = measure_judge_noise(rows, 2, True, min)
     assert noise == {"SC": {"repeat_sd": pytest.approx(2**0.5), "order_gap": 4.0}, "PQ": {"repeat_sd": 0.0}}
     with serving(lambda _, body: answer(0, body) if len(images_of(body)) == 1 or asked[True] < 2 else "no") as server:
         asked.update({False: 0, True: 2})
@@ -433,7 +433,7 @@ def test_repeats_and_exchanged_pictures(bench, tmp_path):
 # ------------------------------------------------------------------------------------------------ what cannot go well
 
 
-def test_five_equal_refusals_stop_the_run_with_the_servers_words(bench, tmp_path):
+def test_five_equal_rejections_stop_the_run_and_show_the_servers_message(bench, tmp_path):
     words = "Unsupported parameter: use max_completion_tokens (request {})"
     with serving(lambda n, _: status(400, words.format(1000 + n))) as server:
         with pytest.raises(
@@ -473,7 +473,7 @@ def test_an_interruption_ends_within_seconds_though_the_server_never_answers(ben
         released.set()
 
 
-def test_another_address_goes_on_with_the_same_results(bench, tmp_path):
+def test_a_run_resumes_at_another_address(bench, tmp_path):
     with serving(lambda _, body: scores_of(body)) as first:
         run(first, bench[:3], tmp_path / "a.jsonl")
     with serving(lambda _, body: scores_of(body)) as second:

@@ -23,11 +23,10 @@ FULL_WIDTH = str.maketrans("\uff0c\uff1a\uff3b\uff3d\uff0f", ",:[]/")  # punctua
 ParsedScores = tuple[str, tuple[float, ...]]  # outcome; the scores if the outcome is ok, else ()
 
 
-def parse_scores(kind: str, text: str, count: int, low: float, high: float) -> ParsedScores:
-    """The `count` scores of an answer in the format `kind` (json, lines, digits), each in [low, high]."""
-    found = {"json": _scores_from_json, "lines": _scores_from_lines, "digits": _score_from_digit_probabilities}[kind](
-        _strip_reasoning(text), count
-    )
+def parse_scores(answer_format: str, text: str, count: int, low: float, high: float) -> ParsedScores:
+    """The `count` scores of an answer, each in [low, high]. `answer_format` is json, lines or digits."""
+    parsers = {"json": _scores_from_json, "lines": _scores_from_lines, "digits": _score_from_digit_probabilities}
+    found = parsers[answer_format](_strip_reasoning(text), count)
     found = found and [_parse_number_text(value, high) for value in found]
     if found is None or len(found) != count or not all(_is_number(n) for n in found):
         return PARSE_ERROR, ()

@@ -47,7 +47,7 @@ def _mean_over_tasks(by_task: Mapping[str, Sequence[float]], micro: bool) -> flo
     return statistics.fmean(means) if means else None
 
 
-def judge_noise(
+def measure_judge_noise(
     rows: Sequence[Row], repeats: int, swap: bool, combine: Callable[[Sequence[float]], float]
 ) -> dict[str, dict[str, float]]:
     """Score -> `repeat_sd`, the standard deviation of single answers around their item's mean, and `order_gap`, the

@@ -83,7 +83,9 @@ def results_table(
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def edit_items(edit: EditFn, items: Sequence[Item], on_progress: ProgressCallback, editor: Mapping[str, Any]) -> None:
+def edit_missing_items(
+    edit: EditFn, items: Sequence[Item], on_progress: ProgressCallback, editor: Mapping[str, Any]
+) -> None:
     """Edit every item that has no picture yet, or one that was made from another source, instruction or `editor`
     (facts: weights, seed, steps)."""
     keys = {item.id: edit_cache_key(item.source(), item.instruction, editor) for item in items}

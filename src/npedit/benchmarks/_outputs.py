@@ -37,7 +37,7 @@ class EditJob:
     seed: int
 
 
-def edit_missing(
+def edit_missing_pictures(
     jobs: Sequence[EditJob],
     edit: Edit,
     folder: Path,
@@ -54,7 +54,7 @@ def edit_missing(
     """
     hash_photo = cache(_hash_photo)
     keys = {
-        job.file: _combined_key(
+        job.file: _hash_inputs(
             hash_photo(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
         )
         for job in jobs
@@ -84,10 +84,10 @@ def edit_missing(
 def edit_cache_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:
     """A hash of everything that an edited picture depends on: the source's pixels, the instruction, and the editor's
     facts (weights, seed, steps)."""
-    return _combined_key(answer_cache_key([source]), instruction, editor)
+    return _hash_inputs(answer_cache_key([source]), instruction, editor)
 
 
-def _combined_key(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:
+def _hash_inputs(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:
     return hash_json({"source": source_digest, "instruction": instruction, "editor": dict(editor)})
 
 
@@ -135,13 +135,13 @@ def make_opener(path: Path, what: str) -> ImageOpener:
     `what` names the picture in the message."""
 
     @cache
-    def opened() -> Image.Image:
+    def open_once() -> Image.Image:
         try:
             return read_photo(path)
         except BadImage as error:
             raise MissingScore(f"no {what} {path.name}: {error}") from None
 
-    return opened
+    return open_once
 
 
 def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:

@@ -96,8 +96,8 @@ class Protocol:
                 "choose an official --protocol"
             )
         texts = _read_official_prompts(name, raw["answer"], prompts) if needs_official else {}
-        shapes = raw.pop("criteria", {})
-        questions = tuple(_parse_question(key, q, texts, shapes) for key, q in raw.pop("questions").items())
+        criteria_by_type = raw.pop("criteria", {})
+        questions = tuple(_parse_question(key, q, texts, criteria_by_type) for key, q in raw.pop("questions").items())
         choices = DIGITS if raw["answer"] == "digits" else ()
         how = {key: raw.pop(key) for key in ("temperature", "max_tokens", "text_first", "jpeg_quality")}
         return cls(**raw, request_settings=RequestSettings(**how, answer_choices=choices), questions=questions)
@@ -138,12 +138,12 @@ def _fill_instruction(text: str, instruction: str) -> str:
 
 
 def _parse_question(
-    name: str, raw: Mapping[str, Any], official: Mapping[str, str], shapes: Mapping[str, str]
+    name: str, raw: Mapping[str, Any], official: Mapping[str, str], criteria_by_type: Mapping[str, str]
 ) -> Question:
     """A question with its texts: the file's, one for each edit type if there are criteria by type, or the official
     ones."""
     if "blocks" not in raw:
-        kinds = shapes or {"": ""}
+        kinds = criteria_by_type or {"": ""}
         own, other = (
             {k: tuple(t.replace("<criteria>", v) for t in raw.get(key, ())) for k, v in kinds.items()}
             for key in ("texts", "swapped")
@@ -166,10 +166,10 @@ def _parse_question(
     return Question(name, tuple(raw["pictures"]), raw["criteria"], texts, swapped)
 
 
-def _read_official_prompts(name: str, answer: str, prompts: Path | None) -> dict[str, str]:
+def _read_official_prompts(name: str, answer_format: str, prompts: Path | None) -> dict[str, str]:
     """Name -> official text. The texts are constants of a Python file, which is parsed and not run, or entries of a
     JSON file."""
-    wanted = IMGEDIT if answer == "lines" else VIESCORE
+    wanted = IMGEDIT if answer_format == "lines" else VIESCORE
     found = list(_find_prompt_files(wanted, prompts))
     if not found:
         where = f"in {prompts}" if prompts else f"in an installed {' or '.join(p for p, _ in PACKAGES[wanted])}"

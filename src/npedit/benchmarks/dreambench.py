@@ -185,7 +185,7 @@ def _metrics_of_prompt(
     def text() -> Tensor:
         return clip.encode_texts([subject.prompts[prompt]])
 
-    def given(encoder: Any) -> Features:
+    def input_features(encoder: Any) -> Features:
         return lambda: features[encoder]()[[subject.input_index]]
 
     for name, encoder in (("dino", dino), ("clip_i", clip)):
@@ -194,9 +194,9 @@ def _metrics_of_prompt(
             measure = partial(_mean_cosine, theirs=partial(_select_rows, real, which))
             made[f"{name}_{encoder.tag}{suffix}"] = partial(measure, edited)
             if suffix != "_input":  # of the input to itself: one
-                copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, given(encoder))
+                copy[f"copy/{name}_{encoder.tag}{suffix}"] = partial(measure, input_features(encoder))
     made[f"clip_t_{clip.tag}"] = partial(_mean_cosine, pictures(clip), theirs=text)
-    copy[f"copy/clip_t_{clip.tag}"] = partial(_mean_cosine, given(clip), theirs=text)
+    copy[f"copy/clip_t_{clip.tag}"] = partial(_mean_cosine, input_features(clip), theirs=text)
     return made | copy
 
 

@@ -171,10 +171,10 @@ def _metrics_of_item(
 
 
 def _open_optional(path: Path | None, what: str) -> Callable[[], Image.Image]:
-    def nothing() -> Image.Image:
+    def raise_undefined() -> Image.Image:
         raise UndefinedMetric(f"no {what} is given")
 
-    return make_opener(path, what) if path else nothing
+    return make_opener(path, what) if path else raise_undefined
 
 
 def task_table(rows: Sequence[Row]) -> Table:

@@ -164,11 +164,11 @@ def score(
         if on_progress:
             on_progress(len(rows), len(items))
     if save_to:
-        _save(save_to, items, rows, kept)
+        _save_pictures(save_to, items, rows, kept)
     kinds = [e.edit_type for e in items]
     return {
-        **_rates(rows),
-        "by_type": {t: _rates([r for r, k in zip(rows, kinds) if k == t]) for t in EDIT_TYPES if t in kinds},
+        **_success_rates(rows),
+        "by_type": {t: _success_rates([r for r, k in zip(rows, kinds) if k == t]) for t in EDIT_TYPES if t in kinds},
         "copy_rate": copies / len(rows),
         "outside_change": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
@@ -200,7 +200,7 @@ def attribute_failures(
     return counts
 
 
-def _rates(rows: Sequence[tuple[bool, bool]]) -> TypeScores:
+def _success_rates(rows: Sequence[tuple[bool, bool]]) -> TypeScores:
     applied, preserved, both = sum(a for a, _ in rows), sum(p for _, p in rows), sum(a and p for a, p in rows)
     n = len(rows)
     return {
@@ -211,7 +211,7 @@ def _rates(rows: Sequence[tuple[bool, bool]]) -> TypeScores:
     }
 
 
-def _save(
+def _save_pictures(
     folder: Path, items: Sequence[Edit], rows: list[tuple[bool, bool]], kept: list[tuple[Tensor, Tensor]]
 ) -> None:
     with explain_write_errors(folder):

@@ -139,7 +139,7 @@ def edit_and_judge(
 ) -> tuple[dict[str, Any], str, Any]:
     """Edit the pictures and ask the judge; returns facts for summary.json, the protocol's name, and rows of scores."""
     from npedit.benchmarks import _judged, _scorer
-    from npedit.benchmarks._headlines import judge_noise
+    from npedit.benchmarks._headlines import measure_judge_noise
     from npedit.benchmarks._protocol import Protocol
     from npedit.judges.cache import AnswerCache
 
@@ -163,7 +163,7 @@ def edit_and_judge(
         _judged.write_initial_settings(folder, facts)
         if edit:
             with ProgressBar(f"editing with {request.model}", len(todo)) as report_progress:
-                _judged.edit_items(edit, todo, report_progress, _picture_facts(editor))
+                _judged.edit_missing_items(edit, todo, report_progress, _picture_facts(editor))
         kept = len(cache)
         with ProgressBar(f"asking {judge.name}", len(todo)) as report_progress:
             rows = _scorer.score_items(
@@ -172,7 +172,7 @@ def edit_and_judge(
         out.print(escape(f"{len(cache) - kept} answers came from {judge.name}; {kept} were there already."))
         if addresses := cache.count_answers_by_address():
             facts["addresses"] = addresses
-        noise = judge_noise(rows, request.repeats, request.swap, bench.combine_numbers)
+        noise = measure_judge_noise(rows, request.repeats, request.swap, bench.combine_numbers)
         facts |= {"usage": cache.total_token_usage(), "noise": noise}
     return facts, protocol.name, rows
 

@@ -196,7 +196,7 @@ class PictureEvaluation:
 
     def edit_pictures(self, jobs: Sequence[Any], longest_side: int = 0) -> None:
         """Edit the pictures that are missing. Pictures of another editor are left as they are."""
-        from npedit.benchmarks._outputs import edit_missing
+        from npedit.benchmarks._outputs import edit_missing_pictures
 
         source = self.source
         if source.edited:
@@ -208,7 +208,7 @@ class PictureEvaluation:
             editor = open_editor(source.model, source.base, out)
             edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, source.steps)  # noqa: E731
         with ProgressBar("editing") as report_progress:
-            edit_missing(jobs, edit, self.pictures, report_progress, longest_side, facts)
+            edit_missing_pictures(jobs, edit, self.pictures, report_progress, longest_side, facts)
 
     def write_results(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
         """Write the results and print the headline figures; `extra` holds further headlines.
