@@ -180,7 +180,7 @@ def banned(path: str, text: str) -> list[str]:
     ]
 
 
-def test_layers_hold() -> None:
+def test_imports_keep_to_the_layers() -> None:
     """import-linter's contracts, in pyproject.toml. In a process of its own: it switches other loggers off."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -188,12 +188,12 @@ def test_layers_hold() -> None:
     assert "Contracts: 2 kept, 0 broken" in done.stdout
 
 
-def test_siblings_import_only_their_base() -> None:
+def test_a_file_imports_no_sibling_but_base() -> None:
     complaints = [c for path, tree in sources() for c in meddling_siblings(path, tree)]
     assert not complaints, complaints
 
 
-def test_outside_packages_stay_in_their_place() -> None:
+def test_outside_packages_are_imported_only_in_their_folders() -> None:
     complaints = [c for path, tree in sources() for c in misplaced(path, tree)]
     assert not complaints, complaints
 
@@ -302,7 +302,7 @@ def test_shapes_are_checked() -> None:
 
 
 @pytest.mark.parametrize("method", ["connect", "connect_ex"])
-def test_the_network_is_out_of_reach(method: str) -> None:
+def test_a_test_cannot_reach_the_network(method: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:  # its connect sends nothing
         with pytest.raises(RuntimeError, match="without network"):
             getattr(far, method)(("192.0.2.1", 9))

@@ -42,6 +42,6 @@ def test_large_packages_are_imported_only_when_used(code: str, unwanted: set[str
     assert not found & unwanted
 
 
-def test_an_import_is_seen() -> None:
+def test_the_check_finds_an_import() -> None:
     """The check above would notice: a module that needs torch imports torch."""
     assert MODELS & imported_by("import npedit.flow") == {"torch"}

@@ -60,7 +60,7 @@ def test_training_opens_no_edited_image(paired, opened):
     assert [p for p in opened if "edited/" in p]  # and would have seen this
 
 
-def test_the_spy_sees_what_pillow_and_torch_open(paired, opened):
+def test_the_audit_hook_sees_files_that_pillow_and_torch_open(paired, opened):
     from PIL import Image
 
     with Image.open(paired / "edited" / "000001.png") as image:
@@ -80,7 +80,7 @@ def test_training_is_bit_for_bit_the_same_without_and_with_other_edited_images(p
         assert all(torch.equal(a, b) for a, b in zip(train(folder), wanted)), folder.name
 
 
-def test_the_photos_do_matter(paired, tmp_path):
+def test_other_photos_train_another_editor(paired, tmp_path):
     """The comparison above can fail: another photo gives other weights."""
     other = tmp_path / "other"
     shutil.copytree(paired, other)
@@ -113,7 +113,7 @@ def test_the_toy_never_draws_an_edited_scene(monkeypatch):
     assert not [scene for scene in drawn if scene in [e.target for e in edits]]
 
 
-def test_a_paired_source_is_not_looked_at():
+def test_training_reads_no_edited_image_of_a_paired_source():
     """The baselines' batches hold edited images; the method does not touch them, were they of no sense at all."""
     found = []
     for edited in (None, torch.full((2, 3, 16, 16), torch.nan)):

@@ -17,7 +17,7 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_names_this_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (str(cited["version"]), cited["license"]) == (project()["version"], project()["license"])
     assert cited["authors"] == [{"name": "npedit contributors"}]

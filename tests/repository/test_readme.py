@@ -169,7 +169,7 @@ def recipe_keys() -> set[str]:
     return seen
 
 
-def test_the_tree_is_the_packages() -> None:
+def test_the_tree_in_architecture_lists_the_packages_files() -> None:
     found = blocks((ROOT / "docs/architecture.md").read_text(encoding="utf-8"), "tree")
     assert len(found) == 1, "expected one fenced block ```tree in docs/architecture.md"
     stated = tree_files(found[0])
@@ -235,13 +235,13 @@ def test_readme_says_how_to_begin() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document: str) -> None:
+def test_every_link_resolves(document: str) -> None:
     path = ROOT / document
     assert broken_links(path.read_text(encoding="utf-8"), path) == []
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/shipped-editor.md"])
-def test_the_studys_figures_are_those_of_its_results(document: str) -> None:
+def test_figures_of_the_study_are_those_of_its_results(document: str) -> None:
     """Rows that begin with a variant's name: applied, preserved and both, with their intervals."""
     scores = json.loads((ROOT / "docs/results/results.json").read_text(encoding="utf-8"))
     rows = re.findall(r"^\| `(\w+)`: [^|]+\|(.*)\|$", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
@@ -266,7 +266,7 @@ def test_every_target_says_what_it_is_for() -> None:
         assert re.search(rf"^{target}:.*## \w", text, flags=re.MULTILINE), f"{target} has no description"
 
 
-def test_mistakes_are_found() -> None:
+def test_these_checks_find_mistakes() -> None:
     """Each check, on a text that breaks it."""
     program = command_line()
     assert wrong_words(["make", "dmeo"], program) == ["make dmeo: no target dmeo"]

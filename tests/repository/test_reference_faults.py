@@ -29,10 +29,10 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
         "test_questions::test_do_nothing_gets_the_identity_question_alone",
         "steps/test_np_edit::test_do_nothing_items_get_the_identity_question_alone",
     )),
-    4: ("bfloat16 weights without a float32 copy", ("nets/test_learner::test_master_weights_are_float32",)),
+    4: ("bfloat16 weights without a float32 copy", ("nets/test_learner::test_a_bfloat16_model_trains_float32_master_weights",)),
     5: ("an EMA that is never built", (
         "nets/test_learner::test_the_average_really_averages",
-        "training/test_trainer::test_the_final_editor_holds_the_averaged_weights",
+        "training/test_trainer::test_the_final_editor_holds_the_ema_weights",
     )),
     6: ("black bars from cropping", (
         "data/test_photos::test_no_padding_for_any_aspect",
@@ -93,7 +93,7 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     )),
     29: ("no loading without worker processes", ("data/test_order::test_batches_are_made_ahead",)),
     30: ("one critic and one base model wired in", (
-        "repository/test_architecture::test_siblings_import_only_their_base",
+        "repository/test_architecture::test_a_file_imports_no_sibling_but_base",
         "critics/test_llava_onevision::test_the_folder_is_an_ordinary_transformers_folder",
         "recipe/test_config::test_names_are_files",
     )),
@@ -103,14 +103,16 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
         "nets/test_lora::test_the_final_adapter_opens_in_diffusers_and_in_the_editor",
     )),
     32: ("evaluation on training data, keys lost, one seed for all", (
-        "benchmarks/test_toy::test_training_streams_never_meet_the_held_out_ones",
-        "benchmarks/test_toy::test_items_are_balanced_held_out_and_repeat_themselves",
+        "benchmarks/test_toy::test_training_never_draws_held_out_instructions",
+        "benchmarks/test_toy::test_items_are_balanced_held_out_and_reproducible",
         "test_generator::test_a_batch_of_three_is_its_images_one_by_one",
     )),
-    33: ("no look at samples during training", ("training/test_trainer::test_evaluation_and_samples_come_when_due",)),
+    33: ("no look at samples during training", (
+        "training/test_trainer::test_evaluation_and_samples_keep_to_their_interval",
+    )),
     34: ("files named in the documents that do not exist", (
-        "repository/test_readme::test_links_lead_somewhere",
-        "repository/test_readme::test_the_tree_is_the_packages",
+        "repository/test_readme::test_every_link_resolves",
+        "repository/test_readme::test_the_tree_in_architecture_lists_the_packages_files",
         "repository/test_architecture::test_shipped_recipes_load",
     )),
     35: ("no ablation switches", (
@@ -122,7 +124,7 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     36: ("output not resized back, base weights loaded to be overwritten", (
         "test_editor::test_each_picture_comes_back_in_its_own_size_as_rgb",
     )),
-    37: ("left-over code", ("repository/test_architecture::test_outside_packages_stay_in_their_place",)),
+    37: ("left-over code", ("repository/test_architecture::test_outside_packages_are_imported_only_in_their_folders",)),
 }  # fmt: skip
 
 FREE: dict[int, str] = {
@@ -146,7 +148,7 @@ def test_every_fault_is_answered_once() -> None:
 
 
 @pytest.mark.parametrize("number", sorted(HELD))
-def test_the_tests_that_hold_us_to_it_exist(number: int) -> None:
+def test_every_named_test_exists(number: int) -> None:
     _, names = HELD[number]
     assert names
     for name in names:

@@ -76,7 +76,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("file", "harm"), [pytest.param(*pair, marks=[] if pair in SAMPLE else [pytest.mark.slow]) for pair in ALL]
 )
-def test_a_damaged_file_of_a_run(stopped: Path, tmp_path: Path, file: str, harm: str) -> None:
+def test_a_run_with_a_damaged_file_resumes_or_is_named(stopped: Path, tmp_path: Path, file: str, harm: str) -> None:
     """The report and the training end well, or with a message that names the run."""
     run = shutil.copytree(stopped, tmp_path / "run")
     HARMS[harm](run / file)
@@ -103,7 +103,7 @@ def test_a_damaged_line_anywhere_is_skipped_and_counted(
     assert len(checkpoint.read_rows(path)) == 2 and not caplog.text
 
 
-def test_without_any_good_checkpoint_nothing_starts_anew_by_itself(stopped: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_good_checkpoint_does_not_restart_by_itself(stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     for state in run.glob("checkpoint-*/state.json"):
         state.unlink()
@@ -199,7 +199,7 @@ def test_other_errors_are_not_out_of_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------- stops
 
 
-def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_up(tmp_path: Path, monkeypatch) -> None:
+def test_a_stop_does_not_wait_for_an_evaluation_and_the_resumed_run_repeats_it(tmp_path: Path, monkeypatch) -> None:
     looking = recipe(trainer=PACE | {"benchmark": "toy", "evaluate_items": 9, "evaluate_every": 2})
     whole = train(tmp_path / "whole", looking)
     from npedit.steps.reference_copy import Step

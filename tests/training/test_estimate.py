@@ -21,7 +21,7 @@ from npedit.recipe.config import Recipe, load_recipe, make_recipe
 from npedit.steps.np_edit import NpEditSettings, Step
 from npedit.training.estimate import (
     PUBLISHED,
-    WORDS,
+    SAMPLE_PROMPT,
     Estimate,
     config_folder,
     estimate,
@@ -67,7 +67,7 @@ def plain(models) -> Estimate:
 
 
 def worst(found: Estimate, what: str, stage: str = "np_edit: ") -> int:
-    return max(p.held.get(what, 0) for p in found.phases if p.name.startswith(stage))
+    return max(p.bytes_by_part.get(what, 0) for p in found.phases if p.name.startswith(stage))
 
 
 def counted(net: nn.Module) -> int:
@@ -96,8 +96,8 @@ def test_weights_averages_and_moments_are_counted_exactly(plain, models) -> None
 
 
 def test_what_settings_switch_off_and_what_a_type_costs(plain, models) -> None:
-    """No averages where `ema` is 0; a second moment more where beta1 is not 0; float32 weights beside those of bfloat16,
-    in which the models compute."""
+    """No EMA weights where `ema` is 0; a first moment only where beta1 is not 0; float32 weights beside those of
+    bfloat16, in which the models compute."""
     net = worst(plain, "base")
     lean = {"step": "np_edit", "updates": 1, "batch_size": ITEMS,
             "settings": {"fake_updates": 2, "fake": {"ema": 0.0, "betas": [0.5, 0.9]}}}  # fmt: skip
@@ -121,7 +121,7 @@ def measured(of: Recipe) -> int:
     """The most bytes that an update of np_edit has on a CPU beside those from before it, by torch's profiler."""
     parts = build_parts(of)
     step = Step(NpEditSettings(fake_updates=2), parts, parts.create_trainable("student", 0), 1, 0)
-    words, kinds = (WORDS,) * ITEMS, ("replace",) * ITEMS
+    words, kinds = (SAMPLE_PROMPT,) * ITEMS, ("replace",) * ITEMS
     items = Batch(words, torch.rand(ITEMS, 3, SIDE, SIDE), words, kinds, words, words, words)
     most = 0
     for update in (0, update_with_two_transitions()):  # the first makes the optimizers' state
@@ -139,13 +139,13 @@ def measured(of: Recipe) -> int:
 def test_the_estimated_peak_is_within_a_tenth_of_the_profilers(models, plain, memory) -> None:
     of = recipe(models, memory=memory, stages=[NP_EDIT])
     found = estimate(of, at_once=False) if memory else plain
-    expected = max(sum(p.held.get(b, 0) for b in BETWEEN) for p in found.phases if p.name.startswith("np_edit: ")
-                   and p.name != "np_edit: set-up")  # fmt: skip
+    phases = [p for p in found.phases if p.name.startswith("np_edit: ") and p.name != "np_edit: set-up"]
+    expected = max(sum(p.bytes_by_part.get(b, 0) for b in BETWEEN) for p in phases)
     got = measured(of)
     assert expected == pytest.approx(got, rel=0.1), f"estimated {expected}, measured {got}: {expected / got - 1:+.1%}"
 
 
-def test_each_saving_saves(plain, models) -> None:
+def test_lora_offload_and_checkpointing_lower_the_estimate(plain, models) -> None:
     """Each in the stage where the saving shows; LoRA and offload do not touch the same figures."""
     lora = estimate(recipe(models, stages=[NP_EDIT], lora={"rank": 2, "alpha": 2}, memory={"offload": True}))
     assert worst(lora, "base") >= worst(plain, "base")
@@ -153,11 +153,11 @@ def test_each_saving_saves(plain, models) -> None:
         assert 0 < worst(lora, what) < 0.5 * worst(plain, what), what
     again = estimate(recipe(models, stages=[COPY], memory={"gradient_checkpointing": True}), at_once=False)
     assert worst(again, "activations", "reference_copy: update") < worst(plain, "activations", "reference_copy: update")
-    away = {p.name: p.held for p in lora.phases}
+    away = {p.name: p.bytes_by_part for p in lora.phases}
     assert away["np_edit: fake"]["critic"] == 0 < away["np_edit: critic"]["critic"]
 
 
-def test_slices(plain, models) -> None:
+def test_two_processes_hold_half_a_batch_and_with_sharding_half_the_weights(plain, models) -> None:
     """Two processes: half of the batch each; sharded, half of all that is trained too."""
     both = recipe(models, trainer={"sample_items": 2, "shard": "full"})
     whole = estimate(recipe(models, stages=[NP_EDIT]), 2, at_once=False)
@@ -171,7 +171,7 @@ def test_slices(plain, models) -> None:
         estimate(recipe(models), 3)
 
 
-def test_the_table_and_the_verdict(plain) -> None:
+def test_the_table_and_whether_a_gpu_is_large_enough(plain) -> None:
     lines = estimate_table(plain)
     assert lines[0].split()[0] == "GiB" and "optimizer" in lines[0] and "gathered" not in lines[0]
     assert any(line.startswith("Peak: ") for line in lines) and any("checkpoints" in line for line in lines)
@@ -184,7 +184,7 @@ def test_the_table_and_the_verdict(plain) -> None:
             fit_message(plain, bad)
 
 
-def test_the_command(models, tmp_path) -> None:
+def test_the_estimate_command_prints_phases_and_fit(models, tmp_path) -> None:
     import yaml
 
     path = tmp_path / "r.yaml"
@@ -195,7 +195,7 @@ def test_the_command(models, tmp_path) -> None:
     assert "np_edit: critic" in done.output and "fits 24 GB" in done.output
 
 
-def test_configs_that_are_not_at_hand(models, tmp_path) -> None:
+def test_missing_or_wrong_configs_are_named(models, tmp_path) -> None:
     with pytest.raises(
         UserError, match=r"family\.weights: expected a local folder, or one of these.*Tongyi-MAI/Z-Image"
     ):

@@ -29,7 +29,7 @@ def test_exit_codes(ends: tuple[int, int], code: int) -> None:
     assert launch._wait_for_all([shell(f"sleep 0.{i}; exit {end}") for i, end in enumerate(ends)]) == code
 
 
-def test_one_that_fails_ends_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_process_ends_the_waiting_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.2)
     waiting = shell("exec sleep 600")
     assert launch._wait_for_all([shell("exit 2"), waiting]) == 2
@@ -50,7 +50,7 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(times: int, code: int) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
-def test_a_killed_parent_leaves_none_behind() -> None:
+def test_a_killed_parent_leaves_no_process() -> None:
     script = (
         "import os, subprocess; from npedit.training import launch\n"
         "print(subprocess.Popen(['sleep', '600'], preexec_fn=launch._end_with_parent).pid, flush=True)\n"
@@ -66,7 +66,7 @@ def test_a_killed_parent_leaves_none_behind() -> None:
         time.sleep(0.05)
 
 
-def test_a_batch_that_processes_cannot_share_starts_none(tmp_path: Path) -> None:
+def test_a_batch_that_processes_cannot_share_starts_no_process(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a multiple of the 5 processes.*got 24"):
         run_train("toy", [], tmp_path / "run", False, 5)
     assert not (tmp_path / "run").exists()
@@ -74,7 +74,7 @@ def test_a_batch_that_processes_cannot_share_starts_none(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["npedit", "torchrun"])
-def test_the_command_trains_with_two(tmp_path: Path, by: str) -> None:
+def test_the_command_trains_with_two_processes(tmp_path: Path, by: str) -> None:
     words = ["train", "demo", "stages.0.updates=1", "stages.1.updates=1", "stages.0.batch_size=2"]
     words += ["stages.1.batch_size=2", "trainer.benchmark=''", "trainer.shard=full", "--out", str(tmp_path / "run")]
     start = ["npedit", *words, "--processes", "2"]

@@ -66,7 +66,7 @@ def test_the_student_starts_from_the_other_runs_editor(tmp_path: Path, lora: dic
     assert any(not torch.equal(p, a[f"student/ema.{n}"]) for n, p in fresh.named_parameters() if p.requires_grad)
 
 
-def test_a_start_that_was_shown_pairs_is_told(supervised: Path, tmp_path: Path) -> None:
+def test_the_model_card_says_that_the_start_was_trained_on_pairs(supervised: Path, tmp_path: Path) -> None:
     run = train(recipe("flow_grpo", start=str(supervised)), tmp_path / "run")
     assert checkpoint.read_manifest(run)["no_pairs"] is False
     card = (run / "final" / "README.md").read_text()
@@ -76,7 +76,7 @@ def test_a_start_that_was_shown_pairs_is_told(supervised: Path, tmp_path: Path) 
     assert checkpoint.read_manifest(again)["no_pairs"] is True
 
 
-def test_a_stopped_run_goes_on_from_itself_and_not_from_the_start(supervised: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_from_its_own_checkpoint(supervised: Path, tmp_path: Path) -> None:
     def crash(name: str, facts: dict) -> None:
         if name == "update" and facts["step"] == 1:
             raise Crash
@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_from_itself_and_not_from_the_start(supervised: Pa
         ({"family": {"name": "sd3"}}, "start: expected an editor of the same kind.*sd3.*flux"),
     ],
 )
-def test_starts_that_cannot_be(supervised: Path, tmp_path: Path, changes: dict, scores: str) -> None:
+def test_unusable_starts_are_refused(supervised: Path, tmp_path: Path, changes: dict, scores: str) -> None:
     with pytest.raises(UserError, match=scores):
         train(recipe("reference_copy", **({"start": str(supervised)} | changes)), tmp_path / "run")
 
@@ -109,7 +109,7 @@ def test_starts_that_cannot_be(supervised: Path, tmp_path: Path, changes: dict, 
 JUDGE = {"name": "llava_onevision", "weights": "another"}
 
 
-def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) -> None:
+def test_the_judge_scores_the_benchmarks_edited_images(tmp_path: Path) -> None:
     look = TRAINER | {"benchmark": "toy", "evaluate_items": 9, "evaluate_every": 1}
     made = recipe("np_edit", judge=JUDGE, trainer=look)
     run = train(made, tmp_path / "run")
@@ -125,20 +125,20 @@ def test_the_judge_is_asked_about_what_the_benchmark_looks_at(tmp_path: Path) ->
     assert rows[-1]["judge/p_edit"] == pytest.approx(scores["judge/p_edit"], abs=1e-4)
     assert rows[-1]["judge/p_identity"] == pytest.approx(scores["judge/p_identity"], abs=1e-4)
     page = (run / "report.html").read_text()
-    assert "The critic against what is held out" in page and "Where it fails, and whose fault it is" in page
+    assert "Critic and held-out scores" in page and "Causes of failed edits" in page
     counts = json.loads((run / "blame.json").read_text())
     assert len(counts) == 9 and all(
         r["n"] == 1 == r["right"] + r["critic"] + r["teacher"] + r["student"] for r in counts.values()
     )
 
 
-def test_without_a_benchmark_the_judge_is_asked_all_the_same(tmp_path: Path) -> None:
+def test_the_judge_scores_samples_without_a_benchmark(tmp_path: Path) -> None:
     run = train(recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3}), tmp_path / "run")
     rows = checkpoint.read_rows(run / checkpoint.METRICS)
     assert [("judge/p_edit" in r, "eval/both" in r) for r in rows] == [(True, False), (False, False), (True, False)]
 
 
-def test_the_alarm_is_told_as_it_fires(
+def test_a_reward_hacking_alarm_is_printed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The judge falls from update to update while the critic's window is held high."""

@@ -59,7 +59,7 @@ def test_a_stop_before_the_first_update_leaves_one_row_0(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("event", ["update", "end"])
-def test_a_signal_at_the_very_end_is_heard(tmp_path: Path, event: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_late_signal_still_exits_with_130(tmp_path: Path, event: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All is finished, but what the caller had in mind to do next is not done."""
     with pytest.raises(SystemExit) as caught:
         train(tmp_path / "run", interrupt_at(event, 2))
@@ -69,7 +69,7 @@ def test_a_signal_at_the_very_end_is_heard(tmp_path: Path, event: str, capsys: p
     train(tmp_path / "run")
 
 
-def test_a_half_written_bad_row_harms_no_resume(tmp_path: Path) -> None:
+def test_a_run_resumes_after_a_half_written_bad_row(tmp_path: Path) -> None:
     class Source(build_source(usual.recipe()).__class__):
         bad_rows = ({"row": 3, "why": "truncated"}, {"row": 5, "why": "empty"})
 
@@ -106,7 +106,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("harm", [cut, reshape])
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_broken_weights_of_the_base(base: Path, tmp_path: Path, harm, part: str) -> None:
+def test_broken_weights_of_the_base_are_refused(base: Path, tmp_path: Path, harm, part: str) -> None:
     bad = shutil.copytree(base, tmp_path / "bad")
     harm(next((bad / part).glob("*.safetensors")))
     made = usual.recipe(stages=STAGES, trainer=PACE, family={"name": "flux", "weights": str(bad)})
@@ -115,7 +115,7 @@ def test_broken_weights_of_the_base(base: Path, tmp_path: Path, harm, part: str)
 
 
 @pytest.mark.parametrize("harm", [cut, reshape])
-def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
+def test_broken_weights_of_an_editor_are_refused(base: Path, tmp_path: Path, harm) -> None:
     Flux.tiny(0).trainable_net().save_pretrained(tmp_path / "transformer")
     facts = f'{{"format": 1, "family": "flux", "base": "{base}", "steps": 1, "sizes": [[32, 32]]}}'
     (tmp_path / "npedit.json").write_text(facts)
@@ -126,12 +126,12 @@ def test_broken_weights_of_an_editor(base: Path, tmp_path: Path, harm) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("size mismatch"), SafetensorError("header")])
-def test_what_loading_may_raise(error: Exception) -> None:
+def test_every_error_of_loading_names_the_setting(error: Exception) -> None:
     with pytest.raises(UserError, match=r"critic\.weights"), explain_loading_errors("critic.weights", "there"):
         raise error
 
 
-def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(usual.Crash):
         train(tmp_path / "run", usual.crash_at(1))
     state = tmp_path / "run" / "checkpoint-000001" / "state.safetensors"
@@ -154,7 +154,7 @@ def read_only(*args, **kwargs):
 
 
 @pytest.mark.parametrize("fail", [full, read_only])
-def test_pictures_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail) -> None:
+def test_unwritable_pictures_end_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail) -> None:
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(UserError, match="expected (room|a place)"):
         toy.score(lambda references, _: references, toy.sample_items(2), save_to=tmp_path / "pictures")
@@ -163,7 +163,7 @@ def test_pictures_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("fail", [full, read_only])
-def test_parts_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail) -> None:
+def test_unwritable_model_parts_end_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail) -> None:
     class Part:
         save_pretrained = fail
 
@@ -175,7 +175,7 @@ def test_parts_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fit("net", net, lambda *_: (net.weight.sum(), {}), tmp_path, 1, 0.1)
 
 
-def test_a_full_disk_as_tokenizers_tells_it(tmp_path: Path) -> None:
+def test_a_full_disk_reported_by_tokenizers_ends_in_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="free some space"), errors.explain_write_errors(tmp_path):
         raise Exception("No space left on device (os error 28)")  # noqa: TRY002
 
@@ -197,7 +197,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return bin_folder
 
 
-def test_the_command_that_goes_on_can_be_typed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_resume_command_can_be_typed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, words = str(installed / "npedit"), ["demo", "--fresh", "--out", "a b"]
     monkeypatch.setattr(sys, "argv", [script, *words])
     assert errors.resume_command() == ".venv/bin/npedit demo --out 'a b'"
@@ -212,7 +212,7 @@ def test_the_command_that_goes_on_can_be_typed(installed: Path, monkeypatch: pyt
     assert errors.resume_command() == "npedit demo --out 'a b'"
 
 
-def test_other_ways_to_start(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resume_command_follows_the_way_of_starting(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/some/npedit/__main__.py", "doctor"])
     assert errors.resume_command() == ".venv/bin/python -m npedit doctor"
     monkeypatch.setattr(sys, "argv", ["/some/other/__main__.py", "1"])
@@ -224,7 +224,7 @@ def test_other_ways_to_start(installed: Path, monkeypatch: pytest.MonkeyPatch) -
     assert errors.npedit_command() == ".venv/bin/python -m npedit"
 
 
-def test_missing_weights_are_answered_truthfully(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_shipped_weights_say_to_install_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config, "__file__", str(tmp_path / "recipe" / "config.py"))
     with pytest.raises(UserError, match="install it again") as caught:
         config.embedded_weights("critic")
