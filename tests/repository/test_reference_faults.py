@@ -29,7 +29,9 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
         "test_questions::test_do_nothing_gets_the_identity_question_alone",
         "steps/test_np_edit::test_do_nothing_items_get_the_identity_question_alone",
     )),
-    4: ("bfloat16 weights without a float32 copy", ("nets/test_learner::test_a_bfloat16_model_trains_float32_master_weights",)),
+    4: ("bfloat16 weights without a float32 copy", (
+        "nets/test_learner::test_a_bfloat16_model_trains_float32_master_weights",
+    )),
     5: ("an EMA that is never built", (
         "nets/test_learner::test_the_average_really_averages",
         "training/test_trainer::test_the_final_editor_holds_the_ema_weights",
