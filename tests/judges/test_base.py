@@ -180,6 +180,15 @@ def test_the_hash_covers_every_field():
     assert len({protocol.hash, *(o.hash for o in others)}) == 6
 
 
+def test_the_record_of_a_protocol_keeps_its_keys_and_its_hash():
+    """Kept answers are found by the hash: a renamed field of the class must not change the record."""
+    protocol = Protocol.load("npedit-edit-v1")
+    keys = "name answer low high overall resize manner tries reminder questions hash prompts_hash"
+    assert set(protocol.to_record()) == set(keys.split())
+    assert set(protocol.to_record()["manner"]) == {"temperature", "max_tokens", "text_first", "jpeg_quality", "options"}
+    assert protocol.hash == "191dc593fb974134ea2f487cc36908be95bf5e5600e3b9f22e347f49e1671b60"
+
+
 def test_official_texts_are_read_from_a_folder_and_not_run(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "vie_prompts.py").write_text(VIE)
