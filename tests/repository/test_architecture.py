@@ -9,6 +9,7 @@ import ast
 import os
 import re
 import socket
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ BANNED = {
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would track; in a copy without git, every file but hidden and built ones."""
-    if (ROOT / ".git").exists():
+    """What git tracks or would track; without git, every file but hidden and built ones."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
         ).stdout
