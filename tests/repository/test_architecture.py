@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 import os
 import re
-import socket
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator

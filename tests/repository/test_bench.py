@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import fill_tables
+from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
 from benchmarks.measure import peak_bytes_by_part, storage_bytes, table
+from benchmarks.small_models import TINY
 from benchmarks.train_step import (
     LORA,
     Bench,
@@ -107,6 +109,21 @@ def test_the_benchmark_of_edits_makes_a_table() -> None:
     assert_is_table(inference_table(1, (1,)))
 
 
+def test_the_benchmark_of_the_critic_shows_fewer_operations_when_packed() -> None:
+    text = critic_table(1, TINY, (4,))
+    assert_is_table(text)
+    ratios = {cells[2].strip(): float(cells[4]) for cells in (line.split("|") for line in text.splitlines()[2:])}
+    assert ratios["packed"] > 1.5 > ratios["packed, checkpointing"] > 1 > ratios["one row a question, checkpointing"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_small_models_shows_fewer_operations_with_replay() -> None:
+    text = update_table(1, TINY, 64)
+    assert_is_table(text)
+    ratios = {cells[1].strip(): float(cells[3]) for cells in (line.split("|") for line in text.splitlines()[2:])}
+    assert ratios["fake_samples: replay"] > 1.2 and ratios["critic_checkpointing"] < 1 < ratios["packed_questions"]
+
+
 def test_only_text_between_markers_is_replaced() -> None:
     page = "a\n<!-- x -->\nold\n<!-- end x -->\nb\n"
     text = table(("k",), [(1,)])
@@ -118,5 +135,15 @@ def test_only_text_between_markers_is_replaced() -> None:
 
 def test_the_benchmarks_page_has_the_markers_of_every_table() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    names = ("machine", "parts", "savings", "exchanges", "arithmetic", "inference", "processes")
+    names = (
+        "machine",
+        "parts",
+        "savings",
+        "exchanges",
+        "arithmetic",
+        "inference",
+        "processes",
+        "critic",
+        "small models",
+    )
     assert fill_tables(page, dict.fromkeys(names, "x")) != page
