@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from npedit.benchmarks import toy
 from npedit.editor import Editor, nearest_size, open_picture, pair_up, resize, to_pil, to_rgb, to_tensor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.nets.lora import LoraAdapter, weights_module
+from npedit.nets.offload import OffloadedModule
+from npedit.nets.quantised import QuantisedLinear
 from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.resolve import resolve_editor
 from npedit.toy.world import render
@@ -234,3 +238,94 @@ def test_the_package_offers_the_editor_lazily():
 
     code = "import sys, npedit, npedit.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "src"}).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------- small cards
+
+
+@pytest.fixture(scope="module")
+def lora_folder(folder):
+    """An editor with LoRA as it lies on disk."""
+    family, final = Flux.tiny(0), folder / "lora" / "final"
+    final.mkdir(parents=True)
+    adapter = LoraAdapter.create(family.lora_base(), "student", 4, 4.0, 0)
+    with torch.no_grad():
+        for p in adapter.lora_layers.parameters():
+            p.normal_(std=0.1)
+    adapter.save(final)
+    (final / "npedit.json").write_text(json.dumps({**FACTS, "base": str(folder / "base")}))
+    return folder / "lora"
+
+
+def storages(*modules):
+    return {t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers())}
+
+
+def test_a_fully_fine_tuned_editor_holds_no_second_denoiser(folder, tmp_path):
+    """Neither from final/, nor from a checkpoint; the base model's own denoiser need not even be there."""
+    editor = Editor.open(folder / "run")
+    assert editor.family.base is editor.net is editor.family.pipe.transformer
+    without = tmp_path / "base"
+    shutil.copytree(folder / "base", without, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        shutil.copytree(folder / "base" / part, without / part, dirs_exist_ok=True)
+    slim = Editor.open(folder / "run", base=str(without))
+    image = noise("RGB", (32, 32))
+    assert slim.edit(image, "a")[0].tobytes() == editor.edit(image, "a")[0].tobytes()
+
+
+def test_the_untrained_editor_is_the_base_model(folder, family):
+    start, image = Editor.open_untrained(folder / "run"), noise("RGB", (32, 32))
+    wanted = Editor(family, family.trainable_net(), 2, [(32, 32)]).edit(image, "a")[0]
+    assert start.edit(image, "a")[0].tobytes() == wanted.tobytes()
+    assert Editor.open(folder / "run").edit(image, "a")[0].tobytes() != wanted.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["run", "lora"])
+def test_offloading_changes_no_pixel_and_one_part_is_loaded_at_a_time(folder, lora_folder, kind, monkeypatch):
+    image, path = noise("RGB", (32, 32)), folder / kind
+    wanted = Editor.open(path).edit(image, "a")[0]
+    editor, loaded, most = Editor.open(path, offload=True), set(), []
+    load, unload = OffloadedModule.load, OffloadedModule.unload
+    monkeypatch.setattr(OffloadedModule, "load", lambda m: (loaded.add(m), most.append(len(loaded)), load(m))[2])
+    monkeypatch.setattr(OffloadedModule, "unload", lambda m: (loaded.discard(m), unload(m))[1])
+    assert editor.edit(image, "a")[0].tobytes() == wanted.tobytes()
+    assert not loaded and max(most) == 2  # FLUX has two text encoders; every other part is one module
+    kept = storages(*(m for p in editor.family.pipe.components.values() if isinstance(p, torch.nn.Module) for m in [p]))
+    assert kept <= {t.untyped_storage().data_ptr() for p in editor._offloaded.values() for m in p
+                    for t in m._in_host_memory}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["run", "lora"])
+@pytest.mark.parametrize(("bits", "largest"), [(8, 12), (4, 60)])
+def test_weights_in_few_bits(folder, lora_folder, kind, bits, largest):
+    image, path = noise("RGB", (32, 32)), folder / kind
+    wanted, few = Editor.open(path), Editor.open(path, bits=bits, offload=kind == "lora")
+    a, b = (np.asarray(e.edit(image, "a")[0], dtype=int) for e in (wanted, few))
+    assert 0 < np.abs(a - b).max() <= largest
+    net, full = weights_module(few.net), weights_module(wanted.net)
+    for block in few.family.facts.blocks:
+        assert any(isinstance(m, QuantisedLinear) for m in net.get_submodule(block).modules())
+        assert sum(t.nbytes for t in net.get_submodule(block).buffers()) < sum(
+            t.nbytes for t in full.get_submodule(block).parameters()
+        )
+    assert all(any(isinstance(m, QuantisedLinear) for m in e.modules()) for e in few.family.text_encoders())
+
+
+def test_other_bits_are_refused(folder):
+    with pytest.raises(UserError, match="bits 0, 4 or 8; got 5"):
+        Editor.open(folder / "run", bits=5)
+
+
+@pytest.mark.parametrize(("side", "counts"), [(1024, [1, 1]), (512, [4, 1]), (32, [16, 4])])
+def test_large_pictures_are_edited_in_small_batches(editor, monkeypatch, side, counts):
+    """One megapixel in a pass, whatever the number of pictures."""
+    seen = []
+
+    def count_batch(family, net, references, *rest):
+        seen.append(len(references))
+        return references
+
+    monkeypatch.setattr("npedit.generator.edit_images", count_batch)
+    editor.edit_tensor(torch.zeros(1, 3, side, side).expand(sum(counts), 3, side, side), ["a"] * sum(counts))
+    assert seen == counts

@@ -1,4 +1,4 @@
-"""Open a trained editor and edit pictures with it: the only door that the command line and other programs need.
+"""Open a trained editor and edit pictures with it. The command line and other programs need only this file.
 
 An editor's folder (a run's `final/`, or what `npedit export` wrote) holds `npedit.json`, `scheduler/` and
 `transformer/`, or `pytorch_lora_weights.safetensors` if it was trained with LoRA. `npedit.json` names the base model
@@ -12,6 +12,8 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +28,11 @@ from npedit.data._photos import BadImage, decoding, to_srgb
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
-from npedit.nets.device import pick_device
+from npedit.nets.device import offload_device, pick_device
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
-from npedit.nets.lora import LoraAdapter
+from npedit.nets.lora import LoraAdapter, weights_module
+from npedit.nets.offload import OffloadedModule
+from npedit.nets.quantised import quantise_linear_layers
 from npedit.recipe import config
 from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
 from npedit.runs.editor_weights import load_ema_weights, read_recipe, require_finite_weights
@@ -36,23 +40,32 @@ from npedit.runs.resolve import resolve_editor
 
 log = logging.getLogger(__name__)
 
-BATCH_PIXELS = 16 * 512 * 512  # of one pass through the editor, counted at the size that it works at
+BATCH_PIXELS = 1024 * 1024  # of one pass through the editor, counted at the size that it works at
 BATCH_ITEMS = 16  # the most pictures in one pass
 WINDOW_PIXELS = 64_000_000  # of the pictures that `edit_each` holds at a time, at their full size
+NOT_QUANTISED = ("lm_head", "visual")  # parts of text encoders that editing does not call
 MAX_PIXELS = 100_000_000
 MAX_SIDE_RATIO = 64
 
 
 class Editor:
-    """A few-step editor. Build it with `Editor.open`, or from a family and a net that are already in memory. `tile` is
-    the side in pixels of tiles that pictures are decoded in, for a small GPU; 0 is the whole.
+    """A few-step editor. Build it with `Editor.open`, or from a family and a net that are already in memory.
+
+    For a small GPU: `tile` is the side in pixels of tiles that pictures are decoded in (0: no tiles). With `offload`,
+    text encoders, VAE and net are in the CPU's memory, and each is on `family.device` only while it works.
 
     Raises:
         UserError: the tile is smaller than the family's decoder can take.
     """
 
     def __init__(
-        self, family: Family, net: nn.Module, steps: int, sizes: Sequence[tuple[int, int]], tile: int = 0
+        self,
+        family: Family,
+        net: nn.Module,
+        steps: int,
+        sizes: Sequence[tuple[int, int]],
+        tile: int = 0,
+        offload: bool = False,
     ) -> None:
         check_tile(family.facts, tile)
         multiple = family.facts.multiple
@@ -67,38 +80,77 @@ class Editor:
         self.steps = steps
         self._warned: set[str] = set()
         self.sizes = tuple((int(h), int(w)) for h, w in sizes)
+        self._offloaded: dict[str, list[OffloadedModule]] = {}
+        if offload:
+            parts = {"text": family.text_encoders(), "vae": [family.pipe.vae], "net": [weights_module(self.net)]}
+            self._offloaded = {n: [OffloadedModule(m, family.device) for m in ms] for n, ms in parts.items()}
+            for part in self._offloaded.values():
+                for module in part:
+                    module.unload()
 
     @classmethod
     def open(
-        cls, path: str | Path = "embedded", device: str | torch.device = "", tile: int | None = None, base: str = ""
+        cls,
+        path: str | Path = "embedded",
+        device: str | torch.device = "",
+        tile: int | None = None,
+        base: str = "",
+        offload: bool = False,
+        bits: int = 0,
     ) -> Self:
         """Open RUN, RUN/final, RUN/checkpoint-N, an exported folder, or "embedded", the toy editor in the package.
 
         `device` "" is the one in NPEDIT_DEVICE, else the GPU if there is one, else the CPU. `tile` None is the one
         that the editor was trained with. `base` replaces the base model's Hub id or folder that is written in
-        npedit.json.
+        npedit.json. For small GPUs: `offload` (see `Editor`), and `bits` 8 or 4 for the weights of the net's blocks and
+        of the text encoders (0: as trained). The weights are packed on the CPU before they are moved to the device.
+
+        A fully fine-tuned editor takes the place of the base model's denoiser, which is not loaded.
 
         Raises:
             UserError: there is no editor at this path, one of its parts is missing or broken, a weight is NaN or
-                infinite, or the tile is too small.
+                infinite, the tile is too small, or `bits` is another number.
         """
+        if bits not in (0, 4, 8):
+            raise UserError(f"expected bits 0, 4 or 8; got {bits}.")
         source = resolve_editor(path)
         recipe = read_recipe(source) if source.is_checkpoint else None
         facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
-        weights = base or facts.base
-        kind, device = config.find_class("families", facts.family), pick_device(device or None)
-        try:
-            folder = config.embedded_weights("base") if weights == "embedded" else weights
-            family = kind.load(folder, config.torch_dtype(facts.dtype), device)
-            net = _open_checkpoint_net(family, source.folder, recipe) if recipe else _open_net(family, source.folder)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"expected the editor in {source.folder} and its base model {weights!r} to open; got: {error}. "
-                "Check that both are complete. If the base model is somewhere else, say where with --base. "
-                "'npedit doctor' checks the embedded parts."
-            ) from None
+        facts = replace(facts, base=base) if base else facts
+        target = pick_device(device or None)
+        opened_on = offload_device() if offload or bits else target
+        with _explain_opening_errors(source.folder, facts.base):
+            family, net = _open_models(source.folder, facts, recipe, opened_on)
         require_finite_weights(net, source.folder)
-        return cls(family, net, facts.steps, facts.sizes, facts.tile if tile is None else tile)
+        if bits:
+            _quantise(family, net, bits)
+        family.device = target
+        if bits and not offload:
+            for module in (*family.text_encoders(), family.pipe.vae, weights_module(net)):
+                module.to(target)
+        return cls(family, net, facts.steps, facts.sizes, facts.tile if tile is None else tile, offload)
+
+    @classmethod
+    def open_untrained(cls, path: str | Path = "embedded", device: str | torch.device = "") -> Self:
+        """The editor at this path as it was before training: its base model, used as a few-step editor. Arguments and
+        errors as in `open`."""
+        source = resolve_editor(path)
+        facts = EditorFacts.read(source.folder)
+        with _explain_opening_errors(source.folder, facts.base):
+            family = _open_family(facts, pick_device(device or None))
+        return cls(family, family.base_as_editor(), facts.steps, facts.sizes, facts.tile)
+
+    @contextmanager
+    def _on_device(self, part: str) -> Iterator[None]:
+        """Inside the block the part ("text", "vae" or "net") is on the device."""
+        modules = self._offloaded.get(part, [])
+        try:
+            for module in modules:
+                module.load()
+            yield
+        finally:
+            for module in modules:
+                module.unload()
 
     def edit_tensor(
         self, references: Tensor, instructions: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None
@@ -117,8 +169,8 @@ class Editor:
         if references.ndim != 4 or references.shape[1] != 3 or any(s < 1 or s % multiple for s in references.shape[2:]):
             raise ValueError(f"expected (b, 3, H, W), H and W multiples of {multiple}; got {tuple(references.shape)}")
         if not len(references) == len(instructions) == len(seeds):
-            came = f"{len(instructions)} instructions and {len(seeds)} seeds"
-            raise ValueError(f"expected {len(references)} of each; got {came}")
+            got = f"{len(instructions)} instructions and {len(seeds)} seeds"
+            raise ValueError(f"expected {len(references)} of each; got {got}")
         if steps < 1:
             raise ValueError(f"expected at least one step; got {steps}")
         done, count = [], max(1, min(BATCH_ITEMS, BATCH_PIXELS // (references.shape[2] * references.shape[3])))
@@ -126,8 +178,9 @@ class Editor:
             part = slice(i, i + count)
             given = references[part].to(self.family.device)
             edited = generator.edit_images(
-                self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile
-            )
+                self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile,
+                self._on_device,
+            )  # fmt: skip
             if not bool(torch.isfinite(edited).all()):
                 raise UserError(
                     "expected finite pixels; got NaN or infinity from the editor. Use an earlier checkpoint "
@@ -143,7 +196,7 @@ class Editor:
         seed: int = 0,
         steps: int | None = None,
     ) -> list[Image.Image]:
-        """Edit pictures of any mode, size and orientation; each comes back as RGB in its own (upright) size.
+        """Edit pictures of any mode, size and orientation; each comes back as RGB in its upright size.
 
         Images and instructions pair up; one of either goes with all of the other. Each picture is scaled to the size
         nearest to its own among those trained, edited there, and scaled back.
@@ -201,22 +254,49 @@ class Editor:
         return [edited[i] for i in range(len(window))]
 
 
-def _open_net(family: Family, folder: Path) -> nn.Module:
-    """The trained net of an editor's folder: an adapter of the family's base, or a net of its own."""
-    if (folder / LORA_FILE).is_file():
-        return LoraAdapter.open(family.lora_base(), "student", folder)
-    return family.open_net(folder / "transformer").to(family.device)
+@contextmanager
+def _explain_opening_errors(folder: Path, base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"expected the editor in {folder} and its base model {base!r} to open; got: {error}. "
+            "Check that both are complete. If the base model is somewhere else, say where with --base. "
+            "'npedit doctor' checks the embedded parts."
+        ) from None
 
 
-def _open_checkpoint_net(family: Family, checkpoint: Path, recipe: config.Recipe) -> nn.Module:
-    """The student of a checkpoint with its EMA weights, in the base's number type as `_open_net` gives it."""
-    if recipe.lora:
-        adapter = LoraAdapter.create(family.lora_base(), "student", recipe.lora.rank, recipe.lora.alpha, recipe.seed)
-        load_ema_weights(checkpoint, adapter)
-        return adapter
-    net = family.trainable_net().to(family.device)
-    load_ema_weights(checkpoint, net)
-    return net
+def _open_models(
+    folder: Path, facts: EditorFacts, recipe: config.Recipe | None, device: torch.device
+) -> tuple[Family, nn.Module]:
+    """The family and the trained net of an editor's folder; `recipe` is given for a checkpoint. The net is an adapter
+    of the family's base, or it is the family's base itself."""
+    lora = recipe.lora if recipe else None
+    if recipe is None and not (folder / LORA_FILE).is_file():
+        kind = config.find_class("families", facts.family)
+        net = kind.load_net(folder / "transformer", facts.dtypes()["transformer"], device)
+        return _open_family(facts, device, net), net
+    family = _open_family(facts, device)
+    if recipe is None:
+        return family, LoraAdapter.open(family.lora_base(), "student", folder)
+    if lora:
+        net = LoraAdapter.create(family.lora_base(), "student", lora.rank, lora.alpha, recipe.seed)
+    else:
+        net = family.base_as_editor().requires_grad_(True)  # `load_ema_weights` fills what is trainable
+    load_ema_weights(folder, net)
+    return family, net
+
+
+def _open_family(facts: EditorFacts, device: torch.device, net: nn.Module | None = None) -> Family:
+    """The editor's base model; with `net`, that net in the place of the base's denoiser."""
+    folder = config.embedded_weights("base") if facts.base == config.EMBEDDED else facts.base
+    return config.find_class("families", facts.family).load(folder, facts.dtypes(), device, net)
+
+
+def _quantise(family: Family, net: nn.Module, bits: int) -> None:
+    """Hold the linear layers of the net's blocks and of the text encoders in 8 or 4 bits, in place."""
+    quantise_linear_layers([weights_module(net).get_submodule(name) for name in family.facts.blocks], bits)
+    quantise_linear_layers(family.text_encoders(), bits, NOT_QUANTISED)
 
 
 def pair_up(images: Sequence[Any], instructions: Sequence[str]) -> list[tuple[Any, str]]:
@@ -281,7 +361,7 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB picture in sRGB: see `to_srgb`; transparency is laid on white.
+    """An upright RGB picture in sRGB: see `to_srgb`; transparent parts become white.
 
     Raises:
         UserError: it has no pixels, is too large, or holds floating-point values.

@@ -26,8 +26,7 @@ def score_before_and_after(run: Path, recipe: Any, items: int) -> tuple[Any, Any
     from npedit.editor import Editor
     from npedit.runs.checkpoint import write_text
 
-    trained = Editor.open(run)
-    start = Editor(trained.family, trained.family.trainable_net(), trained.steps, trained.sizes, trained.tile)
+    trained, start = Editor.open(run), Editor.open_untrained(run)
     before = score_toy(start, items, HELD_OUT_SEED, "the start")
     after = score_toy(trained, items, HELD_OUT_SEED, "the result", save_to=run / "evaluation")
     write_text(kept, json.dumps({"before": before, "after": after}, indent=1) + "\n")

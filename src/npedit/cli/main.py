@@ -194,6 +194,10 @@ def edit(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")] = False,
     base: BaseOption = "",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep each model in the CPU's memory while it does not work.")
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits to save memory; 0: as trained.")] = 0,
 ) -> None:
     """Edit pictures of any size.
 
@@ -203,7 +207,9 @@ def edit(
     """
     from npedit.cli.edit import run_edit
 
-    for line in run_edit(words, instructions or [], target, seed, steps, model, err, tile, overwrite, base):
+    for line in run_edit(
+        words, instructions or [], target, seed, steps, model, err, tile, overwrite, base, offload, bits
+    ):
         out.print(escape(line))
 
 
