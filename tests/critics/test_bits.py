@@ -69,7 +69,7 @@ def test_the_recipe_hands_it_on_and_other_numbers_are_refused(folder):
 def held(folder) -> dict[int, dict[str, int]]:
     """Bits -> phase -> bytes of the critic's weights, with `offload`, where others are moved away."""
     found = {bits: estimate(recipe(folder, bits, memory={"offload": True})).phases for bits in (0, 8, 4)}
-    return {bits: {p.name: p.held.get("critic", 0) for p in phases} for bits, phases in found.items()}
+    return {bits: {p.name: p.bytes_by_part.get("critic", 0) for p in phases} for bits, phases in found.items()}
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,12 +1,12 @@
-"""`npedit estimate`: what a recipe holds at once, part by part, without its weights and without a GPU.
+"""`npedit estimate`: the memory that training by a recipe needs, by part and phase, without weights and without a GPU.
 
-The recipe's models are built on the meta device from their configs; then its own steps make an update each there
-(`meta.py`). So what is counted is what the code does: offloading, adapters, blocks that are computed again, the
-optimizer's temporaries. Only sharding is arithmetic: the slices, and beside them five times the largest block (two
-gathered, the gradient of one, and that once more in float32).
+The recipe's models are built on the meta device from their configs. Then each of its steps makes one update there
+(`nets/meta_device.py`). So the estimate counts what the code does: offloading, adapters, gradient checkpointing, the
+optimizer's temporaries. Only sharding is calculated: the shards, plus five times the largest block (two gathered
+blocks, the gradient of one, and that gradient again in float32).
 
-What is not counted: CUDA's own context and libraries (commonly .5 to 1 GiB), fragments of its allocator, and memory
-inside kernels. A test compares with what torch's profiler measures on a CPU at tiny size.
+Not counted: CUDA's context and libraries (usually .5 to 1 GiB), fragmentation of the allocator, and memory inside
+kernels. A test compares the estimate with the measurements of torch's profiler on a CPU at tiny size.
 """
 
 from __future__ import annotations
@@ -37,84 +37,90 @@ from npedit.training.evaluation import CHUNK
 from npedit.training.parts import STAGE_SEEDS, check_processes
 
 PUBLISHED = Path(__file__).parents[1] / "published"
-WORDS = "paint the fence dark red"  # stands for every prompt: to the stand-in tokenizers it is one of usual length
+SAMPLE_PROMPT = "paint the fence dark red"  # used for every prompt; the stand-in tokenizers give it a usual length
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.on_device` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
-STEPPING, EIGHT_BIT, FEW_BITS = "stepping", "moments of 8 bits", "critic of few bits"  # counted apart, shown below
-ROUNDED = {role: f"{role} rounded" for role in ("student", "fake")}  # weights in the type that the model computes in
-SHOWN = {STEPPING: ACTIVATIONS, EIGHT_BIT: "optimizer", FEW_BITS: "critic"} | {v: k for k, v in ROUNDED.items()}
-SHARE_OF_8_BIT = 0.2539  # of float32: a byte a number, and a float32 for each 256 of them
+OPTIMIZER_TEMPORARIES, EIGHT_BIT, QUANTISED_CRITIC = (
+    "stepping",
+    "moments of 8 bits",
+    "critic of few bits",
+)  # counted separately, shown in another column
+COMPUTE_WEIGHTS = {role: f"{role} rounded" for role in ("student", "fake")}  # weights in the compute dtype
+SHOWN_AS = {OPTIMIZER_TEMPORARIES: ACTIVATIONS, EIGHT_BIT: "optimizer", QUANTISED_CRITIC: "critic"} | {
+    v: k for k, v in COMPUTE_WEIGHTS.items()
+}
+SHARE_OF_8_BIT = 0.2539  # of float32: one byte per number, and one float32 per 256 numbers
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held at the worst moment of a part of training: bytes, by the names in `COLUMNS`. The parts of a step are
-    those of `time/*` in metrics.jsonl; "student" is the backward pass and the update."""
+    """The peak memory of one part of training: bytes by the names in `COLUMNS`. The parts of a step are those of
+    `time/*` in metrics.jsonl; "student" is the student's backward pass and update."""
 
     name: str
-    held: dict[str, int]
+    bytes_by_part: dict[str, int]
 
     @property
     def total(self) -> int:
         """Bytes."""
-        return sum(self.held.values())
+        return sum(self.bytes_by_part.values())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process. `disk` is bytes by what is written or downloaded."""
+    """The memory of one process by phase, and `disk`: bytes of what is written or downloaded."""
 
     phases: tuple[Phase, ...]
     disk: dict[str, int]
 
     @property
     def peak(self) -> Phase:
-        """The phase that holds most."""
+        """The phase with the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
 
 def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estimate:
-    """What each of so many processes holds while it trains this recipe. `at_once` says whether the optimizer steps all
-    parameters together, as on CUDA, or one by one, as on a CPU.
+    """The memory that each of `processes` processes needs to train by this recipe. With `at_once` the optimizer updates
+    all parameters together (foreach, as on CUDA), otherwise one after the other (as on a CPU).
 
     Raises:
-        UserError: the models' configs are not at hand or not those of the family or critic; batches cannot be shared.
+        UserError: the models' configs are missing or belong to another family or critic; batches cannot be shared.
     """
     check_processes(recipe, processes)
-    sliced = processes > 1 and recipe.trainer.shard != "none"
-    counted, phases = MemoryCounter(), []
-    with counted, _count_optimizer_steps(counted, at_once):
-        parts = _open_parts(recipe, counted, sliced)
-        beside = _gathered_bytes(parts.family) if sliced else 0
+    is_sharded = processes > 1 and recipe.trainer.shard != "none"
+    counter, phases = MemoryCounter(), []
+    with counter, _count_optimizer_steps(counter, at_once):
+        parts = _open_parts(recipe, counter, is_sharded)
+        gathered_bytes = _gathered_weights(parts.family) if is_sharded else 0
         student = parts.create_trainable("student", recipe.seed)
         for i, stage in enumerate(recipe.stages):
-            if sliced:
-                _count_slices(recipe, i, parts, processes)
+            if is_sharded:
+                _count_shards(recipe, i, parts, processes)
             step = _build_step(recipe, i, student, parts)
             _run_update(recipe, i, step, processes)
-            phases += _collect_phases(f"{stage.step}: ", counted, beside)
+            phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes)
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
-        phases += _collect_phases("", counted, beside)
+        phases += _collect_phases("", counter, gathered_bytes)
         disk = _disk_usage(recipe, parts, step)
     return Estimate(tuple(phases), disk)
 
 
 def estimate_table(found: Estimate) -> list[str]:
     """The estimate as lines of text, in GiB; columns that are empty are left out."""
-    shown = [c for c in COLUMNS if any(p.held.get(c, 0) for p in found.phases)]
+    shown = [c for c in COLUMNS if any(p.bytes_by_part.get(c, 0) for p in found.phases)]
     width = max(len(p.name) for p in found.phases)
     lines = [f"{'GiB':{width}}" + "".join(f"{c:>{max(7, len(c) + 1)}}" for c in (*shown, "total"))]
     for phase in found.phases:
-        figures = [*((c, phase.held.get(c, 0)) for c in shown), ("total", phase.total)]
+        figures = [*((c, phase.bytes_by_part.get(c, 0)) for c in shown), ("total", phase.total)]
         lines.append(f"{phase.name:{width}}" + "".join(f"{size / GIB:{max(7, len(c) + 1)}.2f}" for c, size in figures))
     lines.append(f"Peak: {found.peak.total / GIB:.1f} GiB, in {found.peak.name}.")
     return lines + [f"Disk: {what} {size / GIB:.1f} GiB" for what, size in found.disk.items()]
 
 
 def fit_message(found: Estimate, gpu: str) -> str:
-    """Whether it fits a GPU of a size such as "24GB", counted as GiB, with a tenth left for what is not counted.
+    """Whether the peak fits a GPU with a memory such as "24GB", read as GiB. A tenth is kept for what is not counted.
 
     Raises:
         UserError: the size cannot be read.
@@ -139,14 +145,14 @@ def fit_message(found: Estimate, gpu: str) -> str:
 
 @dataclass(frozen=True)
 class _MetaParts(Parts):
-    """Parts on the meta device: adapters are made there, and what rests elsewhere is not counted."""
+    """Parts on the meta device. Adapters are made there; offloaded parts are not counted."""
 
-    counted: MemoryCounter = field(default_factory=MemoryCounter)
-    sliced: bool = False
+    counter: MemoryCounter = field(default_factory=MemoryCounter)
+    is_sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.memory.offload:
-            self.unload_modules(list(FROZEN))  # they were counted where they were opened
+            self.unload_modules(list(FROZEN))  # they were counted when they were opened
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         with META:
@@ -154,15 +160,15 @@ class _MetaParts(Parts):
 
     def load_modules(self, names: Sequence[str]) -> None:
         for name in names:
-            self.counted.add_bytes(FROZEN[name], self._size(name))
+            self.counter.add_bytes(FROZEN[name], self._size(name))
 
     def unload_modules(self, names: Sequence[str]) -> None:
         for name in names:
-            self.counted.add_bytes(FROZEN[name], -self._size(name))
+            self.counter.add_bytes(FROZEN[name], -self._size(name))
 
     def _size(self, name: str) -> int:
         tensors = (t for module in self.frozen_modules(name) for t in _tensors(module))
-        return _bytes(t for t in tensors if t.is_meta)  # the others were not counted either
+        return _bytes(t for t in tensors if t.is_meta)  # other tensors were not counted
 
 
 def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
@@ -184,16 +190,17 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
 
 
 def config_folder(part: str, weights: str, folder: Any) -> Path:
-    """Where the configs of these weights lie: in their own folder, or in the package's copies of published ones.
+    """The folder with the configs of these weights: a local folder, or the package's copy of a published model's
+    configs.
 
     Raises:
-        UserError: in neither.
+        UserError: neither exists.
     """
     if weights == EMBEDDED or Path(weights).is_dir():
         return Path(folder())
-    kept = PUBLISHED / weights.replace("/", "--")
-    if kept.is_dir():
-        return kept
+    packaged = PUBLISHED / weights.replace("/", "--")
+    if packaged.is_dir():
+        return packaged
     known = ", ".join(sorted(p.name.replace("--", "/") for p in PUBLISHED.iterdir() if p.is_dir()))
     raise UserError(
         f"{part}.weights: expected a local folder, or one of these, whose configs are in the package: {known}; got "
@@ -201,22 +208,22 @@ def config_folder(part: str, weights: str, folder: Any) -> Path:
     )
 
 
-def _open_parts(recipe: Recipe, counted: MemoryCounter, sliced: bool) -> _MetaParts:
+def _open_parts(recipe: Recipe, counter: MemoryCounter, is_sharded: bool) -> _MetaParts:
     (family, critic), chosen = open_without_weights(recipe), recipe.critic
     used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
-    counted.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
+    counter.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
-    counted.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
-    counted.label("VAE", _tensors(pipe["vae"]))
+    counter.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
+    counter.label("VAE", _tensors(pipe["vae"]))
     if used and critic is not None and chosen is not None:
-        counted.label("critic", _tensors(critic.model))
+        counter.label("critic", _tensors(critic.model))
         if chosen.bits:
-            counted.share[FEW_BITS] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
-            counted.label(FEW_BITS, quantisable_weights(critic.model))
+            counter.share[QUANTISED_CRITIC] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
+            counter.label(QUANTISED_CRITIC, quantisable_weights(critic.model))
             critic.model.is_quantized = True  # so it is not moved
     wording = chosen.wording if chosen else "plain"
-    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counted=counted,
-                  sliced=sliced)  # fmt: skip
+    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counter=counter,
+                  is_sharded=is_sharded)  # fmt: skip
 
 
 def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
@@ -236,27 +243,27 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 # ------------------------------------------------------------------------------------------------------- sharding
 
 
-def _count_slices(recipe: Recipe, i: int, parts: _MetaParts, processes: int) -> None:
-    """From stage `i` on, count as each process's slices: whole nets in training, in float32; in the last stage the
-    frozen base too."""
+def _count_shards(recipe: Recipe, i: int, parts: _MetaParts, processes: int) -> None:
+    """From stage `i` on, count the shards of one process: trained models under full fine-tuning, in float32; in the
+    last stage the frozen base too."""
     if not recipe.lora:
-        sliced = ("student", "fake", "averages", "optimizer", "gradients", STEPPING)
-        parts.counted.share |= dict.fromkeys(sliced, 1 / processes)
-        parts.counted.share |= dict.fromkeys(ROUNDED.values(), 0)  # gathered block by block: `_gathered_bytes`
-        parts.counted.share[EIGHT_BIT] = SHARE_OF_8_BIT / processes
+        is_sharded = ("student", "fake", "averages", "optimizer", "gradients", OPTIMIZER_TEMPORARIES)
+        parts.counter.share |= dict.fromkeys(is_sharded, 1 / processes)
+        parts.counter.share |= dict.fromkeys(COMPUTE_WEIGHTS.values(), 0)  # gathered block by block: `_gathered_bytes`
+        parts.counter.share[EIGHT_BIT] = SHARE_OF_8_BIT / processes
     if i + 1 == len(recipe.stages):
-        parts.counted.share["base"] = 1 / processes
-        parts.counted.label("base", _tensors(parts.family.base))
+        parts.counter.share["base"] = 1 / processes
+        parts.counter.label("base", _tensors(parts.family.base))
 
 
-def _gathered_bytes(family: Family) -> int:
-    """Bytes of what is whole while a sharded net computes; see the module's head."""
+def _gathered_weights(family: Family) -> int:
+    """Bytes that are gathered while a sharded model computes; see the module's docstring."""
     blocks = [block for name in family.facts.blocks for block in family.base.get_submodule(name).children()]
     sizes = [_bytes(block.parameters()) for block in blocks]
     return _bytes(family.base.parameters()) - sum(sizes) + 5 * max(sizes)
 
 
-# ---------------------------------------------------------------------------------------------- one update of each
+# ---------------------------------------------------------------------------------------------- one update per stage
 
 
 @contextmanager
@@ -269,16 +276,16 @@ def _counted_part(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _count_optimizer_steps(counted: MemoryCounter, at_once: bool) -> Iterator[None]:
-    """Count what optimizers make while they step apart from all else."""
+def _count_optimizer_steps(counter: MemoryCounter, at_once: bool) -> Iterator[None]:
+    """Count the temporaries of optimizer steps separately."""
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        counted.working = STEPPING
+        counter.working = OPTIMIZER_TEMPORARIES
         for group in optimizer.param_groups:
             group["foreach"] = at_once
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        counted.working = ACTIVATIONS
+        counter.working = ACTIVATIONS
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -289,51 +296,55 @@ def _count_optimizer_steps(counted: MemoryCounter, at_once: bool) -> Iterator[No
 
 
 def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -> Step:
-    """The stage's step, its learners with their optimizers' state, all tensors named."""
-    stage, counted = recipe.stages[i], parts.counted
-    short: dict[str, Any] = {}
+    """The stage's step, with the state of its optimizers; all tensors are labelled."""
+    stage, counter = recipe.stages[i], parts.counter
+    changes: dict[str, Any] = {}
     if hasattr(stage.settings, "fake_updates"):
-        short["fake_updates"] = min(2, stage.settings.fake_updates)
-    kinds = {
+        changes["fake_updates"] = min(2, stage.settings.fake_updates)
+    optimizers = {
         role: getattr(stage.settings, role).optimizer for role in ("student", "fake") if hasattr(stage.settings, role)
     }
-    for role in kinds:  # 8 bits need CUDA, so they are counted by their share
+    for role in optimizers:  # 8-bit AdamW needs CUDA; its state is counted as a share of float32
         chosen = getattr(stage.settings, role)
-        moments = {"betas": (0.9, 0.99)} if chosen.optimizer == "adamw8bit" else {}  # bitsandbytes keeps both always
-        short[role] = chosen.model_copy(update={"optimizer": "adamw", **moments})
+        moments = (
+            {"betas": (0.9, 0.99)} if chosen.optimizer == "adamw8bit" else {}
+        )  # bitsandbytes always keeps both moments
+        changes[role] = chosen.model_copy(update={"optimizer": "adamw", **moments})
     kind, seed = find_class("steps", stage.step), recipe.seed + STAGE_SEEDS * i
     with _counted_part("set-up"):
-        step = kind(stage.settings.model_copy(update=short), parts, student, stage.updates, seed)
+        step = kind(stage.settings.model_copy(update=changes), parts, student, stage.updates, seed)
     for role, learner in step.learners.items():
         trained = [p for p in learner.net.parameters() if p.requires_grad]
         for p in trained:
-            p.register_post_accumulate_grad_hook(lambda p: counted.label("gradients", _gradients([p])))
-        counted.label(ROUNDED[role], trained)
+            p.register_post_accumulate_grad_hook(lambda p: counter.label("gradients", _gradients([p])))
+        counter.label(COMPUTE_WEIGHTS[role], trained)
         with _counted_part("first moments"):
             learner.update([lambda trained=trained: sum(p.mean() for p in trained)])
-        optimizer = "optimizer" if kinds[role] == "adamw" else EIGHT_BIT
+        optimizer = "optimizer" if optimizers[role] == "adamw" else EIGHT_BIT
         names = {"net": role, "buffer": role, "ema": "averages", "optimizer": optimizer}
         for key, tensor in learner.state()[0].items():
-            counted.label(names[key.split(".")[0]], [tensor])
-    counted.peaks.pop("first moments", None)
+            counter.label(names[key.split(".")[0]], [tensor])
+    counter.peaks.pop("first moments", None)
     return step
 
 
 def _run_update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
-    """One update of a stage, with the largest pictures and the draft's two transitions."""
+    """One update of a stage, with the largest pictures and two transitions of the few-step generator."""
     stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
     times = torch.ones(recipe.trainer.steps)
-    drawn = (u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2)
+    two_step_updates = (
+        u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2
+    )
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
     batch = _largest_batch(recipe, stage.batch_size // processes)
     with _counted_part("update"):
-        step.step([batch] * (per_update * min(2, stage.accumulate)), next(drawn, 0))
+        step.step([batch] * (per_update * min(2, stage.accumulate)), next(two_step_updates, 0))
 
 
 def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
     height, width = max(_picture_sizes(recipe), key=lambda s: s[0] * s[1])
-    pictures, words = torch.empty(size, 3, height, width, device=META), (WORDS,) * size
-    return PairedBatch(words, pictures, words, ("replace",) * size, words, words, words, edited=pictures)
+    pictures, texts = torch.empty(size, 3, height, width, device=META), (SAMPLE_PROMPT,) * size
+    return PairedBatch(texts, pictures, texts, ("replace",) * size, texts, texts, texts, edited=pictures)
 
 
 def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
@@ -344,7 +355,7 @@ def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
 
 
 def _run_samples(recipe: Recipe, parts: _MetaParts, step: Step) -> None:
-    """The pictures of a run under way, as the trainer edits them."""
+    """The samples of a run, edited as the trainer edits them."""
     count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
     batch = _largest_batch(recipe, count)
     with step.learners["student"].use_ema_weights() as net, parts.on_device("text", "vae"):
@@ -352,22 +363,22 @@ def _run_samples(recipe: Recipe, parts: _MetaParts, step: Step) -> None:
              recipe.memory.decode_tile)  # fmt: skip
 
 
-def _collect_phases(prefix: str, counted: MemoryCounter, beside: int) -> list[Phase]:
-    """What has been counted since the last call, by part of the step."""
+def _collect_phases(prefix: str, counter: MemoryCounter, gathered_bytes: int) -> list[Phase]:
+    """The phases counted since the last call, by part of the step."""
     found = []
-    for part, held in counted.peaks.items():
-        merged: dict[str, int] = {"gathered": beside}
-        for what, size in held.items():
-            column = SHOWN.get(what, what)
-            merged[column] = merged.get(column, 0) + size
-        if part:  # else it is between parts
-            found.append(Phase(prefix + part, merged))
-    counted.peaks.clear()
+    for part, sizes in counter.peaks.items():
+        columns: dict[str, int] = {"gathered": gathered_bytes}
+        for what, size in sizes.items():
+            column = SHOWN_AS.get(what, what)
+            columns[column] = columns.get(column, 0) + size
+        if part:  # otherwise between two parts
+            found.append(Phase(prefix + part, columns))
+    counter.peaks.clear()
     return found
 
 
 def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step) -> dict[str, int]:
-    state = sum(_bytes(learner.state()[0].values()) for learner in step.learners.values())
+    checkpoint_size = sum(_bytes(learner.state()[0].values()) for learner in step.learners.values())
     net = step.learners["student"].net
     final = _bytes(master_weight(p) for p in net.parameters() if p.requires_grad)
     pipe = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]
@@ -375,6 +386,6 @@ def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step) -> dict[str, int]
     keep = recipe.trainer.keep
     return {
         "models to open, in the recipe's types:": sum(_bytes(m.parameters()) for m in models),
-        f"checkpoints, {keep} kept and one being written:": (keep + 1) * state,
+        f"checkpoints, {keep} kept and one being written:": (keep + 1) * checkpoint_size,
         "finished editor:": final,
     }

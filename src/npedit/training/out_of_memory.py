@@ -72,7 +72,7 @@ def largest_part(recipe: Recipe) -> str:
         peak = estimate(recipe, distributed.world_size()).peak
     except Exception:  # noqa: BLE001 the message must be shown even if the estimate fails
         return 'The parts in memory are listed by "npedit estimate RECIPE".'
-    name, size = max(peak.held.items(), key=lambda item: item[1])
+    name, size = max(peak.bytes_by_part.items(), key=lambda item: item[1])
     return (
         f"By `npedit estimate` the peak is {peak.total / GIB:.1f} GiB, in {peak.name}; the largest part is {name}, "
         f"{size / GIB:.1f} GiB."
