@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from npedit.benchmarks import toy
 from npedit.cli.main import app
 from npedit.errors import UserError
-from npedit.report import plots
+from npedit.report import curves, plots, report
 from npedit.report.report import draw_toy_sheet, write_report
 from npedit.runs.checkpoint import CONFIG, MANIFEST, METRICS, append_row
 from npedit.toy.edits import EDIT_TYPES
@@ -109,7 +109,7 @@ def test_figures_are_drawn_for_light_and_dark(tmp_path):
     from npedit.runs.checkpoint import read_rows
 
     figures = plots.draw_figures(read_rows(tmp_path / "r" / METRICS), 90)
-    assert [f[0] for f in figures] == ["Success on held-out scenes", "The critic's P(yes)", "Losses", "Gradient norms"]
+    assert [f[0] for f in figures] == ["Success on held-out scenes", "The critic's probability of the wanted answer", "Losses", "Gradient norms"]
     for _, caption, light, dark in figures:
         assert caption and light != dark
         assert Image.open(io.BytesIO(light)).width > 1000
@@ -119,7 +119,7 @@ def test_reward_hacking_is_told_at_the_top_and_faults_in_a_table(tmp_path):
     run = tmp_path / "r"
     make_run(run)
     page = write_report(run).read_text()
-    assert "Alarm" not in page and "whose fault" not in page  # it logs no p_edit to compare with
+    assert "Alarm" not in page and "Causes of failed" not in page  # it logs no p_edit to compare with
     for n in range(61, 121):
         row = {"step": n, "stage": 1, "stage_name": "np_edit", "critic/p_edit": n / 120, "critic/p_identity": 0.9}
         if n in (70, 120):
@@ -129,7 +129,7 @@ def test_reward_hacking_is_told_at_the_top_and_faults_in_a_table(tmp_path):
     (run / "blame.json").write_text(json.dumps(counts))
     page = write_report(run).read_text()
     assert "Alarm: reward hacking" in page and "At update 120: since update 60 the critic" in page
-    assert page.index("Alarm") < page.index("Curves") and "The critic against what is held out" in page
+    assert page.index("Alarm") < page.index("Curves") and "Critic and held-out scores" in page
     assert page.count("<td>3 (30 %)</td>") == 9 and "<td>27 (30 %)</td>" in page
 
 
@@ -138,7 +138,7 @@ def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path):
     run.mkdir()
     (run / CONFIG).write_text(yaml.safe_dump({"name": "demo", "trainer": {"evaluate_items": 90}}))
     (run / MANIFEST).write_text('{"recipe": "demo", "no_pairs": true}')
-    assert "Nothing was trained yet" in write_report(run).read_text()
+    assert "No update has been made yet" in write_report(run).read_text()
     append_row(
         run / METRICS, {"step": 1, "stage": 0, "stage_name": "np_edit", "loss/dmd": float("nan"), "loss/fake": 0.4}
     )
@@ -208,3 +208,32 @@ def test_a_run_with_metrics_that_are_not_finite_is_drawn_as_far_as_it_goes(tmp_p
                 plots.plot_runs({"a": rows})
         else:
             assert plots.plot_runs({"a": rows, "b": rows})[:4] == b"\x89PNG"
+
+
+def test_a_damaged_sample_is_named_in_the_report_and_does_not_end_it(tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG no picture")
+    assert "a red circle: " in report._img_tag(tmp_path / "a.png", "a red circle") and "a.png" in caplog.text
+
+
+def test_long_curves_are_thinned_out_and_keep_their_extremes():
+    values = np.random.default_rng(0).normal(size=100_000)
+    x, y = curves.thin_out(np.arange(len(values)), values)
+    assert len(x) <= curves.MAX_POINTS and (np.diff(x) > 0).all() and (y == values[x]).all()
+    for low in range(0, len(values), 1000):
+        part = (x >= low) & (x < low + 1000)
+        assert y[part].max() == values[low : low + 1000].max() and y[part].min() == values[low : low + 1000].min()
+    short = curves.thin_out(np.arange(10), values[:10])
+    assert (short[1] == values[:10]).all()
+
+
+def test_each_row_of_metrics_is_visited_once_for_all_figures(monkeypatch):
+    visits = []
+
+    class CountingRow(dict):
+        def items(self):
+            visits.append(self["step"])
+            return super().items()
+
+    keys = [*plots.LOSSES, *plots.NORMS, "eval/both", "eval/applied", "critic/p_yes/remove"]
+    plots.draw_figures([CountingRow(step=n, stage=0, **dict.fromkeys(keys, 0.5)) for n in range(20)], 9)
+    assert visits == list(range(20))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
 from npedit.recipe.config import validate_settings
 from npedit.recipe.packaged import recipe_path
+from npedit.runs import lock
 from npedit.runs.checkpoint import METRICS, read_config, read_rows
 from npedit.study import page as study_page
 from npedit.study import study
@@ -132,6 +135,47 @@ def trained(tmp_path_factory) -> Path:
 def finished(trained, tmp_path) -> Path:
     """A copy of that folder, which a test may change."""
     return shutil.copytree(trained, tmp_path / "s")
+
+
+def test_a_study_holds_a_run_while_it_scores_it_and_its_folder_while_it_writes(finished, monkeypatch):
+    """Nobody can move these folders at that time; before, `train --fresh` could."""
+    checked = []
+
+    def require_held(module, name: str, folder: Path) -> None:
+        work = getattr(module, name)
+
+        def checking(*given, **named):
+            with pytest.raises(UserError, match="held by"):
+                lock.move_aside(folder)
+            checked.append(name)
+            return work(*given, **named)
+
+        monkeypatch.setattr(module, name, checking)
+
+    (finished / "full-0" / "score-full.json").unlink()
+    require_held(study.toy, "score", finished / "full-0")
+    require_held(study, "write_results", finished)
+    run(make_study(), finished)
+    assert checked[-1] == "write_results" and len(checked) == 2
+
+
+def test_a_folder_that_another_process_holds_is_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    held, order = threading.Event(), []
+
+    def other_process() -> None:
+        with lock.hold(tmp_path, "train"):
+            held.set()
+            time.sleep(0.2)
+            order.append("other")
+
+    other = threading.Thread(target=other_process)
+    other.start()
+    held.wait()
+    with study.hold_when_free(tmp_path, "study: score"):
+        order.append("study")
+    other.join()
+    assert order == ["other", "study"] and caplog.text.count("waiting: expected") == 1
 
 
 def test_a_study_trains_scores_writes_its_page_and_resumes(finished, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,111 +14,96 @@ from PIL import Image
 
 from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
+from npedit.report.curves import LARGEST, Curves, Rows, running_mean, thin_out
 from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingAlarm, monitor_rows
 
-Rows = Sequence[dict[str, Any]]
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
 COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
-LARGEST = 1e30  # numbers beyond it, as of a training that diverged, are not drawn: axes of floats end there
 LOSSES = {
-    "loss/critic_edit": "critic: was the edit done?",
-    "loss/critic_identity": "critic: is the rest the same?",
-    "loss/dmd": "distribution matching (size of the score gap)",
-    "loss/copy": "do nothing: distance to the reference",
+    "loss/critic_edit": "critic: is the edit applied?",
+    "loss/critic_identity": "critic: is the rest preserved?",
+    "loss/dmd": "distribution matching (size of the DMD gradient)",
+    "loss/copy": "identity edits: distance to the reference",
     "loss/fake": "fake score: flow matching",
     "loss/supervised": "supervised: distance to the true edit",
-    "loss/kl": "Flow-GRPO: KL to the start",
+    "loss/kl": "Flow-GRPO: KL divergence to the initial weights",
 }
 NORMS = {
     "grad_norm/student": "student",
     "grad_norm/fake": "fake score",
-    "grad_norm/from_critic": "at the draft, from the critic",
-    "grad_norm/from_dmd": "at the draft, from distribution matching",
+    "grad_norm/from_critic": "at x0, from the critic",
+    "grad_norm/from_dmd": "at x0, from distribution matching",
 }
 
 
 def draw_figures(rows: Rows, evaluate_items: int) -> list[Drawn]:
     """Every figure that the metrics have numbers for. `evaluate_items` is the n behind each evaluation."""
-    out: list[Drawn] = []
-    if series(rows, "eval/both"):
+    curves, out = Curves(rows), list[Drawn]()
+    if curves.points("eval/both"):
         out.append(
             _render_light_and_dark(
                 "Success on held-out scenes",
-                "What the oracle says of held-out scenes as training goes on. The band is the 95 % Wilson interval of "
-                f"'both' for the {evaluate_items} scenes of each evaluation. Right: 'both' by edit type.",
+                "Success rates on held-out scenes during training, by the toy world's oracle. 'both': the edit is "
+                "applied and the rest is preserved. The band is the 95 % Wilson interval of 'both' for the "
+                f"{evaluate_items} scenes of each evaluation. Right: 'both' by edit type.",
                 (11, 3.9),
-                lambda figure: _plot_success(figure, rows, evaluate_items),
+                lambda figure: _plot_success(figure, curves, evaluate_items),
             )
         )
-    answers = [k for k in sorted({k for r in rows for k in r if k.startswith("critic/p_yes/")}) if series(rows, k)]
+    answers = curves.keys_with("critic/p_yes/")
     if answers:
         out.append(
             _render_light_and_dark(
-                "The critic's P(yes)",
-                "The probability that the critic gives to the wanted answer to its question about the edit, by type "
-                "(running mean). That answer is Yes; for removal it is No to 'is it still there?'.",
+                "The critic's probability of the wanted answer",
+                "The critic's probability of the wanted answer to the question about the edit, by edit type (running "
+                "mean). The wanted answer is Yes; for removals, whose question is 'is it still there?', it is No.",
                 (11, 3.9),
-                lambda figure: _plot_critic_answers(figure, rows, answers),
+                lambda figure: _plot_critic_answers(figure, curves, answers),
             )
         )
-    out += _held_out_section(rows, evaluate_items)
-    losses = [k for k in LOSSES if series(rows, k)]
+    out += _held_out_section(rows, curves, evaluate_items)
+    losses = [k for k in LOSSES if curves.points(k)]
     if losses:
         out.append(
             _render_light_and_dark(
                 "Losses",
-                "Faint: each update. Strong: running mean. Dotted lines part the stages.",
+                "Faint: each update. Strong: running mean. Dotted lines: a new stage begins.",
                 (11, 2.6 * -(-len(losses) // 2)),
-                lambda figure: _plot_losses(figure, rows, losses),
+                lambda figure: _plot_losses(figure, curves, losses),
             )
         )
-    norms = [k for k in NORMS if series(rows, k)]
+    norms = [k for k in NORMS if curves.points(k)]
     if norms:
         out.append(
             _render_light_and_dark(
                 "Gradient norms",
-                "Before clipping, on a logarithmic scale (running mean). Neither critic nor distribution "
-                "matching should drown the other.",
+                "Before clipping, on a logarithmic scale (running mean). x0 is the student's output. The norms from "
+                "critic and distribution matching should be of similar size.",
                 (11, 3.4),
-                lambda figure: _plot_gradient_norms(figure, rows, norms),
+                lambda figure: _plot_gradient_norms(figure, curves, norms),
             )
         )
     return out
 
 
-def _held_out_section(rows: Rows, evaluate_items: int) -> list[Drawn]:
+def _held_out_section(rows: Rows, curves: Curves, evaluate_items: int) -> list[Drawn]:
     monitor = monitor_rows(rows, evaluate_items)
     critic = [(step, score) for step, score in monitor.critic_scores() if abs(score) <= LARGEST]
     if not critic:
         return []
     caption = (
-        "The mean of 'was it done?' and 'is the rest kept?', as the critic that is trained against sees it and as what "
-        "is held out from training does. The alarm (crosses) fires where the former has risen since the best "
-        "evaluation and the latter has fallen by more than two standard errors."
+        "A score is the mean of 'is the edit applied?' and 'is the rest preserved?'. Shown are the scores of the "
+        "training critic and of judges that are held out from training. An alarm (cross) means: since the best earlier "
+        "evaluation the critic's score has risen and the held-out score has fallen by more than two standard errors."
     )
     return [
         _render_light_and_dark(
-            "The critic against what is held out", caption, (11, 3.4),
-            lambda figure: _plot_held_out(figure, rows, critic, monitor.alarms),
+            "Critic and held-out scores", caption, (11, 3.4),
+            lambda figure: _plot_held_out(figure, curves, critic, monitor.alarms),
         )
     ]  # fmt: skip
-
-
-def series(rows: Rows, key: str) -> list[tuple[int, float]]:
-    """(step, value) of every row that has a finite number there, of a size that can be drawn."""
-    values = ((r["step"], r.get(key)) for r in rows)
-    return [(step, float(v)) for step, v in values if isinstance(v, int | float) and abs(v) <= LARGEST]
-
-
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a twentieth of the values around each; the window is cut off at the ends."""
-    half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
 
 
 def encode_png(picture: Image.Image) -> bytes:
@@ -161,8 +145,8 @@ def plot_comparison(
 
 OVERLAID = {
     "eval/both": "oracle: applied and preserved",
-    "critic/p_edit": "critic: p(wanted answer), was it done?",
-    "critic/p_identity": "critic: p(wanted answer), is the rest the same?",
+    "critic/p_edit": "critic: P(wanted answer), is the edit applied?",
+    "critic/p_identity": "critic: P(wanted answer), is the rest preserved?",
     **{k: LOSSES[k] for k in ("loss/dmd", "loss/fake")},
     **{k: f"gradient norm: {words}" for k, words in NORMS.items() if k != "grad_norm/fake"},
 }
@@ -174,7 +158,8 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     Raises:
         UserError: no run has a finite number of any of them.
     """
-    keys = [k for k in OVERLAID if any(series(rows, k) for rows in runs.values())]
+    found = {name: Curves(rows) for name, rows in runs.items()}
+    keys = [k for k in OVERLAID if any(curves.points(k) for curves in found.values())]
     if not keys:
         raise UserError("expected runs with finite metrics to draw; got none in any of them; look at metrics.jsonl")
     columns = min(2, len(keys))
@@ -182,8 +167,8 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     figure = Figure(figsize=(5.4 * columns, 2.7 * lines + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, keys, strict=False):
-        for i, (name, rows) in enumerate(runs.items()):
-            if points := series(rows, key):
+        for i, (name, curves) in enumerate(found.items()):
+            if points := curves.points(key):
                 colour = COLOURS[i % len(COLOURS)]
                 if key.startswith("eval/"):
                     axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=name)
@@ -276,19 +261,17 @@ def _plot_smoothed(
 ) -> None:
     x, y = (np.array(v) for v in zip(*points, strict=True))
     if faint:
-        axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(x, running_mean(y), color=colour, linewidth=1.8, label=label)
+        axes.plot(*thin_out(x, y), color=colour, alpha=0.22, linewidth=0.8)
+    axes.plot(*thin_out(x, running_mean(y)), color=colour, linewidth=1.8, label=label)
 
 
-def _label_axes(axes: Axes, rows: Rows, title: str, ylabel: str) -> None:
+def _label_axes(axes: Axes, stage_starts: Sequence[int], title: str, ylabel: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel("update", fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    stages = [(r["step"], r["stage"]) for r in rows if "stage" in r]
-    for (_, before), (step, after) in zip(stages, stages[1:], strict=False):
-        if before != after:
-            axes.axvline(step, color="#888888", linestyle=":", linewidth=1)
+    for step in stage_starts:
+        axes.axvline(step, color="#888888", linestyle=":", linewidth=1)
 
 
 def _percent_axis(axes: Axes) -> None:
@@ -300,9 +283,9 @@ def _add_legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4)
 
 
-def _plot_success(figure: Figure, rows: Rows, n: int) -> None:
+def _plot_success(figure: Figure, curves: Curves, n: int) -> None:
     left, right = figure.subplots(1, 2)
-    both = series(rows, "eval/both")
+    both = curves.points("eval/both")
     x = [s for s, _ in both]
     bands = [wilson_interval(round(v * n), n)["ci95"] for _, v in both]
     left.fill_between(x, [b[0] for b in bands], [b[1] for b in bands], color=COLOURS[0], alpha=0.2, linewidth=0)
@@ -311,69 +294,69 @@ def _plot_success(figure: Figure, rows: Rows, n: int) -> None:
         ("preserved", COLOURS[2], "--"),
         ("both", COLOURS[0], "-"),
     ):
-        points = series(rows, f"eval/{key}")
+        points = curves.points(f"eval/{key}")
         if points:
             width = 2.4 if key == "both" else 1.4
             left.plot(
                 *zip(*points, strict=True), style, color=colour, linewidth=width, marker="o", markersize=3, label=key
             )
-    _label_axes(left, rows, "all edit types", "share of scenes")
+    _label_axes(left, curves.stage_starts, "all edit types", "share of scenes")
     _percent_axis(left)
     _add_legend(left)
-    kinds = [k for k in sorted({k for r in rows for k in r if k.startswith("eval/by_type/")}) if series(rows, k)]
+    kinds = curves.keys_with("eval/by_type/")
     for i, key in enumerate(kinds):
-        points = series(rows, key)
+        points = curves.points(key)
         right.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=key.split("/")[-1])
-    _label_axes(right, rows, "both, by edit type", "share of scenes")
+    _label_axes(right, curves.stage_starts, "both, by edit type", "share of scenes")
     _percent_axis(right)
     if kinds:
         _add_legend(right)
 
 
-def _plot_critic_answers(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_critic_answers(figure: Figure, curves: Curves, keys: Sequence[str]) -> None:
     axes = figure.subplots()
     for i, key in enumerate(keys):
-        _plot_smoothed(axes, series(rows, key), COLOURS[i % len(COLOURS)], key.removeprefix("critic/p_yes/"))
-    _label_axes(axes, rows, "was the edit done?", "P(wanted answer)")
+        _plot_smoothed(axes, curves.points(key), COLOURS[i % len(COLOURS)], key.removeprefix("critic/p_yes/"))
+    _label_axes(axes, curves.stage_starts, "is the edit applied?", "P(wanted answer)")
     _percent_axis(axes)
     _add_legend(axes)
 
 
 def _plot_held_out(
-    figure: Figure, rows: Rows, critic: list[tuple[int, float]], alarms: Sequence[RewardHackingAlarm]
+    figure: Figure, curves: Curves, critic: list[tuple[int, float]], alarms: Sequence[RewardHackingAlarm]
 ) -> None:
     axes = figure.subplots()
     axes.plot(*zip(*critic, strict=True), color=COLOURS[3], linewidth=2, marker="o", markersize=3, label="critic")
     for i, (name, keys) in enumerate(HELD_OUT_KEYS.items()):
-        both = [dict(series(rows, k)) for k in keys]
+        both = [dict(curves.points(k)) for k in keys]
         points = [(n, (both[0][n] + both[1][n]) / 2) for n in both[0] if n in both[1]]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=2, marker="o", markersize=3, label=name)
     crosses = [(alarm.step, alarm.held_out[1]) for alarm in alarms]
     if crosses:
         axes.plot(*zip(*crosses, strict=True), "x", color="#b3402f", markersize=9, markeredgewidth=2.5, label="alarm")
-    _label_axes(axes, rows, "", "score")
+    _label_axes(axes, curves.stage_starts, "", "score")
     _percent_axis(axes)
     _add_legend(axes)
 
 
-def _plot_losses(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_losses(figure: Figure, curves: Curves, keys: Sequence[str]) -> None:
     grid = list(figure.subplots(-(-len(keys) // 2), 2, squeeze=False).flat)
     for i, (axes, key) in enumerate(zip(grid, keys, strict=False)):
-        points = series(rows, key)
+        points = curves.points(key)
         _plot_smoothed(axes, points, COLOURS[i], faint=True)
         top = float(np.quantile([v for _, v in points], 0.995))
         axes.set_ylim(0, 1.1 * top if top > 0 else 1)
-        _label_axes(axes, rows, LOSSES[key], "loss")
+        _label_axes(axes, curves.stage_starts, LOSSES[key], "loss")
     for axes in grid[len(keys) :]:
         axes.remove()
 
 
-def _plot_gradient_norms(figure: Figure, rows: Rows, keys: Sequence[str]) -> None:
+def _plot_gradient_norms(figure: Figure, curves: Curves, keys: Sequence[str]) -> None:
     axes = figure.subplots()
     for i, key in enumerate(keys):
-        points = [(s, max(v, 1e-12)) for s, v in series(rows, key)]
+        points = [(s, max(v, 1e-12)) for s, v in curves.points(key)]
         _plot_smoothed(axes, points, COLOURS[i], NORMS[key])
     axes.set_yscale("log")
-    _label_axes(axes, rows, "", "norm")
+    _label_axes(axes, curves.stage_starts, "", "norm")
     _add_legend(axes)

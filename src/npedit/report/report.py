@@ -14,11 +14,12 @@ import yaml
 from PIL import Image
 
 from npedit.benchmarks.toy import format_rate
+from npedit.data._photos import BadImage, read_photo
 from npedit.errors import UserError
 from npedit.report import plots
 from npedit.runs.checkpoint import FAILURES, METRICS, is_run, read_config, read_manifest, read_rows, write_text
 from npedit.runs.files import read_json_object
-from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, reward_hacking_alarms
+from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, monitor_rows
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDE = 160  # CSS pixels of a picture's longer side
@@ -26,9 +27,9 @@ ENLARGED_SIDE = 320  # pixels up to which a small picture is enlarged by whole n
 MAX_ITEMS = 8
 FAILURE_CAUSES = {
     "right": "right",
-    "critic": "wrong, and the critic content",
-    "teacher": "the teacher cannot draw it",
-    "student": "the student cannot do it",
+    "critic": "critic: accepts the wrong edit",
+    "teacher": "teacher: cannot generate the result",
+    "student": "student: other failure",
 }
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --paper: #fbfbfa; --card: #ffffff; --line: #e3e5e8;
@@ -74,7 +75,7 @@ def write_report(run: str | Path) -> Path:
     scores = _read_scores(run)
     name = str(manifest.get("recipe", run.name))
     parts = [
-        f"<h1>{_escape(name)}: an image editor trained {'without' if manifest['no_pairs'] else 'on'} pairs</h1>",
+        f"<h1>{_escape(name)}: an image editor trained {_data_kind(manifest)}</h1>",
         f'<p class="soft">{_escape(_summary(rows))} {_pairs_sentence(manifest)}</p>',
         _alarm_box(rows, items),
         _headline(rows, scores),
@@ -83,7 +84,7 @@ def write_report(run: str | Path) -> Path:
         _progress_pictures(run),
         _curves_section(rows, items),
         _benchmark_pictures(run),
-        "<h2>How it was made</h2>",
+        "<h2>Recipe and manifest</h2>",
         f"<details><summary>Recipe</summary><pre>{_escape(yaml.safe_dump(config, sort_keys=False))}</pre></details>",
         f"<details open><summary>Manifest</summary><pre>{_escape(json.dumps(manifest, indent=2))}</pre></details>",
     ]
@@ -100,17 +101,21 @@ def _escape(words: object) -> str:
     return html.escape(str(words))
 
 
+def _data_kind(manifest: dict[str, Any]) -> str:
+    return "without edited images" if manifest["no_pairs"] else "with edited images"
+
+
 def _pairs_sentence(manifest: dict[str, Any]) -> str:
     return (
         "No edited image was used in training."
         if manifest["no_pairs"]
-        else "It, or the run that it starts from, was shown edited images: a baseline."
+        else "This run, or the run that it starts from, was trained with edited images: a baseline."
     )
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
-        return "Nothing was trained yet."
+        return "No update has been made yet."
     seconds = sum(r.get("time/update") or 0.0 for r in rows)
     stages = dict.fromkeys(r["stage_name"] for r in rows if "stage_name" in r)
     names = ", then ".join(s.replace("_", " ") for s in stages)
@@ -134,31 +139,33 @@ def _read_scores(run: Path) -> dict[str, Any]:
 
 
 def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> str:
-    """Whether training deceived the critic; nothing where no held-out opinion stands beside the critic's."""
-    found = reward_hacking_alarms(rows, evaluate_items)
-    if found:
+    """The reward-hacking alarms; "" for a run without a critic's and a held-out score."""
+    monitor = monitor_rows(rows, evaluate_items)
+    left_out = f" {monitor.non_finite_message()}" if monitor.non_finite else ""
+    if found := sorted(monitor.alarms, key=lambda alarm: alarm.step):
         lines = "".join(f"<li>{_escape(a.message()[0].upper() + a.message()[1:])}.</li>" for a in found)
         return (
-            f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Look at the pictures, then '
-            "give the critic less weight or distribution matching more, or use a stronger critic or several.</p></div>"
+            f'<div class="alarm"><b class="no">Alarm: reward hacking</b><ul>{lines}</ul><p>Check the pictures. Then '
+            "lower the critic's weight, raise that of distribution matching, or use a stronger critic or an ensemble."
+            f"{left_out}</p></div>"
         )
     both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT_EDIT_KEYS)
     return (
-        '<p class="soft">No sign of reward hacking: see <i>The critic against what is held out</i>.</p>' if both else ""
+        f'<p class="soft">No reward hacking found: see <i>Critic and held-out scores</i>.{left_out}</p>' if both else ""
     )
 
 
 def _headline(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
     if scores:
         before, after = (format_rate(scores[k]["both"]) for k in ("before", "after"))
-        found = [("right before training", before), ("right after training", after)]
+        found = [("success before training", before), ("success after training", after)]
         found.append(("held-out scenes", str(scores["after"]["n"])))
     else:
         evaluated = [r for r in rows if r.get("eval/both") is not None]
         if not evaluated:
             return ""
         first, last = evaluated[0], evaluated[-1]
-        found = [(f"right at update {r['step']}", f"{100 * r['eval/both']:.1f} %") for r in (first, last)]
+        found = [(f"success at update {r['step']}", f"{100 * r['eval/both']:.1f} %") for r in (first, last)]
     return '<div class="figures">' + "".join(f"<div><b>{_escape(v)}</b>{_escape(k)}</div>" for k, v in found) + "</div>"
 
 
@@ -175,16 +182,16 @@ def _scores_table(scores: dict[str, Any]) -> str:
         lines.append(f'<tr class="{"all" if kind == "all" else ""}">{inside}</tr>')
     head = ("edit type", "n", "both, before", "applied", "preserved", "both, after")
     return (
-        "<h2>Success on held-out scenes</h2><p>Judged by the toy world's exact oracle, which has no part in training. "
-        "<i>Both</i>: the edit was applied and all else was preserved, with 95 % Wilson intervals.</p>"
+        "<h2>Success on held-out scenes</h2><p>Scored by the toy world's exact oracle, which is not used in training. "
+        "<i>Both</i>: the edit is applied and the rest is preserved. Intervals are 95 % Wilson intervals.</p>"
         f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
-        f'<p class="soft">Mere copies of the reference: {100 * after["copy_rate"]:.1f} %. Mean pixel change outside '
-        f"the edit: {after['outside_change']:.3f} of the full range.</p>"
+        f'<p class="soft">Copy rate (result equals the reference): {100 * after["copy_rate"]:.1f} %. '
+        f"Mean pixel change outside the edit: {after['outside_change']:.3f} of the full range.</p>"
     )
 
 
 def _failure_table(run: Path) -> str:
-    """Where the finished editor fails, and whose fault it is; "" for a run without that measurement."""
+    """A table of the causes of failed edits; "" for a run without this measurement."""
     counts = _read_object(run / FAILURES)
     if not counts:
         return ""
@@ -197,10 +204,10 @@ def _failure_table(run: Path) -> str:
         )
     heads = ("edit type", "n", *FAILURE_CAUSES.values())
     return (
-        "<h2>Where it fails, and whose fault it is</h2><p>The last evaluation's edits. A wrong one is the "
-        "<i>critic's</i> fault if the critic is content with it; else the <i>teacher's</i> if the base model, given "
-        "the wanted result's caption, draws something else (one try each); else the <i>student's</i>, which had both "
-        f'signals.</p><div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(lines)}'
+        "<h2>Causes of failed edits</h2><p>The edits of the last evaluation. A failed edit is counted under "
+        "<i>critic</i> if the critic accepts it; otherwise under <i>teacher</i> if the base model generates a wrong "
+        "picture from the caption of the wanted result (one try each); otherwise under <i>student</i>.</p>"
+        f'<div class="wide"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(lines)}'
         "</table></div>"
     )
 
@@ -228,8 +235,11 @@ def _data_uri(png: bytes) -> str:
 
 def _img_tag(path: Path, alt: str) -> str:
     """An <img> with the picture inside; small ones are enlarged in whole pixel blocks."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    try:
+        picture = read_photo(path)
+    except BadImage as error:
+        log.warning("%s is left out of the report: %s", path, error)
+        return f"{_escape(alt)}: {_escape(error)}"
     factor = max(1, ENLARGED_SIDE // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     if max(picture.size) > 2 * ENLARGED_SIDE:
@@ -245,7 +255,7 @@ def _read_items(folder: Path) -> list[dict[str, Any]]:
 
 
 def _progress_pictures(run: Path) -> str:
-    """The same references at the first, the middle and the last drawing of samples."""
+    """A table of the same references with the first, a middle and the last samples."""
     folders = sorted(p for p in run.glob("samples/step-*") if _read_items(p))
     if not folders:
         return ""
@@ -259,7 +269,7 @@ def _progress_pictures(run: Path) -> str:
             cells.append(f"<td>{_img_tag(folder / _read_items(folder)[i]['file'], item['instruction'])}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        "<h2>The same pictures as training goes on</h2>"
+        "<h2>Samples during training</h2><p>The same references at three updates.</p>"
         f'<div class="wide"><table class="pictures"><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>'
         f"{''.join(lines)}</table></div>"
     )
@@ -281,7 +291,7 @@ def _benchmark_pictures(run: Path) -> str:
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "<th></th>" + "<th>reference</th><th>instruction, verdict</th><th>edited</th>" * 2
     return (
-        "<h2>The finished editor on held-out scenes</h2><p>The first two of each edit type, not picked.</p>"
+        "<h2>The finished editor on held-out scenes</h2><p>The first two scenes of each edit type, not selected.</p>"
         f'<div class="wide"><table class="pictures"><tr>{head}</tr>{"".join(lines)}</table></div>'
     )
 
@@ -310,7 +320,7 @@ def draw_results_sheet(folder: Path) -> Image.Image:
     rows = []
     for item in _read_items(folder):
         verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
-        both = tuple(Image.open(folder / item[k]).convert("RGB") for k in ("reference", "file"))
+        both = tuple(read_photo(folder / item[k]) for k in ("reference", "file"))
         rows.append((*both, item["instruction"], f"{item['edit_type']}: {verdict}"))
     return _draw_pairs(rows)
 

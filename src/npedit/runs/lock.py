@@ -40,6 +40,10 @@ STALE_SECONDS = 3600.0  # an older .holder.json is ignored without watching; clo
 log = logging.getLogger(__name__)
 
 
+class FolderHeldError(UserError):
+    """Another process holds the folder. The message names the process."""
+
+
 @dataclass
 class Lock:
     """A folder that this process holds."""
@@ -229,8 +233,8 @@ def _describe(holder: dict[str, Any]) -> str:
     )
 
 
-def _held_error(folder: Path) -> UserError:
-    return UserError(
+def _held_error(folder: Path) -> FolderHeldError:
+    return FolderHeldError(
         f"expected {folder} to be free; got a folder that is held by {_describe(_read_holder(folder))}; "
         "wait for that process, stop it, or choose another folder"
     )

@@ -1,17 +1,22 @@
-"""A study: many short runs beside each other, scored alike, each claim held against the intervals.
+"""A study: many short runs, all scored in the same way, and claims about them tested against confidence intervals.
 
 A study's file names a recipe, variants of it (changes to its keys, or another recipe), seeds, and tables of variants
 with the claims that the tables should show. Each variant is trained once for each seed, in an ordinary run directory,
-and scored on the toy benchmark's held-out scenes. A run that is there is not trained again, so a study that was stopped
-goes on where it was. Critics of other qualities than the embedded one are taught first, into `critics/`.
-`study_page.py` holds the claims against intervals and writes the page.
+and scored on the toy benchmark's held-out scenes. A finished run is not trained again, so a study that was stopped
+resumes. Critics of other quality than the embedded one are trained first, into `critics/`. `page.py` tests the claims
+and writes the page.
+
+Whoever writes into a folder holds it (`runs/lock.py`): a run while it is trained and scored, a critic's folder while
+it is trained, the study's folder while its results are written. So several processes can fill one study's folder.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Collection, Mapping
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from npedit.runs.checkpoint import (
     require_allowed_changes,
     write_text,
 )
+from npedit.runs.lock import FolderHeldError, Lock, hold
 from npedit.scoring.reward_hacking import reward_hacking_alarms
 from npedit.steps.base import Parts
 from npedit.study.file import Study, critic_weights, quick_study, variant_recipe
@@ -37,7 +43,9 @@ from npedit.toy_models.build import train_graded_critic
 from npedit.training import trainer
 from npedit.training.parts import build_parts
 
+log = logging.getLogger(__name__)
 SCENES_SEED = 1  # held-out scenes of every study
+POLL_SECONDS = 0.5  # between two attempts to hold a folder that another process holds
 ReportProgress = Callable[[str], None]
 
 
@@ -49,11 +57,12 @@ def run_study(
     quick: bool = False,
     only: Collection[str] = (),
 ) -> Path:
-    """Train and score what is missing, then write `results.md` and its plots into `folder`; returns its path.
+    """Train and score the runs that are missing, then write `results.md` and its plots into `folder`; returns the path
+    of `results.md`.
 
-    `quick` takes one seed, a 25th of the updates and a tenth of the items, into runs of their own. It
-    shows that all runs through and what comes out, and is too short to tell who is right. With `only` just these
-    variants are trained, so that several processes can fill one folder; the page shows all that are finished by then.
+    `quick` uses one seed, a 25th of the updates and a tenth of the items, in separate runs. A quick study shows that
+    every part works; it is too short to decide a claim. With `only`, just these variants are trained, so several
+    processes can fill one folder; the page shows all runs that are finished by then.
 
     Raises:
         UserError: a variant's recipe is wrong (all are read before the first is trained), or see `trainer.train`.
@@ -83,17 +92,36 @@ def run_study(
     scores = {}
     for name, variant in study.variants.items():
         places = {seed: folder / f"{variant.of or name}-{seed}" for seed in study.seeds_of(name)}
-        if done := [_score_run(study, name, run, seed) for seed, run in places.items() if _is_finished(run)]:
+        if done := [_score_held(study, name, run, seed) for seed, run in places.items() if _is_finished(run)]:
             scores[name] = pool_seeds(done)
-    return write_results(study, folder, scores)
+    with hold_when_free(folder, "study: write results"):
+        return write_results(study, folder, scores)
 
 
 def _is_finished(run: Path) -> bool:
     return (run / "passes.json").is_file()
 
 
+@contextmanager
+def hold_when_free(folder: Path, work: str) -> Iterator[Lock]:
+    """Hold a folder for the length of a `with` block, as `runs.lock.hold` does; first wait until no other process, such
+    as one that trains other variants of the study, holds it. A wait is reported in the log once."""
+    with ExitStack() as stack:
+        waited = False
+        while True:
+            try:
+                held = stack.enter_context(hold(folder, work))
+                break
+            except FolderHeldError as error:
+                if not waited:
+                    log.warning("waiting: %s", error)
+                waited = True
+                time.sleep(POLL_SECONDS)
+        yield held
+
+
 def _train_critics(study: Study, folder: Path, report_progress: ReportProgress, variants: Collection[str]) -> None:
-    """Teach the study's own critics that these variants ask, if they are missing, and write down the ensembles."""
+    """Train the study's critics that these variants use, if they are missing, and write the files of ensembles."""
     asked = {study.variants[name].critic for name in variants} & set(study.critics)
     asked |= {m for name in asked for m in study.critics[name].members} & set(study.critics)
     for name in sorted(asked, key=lambda name: bool(study.critics[name].members)):
@@ -109,20 +137,19 @@ def _train_critics(study: Study, folder: Path, report_progress: ReportProgress, 
 
 
 def _train_and_score_critic(study: Study, critic: str, folder: Path) -> float:
-    """The share of questions that a critic answers right, which is taught first if it is missing. Of several processes
-    that want the same one, one teaches it and the others wait."""
+    """A critic's share of right answers. A missing critic is trained first; if several processes need the same one, one
+    trains it and the others wait."""
     batches = 0 if critic == EMBEDDED else study.critics[critic].batches
     place = folder / "critics" / EMBEDDED if critic == EMBEDDED else Path(critic_weights(study, critic, folder)).parent
     with explain_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
-        with open(place / "teaching.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return train_graded_critic(place, batches, study.items)
+    with hold_when_free(place, "study: train a critic"):
+        return train_graded_critic(place, batches, study.items)
 
 
 def _critic_accuracy(study: Study, run: Path) -> float | None:
-    """The share of questions that a run's critic answers right; None without one, of an ensemble, of a critic that is
-    none of the study's, and of the embedded one where no table asks for it."""
+    """The share of right answers of a run's critic. None if the run has no critic, an ensemble, or a critic that is not
+    the study's; also for the embedded critic if no table shows the share."""
     weights = (read_config(run)["critic"] or {}).get("weights")
     if weights == EMBEDDED:
         return (
@@ -148,26 +175,26 @@ def require_same_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
-    """Train one run and leave `passes.json` beside it: how many pictures each net has seen in an update, the mean over
-    all updates. Those of a run that was stopped are kept beside it, for when it goes on."""
-    seen = {"generator": 0, "critic": 0}
-    at_last, part = dict(seen), run / "passes.part.json"
-    total = json.loads(part.read_text()) if part.is_file() else {"updates": 0, **seen}
+    """Train one run and write its `passes.json`: pictures that went through the generator and the critic in an update,
+    the mean over all updates. `passes.part.json` keeps the counts of a run that is stopped."""
+    passes = {"generator": 0, "critic": 0}
+    passes_before, partial_file = dict(passes), run / "passes.part.json"
+    total = json.loads(partial_file.read_text()) if partial_file.is_file() else {"updates": 0, **passes}
 
     def build_counting_parts(recipe: Recipe) -> Parts:
         parts = build_parts(recipe)
         velocity = parts.family.velocity
 
         def counted_velocity(net: Any, x: Any, *rest: Any, **named: Any) -> Any:
-            seen["generator"] += len(x)
+            passes["generator"] += len(x)
             return velocity(net, x, *rest, **named)
 
         vars(parts.family)["velocity"] = counted_velocity
         if parts.critic is not None:
-            logits, asked = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
+            logits, critic_count = parts.critic.logits, len(getattr(parts.critic, "members", "1"))
 
             def counted_logits(texts: Any, *rest: Any, **named: Any) -> Any:
-                seen["critic"] += len(texts) * asked
+                passes["critic"] += len(texts) * critic_count
                 return logits(texts, *rest, **named)
 
             vars(parts.critic)["logits"] = counted_logits
@@ -176,13 +203,20 @@ def _train_and_count_passes(recipe: Recipe, run: Path) -> None:
     def on_event(event: str, facts: Mapping[str, Any]) -> None:
         if event == "update":
             if facts["step"] > 1 and "time/look" not in facts:  # else pictures for samples and evaluation are in it
-                total.update({k: total[k] + seen[k] - at_last[k] for k in seen}, updates=total["updates"] + 1)
-                write_text(part, json.dumps(total) + "\n")
-            at_last.update(seen)
+                total.update({k: total[k] + passes[k] - passes_before[k] for k in passes}, updates=total["updates"] + 1)
+                write_text(partial_file, json.dumps(total) + "\n")
+            passes_before.update(passes)
 
     trainer.train(recipe, run, on_event=on_event, parts=build_counting_parts)
-    means = {k: total[k] / total["updates"] if total["updates"] else None for k in seen}
-    write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
+    means = {k: total[k] / total["updates"] if total["updates"] else None for k in passes}
+    with hold_when_free(run, "study: count passes"):
+        write_text(run / "passes.json", json.dumps({"updates": recipe.total_updates(), **means}) + "\n")
+
+
+def _score_held(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
+    """The scores of one run, which is held meanwhile: two processes of a study may want to score the same run."""
+    with hold_when_free(run, "study: score"):
+        return _score_run(study, name, run, seed)
 
 
 def _score_run(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
@@ -199,7 +233,7 @@ def _score_run(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         toy.sample_items(study.items, SCENES_SEED),
     )
     rows = read_rows(run / METRICS)
-    whole = {
+    found = {
         **scores,
         "steps": steps,
         "run": run.name,
@@ -210,5 +244,5 @@ def _score_run(study: Study, name: str, run: Path, seed: int) -> dict[str, Any]:
         ],
         "critic_right": _critic_accuracy(study, run),
     }
-    write_text(kept, json.dumps(whole) + "\n")
-    return whole
+    write_text(kept, json.dumps(found) + "\n")
+    return found
