@@ -236,6 +236,14 @@ def test_a_replaced_photo_is_edited_again_and_the_others_are_kept(tmp_path):
     assert (tmp_path / "r/edited/b.png").stat().st_mtime_ns == kept
 
 
+def test_the_old_picture_of_a_photo_that_broke_is_not_scored(tmp_path):
+    data = write_photos(tmp_path / "data", "a", "b")
+    measured(data, tmp_path / "r", "--copy")
+    (data / "0.png").write_bytes(b"broken")
+    measured(data, tmp_path / "r", "--copy")
+    assert [p.name for p in (tmp_path / "r/edited").iterdir()] == ["b.png"]
+
+
 def test_leftovers_of_a_full_disk_are_accepted(tmp_path):
     data = write_photos(tmp_path / "data", "a")
     (tmp_path / "r").mkdir()

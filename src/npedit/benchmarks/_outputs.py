@@ -50,35 +50,41 @@ def edit_missing_pictures(
 
     References whose longer side exceeds `longest` pixels are scaled down to that size first; 0 means no limit.
 
-    A job whose reference cannot be opened is skipped. The item's scores are missing for that reason.
+    A job whose reference cannot be opened is skipped, and an old picture of the job is deleted. The item's scores are
+    missing for that reason.
     """
     hash_photo = cache(_hash_photo)
-    keys = {
-        job.file: _hash_inputs(
-            hash_photo(job.reference), job.instruction, {**(editor or {}), "seed": job.seed, "longest": longest}
-        )
-        for job in jobs
-    }
+    keys = {}
+    for job in jobs:
+        facts = {**(editor or {}), "seed": job.seed, "longest": longest}
+        keys[job.file] = _hash_inputs(hash_photo(job.reference), job.instruction, facts)
     missing = [job for job in jobs if not has_cache_key(folder / job.file, keys[job.file])]
     done = len(jobs) - len(missing)
     while missing:
         chunk = [job for job in missing[:CHUNK] if job.seed == missing[0].seed]
         missing = missing[len(chunk) :]
-        opened = []
-        for job in chunk:
-            try:
-                picture = read_photo(job.reference)
-            except BadImage:
-                continue
-            if longest:
-                picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-            opened.append((job, picture))
-        if opened:
-            pictures = edit([p for _, p in opened], [job.instruction for job, _ in opened], opened[0][0].seed)
-            for (job, _), picture in zip(opened, pictures, strict=True):
-                save_png(picture, folder / job.file, keys[job.file])
+        _edit_chunk(chunk, edit, folder, longest, keys)
         done += len(chunk)
         on_progress(done, len(jobs))
+
+
+def _edit_chunk(chunk: Sequence[EditJob], edit: Edit, folder: Path, longest: int, keys: Mapping[str, str]) -> None:
+    """Edit the pictures of jobs with one seed, and write each under its cache key."""
+    jobs, references = [], []
+    for job in chunk:
+        try:
+            reference = read_photo(job.reference)
+        except BadImage:
+            (folder / job.file).unlink(missing_ok=True)
+            continue
+        if longest:
+            reference.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        jobs.append(job)
+        references.append(reference)
+    if not jobs:
+        return
+    for job, picture in zip(jobs, edit(references, [job.instruction for job in jobs], jobs[0].seed), strict=True):
+        save_png(picture, folder / job.file, keys[job.file])
 
 
 def edit_cache_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:

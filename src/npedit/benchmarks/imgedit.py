@@ -59,7 +59,10 @@ def read_items(data: Path, pictures: Path) -> list[Item]:
             )
         )
     if absent or not found:
-        raise UserError(f"expected the source pictures beside {file}; {len(absent)} are missing, such as {absent[:3]}")
+        raise UserError(
+            f"expected the source pictures in the folder of {file}; {len(absent)} are missing, such as {absent[:3]}; "
+            "unpack the benchmark again"
+        )
     return sorted(found, key=lambda i: TASKS.index(i.task))
 
 

@@ -105,7 +105,8 @@ def evaluate(
     save_to: Path | None = None,
     save: int = 36,
 ) -> Scores:
-    """Return the scores of an `Editor` on `items` held-out toy scenes. Item k is edited with noise of its own seed.
+    """Return the scores of an `Editor` on `items` held-out toy scenes. Each item is edited with the noise of another
+    seed.
 
     `seed` selects the scenes. `steps` None is the editor's own number of steps. See `score` for the other arguments.
 

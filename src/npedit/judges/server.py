@@ -60,7 +60,7 @@ CONTENT_FILTER_MARKERS = (
 )
 NO_CREDIT_MARKERS = ("insufficient_quota", "billing_hard_limit", "insufficient_balance")
 MAX_RESPONSE_BYTES = 8_000_000  # of one answer
-MAX_WAIT_SECONDS = 300.0  # seconds between two attempts, whatever the server asks for
+MAX_WAIT_SECONDS = 300.0  # between two attempts, even if the server asks for more
 CONNECTION_REFUSED_ATTEMPTS = 3  # attempts at a port where nothing listens
 CONNECTION_REFUSED_WAIT = 1.0  # seconds between them
 RESERVED_PARAMETERS = ("model", "messages", "stream", "n")  # of a request; a user cannot set them
