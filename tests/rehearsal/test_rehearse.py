@@ -90,7 +90,7 @@ def test_the_rehearsal_changes_length_models_and_photos_and_nothing_else(recipe_
 
 def test_random_photos_are_a_training_set(tmp_path) -> None:
     write_random_photos(tmp_path, [(SIDE, SIDE), (16, 48)])
-    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}], [16, 48]]"]
+    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}], [16, 48]]", "data.held_out=0"]
     source = build_source(load_recipe("sana-24gb", changes))
     assert source.has_target_captions and source.has_source_captions and not source.bad_rows
     shapes = {tuple(source.batch(i, 2).references.shape[2:]) for i in range(8)}

@@ -240,7 +240,7 @@ def test_a_recipe_builds_its_models_without_weights(name: str) -> None:
     for block in family.facts.blocks:
         assert len(family.base.get_submodule(block)) > 1
     head = path.read_text().split("name:")[0]
-    assert "The first command estimates the memory" in head and "no GPU was to be had" in head.replace("\n# ", " ")
+    assert "The first command estimates the memory" in head and "because no GPU was available" in head.replace("\n# ", " ")
 
 
 def test_published_configs_say_where_they_are_from() -> None:
