@@ -89,31 +89,35 @@ class ChatCritic(Critic):
         the model does not take."""
 
     @abstractmethod
-    def _image_placeholder(self, seen: Tensor) -> str:
+    def _image_placeholder(self, visual_tokens: Tensor) -> str:
         """The text that stands for one image: `mark` once for each visual token, and what the model has around it."""
 
-    def _visual_tokens(self, seen: Tensor) -> Tensor:
+    def _visual_tokens(self, visual_tokens: Tensor) -> Tensor:
         """The visual tokens (tokens, dim) of one image that take the place of its marks."""
-        return seen
+        return visual_tokens
 
     def _decoder_inputs(
-        self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]
+        self, rows: Sequence[Sequence[int]], holes: Tensor, visual_tokens: Sequence[Sequence[Tensor]]
     ) -> dict[str, Any]:
         """Inputs of the language model beside the embeddings. `holes` (b, length) is true where image tokens are."""
         return {}
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
+    def logits(
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+    ) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
-        return self.model.lm_head(self.states(questions, seen, packed)).float()
+        return self.model.lm_head(self.states(questions, visual_tokens, packed)).float()
 
-    def states(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
+    def states(
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+    ) -> Tensor:
         """The language model's last hidden state at each question's answer position, (b, dim)."""
-        rows = [self._prompt_ids(question, looks) for question, looks in zip(questions, seen)]
+        rows = [self._prompt_ids(question, looks) for question, looks in zip(questions, visual_tokens)]
         if packed and can_pack(self.model):
-            packed_rows = pack_rows(rows, seen, self.model.config.image_token_id)
+            packed_rows = pack_rows(rows, visual_tokens, self.model.config.image_token_id)
             if len(packed_rows) < len(rows):
                 return self._packed_states(packed_rows)
-        return self._last_states(rows, seen)
+        return self._last_states(rows, visual_tokens)
 
     def _packed_states(self, rows: Sequence[PackedRow]) -> Tensor:
         """The last hidden state at the last token of each question, (questions, dim)."""
@@ -127,39 +131,41 @@ class ChatCritic(Critic):
         prompt = self._prompt("is it?", 1)
         return answer_token(self.tokenizer, prompt, self._answer_text(prompt, word))
 
-    def _last_states(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def _last_states(self, rows: Sequence[Sequence[int]], visual_tokens: Sequence[Sequence[Tensor]]) -> Tensor:
         """The last hidden state at the last token of each row of token ids, (b, dim)."""
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
-        embedded, extras = self._embed(rows, seen)
+        embedded, extras = self._embed(rows, visual_tokens)
         hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False, **extras).last_hidden_state
         return hidden[torch.arange(len(rows), device=self.device), last]
 
-    def _embed(self, rows: Sequence[Sequence[int]], seen: Sequence[Sequence[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+    def _embed(
+        self, rows: Sequence[Sequence[int]], visual_tokens: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Embeddings (b, length, dim) of rows of token ids, visual tokens in place, and what goes with them."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
         holes = ids == self.model.config.image_token_id
-        visual = torch.cat([self._visual_tokens(s) for looks in seen for s in looks]).to(embedded.dtype)
+        visual = torch.cat([self._visual_tokens(s) for looks in visual_tokens for s in looks]).to(embedded.dtype)
         marks = sum(row.count(self.model.config.image_token_id) for row in rows)
         if marks != len(visual):
             raise ValueError(f"expected one mark in the prompts for each of {len(visual)} visual tokens; got {marks}")
-        return embedded.masked_scatter(holes[:, :, None], visual), self._decoder_inputs(rows, holes, seen)
+        return embedded.masked_scatter(holes[:, :, None], visual), self._decoder_inputs(rows, holes, visual_tokens)
 
     @torch.no_grad()
     def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """Greedy text, one prompt after the other."""
         texts = []
         for prompt, pictures in zip(prompts, images):
-            seen = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
-            words = self._generate(self._prompt_ids(prompt, seen), seen, max_tokens)
+            visual_tokens = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
+            words = self._generate(self._prompt_ids(prompt, visual_tokens), visual_tokens, max_tokens)
             texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
         return texts
 
-    def _generate(self, row: Sequence[int], seen: Sequence[Tensor], max_tokens: int) -> list[int]:
+    def _generate(self, row: Sequence[int], visual_tokens: Sequence[Tensor], max_tokens: int) -> list[int]:
         """The likeliest tokens after a row, one by one up to an end; keys and values of what was read are kept."""
         words: list[int] = []
         kept = None
-        embedded, extras = self._embed([row], [seen])
+        embedded, extras = self._embed([row], [visual_tokens])
         while len(words) < max_tokens and not (words and words[-1] in self.stop_tokens):
             decoder = self.model.get_decoder()
             out = decoder(inputs_embeds=embedded, past_key_values=kept, use_cache=True, **extras)

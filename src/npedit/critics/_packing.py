@@ -58,18 +58,20 @@ def can_pack(model: Any) -> bool:
     return "sliding_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
-def pack_rows(rows: Sequence[list[int]], seen: Sequence[Sequence[Tensor]], image_token: int) -> list[PackedRow]:
+def pack_rows(
+    rows: Sequence[list[int]], visual_tokens: Sequence[Sequence[Tensor]], image_token: int
+) -> list[PackedRow]:
     """Rows of token ids -> rows that ask all questions about the same images in the same order.
 
     Images are the same if they are the same tensor objects. Questions whose common prefix does not contain all their
     images stay in rows of their own.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, pictures in enumerate(seen):
+    for number, pictures in enumerate(visual_tokens):
         groups.setdefault(tuple(id(picture) for picture in pictures), []).append(number)
     packed = []
     for numbers in groups.values():
-        packed += _pack_group(rows, numbers, seen[numbers[0]], image_token)
+        packed += _pack_group(rows, numbers, visual_tokens[numbers[0]], image_token)
     return packed
 
 

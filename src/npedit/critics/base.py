@@ -54,10 +54,9 @@ class Critic(ABC):
         under `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
-        """Next-token logits (b, vocabulary) at the answer position, in float32. `seen[i]` are the visual tokens (from
-        `encode_images`) of the images that question i looks at, in order.
-        Any batch, any mix of one image and several.
+    def logits(self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
+        """Next-token logits (b, vocabulary) at the answer position, in float32. `visual_tokens[i]` are those (from
+        `encode_images`) of the images that question i looks at, in order. Any batch, any mix of one image and several.
 
         `packed` asks the questions about the same images (the same objects in the same order) in one row, which
         computes the images once; see `_packing.py`. The logits differ by rounding only.
@@ -85,9 +84,9 @@ class Critic(ABC):
         with checkpointed_layers(self.model):
             yield
 
-    def margin(self, questions: Sequence[str], seen: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
+    def margin(self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
         """logit(Yes) - logit(No), (b,). `packed` as in `logits`."""
-        logits = self.logits(questions, seen, packed=packed)
+        logits = self.logits(questions, visual_tokens, packed=packed)
         return logits[:, self.yes] - logits[:, self.no]
 
 

@@ -76,15 +76,22 @@ class Ensemble(Critic):
         """(n, 3, H, W) in [0, 1] -> n tuples, what each member sees of the image."""
         return list(zip(*(m.encode_images(images) for m in self.members)))
 
-    def margins(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]], packed: bool = False) -> Tensor:
+    def margins(
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[tuple]], packed: bool = False
+    ) -> Tensor:
         """Each member's margin, (members, b), float32."""
         return torch.stack(
-            [m.margin(questions, [[s[i] for s in looks] for looks in seen], packed) for i, m in enumerate(self.members)]
+            [
+                m.margin(questions, [[s[i] for s in looks] for looks in visual_tokens], packed)
+                for i, m in enumerate(self.members)
+            ]
         )
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[tuple]], packed: bool = False) -> Tensor:
+    def logits(
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[tuple]], packed: bool = False
+    ) -> Tensor:
         """(b, 2): plus and minus half the mean margin."""
-        margins = self.margins(questions, seen, packed)
+        margins = self.margins(questions, visual_tokens, packed)
         self.member_margins = dict(zip(self.names, margins.detach(), strict=True))
         half = margins.mean(0) / 2
         return torch.stack([half, -half], 1)

@@ -163,14 +163,16 @@ class LlavaOnevision(Critic):
         std = torch.tensor(self.processor.image_std, device=images.device)[:, None, None]
         return (images - mean) / std
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
+    def logits(
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+    ) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
         if packed and can_pack(self.model):
-            rows = self._prompt_rows(questions, seen)
-            packed_rows = pack_rows(rows, seen, self.model.config.image_token_id)
+            rows = self._prompt_rows(questions, visual_tokens)
+            packed_rows = pack_rows(rows, visual_tokens, self.model.config.image_token_id)
             if len(packed_rows) < len(rows):
                 return self.model.lm_head(self._packed_states(packed_rows)).float()
-        hidden, last = self.hidden_states(questions, seen)
+        hidden, last = self.hidden_states(questions, visual_tokens)
         return self.model.lm_head(hidden[-1][torch.arange(len(last)), last]).float()
 
     def _packed_states(self, rows: Sequence[PackedRow]) -> Tensor:
@@ -181,26 +183,26 @@ class LlavaOnevision(Critic):
         return out.last_hidden_state[answer_positions(rows, self.device)]
 
     def hidden_states(
-        self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]
+        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Hidden states of every layer, each (b, length, dim), and each question's answer position (b,)."""
-        rows = self._prompt_rows(questions, seen)
+        rows = self._prompt_rows(questions, visual_tokens)
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
-        embedded = self._embed(rows, seen)
+        embedded = self._embed(rows, visual_tokens)
         out = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
         return out.hidden_states, last
 
-    def _prompt_rows(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]]) -> list[list[int]]:
-        return [self._prompt_ids(q, tuple(len(s) for s in looks)) for q, looks in zip(questions, seen)]
+    def _prompt_rows(self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+        return [self._prompt_ids(q, tuple(len(s) for s in looks)) for q, looks in zip(questions, visual_tokens)]
 
-    def _embed(self, rows: Sequence[list[int]], seen: Sequence[Sequence[Tensor]]) -> Tensor:
+    def _embed(self, rows: Sequence[list[int]], visual_tokens: Sequence[Sequence[Tensor]]) -> Tensor:
         """Embeddings (b, length, dim) of rows of token ids, with the visual tokens in place. Padding is on the
         right."""
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=0)
         ids = padded.to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
         holes = ids == self.model.config.image_token_id
-        visual = torch.cat([s for looks in seen for s in looks]).to(embedded.dtype)
+        visual = torch.cat([s for looks in visual_tokens for s in looks]).to(embedded.dtype)
         return embedded.masked_scatter(holes[:, :, None], visual)
 
     def answer_id(self, word: str) -> int:
@@ -212,11 +214,11 @@ class LlavaOnevision(Critic):
         """Greedy text, one prompt after the other; keys and values of what was read are kept."""
         texts, embed = [], self.model.get_input_embeddings()
         for prompt, pictures in zip(prompts, images):
-            seen = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
-            row = torch.tensor([self._prompt_ids(prompt, tuple(len(s) for s in seen))], device=self.device)
+            visual_tokens = [self.encode_images(p[None].to(self.device))[0] for p in pictures]
+            row = torch.tensor([self._prompt_ids(prompt, tuple(len(s) for s in visual_tokens))], device=self.device)
             holes = row == self.model.config.image_token_id
             embedded = embed(row)
-            embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(seen).to(embedded.dtype))
+            embedded = embedded.masked_scatter(holes[:, :, None], torch.cat(visual_tokens).to(embedded.dtype))
             ids: list[int] = []
             kept = None
             while len(ids) < max_tokens and not (ids and ids[-1] == self.tokenizer.eos_token_id):

@@ -112,24 +112,24 @@ class QwenVL(ChatCritic):
         if resolution:  # half a pixel either way, so that rounding does not take a token from an exact square
             self.least, self.most = resolution**2 - 0.5, resolution**2 + 0.5
 
-    def _image_placeholder(self, seen: Tensor) -> str:
-        return self.image_token * (seen.shape[0] * seen.shape[1])
+    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+        return self.image_token * (visual_tokens.shape[0] * visual_tokens.shape[1])
 
-    def _visual_tokens(self, seen: Tensor) -> Tensor:
-        return self._split_deepstack(seen)[0]
+    def _visual_tokens(self, visual_tokens: Tensor) -> Tensor:
+        return self._split_deepstack(visual_tokens)[0]
 
-    def _split_deepstack(self, seen: Tensor) -> tuple[Tensor, ...]:
+    def _split_deepstack(self, visual_tokens: Tensor) -> tuple[Tensor, ...]:
         """The tokens' own features and those for DeepStack, each (tokens, dim of the language model)."""
-        return seen.flatten(0, 1).split(self.model.config.text_config.hidden_size, dim=1)
+        return visual_tokens.flatten(0, 1).split(self.model.config.text_config.hidden_size, dim=1)
 
     def _decoder_inputs(
-        self, rows: Sequence[Sequence[int]], holes: Tensor, seen: Sequence[Sequence[Tensor]]
+        self, rows: Sequence[Sequence[int]], holes: Tensor, visual_tokens: Sequence[Sequence[Tensor]]
     ) -> dict[str, Any]:
         ids = torch.zeros(3, *holes.shape, dtype=torch.long)
-        for i, (row, looks) in enumerate(zip(rows, seen)):
+        for i, (row, looks) in enumerate(zip(rows, visual_tokens)):
             ids[:, i, : len(row)] = self._rope_positions(row, iter(looks))
         extras: dict[str, Any] = {"position_ids": ids.to(self.device)}
-        _, *deep = zip(*(self._split_deepstack(s) for looks in seen for s in looks))
+        _, *deep = zip(*(self._split_deepstack(s) for looks in visual_tokens for s in looks))
         if deep:
             extras |= {"visual_pos_masks": holes, "deepstack_visual_embeds": [torch.cat(layer) for layer in deep]}
         return extras

@@ -76,8 +76,8 @@ class SmolVLM(ChatCritic):
         if resolution not in (0, self.side):
             raise ValueError(f"expected resolution 0 or {self.side}, the vision tower's own; got {resolution}")
 
-    def _image_placeholder(self, seen: Tensor) -> str:
-        return AROUND + GLOBAL + self.image_token * len(seen) + AROUND
+    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+        return AROUND + GLOBAL + self.image_token * len(visual_tokens) + AROUND
 
 
 def resize_lanczos(images: Tensor, height: int, width: int) -> Tensor:
