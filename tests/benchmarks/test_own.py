@@ -145,7 +145,7 @@ def test_compare_prints_and_plots(done, tmp_path):
         "--plot",
         tmp_path / "p.png",
     )
-    assert "Against people: 36 labels" in said and "l1_target" in said
+    assert "Agreement with 36 human labels" in said and "l1_target" in said
 
 
 def test_compare_refuses_what_cannot_be_compared(done, tmp_path):

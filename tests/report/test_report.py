@@ -109,7 +109,8 @@ def test_figures_are_drawn_for_light_and_dark(tmp_path):
     from npedit.runs.checkpoint import read_rows
 
     figures = plots.draw_figures(read_rows(tmp_path / "r" / METRICS), 90)
-    assert [f[0] for f in figures] == ["Success on held-out scenes", "The critic's probability of the wanted answer", "Losses", "Gradient norms"]
+    titles = ["Success on held-out scenes", "The critic's probability of the wanted answer", "Losses", "Gradient norms"]
+    assert [f[0] for f in figures] == titles
     for _, caption, light, dark in figures:
         assert caption and light != dark
         assert Image.open(io.BytesIO(light)).width > 1000

@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `--help` is quick.
 
-Whatever a user can put right ends with one message and exit code 2; Ctrl-C ends with 130 and the command that goes on.
+A `UserError` ends with its message and exit code 2. Ctrl-C ends with the command that resumes and exit code 130.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train a few-step image editor without pairs, and edit pictures with it.\n\nBegin with: npedit demo",
+    help="Train a few-step image editor without edited images, and edit pictures with it.\n\nBegin with: npedit demo",
 )
-toy_app = typer.Typer(no_args_is_help=True, help="The toy world: its pictures, its data, its models.")
+toy_app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and models.")
 app.add_typer(toy_app, name="toy")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,7 +48,7 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; what is 
 
 
 def exit_on_user_error(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command end with a message and exit code 2 on a user's error, and with 130 on Ctrl-C."""
+    """A command that ends with a message and exit code 2 on a `UserError`, and with exit code 130 on Ctrl-C."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -113,17 +113,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/demo"),
     minutes: Annotated[
-        float, typer.Option(help="Length of training: the updates grow in proportion; 10 is meant for two CPU cores.")
+        float, typer.Option(help="Length of training: the number of updates is proportional; 10 suits two CPU cores.")
     ] = 10.0,
     items: Annotated[int, typer.Option(help="Held-out scenes for the table at the end.", min=1)] = DEMO_ITEMS,
     fresh: FreshOption = False,
 ) -> None:
-    """Train a tiny editor without pairs on this computer and show what it learnt.
+    """Train a tiny editor without edited images on this computer and show its scores before and after.
 
-    Stop it at any time: the same command goes on. A finished demo shows its result again.
+    It can be stopped at any time: the same command resumes. A finished demo shows its result again.
     """
     if not 0 < minutes <= 10_000:
-        raise UserError(f"expected --minutes above 0; got {minutes}; 10 is usual")
+        raise UserError(f"expected --minutes above 0 and at most 10000; got {minutes}; 10 is usual")
     from npedit.cli.demo import score_before_and_after, show_demo_result
     from npedit.recipe import config
     from npedit.training import trainer
@@ -154,7 +154,7 @@ def train(
         int, typer.Option(help="Processes on this machine; 0: one per visible GPU. They share each batch.", min=0)
     ] = 0,
 ) -> None:
-    """Train a recipe. The same command goes on where an earlier one stopped.
+    """Train a recipe. The same command resumes a training that was stopped.
 
     All visible GPUs are used. For several machines: torchrun ... -m npedit train RECIPE, see docs/clusters.md.
     """
@@ -169,10 +169,10 @@ def train(
 @app.command()
 @exit_on_user_error
 def edit(
-    words: Annotated[list[str], typer.Argument(metavar="IMAGE... INSTRUCTION", help="Pictures, then what to change.")],
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... INSTRUCTION", help="Pictures, then one instruction.")],
     instructions: Annotated[
         list[str] | None,
-        typer.Option("--instruction", "-i", help="What to change; repeat it for one instruction a picture, in order."),
+        typer.Option("--instruction", "-i", help="An instruction; repeatable: one for each picture, in order."),
     ] = None,
     target: Annotated[
         str,
@@ -222,12 +222,12 @@ def study(
     path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
     folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A 25th of the updates, one seed: to see that all runs through.")
+        bool, typer.Option("--quick", help="One seed and a 25th of the updates: a check that every part works.")
     ] = False,
-    page: Annotated[Path | None, typer.Option("--publish", help="A copy of the page; its plots go beside it.")] = None,
-    only: Annotated[str, typer.Option(help="Train these alone, 'A,B': several processes can fill one folder.")] = "",
+    page: Annotated[Path | None, typer.Option("--publish", help="Copy the page to this .md file.")] = None,
+    only: Annotated[str, typer.Option(help="Train only these variants, as 'A,B'.")] = "",
 ) -> None:
-    """Train and score the variants that a study's file names, and write results.md. The same command goes on."""
+    """Train and score the variants of a study, and write results.md. The same command resumes."""
     from npedit.study.file import load_study
     from npedit.study.page import publish_results
     from npedit.study.study import run_study
@@ -244,7 +244,7 @@ def study(
 @app.command()
 @exit_on_user_error
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write report.html of a run, finished or not: curves, pictures, tables."""
+    """Write report.html for a run, finished or not: curves, pictures, tables."""
     from npedit.report.report import write_report
     from npedit.runs.checkpoint import require_run
 
@@ -257,14 +257,15 @@ def curves(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or not.")],
     picture: Annotated[Path, typer.Option("--out", "-o", help="A PNG.")] = Path("curves.png"),
 ) -> None:
-    """Draw the curves of several runs over each other: what went another way, and when."""
+    """Plot the metrics of several runs in the same axes."""
     from npedit.report.plots import plot_runs
     from npedit.runs.checkpoint import METRICS, read_rows, require_run
 
-    same = len({run.resolve().name for run in runs}) < len(runs)  # names; then only the whole paths tell them apart
-    rows = {str(run) if same else run.resolve().name: read_rows(require_run(run) / METRICS) for run in runs}
+    has_duplicate_names = len({run.resolve().name for run in runs}) < len(runs)
+    names = [str(run) if has_duplicate_names else run.resolve().name for run in runs]
+    rows = {name: read_rows(require_run(run) / METRICS) for name, run in zip(names, runs, strict=True)}
     if empty := [name for name, logged in rows.items() if len(logged) < 2]:
-        raise UserError(f"expected runs that have logged updates; got {', '.join(empty)}; leave out, or train first")
+        raise UserError(f"expected runs with two rows of metrics or more; got {', '.join(empty)}; leave them out")
     with explain_write_errors(picture):
         picture.write_bytes(plot_runs(rows))
     out.print(f"Curves: {escape(str(picture.resolve()))}")
@@ -292,12 +293,12 @@ def export(
 def estimate_memory(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package.")],
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Say whether it fits a GPU of this size, such as 24GB.")] = "",
+    gpu: Annotated[str, typer.Option(help="Report whether it fits a GPU of this size, such as 24GB.")] = "",
     processes: Annotated[
-        int, typer.Option(help="Processes that share each batch and, with shard, the nets.", min=1)
+        int, typer.Option(help="Processes that share each batch and, with trainer.shard, the weights.", min=1)
     ] = 1,
 ) -> None:
-    """Say what a recipe will hold in memory and on disk, without its weights and without a GPU."""
+    """Estimate a recipe's use of memory and disk, without its weights and without a GPU."""
     from npedit.recipe.config import load_recipe
     from npedit.training.estimate import estimate, estimate_table, fit_message
 
@@ -311,9 +312,9 @@ def estimate_memory(
 def convert_released(
     file: Annotated[Path, typer.Argument(help="The checkpoint that NP-Edit's public reimplementation released (.pt).")],
     run: Annotated[Path, typer.Argument(help="A new folder.")],
-    base: Annotated[str, typer.Option(help="The Z-Image that it was trained from.")] = "Tongyi-MAI/Z-Image",
+    base: Annotated[str, typer.Option(help="The base model that it was trained from.")] = "Tongyi-MAI/Z-Image",
 ) -> None:
-    """Make a run that `npedit edit --run` opens from a checkpoint of NP-Edit's public reimplementation."""
+    """Convert a checkpoint of NP-Edit's public reimplementation to a run that `npedit edit --run` opens."""
     from npedit.interop.convert import convert
 
     made = convert(file, run, base)
@@ -323,7 +324,7 @@ def convert_released(
 @app.command()
 @exit_on_user_error
 def doctor() -> None:
-    """Look at this installation: versions, device, embedded weights, one edit."""
+    """Check this installation: versions, device, embedded weights, and a few edits."""
     from npedit.cli.doctor import run_checks
 
     bad = 0
@@ -331,7 +332,7 @@ def doctor() -> None:
         bad += not fine
         out.print(f"{'[green]ok     [/]' if fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
     if bad:
-        raise UserError(f"{bad} of the checks above failed; each says what to do")
+        raise UserError(f"expected all checks to pass; got {bad} problems; the lines above say what to do")
 
 
 # -------------------------------------------------------------------------------------------------------------- toy
@@ -343,9 +344,9 @@ def toy_data(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     items: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
     seed: SeedOption = 0,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Also draw the edited pictures, for baselines.")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also write the edited pictures.")] = False,
 ) -> None:
-    """Write toy scenes as an ordinary data set: images and metadata.jsonl, no edited pictures."""
+    """Write toy scenes as a data set: images and metadata.jsonl; no edited pictures without --pairs."""
     from npedit.toy.dataset import write_dataset
 
     out.print(f"{items} items: {escape(str(write_dataset(folder, items, seed, pairs)))}")
@@ -354,7 +355,7 @@ def toy_data(
 @toy_app.command("build")
 @exit_on_user_error
 def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: FreshOption = False) -> None:
-    """Teach the toy's VAE, text-to-image model and critic from nothing. The same command goes on after a stop."""
+    """Train the toy's VAE, text-to-image model and critic from scratch. The same command resumes after a stop."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder to work in; {folder} is a file; choose another")
     from npedit.toy_models import build as models
@@ -370,7 +371,7 @@ def toy_sheet(
     picture: Annotated[Path, typer.Argument(help="The picture to write (.png).")],
     seed: SeedOption = 0,
 ) -> None:
-    """Draw one random scene of every edit type, its instruction and the true result."""
+    """Write a picture with one random scene of every edit type, its instruction and the true result."""
     from npedit.cli.pictures import save_picture
     from npedit.report.report import draw_toy_sheet
 

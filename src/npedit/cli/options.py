@@ -18,22 +18,22 @@ BaseOption = Annotated[
     typer.Option("--base", help="Base model, if it is not where the editor's npedit.json says: a folder or Hub id."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
-StepsOption = Annotated[int | None, typer.Option(help="Steps of the editor; as trained if not given.", min=1, max=64)]
+StepsOption = Annotated[int | None, typer.Option(help="Sampling steps; as in training if not given.", min=1, max=64)]
 
 # What measures without a judge.
 DinoOption = Annotated[
     str,
-    typer.Option(help="DINO: a folder or Hub id, or 'none'. If not given, facebook/dino-vits16 if it is to be had."),
+    typer.Option(help="DINO: a folder or Hub id, or 'none'. If not given, facebook/dino-vits16 if it can be opened."),
 ]
 ClipOption = Annotated[
     str,
     typer.Option(
-        help="CLIP: a folder or Hub id, or 'none'. If not given, openai/clip-vit-base-patch32 in the same way."
+        help="CLIP: a folder or Hub id, or 'none'. If not given, openai/clip-vit-base-patch32 if it can be opened."
     ),
 ]
 LpipsOption = Annotated[
     Path | None,
-    typer.Option(help="LPIPS: a folder with its two files of weights (docs/metrics.md); else left out."),
+    typer.Option(help="LPIPS: a folder with its two weight files (docs/metrics.md). If not given, LPIPS is left out."),
 ]
 
 # Of judged benchmarks.
@@ -53,30 +53,30 @@ JudgeOption = Annotated[
         "(http://localhost:8000/v1; its key in NPEDIT_JUDGE_KEY)."
     ),
 ]
-JudgeModelOption = Annotated[str, typer.Option("--judge-model", help="The model's name at the server.")]
+JudgeModelOption = Annotated[str, typer.Option("--judge-model", help="The model's name on the server.")]
 JudgeRevisionOption = Annotated[
     str, typer.Option("--judge-revision", help="Which version of it the server runs; recorded.")
 ]
-WorkersOption = Annotated[int, typer.Option(help="Questions to the server at once.", min=1, max=256)]
+WorkersOption = Annotated[int, typer.Option(help="Concurrent requests to the server.", min=1, max=256)]
 EditedOption = Annotated[
-    Path | None, typer.Option(help="Score these pictures, in the official layout, and not an editor's.", exists=True)
+    Path | None, typer.Option(help="Score the pictures in this folder (official layout).", exists=True)
 ]
 ScoresOption = Annotated[
-    Path | None, typer.Option("--scores", help="Take scores that the official scripts wrote; no judge.", exists=True)
+    Path | None, typer.Option("--scores", help="Import scores of the official scripts; no judge.", exists=True)
 ]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="Folder with the official texts, for official protocols.", exists=True)
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="The result's folder. The same command goes on in it.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The results' folder. The same command resumes in it.")]
 ItemsOption = Annotated[
-    int | None, typer.Option("--items", help="Only so many, tasks in turn: a trial, no headline.", min=1)
+    int | None, typer.Option("--items", help="Score only so many items, from all tasks: a trial.", min=1)
 ]
-RepeatsOption = Annotated[int, typer.Option(help="How often each question is asked; the mean counts.", min=1)]
-SwapOption = Annotated[bool, typer.Option("--swap", help="Ask also with the two pictures exchanged; the mean counts.")]
+RepeatsOption = Annotated[int, typer.Option(help="How often each question is asked; scores are means.", min=1)]
+SwapOption = Annotated[bool, typer.Option("--swap", help="Also ask with the pictures exchanged; scores are means.")]
 CoverageOption = Annotated[
-    float, typer.Option("--min-coverage", help="Least share of items with a score for a headline.", min=0, max=1)
+    float, typer.Option("--min-coverage", help="Share of scored items that a headline score needs.", min=0, max=1)
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; what is there is moved aside, not deleted.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start again; an existing folder is renamed, not deleted.")]
 
 
 ReportProgress = Callable[[int, int], None]  # called with (number done, total)

@@ -1,6 +1,6 @@
-"""What a critic says of finished edits: P(wanted answer) to each question about each edit, without gradient.
+"""P(wanted answer) of a critic for each question about each finished edit, without gradient.
 
-Training's critic as a reward, and the held-out judge, ask here; NP-Edit's own step asks with gradient.
+Used by Flow-GRPO for its reward, and for the held-out judge. `steps/np_edit.py` asks the critic with gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from npedit.questions import questions_for
 
 @dataclass(frozen=True)
 class CriticScores:
-    """One row a question: the item it is about, its kind, and P(wanted answer) in [0, 1] on the CPU."""
+    """One entry for each question: `items` is the item's number in the batch, `kinds` the kind of question, `p` (q,) is
+    P(wanted answer) in [0, 1] on the CPU."""
 
     items: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -33,7 +34,7 @@ class CriticScores:
         return out
 
     def is_accepted(self) -> list[bool]:
-        """Whether every wanted answer is the likelier one, item by item."""
+        """Whether P(wanted answer) is above 0.5 for all of an item's questions; one value for each item."""
         out = [True] * (max(self.items) + 1)
         for item, p in zip(self.items, self.p.tolist()):
             out[item] = out[item] and p > 0.5
@@ -54,22 +55,22 @@ class CriticScores:
 def score_with_critic(
     critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b 3 H W"], chunk: int = 64
 ) -> CriticScores:
-    """Ask all questions about edits of a batch's references; the images are held to [0, 1]. `chunk` items are asked
-    about at a time."""
-    items, kinds, found = [], [], []
+    """The critic's scores of `edited`, (b, 3, H, W), clamped to [0, 1], as edits of a batch's references. All questions
+    about `chunk` items are asked at a time."""
+    items, kinds, probabilities = [], [], []
     for start in range(0, len(batch), chunk):
-        part = range(start, min(start + chunk, len(batch)))
+        chunk_items = range(start, min(start + chunk, len(batch)))
         before = critic.encode_images(batch.references[start : start + chunk].to(critic.device))
         after = critic.encode_images(edited[start : start + chunk].to(critic.device).clamp(0, 1))
-        asked = [
+        questions = [
             (i, q)
-            for i in part
+            for i in chunk_items
             for q in questions_for(batch.edit_types[i], batch.instructions[i], batch.objects[i], wording)
         ]
-        looks = [[(before if n == "reference" else after)[i - start] for n in q.looks_at] for i, q in asked]
-        answer = torch.tensor([q.answer for _, q in asked])
-        margin = critic.margin([q.text for _, q in asked], looks).float().cpu()
-        found.append((margin * answer).sigmoid())
-        items += [i for i, _ in asked]
-        kinds += [q.kind for _, q in asked]
-    return CriticScores(tuple(items), tuple(kinds), torch.cat(found))
+        visible = [[(before if n == "reference" else after)[i - start] for n in q.looks_at] for i, q in questions]
+        answer = torch.tensor([q.answer for _, q in questions])
+        margin = critic.margin([q.text for _, q in questions], visible).float().cpu()
+        probabilities.append((margin * answer).sigmoid())
+        items += [i for i, _ in questions]
+        kinds += [q.kind for _, q in questions]
+    return CriticScores(tuple(items), tuple(kinds), torch.cat(probabilities))
