@@ -214,7 +214,7 @@ def test_mentioned_pages_exist(folder: str) -> None:
     for path in [place] if place.is_file() else sorted(place.rglob("*")):
         if path.suffix not in (".py", ".yaml", ".md", "") or not path.is_file() or path == Path(__file__):
             continue
-        for name in re.findall(r"\bdocs/[\w.-]+\.md", path.read_text(encoding="utf-8")):
+        for name in re.findall(r"(?<![\w/])docs/[\w.-]+\.md", path.read_text(encoding="utf-8")):
             if not (ROOT / name).exists() and path != ROOT / NOTEBOOK:
                 missing.append(f"{path.relative_to(ROOT)}: {name}")
     assert missing == []
