@@ -3,6 +3,7 @@ checkpointing or without, one or two items for each of two processes. One proces
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,18 @@ def test_an_update_works_and_one_process_agrees_with_two(case: Case, outcomes) -
     one, sharded = (found[str(case)] for found in outcomes)
     assert isinstance(one, dict), one
     assert isinstance(sharded, dict), sharded
-    for found in (one, sharded):
-        assert found["fake"] == found["teacher"]  # the fake score begins as the frozen teacher, bit for bit
-        assert found["skipped"] == 0 and difference(found["after"], found["before"]) > 1e-3
-    for key in ("before", "teacher"):
-        assert difference(one[key], sharded[key]) < 1e-3, key
+    assert one["skipped"] == sharded["skipped"] == 0
     coarse = case.dtype == "bfloat16"  # gradients of two processes are summed in another order
     assert one["grad_norm"] == pytest.approx(sharded["grad_norm"], rel=3e-3 if coarse else 1e-5)
+    if case.checkpointing:
+        plain = str(replace(case, checkpointing=False))
+        assert one["grad_norm"] == pytest.approx(outcomes[0][plain]["grad_norm"], rel=1e-5)
+        return
+    for found in (one, sharded):
+        assert found["fake"] == found["teacher"]  # the fake score begins as the frozen teacher, bit for bit
+        assert difference(found["after"], found["before"]) > 1e-3
+    for key in ("before", "teacher"):
+        assert difference(one[key], sharded[key]) < 1e-3, key
     assert difference(one["after"], sharded["after"]) < (2e-2 if coarse else 1e-5)
 
 

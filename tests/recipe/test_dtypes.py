@@ -17,7 +17,7 @@ def test_training_through_float16_is_refused_with_a_reason(key: str) -> None:
 
 def test_what_has_no_gradient_may_be_float16() -> None:
     made = load_recipe("toy", ["family.text_dtype=float16", "family.dtype=bfloat16"])
-    assert made.family.dtypes()["text"] == torch.float16
+    assert made.family.dtypes()["default"] == torch.float16
 
 
 def test_the_reason_is_true() -> None:

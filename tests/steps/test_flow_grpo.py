@@ -183,7 +183,7 @@ def test_edited_images_are_not_looked_at() -> None:
         step.step([given if edited is None else PairedBatch(**vars(given), edited=edited)], 0)
         found.append(weights(step.learners["student"].net))
     assert torch.equal(*found)
-    assert Step.needs(FlowGrpoSettings()) == {"critic"}
+    assert Step.requirements(FlowGrpoSettings()) == {"critic"}
 
 
 def test_equal_seeds_give_equal_weights_bit_for_bit() -> None:

@@ -45,7 +45,7 @@ def test_only_the_student_moves(frozen):
 
 
 def test_it_needs_neither_critic_nor_captions_of_the_wanted_result():
-    assert Step.needs(CopySettings()) == {"source_caption"}
+    assert Step.requirements(CopySettings()) == {"source_caption"}
     assert Step.batches_per_update(CopySettings()) == 1
 
 

@@ -86,32 +86,34 @@ def velocities(case: Case, family: Family, net: nn.Module, reference: bool) -> T
 
 
 def update(case: Case, shard: str) -> dict[str, Any]:
-    """What one update of a student shows: velocities before it (student with a reference, fake score and teacher
-    without), the gradient's norm, and how far the student's velocities have moved."""
+    """What one update of a student shows: the gradient's norm; without gradient checkpointing also velocities before it
+    (student with a reference, fake score and teacher without) and the student's velocities after it."""
     parts = make_parts(case)
-    plan = parts.family.facts.blocks, torch_dtype(case.dtype), parts.device
+    family = parts.family
+    plan = family.facts.blocks, torch_dtype(case.dtype), parts.device
     distributed.set_sharding_plan(shard, *plan)
-    nets = {role: parts.create_trainable(role, 0) for role in ("student", "fake")}
-    learners = {role: Learner(net, LearnerSettings(lr=1e-3, ema=0.0), 10) for role, net in nets.items()}
+    roles = ("student",) if case.checkpointing else ("student", "fake")
+    learners = {r: Learner(parts.create_trainable(r, 0), LearnerSettings(lr=1e-3, ema=0.0), 10) for r in roles}
     if shard != "none":
-        distributed.shard_frozen(parts.family.base)
-        if case.lora:
-            distributed.shard_frozen(parts.family.lora_base())
-    family, student = parts.family, nets["student"]
-    with torch.no_grad():
-        before = velocities(case, family, student, True)
-        fake, teacher = (velocities(case, family, net, False) for net in (nets["fake"], family.base))
+        for net in (family.base, *([family.lora_base()] if case.lora else [])):
+            distributed.shard_frozen(net)
+    student, seen = learners["student"].net, {}
+    if not case.checkpointing:
+        with torch.no_grad():
+            seen["before"] = velocities(case, family, student, True)
+            seen["fake"] = velocities(case, family, learners["fake"].net, False)
+            seen["teacher"] = velocities(case, family, family.base, False)
 
     def loss() -> Tensor:
         return sum(velocities(case, family, student, True).float().square().mean() for _ in range(2))
 
-    logged = learners["student"].update([loss, loss])
-    with torch.no_grad():
-        after = velocities(case, family, student, True)
-    gathered = {"before": before, "fake": fake, "teacher": teacher, "after": after}
-    out = {k: torch.cat(distributed.all_gather(v.float())).tolist() for k, v in gathered.items()}
+    logged = learners["student"].update([loss])
+    if not case.checkpointing:
+        with torch.no_grad():
+            seen["after"] = velocities(case, family, student, True)
     distributed.set_sharding_plan("none", *plan)
-    return out | {"grad_norm": logged["grad_norm"], "skipped": logged["skipped"]}
+    found = {k: torch.cat(distributed.all_gather(v.float())).tolist() for k, v in seen.items()}
+    return found | {"grad_norm": logged["grad_norm"], "skipped": logged["skipped"]}
 
 
 def update_all(chosen: list[Case], shard: str) -> dict[str, Any]:

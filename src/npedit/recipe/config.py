@@ -155,7 +155,7 @@ class Recipe(Settings):
 
     def is_trained_with_pairs(self) -> bool:
         """Whether a stage is a baseline that is trained on edited images."""
-        return any("edited" in find_class("steps", s.step).needs(s.settings) for s in self.stages)
+        return any("edited" in find_class("steps", s.step).requirements(s.settings) for s in self.stages)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -218,7 +218,7 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
 def _check_consistency(recipe: Recipe) -> None:
     """Refuse a recipe whose parts contradict each other."""
     for i, stage in enumerate(recipe.stages):
-        if recipe.critic is None and "critic" in find_class("steps", stage.step).needs(stage.settings):
+        if recipe.critic is None and "critic" in find_class("steps", stage.step).requirements(stage.settings):
             raise UserError(
                 f"critic: expected a value; got none; stages.{i} ({stage.step}) needs a critic: add the key with its "
                 f"name and weights, or set stages.{i}.settings.critic_weight to 0"

@@ -244,7 +244,7 @@ class Step(ABC):
         return 1
 
     @classmethod
-    def needs(cls, settings: Any) -> frozenset[str]:
+    def requirements(cls, settings: Any) -> frozenset[str]:
         """What the step needs: any of "critic", "target_caption", "source_caption", "edited"."""
         return frozenset()
 

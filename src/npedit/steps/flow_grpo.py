@@ -83,7 +83,7 @@ class Step(Base):
         self.start = self._weights() if settings.kl_weight else {}
 
     @classmethod
-    def needs(cls, settings: FlowGrpoSettings) -> frozenset[str]:
+    def requirements(cls, settings: FlowGrpoSettings) -> frozenset[str]:
         """The critic; neither captions nor pairs."""
         return frozenset({"critic"})
 
@@ -140,7 +140,7 @@ class Step(Base):
                 references=batch.references.repeat(group, 1, 1, 1),
                 **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
             )
-            assert self.parts.critic is not None  # `needs` has asked for it
+            assert self.parts.critic is not None  # `requirements` has asked for it
             scores = score_with_critic(self.parts.critic, self.parts.wording, again, edited)
         rewards = scores.joint_probability().view(group, -1).to(x0.device)
         spread = float(rewards.std(0, unbiased=False).mean())

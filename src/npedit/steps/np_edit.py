@@ -103,7 +103,7 @@ class Step(Base):
         return settings.fake_updates if settings.dmd_weight and settings.fake_samples == "fresh" else 1
 
     @classmethod
-    def needs(cls, settings: NpEditSettings) -> frozenset[str]:
+    def requirements(cls, settings: NpEditSettings) -> frozenset[str]:
         """The critic, unless its weight is zero, and the target caption, unless DMD's weight is zero."""
         return frozenset({"critic"} if settings.critic_weight else ()) | (
             {"target_caption"} if settings.dmd_weight else set()
@@ -266,7 +266,7 @@ class Step(Base):
         1 - p(wanted answer) over its questions.
         """
         s, critic = self.settings, self.parts.critic
-        assert critic is not None  # `needs` has asked for it
+        assert critic is not None  # `requirements` has asked for it
         latents = x0.detach().requires_grad_(True)
         with critic.gradient_checkpointing(self.parts.memory.critic_checkpointing):
             asked, logits = self._ask_critic(critic, batch, latents)

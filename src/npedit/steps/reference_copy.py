@@ -45,7 +45,7 @@ class Step(Base):
         self.learners = {"student": Learner(student, settings.student, updates)}
 
     @classmethod
-    def needs(cls, settings: CopySettings) -> frozenset[str]:
+    def requirements(cls, settings: CopySettings) -> frozenset[str]:
         """The reference's caption, which is the text."""
         return frozenset({"source_caption"})
 

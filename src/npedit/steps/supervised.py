@@ -46,7 +46,7 @@ class Step(Base):
         self.learners = {"student": Learner(student, settings.student, updates)}
 
     @classmethod
-    def needs(cls, settings: SupervisedSettings) -> frozenset[str]:
+    def requirements(cls, settings: SupervisedSettings) -> frozenset[str]:
         """The edited images: a data source of pairs."""
         return frozenset({"edited"})
 

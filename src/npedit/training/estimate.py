@@ -210,7 +210,7 @@ def config_folder(part: str, weights: str, folder: Any) -> Path:
 
 def _open_parts(recipe: Recipe, counter: MemoryCounter, is_sharded: bool) -> _MetaParts:
     (family, critic), chosen = open_without_weights(recipe), recipe.critic
-    used = any("critic" in find_class("steps", s.step).needs(s.settings) for s in recipe.stages)
+    used = any("critic" in find_class("steps", s.step).requirements(s.settings) for s in recipe.stages)
     counter.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     counter.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))

@@ -44,7 +44,7 @@ def build_parts(recipe: Recipe) -> Parts:
         check_dtype("family", dtype, device)
     if recipe.family.dtype != "float32":
         allow_tf32(device)  # also for what stays in float32: the recipe has chosen speed
-    wanted = frozenset().union(*(find_class("steps", s.step).needs(s.settings) for s in recipe.stages))
+    wanted = frozenset().union(*(find_class("steps", s.step).requirements(s.settings) for s in recipe.stages))
     for part, one in (("critic", recipe.critic if "critic" in wanted else None), ("judge", recipe.judge)):
         try:
             quantisation_arguments(one.bits if one else 0, torch.float32, device)
@@ -153,7 +153,7 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             "processes; start fewer, or add data"
         )
     for i, stage in enumerate(recipe.stages):
-        needs = find_class("steps", stage.step).needs(stage.settings)
+        needs = find_class("steps", stage.step).requirements(stage.settings)
         if "target_caption" in needs and not data.has_target_captions:
             raise UserError(
                 f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
