@@ -99,7 +99,7 @@ def test_a_folder_goes_on_only_under_its_settings(tmp_path):
         r.prepare_folder(tmp_path / "o", settings | {"source": {"model": "y"}})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="holds other files"):
         r.prepare_folder(tmp_path / "mine", settings)
 
 
@@ -173,5 +173,5 @@ def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):
             open_results(pair, force=False)
     assert len(open_results([a1, b1], force=False)) == len(open_results([a1, a2], force=True)) == 2
     (a2 / "rows.jsonl").write_text('{"id": "9", "task": "t", "scores": {"O": 1}}')
-    with pytest.raises(UserError, match="same items of every judge"):
+    with pytest.raises(UserError, match="same items from every judge"):
         open_results([both, b1], force=False)

@@ -1,4 +1,4 @@
-"""What `npedit doctor` looks at: versions, device, embedded weights, and one edit with the embedded editor."""
+"""The checks of `npedit doctor`: versions, device, embedded weights, and nine edits with the embedded editor."""
 
 from __future__ import annotations
 

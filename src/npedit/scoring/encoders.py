@@ -7,7 +7,7 @@ processor does: the short side is scaled with Pillow's bicubic filter and the ce
   is the CLS token after the last LayerNorm. It is never `pooler_output`, a layer that DINO does not have.
 - CLIP (arXiv 2103.00020): short side equal to the net's input; the projected features.
 
-An encoder that is not there is an `MissingEncoder`, every use of which raises `MissingScore` with the reason.
+An encoder that cannot be opened is a `MissingEncoder`, every use of which raises `MissingScore` with the reason.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Dino:
     def encode_images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
         """Unit features of RGB pictures, on the CPU."""
         pixels = torch.stack([_resize_and_crop(p, round(self.side * 8 / 7), self.side) for p in pictures])
-        seen = self.model(pixel_values=_normalise(pixels, IMAGENET_MEAN_STD).to(self.model.device))
-        return F.normalize(seen.last_hidden_state[:, 0].float(), dim=1).cpu()
+        output = self.model(pixel_values=_normalise(pixels, IMAGENET_MEAN_STD).to(self.model.device))
+        return F.normalize(output.last_hidden_state[:, 0].float(), dim=1).cpu()
 
 
 class Clip:
@@ -90,20 +90,20 @@ class Clip:
 
     @torch.no_grad()
     def _encode_pixels(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        seen = self.model.get_image_features(pixel_values=_normalise(pixels, CLIP_MEAN_STD).to(self.model.device))
-        return F.normalize(seen.pooler_output.float(), dim=1).cpu()
+        output = self.model.get_image_features(pixel_values=_normalise(pixels, CLIP_MEAN_STD).to(self.model.device))
+        return F.normalize(output.pooler_output.float(), dim=1).cpu()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit features of texts, on the CPU. What exceeds the model's length (77 tokens) is cut off, as CLIP does."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        told = {k: tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
-        return F.normalize(self.model.get_text_features(**told).pooler_output.float(), dim=1).cpu()
+        inputs = {k: tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+        return F.normalize(self.model.get_text_features(**inputs).pooler_output.float(), dim=1).cpu()
 
 
 class MissingEncoder:
-    """Stands where an encoder is not to be had."""
+    """An encoder that could not be opened: every use raises `MissingScore` with the reason."""
 
     def __init__(self, tag: str, reason: str):
         self.tag = tag
@@ -117,9 +117,9 @@ class MissingEncoder:
 
 
 def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Clip | MissingEncoder:
-    """Open `weights`, a Hub id or a local folder; "" is the literature's, "none" leaves the encoder out.
+    """An encoder with `weights`, a Hub id or a local folder; "" is the default of the literature, "none" leaves it out.
 
-    The literature's may be out of reach: then it is absent, with the reason.
+    If the default weights cannot be opened, the result is a `MissingEncoder` with the reason.
 
     Raises:
         UserError: named weights that cannot be opened.
@@ -145,9 +145,11 @@ def _load_model(kind: Any, expected: str, weights: str, **options: Any) -> Any:
     found = AutoConfig.from_pretrained(weights).model_type
     if found != expected:
         raise ValueError(f"expected a model of type {expected!r}; got {found!r}")
-    model, told = kind.from_pretrained(weights, dtype=torch.float32, output_loading_info=True, **options)
-    if told["missing_keys"]:
-        raise ValueError(f"expected all of its weights; {', '.join(sorted(told['missing_keys'])[:3])}, ... are missing")
+    model, loading_info = kind.from_pretrained(weights, dtype=torch.float32, output_loading_info=True, **options)
+    if loading_info["missing_keys"]:
+        raise ValueError(
+            f"expected all of its weights; {', '.join(sorted(loading_info['missing_keys'])[:3])}, ... are missing"
+        )
     return model
 
 

@@ -1,4 +1,4 @@
-"""A measure against people: do its scores order pictures as people's labels do?
+"""Agreement of a metric with human labels: do both order pictures in the same way?
 
 Labels are lines of JSON, `{"result": a result's name, "id": an item's id, "score": a number}`, higher for better.
 Several labels of one picture are averaged.
@@ -50,7 +50,9 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
             row = json.loads(line)
             name, key, score = str(row["result"]), str(row["id"]), float(row["score"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: expected result, id and score; got {line[:60]!r} ({error!r})") from None
+            raise UserError(
+                f"{path}:{number}: expected result, id and score; got {line[:60]!r} ({error!r}); correct it"
+            ) from None
         if name not in names or not math.isfinite(score):
             raise UserError(
                 f"{path}:{number}: expected one of {', '.join(names)} and a number; got {name!r}, {score}."
@@ -63,9 +65,9 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
 def agreement_with_people(
     results: Sequence[Results], measure: str, labels: Labels, lower: bool, seed: int = 0
 ) -> Agreement:
-    """Compare a measure with labels. Correlations are taken in each task over all editors' pictures and averaged
-    through Fisher's z; pairs are two editors' pictures of one item. `lower`: less is better. Intervals draw whole
-    items."""
+    """The agreement of a metric with labels. A correlation is the mean over tasks, by Fisher's z, of those over all
+    editors' pictures of one task. A pair is two editors' pictures of one item. `lower`: lower scores are better.
+    Intervals are from a bootstrap over items."""
     picked = [
         (score * (-1 if lower else 1), labels[r.name, row.id], row.task, row.id)
         for r in results
@@ -87,7 +89,7 @@ def agreement_with_people(
                 except ValueError:
                     continue  # constant in this task
             if not there:
-                raise ValueError("expected a task whose scores differ; got none")
+                raise ValueError("expected a task whose scores differ; got none; give more labels")
             return rank_agreement.fisher_z_mean(there)
 
         return measured

@@ -62,7 +62,7 @@ class Lpips:
         """LPIPS of two pictures in [0, 1]: the mean over places of each layer's difference, summed over layers.
 
         Raises:
-            ValueError: they are smaller than `SMALLEST`.
+            ValueError: a side is shorter than `MIN_SIDE` pixels.
         """
         return float(sum(layer.double().mean() for layer in self._layer_differences(a, b)))
 

@@ -25,7 +25,7 @@ from npedit.scoring.results import Metrics, MissingScore, UndefinedMetric
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM
 CHANGE_THRESHOLD = 0.1  # a pixel has changed if a channel differs by more, after a mean over its neighbours
-COPY_AREA = 0.001  # share of changed pixels below which a picture is a mere copy
+COPY_AREA = 0.001  # share of changed pixels below which a picture counts as a copy
 ASPECT_TOLERANCE = 0.02  # relative difference of aspect from which pixels cannot be compared
 OUTSIDE, TARGET = "_outside", "_target"
 T = TypeVar("T")

@@ -36,11 +36,11 @@ Metrics = Mapping[str, Callable[[], float]]
 
 
 class MissingScore(Exception):
-    """Why a measure has no number here: something failed. The message is the reason."""
+    """A metric has no score because something failed. The message is the reason."""
 
 
 class UndefinedMetric(MissingScore):
-    """The measure has no value for these pictures, though nothing failed."""
+    """The metric is not defined for these pictures; nothing failed."""
 
     def __str__(self) -> str:
         return UNDEFINED_PREFIX + super().__str__()
@@ -57,7 +57,7 @@ class Row:
 
     @classmethod
     def from_metrics(cls, id: str, task: str, measures: Metrics) -> Self:
-        """Take every measure; one that raises `MissingScore`, or gives a number that is not finite, is missing."""
+        """A row with the score of every metric. A metric that raises `MissingScore` or is not finite has no score."""
         scores: dict[str, float | None] = {}
         why: dict[str, str] = {}
         for name, measure in measures.items():
@@ -73,14 +73,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """What lies in a folder of results. `settings` is {} where another program wrote none."""
+    """The content of a folder of results. `settings` is {} if another program wrote the folder without them."""
 
     name: str
     rows: tuple[Row, ...]
     settings: dict[str, Any]
 
     def score_names(self) -> list[str]:
-        """The names of all scores, in the order in which they come first."""
+        """The names of all scores, in the order of their first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     @classmethod
@@ -101,7 +101,7 @@ class Results:
                 continue
             row = _parse_row(line, f"{path}:{number}")
             if row.id in rows:
-                raise UserError(f"{path}:{number}: expected each id once; got {row.id!r} again; mend the file")
+                raise UserError(f"{path}:{number}: expected each id once; got {row.id!r} again; remove a line")
             rows[row.id] = row
         if not rows:
             raise UserError(f"expected at least one row; got an empty {path}; run the evaluation again")
@@ -114,14 +114,14 @@ def average_judges(judged: Sequence[Results]) -> Results:
     them has none.
 
     Raises:
-        UserError: they are not of the same items.
+        UserError: the results are of different items.
     """
     first, name = judged[0], "+".join(r.name for r in judged)
     by_id = [{row.id: row for row in r.rows} for r in judged]
     for other, found in zip(judged, by_id):
         if set(found) != set(by_id[0]):
             raise UserError(
-                f"{name}: expected the same items of every judge; {other.name} has others; judge them alike"
+                f"{name}: expected the same items from every judge; got others in {other.name}; score them again"
             )
     rows = []
     for row in first.rows:
@@ -154,9 +154,13 @@ def _parse_row(line: str, where: str) -> Row:
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             fine = fine and (value is None or number)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: expected id, task, scores and why; got {line[:60]!r} ({error!r})") from None
+        raise UserError(
+            f"{where}: expected id, task, scores and why; got {line[:60]!r} ({error!r}); correct it"
+        ) from None
     if not fine:
-        raise UserError(f"{where}: expected text for id and task, numbers or null for scores; got {line[:60]!r}")
+        raise UserError(
+            f"{where}: expected text for id and task, numbers or null for scores; got {line[:60]!r}; correct it"
+        )
     return Row(found["id"], found["task"], scores, why)
 
 
@@ -212,23 +216,23 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         other = [k for k in ("protocol", "source") if found.get(k) != wanted.get(k)]
         if other:
             raise UserError(
-                f"expected a new folder, or one of the same settings to go on with; {folder} has another "
+                f"expected a new folder, or one with the same settings; got {folder}, which has another "
                 f"{' and '.join(other)}; choose another folder"
             )
     elif folder.exists() and (not folder.is_dir() or any(_is_foreign(p.name) for p in folder.iterdir())):
-        raise UserError(f"expected a new folder for results; {folder} holds something else; choose another")
+        raise UserError(f"expected a new folder for results; got {folder}, which holds other files; choose another")
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file is none that an evaluation leaves behind that ended before settings.json was written."""
+    """Whether a file is from something other than an evaluation that stopped before it wrote settings.json."""
     return not name.endswith(".tmp") and name not in LOCK_FILES
 
 
 def lower_is_better(name: str) -> bool:
-    """Is less of this measure better? True for distances and for mere copies."""
+    """Whether lower scores of this metric are better: distances, changed area and copy rate."""
     return any(name == low or name.startswith(f"{low}_") for low in LOWER_IS_BETTER)
 
 

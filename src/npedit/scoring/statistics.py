@@ -162,8 +162,8 @@ def sign_flip_p_value(d: Numbers, tasks: Sequence[str], seed: int = 0, flips: in
     """The two-sided p-value of no mean difference, by flipping the signs of items: (1 + #{|d*| >= |d|}) / (flips + 1).
     It supposes that each item's difference is symmetric about zero if there is none."""
     weighted, rng = np.asarray(d, dtype=float) * _weights(tasks, True), np.random.default_rng(seed)
-    seen, reached = abs(weighted.sum()), 0
-    least = seen - 1e-12 * np.abs(weighted).sum()  # sums in another order differ by rounding
+    observed, reached = abs(weighted.sum()), 0
+    least = observed - 1e-12 * np.abs(weighted).sum()  # sums in another order differ by rounding
     for part in _chunks(flips, len(weighted)):
         signs = rng.integers(0, 2, size=(part.stop - part.start, len(weighted))) * 2 - 1
         reached += int((np.abs(signs @ weighted) >= least).sum())

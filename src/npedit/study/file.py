@@ -1,7 +1,4 @@
-"""What a study's file says: a recipe, variants of it, critics, and tables with what they should show.
-
-`study.py` runs it.
-"""
+"""The content of a study's file: a recipe, variants of it, critics, and tables with claims. `study.py` runs a study."""
 
 from __future__ import annotations
 
@@ -26,16 +23,16 @@ class Variant(Settings):
 
     recipe: str = ""  # another recipe than the study's
     set: list[str] = []  # KEY=VALUE, after the study's own
-    of: str = ""  # no training of its own: the runs of this variant, used in another way
-    start: str = ""  # an earlier variant, from whose finished run of the same seed it starts
-    critic: str = ""  # one of the study's own; "" is the recipe's
+    of: str = ""  # not trained: uses the runs of this variant, for example with another number of steps
+    start: str = ""  # an earlier variant; training starts from its finished run of the same seed
+    critic: str = ""  # a name in `critics`; "" is the recipe's critic
     steps: int = Field(0, ge=0, le=64)  # of the editor when it is scored; 0: as trained
     seeds: list[int] = []  # in place of the study's
-    words: str = ""  # what a reader is told of it
+    words: str = ""  # a description for the tables
 
 
 class CriticVariant(Settings):
-    """A critic of its own: one that is taught for so many batches, or an ensemble of others ("embedded" too)."""
+    """A critic that is trained for so many batches, or an ensemble of others ("embedded" is one of them)."""
 
     batches: int = Field(0, ge=0)
     members: list[str] = []
@@ -43,12 +40,12 @@ class CriticVariant(Settings):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         if bool(self.batches) == bool(self.members):
-            raise ValueError("expected a critic with batches (taught) or members (an ensemble); give one of them")
+            raise ValueError("expected a critic with batches (trained) or members (an ensemble); give one of them")
         return self
 
 
 class Table(Settings):
-    """One table: variants beside each other, and what they should show."""
+    """One table: the variants in its rows, and claims about them."""
 
     title: str
     words: str = ""
@@ -61,7 +58,7 @@ class Study(Settings):
     """A whole study file."""
 
     name: str
-    words: str = ""  # told at the head of its results
+    words: str = ""  # text at the top of the results page
     recipe: str
     set: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
@@ -127,8 +124,8 @@ def load_study(path: Path) -> Study:
 
 
 def quick_study(study: Study) -> Study:
-    """A quick one, to see that all runs through: one seed a variant, a tenth of the items, and critics of a 25th of
-    their batches. `variant_recipe` shortens the recipes."""
+    """A short form of a study, to check that every part works: one seed for each variant, a tenth of the items, critics
+    with a 25th of their batches. `variant_recipe` shortens the recipes."""
     critics = {
         k: c.model_copy(update={"batches": max(1, c.batches // QUICK_FACTOR) if c.batches else 0})
         for k, c in study.critics.items()
@@ -171,8 +168,8 @@ def variant_recipe(
 
 
 def critic_weights(study: Study, critic: str, folder: Path) -> str:
-    """Where a recipe finds one of the study's critics. The place tells what the critic is, so a critic that has been
-    edited makes another recipe, and runs with the old one are not passed off as runs with the new one."""
+    """The path of one of the study's critics, for a recipe. The path contains the critic's settings: after a change of
+    these, runs with the old critic do not match the recipe any more and are refused."""
     if critic == EMBEDDED:
         return EMBEDDED
     members = study.critics[critic].members

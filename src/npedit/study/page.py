@@ -1,4 +1,4 @@
-"""What a study's runs show: each claim held against intervals, tables, plots, and a copy of it all for others to read.
+"""A study's results page: claims tested against confidence intervals, tables, plots, and a copy for publication.
 
 A claim "a > b" holds when the whole 95 % interval of the difference of `both` lies above zero, is refuted when it lies
 below, and else is left open; "a ~ b" asks for an interval within a tenth of zero. Two things are in that interval: the
@@ -76,7 +76,7 @@ def difference(a: toy.Rate, b: toy.Rate) -> tuple[float, float, float]:
 
 
 def seed_margin(a: Score, b: Score, spread: SeedSpread) -> float:
-    """How far two rows may lie apart by spread in training alone: half a 95 % interval; 0 for the same runs."""
+    """Half the 95 % interval of the difference of two rows that is due to training seeds; 0 for the same runs."""
     if a["runs"] == b["runs"]:
         return 0.0
     return _half_interval(spread) * math.sqrt(1 / len(a["each"]) + 1 / len(b["each"]))
@@ -89,7 +89,7 @@ def _half_interval(spread: SeedSpread) -> float:
 
 
 def judge_claim(claim: str, scores: Mapping[str, Score], spread: SeedSpread = (0.0, 0)) -> str:
-    """One line on a claim: "holds", "refuted" or "open", with the difference that says so; or "not run"."""
+    """One line on a claim: "holds", "refuted" or "open", with the difference and its interval; or "not run"."""
     matched = CLAIM_PATTERN.match(claim)
     assert matched, claim  # the study file has been checked
     first, sign, second = matched.groups()
@@ -106,7 +106,7 @@ def judge_claim(claim: str, scores: Mapping[str, Score], spread: SeedSpread = (0
 
 
 def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any]]) -> Path:
-    """Tables, verdicts and plots of a study, as far as it has been run, into `folder`. Returns the page's path."""
+    """Write tables, claims and plots of the finished runs into `folder`; returns the path of the page."""
     spread = seed_std(s["each"] for name, s in scores.items() if not study.variants[name].of)
     how = (
         f"Every row is scored by the oracle on the same {study.items} held-out scenes in held-out phrasings. "
@@ -134,12 +134,12 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
                 "",
                 "</details>",
             ]
-    said = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
+    alarm_lines = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
     lines += [
         "",
         "## Alarms",
         "",
-        *(said or ["None: in no run did the critic's score rise while the oracle's score fell."]),
+        *(alarm_lines or ["None: in no run did the critic's score rise while the oracle's score fell."]),
     ]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
@@ -178,8 +178,8 @@ def publish_results(results: Path, page: Path) -> Path:
     """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and, of
     each run that they name, manifest, recipe and scores, where the page's links find them. Returns the page.
 
-    Laid down as the study's folder, runs/NAME, that copy is one to go on from. Of the program's place on this machine
-    only its name is told, and the study's folder, if given from the root, as runs/NAME.
+    The copy can be used as the study's folder, runs/NAME, to resume the study. Paths on this machine are removed: the
+    program is given by name only, and an absolute path of the study's folder becomes runs/NAME.
 
     Raises:
         UserError: the page's name does not end in .md.
