@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import InternVLProcessor
 
 from npedit.critics.internvl import InternVL
-from tests.support.chat_critics import LONG, ChatCriticChecks, images, photo, still, tensor
+from tests.support.chat_critics import LONG, ChatCriticChecks, images, photo, processor_without_video, tensor
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ class TestInternVL(ChatCriticChecks):
         return InternVL.tiny(seed)
 
     def hf_inputs(self, critic, prompts, pictures, **options):
-        processor = still(InternVLProcessor, critic, image_seq_length=options.pop("image_seq_length", 4))
+        processor = processor_without_video(
+            InternVLProcessor, critic, image_seq_length=options.pop("image_seq_length", 4)
+        )
         flat = [p for looks in pictures for p in looks]
         return processor(
             text=prompts, images=flat, crop_to_patches=False, padding=True, return_tensors="pt", **options

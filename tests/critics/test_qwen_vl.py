@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 
 from npedit.critics.qwen_vl import QwenVL
-from tests.support.chat_critics import LONG, SHORT, ChatCriticChecks, images, photo, still, tensor
+from tests.support.chat_critics import LONG, SHORT, ChatCriticChecks, images, photo, processor_without_video, tensor
 
 
 class QwenChecks(ChatCriticChecks):
@@ -28,7 +28,7 @@ class QwenChecks(ChatCriticChecks):
     def hf_inputs(self, critic, prompts, pictures):
         critic.tokenizer.padding_side = "left"
         flat = [p for looks in pictures for p in looks]
-        return still(self.hf, critic)(text=prompts, images=flat, padding=True, return_tensors="pt")
+        return processor_without_video(self.hf, critic)(text=prompts, images=flat, padding=True, return_tensors="pt")
 
     def test_visual_tokens_keep_their_grid(self, critic):
         layers = 3 if self.kind == "qwen3_vl" else 1

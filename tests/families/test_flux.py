@@ -10,7 +10,7 @@ from torch import Tensor
 from npedit import flow
 from npedit.families.base import EncodedText
 from npedit.families.flux import Flux
-from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FolderChecks, latents, pictures, recorded
+from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FolderChecks, latents, pictures, record_calls
 
 both_kinds = pytest.mark.parametrize("seed", [0, 1], ids=["schnell", "dev"])  # without and with embedded guidance
 
@@ -61,7 +61,7 @@ def assert_same_call(ours: dict, theirs: dict) -> None:
 def test_sampling_is_the_pipelines_own(families, seed):
     family = families[seed]
     pipe, eps = family.pipe, latents(families[seed], 2)
-    theirs, out = recorded(
+    theirs, out = record_calls(
         family.base,
         lambda: pipe(
             PROMPTS, height=HEIGHT, width=WIDTH, num_inference_steps=4, guidance_scale=3.5, latents=packed(pipe, eps),
@@ -69,7 +69,7 @@ def test_sampling_is_the_pipelines_own(families, seed):
         ).images,
     )  # fmt: skip
     text = family.encode_text(PROMPTS)
-    ours, x = recorded(family.base, lambda: euler(family, eps, text))
+    ours, x = record_calls(family.base, lambda: euler(family, eps, text))
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs):
         assert_same_call(a, b)
@@ -118,7 +118,7 @@ def test_a_reference_is_given_as_kontext_gives_it(families, seed):
     kontext = FluxKontextPipeline(**parts)
     kontext.set_progress_bar_config(disable=True)
     eps, image = latents(family, 2), pictures(2)
-    theirs, out = recorded(
+    theirs, out = record_calls(
         family.base,
         lambda: kontext(
             image=image, prompt=PROMPTS, height=HEIGHT, width=WIDTH, max_area=HEIGHT * WIDTH, num_inference_steps=4,
@@ -127,7 +127,7 @@ def test_a_reference_is_given_as_kontext_gives_it(families, seed):
         ).images,
     )  # fmt: skip
     reference, text = family.encode(image), family.encode_text(PROMPTS)
-    ours, x = recorded(family.base, lambda: euler(family, eps, text, (reference,)))
+    ours, x = record_calls(family.base, lambda: euler(family, eps, text, (reference,)))
     for a, b in zip(ours, theirs):
         assert_same_call(a, b)
     torch.testing.assert_close(x, unpacked(kontext, out), atol=1e-5, rtol=0)
@@ -151,7 +151,7 @@ def test_several_references_of_several_sizes_in_order(families):
     x, text, t = latents(family, 2), family.encode_text(PROMPTS), torch.tensor([0.7, 0.2])
     a, b = latents(family, 2, seed=1), latents(family, 2, 16, 16, seed=2)
     with torch.no_grad():
-        calls, outs = recorded(
+        calls, outs = record_calls(
             family.base, lambda: [family.velocity(family.base, x, t, text, refs) for refs in ((a,), (a, b), (b, a))]
         )
     assert all(o.shape == x.shape for o in outs)

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from npedit import flow
 from npedit.families.krea2 import Krea2
-from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FamilyChecks, assert_same, euler, latents, recorded
+from tests.support.family_checks import HEIGHT, PROMPTS, WIDTH, FamilyChecks, assert_same, euler, latents, record_calls
 
 
 def packed(pipe, x):
@@ -32,7 +32,7 @@ class TestKrea2(FamilyChecks):
     @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["padded", "one"])
     def test_sampling_is_the_pipelines_own(self, family, prompts):
         pipe, eps = family.pipe, latents(family, len(prompts))
-        theirs, out = recorded(
+        theirs, out = record_calls(
             family.base,
             lambda: pipe(
                 prompts, height=HEIGHT, width=WIDTH, num_inference_steps=4, latents=packed(pipe, eps),
@@ -40,7 +40,7 @@ class TestKrea2(FamilyChecks):
             ).images,
         )  # fmt: skip
         text = family.encode_text(prompts)
-        ours, x = recorded(family.base, lambda: euler(family, eps, text))
+        ours, x = record_calls(family.base, lambda: euler(family, eps, text))
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs):
             assert_same(a, b, ("hidden_states", "timestep"))
@@ -80,7 +80,7 @@ class TestKrea2(FamilyChecks):
         x, text, t = latents(family, 1), family.encode_text(PROMPTS[:1]), torch.tensor([0.7])
         references = (latents(family, 1, seed=1), latents(family, 1, 16, 16, seed=2))
         with torch.no_grad():
-            calls, _ = recorded(family.base, lambda: family.velocity(family.base, x, t, text, references))
+            calls, _ = record_calls(family.base, lambda: family.velocity(family.base, x, t, text, references))
         tokens, ids = calls[0]["hidden_states"], calls[0]["position_ids"][-(15 + 15 + 4) :]
         assert tokens.shape[1] == len(ids) == 15 + 15 + 4
         assert [int((ids[:, 0] == i).sum()) for i in range(3)] == [15, 15, 4]

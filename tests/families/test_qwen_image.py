@@ -22,7 +22,7 @@ from tests.support.family_checks import (
     euler,
     latents,
     pictures,
-    recorded,
+    record_calls,
 )
 
 ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states")
@@ -51,7 +51,7 @@ class TestQwenImage(FamilyChecks):
     @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["padded", "one"])
     def test_sampling_is_the_pipelines_own(self, family, prompts):
         pipe, eps = family.pipe, latents(family, len(prompts))
-        theirs, out = recorded(
+        theirs, out = record_calls(
             family.base,
             lambda: pipe(
                 prompts, height=HEIGHT, width=WIDTH, num_inference_steps=4, latents=packed(pipe, eps),
@@ -59,7 +59,7 @@ class TestQwenImage(FamilyChecks):
             ).images,
         )  # fmt: skip
         text = family.encode_text(prompts)
-        ours, x = recorded(family.base, lambda: euler(family, eps, text))
+        ours, x = record_calls(family.base, lambda: euler(family, eps, text))
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs):
             assert_same(a, b, ARGUMENTS)
@@ -107,7 +107,7 @@ class TestQwenImage(FamilyChecks):
         images = [pictures(1, 32, 64), pictures(1, 64, 32, seed=4)][:count]
         images = [(255 * image).round() / 255 for image in images]
         as_pil = [Image.fromarray(np.uint8((255 * i[0]).round().permute(1, 2, 0).numpy())) for i in images]
-        theirs, out = recorded(
+        theirs, out = record_calls(
             family.base,
             lambda: edit(
                 image=as_pil, prompt_embeds=text.parts[0][:, :words], prompt_embeds_mask=text.parts[1][:, :words],
@@ -115,7 +115,7 @@ class TestQwenImage(FamilyChecks):
             ).images,
         )  # fmt: skip
         references = tuple(family.encode(image) for image in images)
-        ours, x = recorded(family.base, lambda: euler(family, eps, text, references))
+        ours, x = record_calls(family.base, lambda: euler(family, eps, text, references))
         for a, b in zip(ours, theirs):
             assert_same(a, b, ARGUMENTS)
             assert a["img_shapes"] == b["img_shapes"] == [[(1, 3, 5), (1, 4, 8), (1, 8, 4)][: 1 + count]]

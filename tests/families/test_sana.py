@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from npedit import dmd, flow
 from npedit.families.base import EncodedText
 from npedit.families.sana import INSTRUCTION, REFERENCES, TEXT_LENGTH, Sana
-from tests.support.family_checks import FolderChecks, recorded
+from tests.support.family_checks import FolderChecks, record_calls
 
 HEIGHT, WIDTH = 32, 64  # not square, so that rows and columns cannot be mixed up; the pipeline wants multiples of 32
 PROMPTS = ["a dog", "Two BLUE squares, and a caption that is somewhat longer"]
@@ -82,11 +82,11 @@ def test_sampling_is_the_pipelines_own(families, texts, seed, kind, monkeypatch)
     family, eps = families[seed], latents(families[seed], 2)
     if kind is FlowMatchEulerDiscreteScheduler:
         monkeypatch.setattr(family.pipe, "scheduler", kind(shift=3.0))
-    theirs, wanted = recorded(
+    theirs, wanted = record_calls(
         family.base,
         lambda: sampled(family, eps, num_inference_steps=4, guidance_scale=1.0, output_type="latent"),
     )
-    ours, x = recorded(family.base, lambda: walk(family, family.base, eps, texts[seed], 4))
+    ours, x = record_calls(family.base, lambda: walk(family, family.base, eps, texts[seed], 4))
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs):
         assert torch.equal(a["encoder_attention_mask"], b["encoder_attention_mask"])
@@ -183,7 +183,7 @@ def test_several_references_of_several_sizes_in_order(families, texts, reader):
     a, b = latents(family, 2, seed=1), latents(family, 2, 16, 16, seed=2)
     calls = [(), (a,), (a, b), (b, a), (a, b, a), (a, b, a, a)]
     with torch.no_grad():
-        seen, outs = recorded(reader, lambda: [family.velocity(reader, x, t, texts[0], refs) for refs in calls])
+        seen, outs = record_calls(reader, lambda: [family.velocity(reader, x, t, texts[0], refs) for refs in calls])
     assert all(o.shape == x.shape for o in outs)
     for i, one in enumerate(outs):
         assert all((one - other).abs().max() > 1e-4 for other in outs[:i])

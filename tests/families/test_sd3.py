@@ -21,7 +21,7 @@ from tests.support.family_checks import (
     euler,
     latents,
     pictures,
-    recorded,
+    record_calls,
 )
 
 
@@ -34,7 +34,7 @@ class TestSD3(FamilyChecks):
 
     def test_sampling_is_the_pipelines_own(self, family):
         eps = latents(family, 2)
-        theirs, out = recorded(
+        theirs, out = record_calls(
             family.base,
             lambda: family.pipe(
                 PROMPTS, height=HEIGHT, width=WIDTH, num_inference_steps=4, guidance_scale=1.0, latents=eps,
@@ -42,7 +42,7 @@ class TestSD3(FamilyChecks):
             ).images,
         )  # fmt: skip
         text = family.encode_text(PROMPTS)
-        ours, x = recorded(family.base, lambda: euler(family, eps, text))
+        ours, x = record_calls(family.base, lambda: euler(family, eps, text))
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs):
             assert_same(a, b, ("hidden_states", "encoder_hidden_states", "pooled_projections"))

@@ -13,7 +13,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from npedit import dmd, flow
 from npedit.families.base import EncodedText
 from npedit.families.z_image import TEXT_LENGTH, ZImage
-from tests.support.family_checks import FolderChecks, latents, pictures, recorded
+from tests.support.family_checks import FolderChecks, latents, pictures, record_calls
 
 HEIGHT, WIDTH = 24, 40  # not square, so that rows and columns cannot be mixed up
 PROMPTS = ["a dog", "two blue squares, and a caption that takes more than a block of 32 tokens"]
@@ -63,11 +63,11 @@ def test_sampling_is_the_pipelines_own(family, shift, monkeypatch):
     monkeypatch.setattr(family.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
     eps = latents(family, 2)
     run = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": 0.0, "latents": eps}
-    theirs, wanted = recorded(
+    theirs, wanted = record_calls(
         family.base, lambda: family.pipe(list(PROMPTS), output_type="latent", **run).images.clone()
     )
     text = family.encode_text(PROMPTS)
-    ours, x = recorded(family.base, lambda: euler(family, eps, text))
+    ours, x = record_calls(family.base, lambda: euler(family, eps, text))
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs):
         assert_same_call(a, b)
@@ -136,7 +136,7 @@ def test_a_reference_is_given_as_the_omni_pipeline_gives_it():
     pixels = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
     text, eps = family.encode_text([prompt_of_tokens(family, n) for n in (64, 96)]), latents(family, 2)
     captions = [[states[:0], states[:n]] for states, n in zip(*text.parts)]
-    theirs, wanted = recorded(
+    theirs, wanted = record_calls(
         family.base,
         lambda: omni(
             image=[Image.fromarray(pixels)], prompt_embeds=captions, height=HEIGHT, width=WIDTH, num_inference_steps=4,
@@ -144,7 +144,7 @@ def test_a_reference_is_given_as_the_omni_pipeline_gives_it():
         ).images,
     )  # fmt: skip
     reference = torch.stack([item[0].squeeze(1) for item in theirs[0]["x"]])
-    ours, x = recorded(family.base, lambda: euler(family, eps, text, (reference,)))
+    ours, x = record_calls(family.base, lambda: euler(family, eps, text, (reference,)))
     for a, b in zip(ours, theirs):
         assert_same_call(a, b)
     torch.testing.assert_close(x, wanted, atol=1e-5, rtol=0)

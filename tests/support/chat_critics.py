@@ -52,8 +52,8 @@ def tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
 
 
-def still(kind: type, critic: ChatCritic, **options):
-    """transformers' own processor for text and images; its part for films needs torchvision and is left out."""
+def processor_without_video(kind: type, critic: ChatCritic, **options):
+    """transformers' own processor for text and images. Its part for videos needs torchvision and is left out."""
     parts = ["image_processor", "tokenizer"]
     child = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
     return child(critic.processor, critic.tokenizer, chat_template=critic.template, **options)

@@ -34,7 +34,7 @@ def pictures(batch: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 3
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
+def record_calls(net: nn.Module, run: Callable[[], Any]) -> tuple[list[dict[str, Any]], Any]:
     """The arguments of every call of the net during `run()`, by name, and what `run()` returned."""
     names, calls = tuple(inspect.signature(net.forward).parameters), []
     hook = net.register_forward_pre_hook(
