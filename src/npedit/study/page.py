@@ -209,10 +209,10 @@ def _plot_table(table: Table, rows: list[str], scores: Mapping[str, Score]) -> b
     means = [(scores[row]["both"]["value"], tuple(scores[row]["both"]["ci95"])) for row in rows]
     seeds = [scores[row]["each"] if len(scores[row]["each"]) > 1 else [] for row in rows]
     if not table.by_critic:
-        return plot_comparison(rows, [(table.title, means)], seeds)
+        return plot_comparison(rows, [("success rate (both), 95 % interval", means)], seeds)
     right = [scores[row]["critic_right"] for row in rows]
     points = [(name, x, mean) for name, x, mean in zip(rows, right, means) if x is not None]
-    return plot_points("the critic's share of right answers, clean held-out images", "both", points)
+    return plot_points("critic's share of right answers (clean held-out images)", "success rate (both)", points)
 
 
 def _score_table(study: Study, table: Table, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
