@@ -128,7 +128,7 @@ def test_compare_prints_and_plots(done, tmp_path):
     root = done[0]
     folders = [root / n for n in ("r-copy", "r-editor", "r-true")]
     said = run("compare", *folders, "--plot", tmp_path / "p.png", "--measure", "l1", "--measure", "l1_target")
-    assert "Against r-copy" in said and "adjusted for 4 tests" in said and "Ranking" in said
+    assert "Differences from r-copy" in said and "adjusted for 4 tests" in said and "Ranking" in said
     assert f"0/{0}/{N}" in said  # true edits lose every item at l1: something was changed
     assert Image.open(tmp_path / "p.png").width > 300
     everything = run("compare", *folders[:2], "--plot", tmp_path / "p.png")
@@ -160,7 +160,7 @@ def test_compare_refuses_what_cannot_be_compared(done, tmp_path):
     (other / "rows.jsonl").write_bytes((root / "r-true" / "rows.jsonl").read_bytes())
     (other / "settings.json").write_text('{"protocol": {"benchmark": "else"}}')
     assert "of one protocol" in run("compare", root / "r-copy", other, *plot, code=2)
-    assert "Against" in run("compare", root / "r-copy", other, "--measure", "l1", "--force", *plot)
+    assert "Differences from" in run("compare", root / "r-copy", other, "--measure", "l1", "--force", *plot)
     (other / "rows.jsonl").write_text('{"id": "else", "task": "t", "scores": {"l1": 1}, "why": {}}')
     assert "no item has it in all" in run("compare", root / "r-copy", other, "--force", *plot, code=2)
 
@@ -251,7 +251,7 @@ def test_leftovers_of_a_full_disk_are_accepted(tmp_path):
     measured(data, tmp_path / "r", "--copy")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("x")
-    assert "something else" in measured(data, tmp_path / "other", "--copy", code=2)
+    assert "holds other files" in measured(data, tmp_path / "other", "--copy", code=2)
 
 
 def test_pictures_of_another_editor_may_have_another_extension_and_wrong_sizes_are_explained(tmp_path):

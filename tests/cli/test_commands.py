@@ -30,7 +30,7 @@ trainer: {benchmark: toy, evaluate_items: 9, sample_items: 2, steps: 2}
 # ---------------------------------------------------------------------------------------------------- demo and train
 
 
-def test_the_demo_from_start_to_table_and_again(here, monkeypatch):
+def test_demo_trains_prints_its_table_and_repeats_the_result(here, monkeypatch):
     (here / "demo.yaml").write_text(RECIPE)
     monkeypatch.setattr(cli, "recipe_path", lambda name: here / "demo.yaml")
     said = run("demo", "--minutes", 1, "--items", 18)
@@ -57,7 +57,7 @@ def _lines(said):
     return re.split(r"(?=npedit )", said)
 
 
-def test_train_takes_a_path_overrides_and_goes_on(here):
+def test_train_takes_a_path_and_overrides_and_resumes(here):
     (here / "mine.yaml").write_text(RECIPE)
     words = ["train", "mine.yaml", "stages.0.updates=1", "stages.1.updates=1", "trainer.benchmark=''", "--out", "r"]
     assert "--model r" in run(*words)
@@ -89,7 +89,7 @@ def test_evaluate_writes_the_documented_keys(here):
     run("evaluate", "toy", "--items", 0, code=2)
 
 
-def test_evaluation_is_of_other_scenes_than_training_watched(here):
+def test_evaluation_scenes_differ_from_those_of_training(here):
     run("evaluate", "toy", "--items", 9, "--json", "f.json")
     assert json.loads((here / "f.json").read_text())["seed"] == 1
     for name in ("demo", "toy"):
@@ -162,7 +162,7 @@ def test_help_imports_no_heavy_package():
         assert command in done.stdout
 
 
-def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(monkeypatch):
+def test_ctrl_c_ends_with_130_and_the_command_that_resumes(monkeypatch):
     @cli.exit_on_user_error
     def command():
         raise KeyboardInterrupt

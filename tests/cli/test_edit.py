@@ -53,7 +53,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(here):
     assert Image.open("out.jpeg").format == "JPEG" and names(here) == ["a.png", "out.jpeg"]
 
 
-def test_what_the_embedded_editor_does_not_know_is_told(here):
+def test_words_unknown_to_the_embedded_editor_are_named(here):
     picture(here / "a.png")
     said = run("edit", "a.png", "paint the dog grren", "-o", "o.png")
     assert "'dog', 'grren'. Did you mean" in said and "'green'?" in said and "'paint'" not in said

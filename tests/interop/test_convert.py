@@ -47,7 +47,7 @@ def run(base, taught, tmp_path_factory) -> Path:
     return convert(released(taught, place / "released.pt"), place / "run", str(base))
 
 
-def test_the_run_opens_and_edits(run, base, taught) -> None:
+def test_converted_run_opens_and_edits(run, base, taught) -> None:
     editor = Editor.open(run)
     assert torch.equal(parameters_to_vector(editor.net.parameters()), parameters_to_vector(taught.parameters()))
     facts = json.loads((run / "final" / "npedit.json").read_text())
@@ -112,7 +112,7 @@ def there(net: nn.Module, reference: Tensor, x: Tensor, t: float, caption: Tenso
 
 @pytest.mark.parametrize("size", [(4, 6), (8, 8)])  # with and without filling
 @torch.no_grad()
-def test_it_computes_what_that_project_computes(run, size) -> None:
+def test_converted_editor_equals_the_reimplementation(run, size) -> None:
     editor = Editor.open(run)
     family, stream = editor.family, torch.Generator().manual_seed(0)
     x, reference = (torch.randn(2, 4, *size, generator=stream) for _ in range(2))
@@ -126,7 +126,7 @@ def test_it_computes_what_that_project_computes(run, size) -> None:
     assert omni.shape == got.shape  # the base still takes references as images of their own
 
 
-def test_its_prompts_end_in_an_empty_thought(run, base) -> None:
+def test_converted_prompts_end_with_an_empty_thought(run, base) -> None:
     editor, plain = Editor.open(run), ZImage.load(base, torch.float32, torch.device("cpu"))
     (length,), (usual,) = (f.encode_text([PROMPT]).parts[1].tolist() for f in (editor.family, plain))
     assert length - usual == len("<think>\n\n</think>\n\n")  # the tiny tokenizer takes bytes
@@ -143,7 +143,7 @@ def test_one_reference_of_the_pictures_size(run) -> None:
             editor.family.velocity(editor.net, x, t, text, references)
 
 
-def test_the_command(base, taught, tmp_path) -> None:
+def test_convert_command_writes_a_run(base, taught, tmp_path) -> None:
     file = released(taught, tmp_path / "released.pt")
     done = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "run"), "--base", str(base)])
     assert done.exit_code == 0, done.output

@@ -90,7 +90,7 @@ def test_the_report_has_every_part_and_needs_no_other_file(page):
     assert len(sources) > 40 and all(s.startswith("data:image/png;base64,") for s in sources)
 
 
-def test_the_table_and_the_verdicts_are_the_scores(page):
+def test_report_table_and_verdicts_equal_the_scores(page):
     assert "50.0 % [29.0, 71.0]" in page  # 9 of 18
     assert "0.0 % [0.0, 17.6]" in page  # 0 of 18
     assert page.count('<span class="no">not applied</span>') == 9 == page.count('<span class="yes">applied</span>')
@@ -116,7 +116,7 @@ def test_figures_are_drawn_for_light_and_dark(tmp_path):
         assert Image.open(io.BytesIO(light)).width > 1000
 
 
-def test_reward_hacking_is_told_at_the_top_and_faults_in_a_table(tmp_path):
+def test_report_has_the_alarm_at_the_top_and_a_table_of_failure_causes(tmp_path):
     run = tmp_path / "r"
     make_run(run)
     page = write_report(run).read_text()
@@ -134,7 +134,7 @@ def test_reward_hacking_is_told_at_the_top_and_faults_in_a_table(tmp_path):
     assert page.count("<td>3 (30 %)</td>") == 9 and "<td>27 (30 %)</td>" in page
 
 
-def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path):
+def test_a_run_without_updates_has_a_report(tmp_path):
     run = tmp_path / "r"
     run.mkdir()
     (run / CONFIG).write_text(yaml.safe_dump({"name": "demo", "trainer": {"evaluate_items": 90}}))
@@ -147,7 +147,7 @@ def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path):
     assert "Losses" in page and "Success" not in page
 
 
-def test_a_folder_that_is_no_run_is_told_so(tmp_path):
+def test_report_refuses_a_folder_that_is_not_a_run(tmp_path):
     with pytest.raises(UserError, match="is not one"):
         write_report(tmp_path)
 
@@ -176,7 +176,7 @@ def test_report_command(tmp_path):
 # ---- several runs over each other
 
 
-def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):
+def test_curves_plots_several_runs_in_the_same_axes(tmp_path):
     for name in ("a", "b"):
         make_run(tmp_path / name)
     other = tmp_path / "b" / METRICS  # a run without distribution matching, and half as long
@@ -195,7 +195,7 @@ def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), 1e300])
-def test_a_run_with_metrics_that_are_not_finite_is_drawn_as_far_as_it_goes(tmp_path, bad):
+def test_non_finite_metrics_are_left_out_of_figures(tmp_path, bad):
     """Each figure's numbers are bad from the third row on, or in every row: report and curves are made all the same."""
     keys = [*plots.LOSSES, *plots.NORMS, *plots.OVERLAID, "eval/applied", "eval/preserved", "eval/by_type/remove"]
     keys += ["critic/p_yes/remove", "critic/p_edit", "critic/p_identity"]

@@ -16,7 +16,7 @@ def critic() -> LlavaOnevision:
     return LlavaOnevision.tiny(0)
 
 
-def test_it_is_the_probability_of_the_wanted_answers(critic: LlavaOnevision) -> None:
+def test_critic_scores_are_the_probabilities_of_the_wanted_answers(critic: LlavaOnevision) -> None:
     given = batch(0, 1, 2, nothing=(2,))
     edited = given.references.flip(0)
     found = score_with_critic(critic, "short", given, edited)
@@ -35,7 +35,7 @@ def test_it_is_the_probability_of_the_wanted_answers(critic: LlavaOnevision) -> 
     torch.testing.assert_close(found.joint_probability(), joint)
 
 
-def test_it_can_ask_in_chunks_and_holds_pictures_to_the_range(critic: LlavaOnevision) -> None:
+def test_critic_scores_do_not_depend_on_the_chunk_and_pixels_are_clamped(critic: LlavaOnevision) -> None:
     given = batch(0, 1, 2)
     edited = 3 * given.references - 1
     edited.requires_grad_(True)
@@ -45,7 +45,7 @@ def test_it_can_ask_in_chunks_and_holds_pictures_to_the_range(critic: LlavaOnevi
     assert found.items == again.items and not found.p.requires_grad
 
 
-def test_what_is_logged(critic: LlavaOnevision) -> None:
+def test_logged_means_are_by_kind_and_edit_type(critic: LlavaOnevision) -> None:
     given = batch(0, 1, 2, nothing=(2,))
     found = score_with_critic(critic, "short", given, given.references)
     logged = found.mean_by_kind("judge", given.edit_types)

@@ -31,7 +31,7 @@ def photos():
     return [whole.crop((100, 0, 300, 120)), whole.crop((0, 200, 90, 400))]
 
 
-def test_dino_is_the_cls_token_and_no_pooler(folders, photos):
+def test_dino_feature_is_the_cls_token_without_pooler(folders, photos):
     torch.manual_seed(5)
     found = Dino.load(folders[0], CPU).encode_images(photos)
     other = ViTModel.from_pretrained(folders[0])  # with a random pooler
@@ -55,7 +55,7 @@ def test_the_transform_scales_the_short_side_and_cuts_the_centre():
     assert tall.shape == (3, 224, 224)
 
 
-def test_clip_is_transformers_own(folders, photos):
+def test_clip_features_equal_those_of_transformers(folders, photos):
     """Against the model's own image processor, tokenizer and forward pass."""
     ours = Clip.load(folders[1], CPU)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -75,7 +75,7 @@ def test_clip_is_transformers_own(folders, photos):
     )  # cut to 8 tokens
 
 
-def test_squeezing_sees_what_cutting_does_not(folders):
+def test_encode_resized_uses_the_whole_picture(folders):
     ours = Clip.load(folders[1], CPU)
     plain = Image.new("RGB", (200, 100), "grey")
     edge = plain.copy()
@@ -84,14 +84,14 @@ def test_squeezing_sees_what_cutting_does_not(folders):
     assert not torch.allclose(*ours.encode_resized([plain, edge]), atol=1e-3)
 
 
-def test_names_tell_the_net(folders):
+def test_tags_name_the_encoder_architecture(folders):
     assert Dino.load(folders[0], CPU).tag == "vit32x2-7" == Clip.load(folders[1], CPU).tag
     from transformers import ViTConfig
 
     assert encoders._architecture_tag(ViTConfig(hidden_size=384, patch_size=16)) == "vits16"
 
 
-def test_what_is_not_there_gives_no_number(folders, monkeypatch):
+def test_a_missing_encoder_gives_no_score(folders, monkeypatch):
     found = open_encoder(Dino)  # the literature's, and tests have no network
     assert isinstance(found, MissingEncoder) and found.tag == "vits16" and "facebook/dino-vits16" in found.reason
     for use in (found.encode_images, found.encode_resized, found.encode_texts):

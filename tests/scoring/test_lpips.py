@@ -54,7 +54,7 @@ def pictures():
     return tuple((0.5 + 0.5 * torch.sin(at * 0.7 + more)).view(3, 40, 56).float() for more in (0, at / 900))
 
 
-def test_the_numbers_are_those_of_the_authors_package(lpips):
+def test_lpips_equals_the_authors_package(lpips):
     """lpips 0.1.4 (`LPIPS(net="alex")`, plain and spatial, normalize=True) on these weights and pictures."""
     a, b = pictures()
     assert lpips.distance(a, b) == pytest.approx(0.04275138, rel=1e-5)
@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_the_authors_package(lpips):
     assert float(found[-1, 3]) == pytest.approx(0.09759864, rel=1e-5)
 
 
-def test_it_is_a_distance(lpips):
+def test_lpips_is_zero_for_equal_pictures_and_symmetric(lpips):
     a, b = pictures()
     assert lpips.distance(a, a) == 0 and float(lpips.distance_map(b, b).max()) == 0
     assert lpips.distance(a, b) == pytest.approx(lpips.distance(b, a))
@@ -73,7 +73,7 @@ def test_it_is_a_distance(lpips):
     assert 0 < nearer < farther
 
 
-def test_the_smallest_picture(lpips):
+def test_lpips_has_a_smallest_picture_size(lpips):
     assert lpips.distance(torch.zeros(3, MIN_SIDE, MIN_SIDE), torch.ones(3, MIN_SIDE, MIN_SIDE)) > 0
     with pytest.raises(ValueError, match="31 pixels"):
         lpips.distance(torch.zeros(3, MIN_SIDE - 1, 64), torch.ones(3, MIN_SIDE - 1, 64))
@@ -81,11 +81,11 @@ def test_the_smallest_picture(lpips):
         alexnet_features()(torch.zeros(1, 3, MIN_SIDE - 1, 64))
 
 
-def test_files_open_as_downloaded(lpips, folder):
+def test_lpips_weight_files_open_as_downloaded(lpips, folder):
     assert Lpips.load(folder, CPU).distance(*pictures()) == lpips.distance(*pictures())
 
 
-def test_outside_a_mask_it_is_the_mean_over_the_pixels_there(lpips):
+def test_lpips_outside_a_mask_is_the_mean_over_these_pixels(lpips):
     a, b = (Image.fromarray((p.permute(1, 2, 0) * 255).byte().numpy()) for p in pictures())
     mask = Image.new("L", a.size)
     mask.paste(255, (0, 0, 20, 40))
@@ -102,7 +102,7 @@ def invoke(*words):
     return CliRunner().invoke(cli.app, [str(w) for w in words], env={"COLUMNS": "240"})
 
 
-def test_own_photos_are_measured_with_it(folder, tmp_path):
+def test_evaluate_own_computes_lpips(folder, tmp_path):
     data = write_dataset(tmp_path / "data", 4, 0, pairs=True)
     rest = ("--dino", "none", "--clip", "none", "--lpips", folder)
     for name, words in (("copy", ["--copy"]), ("editor", ["--steps", 1])):

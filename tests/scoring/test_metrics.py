@@ -37,7 +37,7 @@ def mask():
     return Image.fromarray(pixels)
 
 
-def test_psnr_and_ssim_are_scikit_images(pictures):
+def test_psnr_and_ssim_equal_scikit_image(pictures):
     a, b, kept = both(pictures)
     x, y = (np.asarray(t.permute(1, 2, 0), dtype=np.float64) for t in (a, b))
     assert m.psnr(a, b, kept) == pytest.approx(skimage.metrics.peak_signal_noise_ratio(x, y, data_range=1), abs=1e-9)
@@ -66,7 +66,7 @@ def test_equal_pictures(pictures):
         m.psnr(a, a, kept)
 
 
-def test_outside_a_mask_is_brute_force_over_the_kept_pixels(pictures):
+def test_metrics_outside_a_mask_equal_a_loop_over_these_pixels(pictures):
     a, b, kept = both(pictures)
     kept[:, :30] = False
     assert m.l1(a, b, kept) == pytest.approx(float((a - b).abs()[:, :, 30:].mean()), abs=1e-6)
@@ -89,7 +89,7 @@ def test_what_happens_inside_a_mask_does_not_count(pictures):
     assert 0 < found.scores["l1_outside"] < 0.001 and found.scores["psnr_outside"] > 20
 
 
-def test_a_mask_of_everything_leaves_nothing(pictures):
+def test_metrics_are_undefined_if_the_mask_covers_everything(pictures):
     a, b, kept = both(pictures)
     for measure in (m.l1, m.l2, m.psnr, m.ssim):
         with pytest.raises(UndefinedMetric, match="nothing is left outside"):
@@ -102,7 +102,7 @@ def test_a_mask_of_everything_leaves_nothing(pictures):
         m.ssim(a[:, :8], b[:, :8], kept[:8])
 
 
-def test_noise_of_a_vae_is_a_copy_and_a_small_edit_is_none(pictures):
+def test_vae_noise_counts_as_a_copy_and_a_small_edit_does_not(pictures):
     photo, _ = pictures
     edited = photo.copy()
     edited.paste((250, 20, 20), (10, 10, 22, 20))
@@ -127,7 +127,7 @@ def test_another_size_is_scaled_and_another_shape_refused(pictures):
     assert set(found.scores.values()) == {None} and found.why["l1"] == "expected the reference's shape 80x48; got 80x80"
 
 
-def test_a_picture_that_is_missing_is_the_reason_of_all(pictures):
+def test_a_missing_picture_is_the_reason_for_every_missing_metric(pictures):
     def broken():
         raise MissingScore("no edited picture x.png: no such file")
 

@@ -91,7 +91,7 @@ def test_other_broken_folders_are_refused(tmp_path):
         r.Results.read(tmp_path)
 
 
-def test_a_folder_goes_on_only_under_its_settings(tmp_path):
+def test_a_results_folder_is_reused_only_with_equal_settings(tmp_path):
     settings = {"protocol": {"a": 1}, "source": {"model": "x"}, "encoders": {}}
     r.prepare_folder(tmp_path / "o", settings)
     r.prepare_folder(tmp_path / "o", settings | {"encoders": {"dino": "found by now"}})
@@ -147,7 +147,7 @@ def test_labels_that_cannot_be_used(tmp_path):
     assert agreement_with_people([rows], "x", {("A", "x"): 2.0}, False).estimates == (None,) * 4
 
 
-def test_a_panel_of_judges_is_their_mean_and_missing_where_one_is(tmp_path):
+def test_mean_of_judges_is_missing_where_one_judge_has_no_score(tmp_path):
     def judged(name, judge, scores):
         (tmp_path / name).mkdir()
         settings = {"protocol": {"hash": "p"}, "judge": {"name": judge}}

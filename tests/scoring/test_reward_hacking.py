@@ -32,7 +32,7 @@ def rows(points: list[tuple], held: str = "eval", every: int = 10) -> list[dict]
 
 
 @pytest.mark.parametrize("held", ["eval", "judge"])
-def test_it_fires_when_the_critic_is_deceived(held: str) -> None:
+def test_alarm_is_raised_when_the_critic_is_deceived(held: str) -> None:
     found = reward_hacking_alarms(rows(DECEIVED, held), 180)
     assert [(a.step, a.since) for a in found] == [(300, 100), (400, 100)]
     assert found[-1].judge == {"eval": "oracle", "judge": "held-out judge"}[held]
@@ -41,24 +41,24 @@ def test_it_fires_when_the_critic_is_deceived(held: str) -> None:
 
 
 @pytest.mark.parametrize("held", ["eval", "judge"])
-def test_it_is_silent_on_a_healthy_run(held: str) -> None:
+def test_no_alarm_on_a_healthy_run(held: str) -> None:
     assert reward_hacking_alarms(rows(HEALTHY, held), 180) == []
 
 
-def test_both_must_happen() -> None:
+def test_alarm_needs_a_rise_of_the_critic_and_a_fall_of_the_held_out_score() -> None:
     critic_stays = [(s, *DECEIVED[0][1:3], a, p) for s, _, _, a, p in DECEIVED]
     assert reward_hacking_alarms(rows(critic_stays), 180) == []
     better_for_both = [(s, e, i, 0.3, 0.9) for s, e, i, _, _ in DECEIVED]
     assert reward_hacking_alarms(rows(better_for_both), 180) == []
 
 
-def test_a_fall_that_chance_explains_is_none() -> None:
+def test_no_alarm_for_a_fall_within_the_standard_error() -> None:
     small = [(100, 0.1, 0.9, 0.3, 0.7), (200, 0.6, 0.9, 0.25, 0.65)]
     assert reward_hacking_alarms(rows(small), 90) == []
     assert len(reward_hacking_alarms(rows(small), 2000)) == 1
 
 
-def test_a_warm_up_that_only_copies_is_what_the_first_updates_are_compared_with() -> None:
+def test_evaluation_after_the_warm_up_is_a_baseline_for_later_ones() -> None:
     """The evaluation at its end has no critic's score before it; the first ones after count."""
     warm = [{"step": 40, "eval/applied": 0.02, "eval/preserved": 0.9}]
     after = [{"step": n, "critic/p_edit": 0.02 * n / 4, "critic/p_identity": 0.8} for n in range(41, 141)]
@@ -107,7 +107,7 @@ def test_each_row_is_read_once_whatever_the_number_of_evaluations() -> None:
     assert lookups == [4 * 200, 4 * 2000]
 
 
-def test_runs_without_a_critic_or_without_evaluations_have_none() -> None:
+def test_no_alarm_without_critic_or_without_evaluations() -> None:
     assert reward_hacking_alarms([], 90) == []
     assert reward_hacking_alarms([{"step": 1, "eval/applied": 0.5, "eval/preserved": 0.5}], 90) == []
     assert reward_hacking_alarms([{"step": 1, "critic/p_edit": 0.5, "critic/p_identity": 0.5}], 90) == []

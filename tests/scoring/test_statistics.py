@@ -29,7 +29,7 @@ def test_the_bootstraps_spread_is_the_analytic_standard_error():
     assert st.bootstrap_means(values, tasks, True, 0, 20_000).std() == pytest.approx(expected, rel=0.02)
 
 
-def test_the_interval_covers_what_it_says():
+def test_interval_has_the_stated_coverage():
     """Known truth: 11 tasks of unlike means, scores with ceilings as judges give them; 95 % within 3 sigma."""
     rng, sizes = np.random.default_rng(1), [20, 20, 35, 30, 30, 28, 30, 50, 20, 20, 20]
     tasks = [str(t) for t, n in enumerate(sizes) for _ in range(n)]
@@ -80,7 +80,7 @@ def test_sign_flips_against_all_of_them():
     assert st.sign_flip_p_value(big, ["t"] * 40, flips=999) == 1 / 1000
 
 
-def test_p_is_uniform_when_nothing_differs():
+def test_p_values_are_uniform_under_the_null():
     rng, tasks = np.random.default_rng(3), ["a"] * 10 + ["b"] * 20
     found = [st.sign_flip_p_value(rng.normal(size=30), tasks, seed=i, flips=200) for i in range(400)]
     for level in (0.05, 0.2, 0.5):
@@ -144,7 +144,7 @@ def test_ranks_follow_the_scores():
     assert turned.theta == pytest.approx(-found.theta, abs=1e-6)
 
 
-def test_correlations_are_scipys():
+def test_correlations_equal_scipy():
     rng = np.random.default_rng(6)
     a, b = rng.integers(0, 6, 80), rng.integers(0, 4, 80)
     b = b + a // 2
@@ -173,7 +173,7 @@ def test_right_pairs_by_hand():
         rank_agreement.correct_pairs([1, 2], [1, 2], ["x", "y"])
 
 
-def test_clusters_are_drawn_whole():
+def test_bootstrap_draws_whole_clusters():
     """Ten copies of each of eight values: as independent items the interval would be far too narrow."""
     values, ids = np.repeat(np.arange(8.0), 10), np.repeat([str(k) for k in range(8)], 10)
     low, high = st.cluster_bootstrap_interval(lambda at: float(values[at].mean()), ids, draws=1000)
