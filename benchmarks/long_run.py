@@ -2,7 +2,7 @@
 
     python -m benchmarks.long_run [--updates 100000] [--items 100000]
 
-`python -m benchmarks` runs it too. A command whose time is linear takes four times as long for four times the length.
+A command whose time is linear takes four times as long for four times the length.
 No model is trained or opened: metrics and scores are random numbers under the keys of a real run.
 """
 

@@ -1,9 +1,9 @@
-"""`npedit convert`: the checkpoint that NP-Edit's public reimplementation released, as a run that the editor opens.
+"""`npedit convert`: a checkpoint of NP-Edit's public reimplementation as a run that the editor opens.
 
-It is one file for `torch.load`: tensors by the names of diffusers' Z-Image transformer behind `transformer.`. Its net
-knows the reference as the first of two frames; so its config is marked, and `families/z_image.py` speaks to it that
-way. Two things are otherwise than in that project's own sampler: between steps all noise is fresh, as it was in
-training; and the time is not rounded to bfloat16, as it always is there.
+The checkpoint is one file for `torch.load`: tensors under the names of diffusers' Z-Image transformer, with the prefix
+`transformer.`. That project gives the reference to the transformer as the first of two frames, so the converted config
+is marked and `families/z_image.py` does the same. There are two differences from that project's sampler: the noise
+between steps is drawn anew, as in its training, and the time is not rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from npedit.runs.editor_facts import FACTS_FILE, FORMAT
 
 PREFIX = "transformer."
 STEPS = 4
-PATCH = 16  # pixels a side that one token stands for
+PATCH = 16  # pixels a side of one token
 SIZES = (
     (512, 512),
     (576, 448),
@@ -38,7 +38,7 @@ SIZES = (
     (384, 640),
     (512, 384),
     (384, 512),
-)  # (H, W), as it was trained
+)  # (H, W) in pixels, those of its training
 CARD = """# {name}, converted
 
 A {steps}-step image editor of the family `z_image`, its base `{base}`, trained without pairs by the public
@@ -49,11 +49,11 @@ reimplementation of NP-Edit (github.com/nupurkmr9/npedit) and converted by npedi
 
 
 def convert(source: Path, run: Path, base: str) -> Path:
-    """Write the run `run` with `final/` from the released file `source`; `base` is the Z-Image, a Hub id or a folder,
-    that it was trained from. Returns `run`.
+    """Write the folder `run` with `final/` from the released file `source`; returns `run`. `base` is the Z-Image model
+    that the checkpoint was trained from, a Hub id or a folder.
 
     Raises:
-        UserError: the file is no such checkpoint, or not of this base; `run` holds something; the base does not open.
+        UserError: the file is not such a checkpoint, or of another base; `run` is not empty; the base does not open.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"expected a new or empty folder; got {run}, which is not; choose another")
@@ -92,7 +92,7 @@ def convert(source: Path, run: Path, base: str) -> Path:
 
 
 def _read_weights(source: Path) -> dict[str, Tensor]:
-    """The file's tensors by their names in the transformer; read as data, never run."""
+    """The tensors of the file by their names in the transformer. No code in the file is run."""
     wanted = "expected the released checkpoint, a mapping from names to tensors that torch.load reads as weights alone"
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
@@ -117,7 +117,7 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 
 
 def _check_weights(source: Path, weights: Mapping[str, Tensor], net: nn.Module) -> None:
-    """Refuse weights that are not exactly the net's."""
+    """Check that the weights have the names and shapes of the net and one floating-point type."""
     own = net.state_dict()
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
