@@ -182,7 +182,7 @@ def test_the_estimate_shows_what_is_saved(tmp_path: Path) -> None:
             "trainer": {"sample_items": 1},
             "memory": memory,
         }
-        found = {p.name: p.held["activations"] for p in estimate(make_recipe(raw), at_once=False).phases}
+        found = {p.name: p.bytes_by_part["activations"] for p in estimate(make_recipe(raw), at_once=False).phases}
         return found["np_edit: critic"]
 
     plain, again, tiles = held(), held(decoder_checkpointing=True), held(decode_tile=48, cached_latents=4)
