@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
 from benchmarks.processes import processes_table
 from benchmarks.train_step import Bench, arithmetic_table, memory_settings_table, parts_table, savings_table
@@ -67,6 +68,8 @@ def main() -> None:
         "exchanges": lambda: memory_settings_table(bench, chosen.repeats),
         "arithmetic": lambda: arithmetic_table(bench, chosen.repeats),
         "inference": lambda: inference_table(chosen.repeats),
+        "critic": lambda: critic_table(min(3, chosen.repeats)),
+        "small models": lambda: update_table(min(3, chosen.repeats)),
     }
     if not is_accelerator(pick_device()):
         makers["processes"] = lambda: processes_table(chosen.recipe, bench.pictures, 3 + chosen.repeats)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +56,8 @@ UPDATE_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of `mem
     "packed_questions": ({"packed_questions": True}, {}),
     "critic_checkpointing": ({"critic_checkpointing": True}, {}),
     "packed_questions, critic_checkpointing": ({"packed_questions": True, "critic_checkpointing": True}, {}),
+    "fake_samples: replay": ({}, {"fake_samples": "replay"}),
+    "all three": ({"packed_questions": True, "critic_checkpointing": True}, {"fake_samples": "replay"}),
 }
 
 
@@ -162,14 +165,11 @@ def _with_two_transitions(update: int, steps: int) -> int:
 
 def main() -> None:
     """See the module's head."""
-    from benchmarks.__main__ import describe_machine, print_plain
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.critic_packing")
     parser.add_argument("--repeats", type=int, default=3, help="how often each is timed; medians are shown")
     chosen = parser.parse_args()
-    print_plain(f"{describe_machine()}\n")
-    print_plain(critic_table(chosen.repeats) + "\n")
-    print_plain(update_table(chosen.repeats))
+    for maker in (critic_table, update_table):
+        Console(soft_wrap=True).print(maker(chosen.repeats) + "\n", markup=False, highlight=False)
 
 
 if __name__ == "__main__":
