@@ -1,9 +1,14 @@
 """Every family, trained in every way at tiny size: full fine-tuning or LoRA, in float32 or bfloat16, with gradient
-checkpointing or without, one or two items for each of two processes. One process and two sharded ones agree."""
+checkpointing or without, one or two items for each of two processes. One process and two sharded ones agree.
+
+The default suite has the bfloat16 half; whatever has failed so far failed in bfloat16 too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,25 @@ from npedit.nets import distributed
 from npedit.recipe.config import available_names
 from tests.support.precision import SIDE, TIMES, Case, cases, tiny_family, update_all
 
-CASES = list(cases())
+CASES = {dtype: [case for case in cases() if case.dtype == dtype] for dtype in ("bfloat16", "float32")}
+PARAMS = [
+    *(pytest.param(case, id=str(case)) for case in CASES["bfloat16"]),
+    *(pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in CASES["float32"]),
+]
+Outcomes = tuple[dict[str, Any], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The outcome of each case in one process, and sharded over two."""
-    ends = two.together(tmp_path_factory.mktemp("precision"), update_all, CASES, "full")
-    assert all("value" in end for end in ends), ends
-    return update_all(CASES, "none"), ends[0]["value"]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcomes]:
+    """A function that returns the outcomes of all cases of a type: in one process, and sharded over two."""
+
+    @cache
+    def run(dtype: str) -> Outcomes:
+        ends = two.together(tmp_path_factory.mktemp("precision"), update_all, CASES[dtype], "full")
+        assert all("value" in end for end in ends), ends
+        return update_all(CASES[dtype], "none"), ends[0]["value"]
+
+    return run
 
 
 def difference(a: list, b: list) -> float:
@@ -33,9 +48,10 @@ def difference(a: list, b: list) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_update_works_and_one_process_agrees_with_two(case: Case, outcomes) -> None:
-    one, sharded = (found[str(case)] for found in outcomes)
+@pytest.mark.parametrize("case", PARAMS)
+def test_an_update_works_and_one_process_agrees_with_two(case: Case, outcomes: Callable[[str], Outcomes]) -> None:
+    in_one, in_two = outcomes(case.dtype)
+    one, sharded = in_one[str(case)], in_two[str(case)]
     assert isinstance(one, dict), one
     assert isinstance(sharded, dict), sharded
     assert one["skipped"] == sharded["skipped"] == 0
@@ -43,7 +59,7 @@ def test_an_update_works_and_one_process_agrees_with_two(case: Case, outcomes) -
     assert one["grad_norm"] == pytest.approx(sharded["grad_norm"], rel=3e-3 if coarse else 1e-5)
     if case.checkpointing:
         plain = str(replace(case, checkpointing=False))
-        assert one["grad_norm"] == pytest.approx(outcomes[0][plain]["grad_norm"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(in_one[plain]["grad_norm"], rel=1e-5)
         return
     for found in (one, sharded):
         assert found["fake"] == found["teacher"]  # the fake score begins as the frozen teacher, bit for bit
