@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 ACTIVATIONS = "activations"  # the label of everything without another label
@@ -40,10 +41,11 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class MemoryCounter:
-    """Counts the storages of meta tensors; a context manager.
+    """Counts the storages of meta tensors, and floating-point operations; a context manager.
 
     `live` is the bytes that exist now, by label. `peaks` has the same at the peak of each part of a step. `share` gives
-    the fraction of a label's bytes that this device holds. `working` is the label of new storages.
+    the fraction of a label's bytes that this device holds. `working` is the label of new storages. `flops` is the
+    operations of products, convolutions and attention, by part of a step.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,7 @@ class MemoryCounter:
         self.peaks: dict[str, Counter[str]] = {}
         self.share: dict[str, float] = {}
         self.working = ACTIVATIONS
+        self.flops: Counter[str] = Counter()
         self._known: dict[int, tuple[str, int]] = {}  # storage -> its label, the bytes counted
         self._stack = ExitStack()
 
@@ -145,6 +148,7 @@ class _CountOperations(TorchDispatchMode):
         out = func(*args, **kwargs)
         for tensor in _iterate_tensors(out if isinstance(out, tuple | list) else (out,)):
             self.counted.count_tensor(tensor)
+        self.counted.flops[current_part.get()] += count_flops(func, args, kwargs, out)
         return out
 
     def _copy_to(self, tensor: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -158,6 +162,17 @@ class _CountOperations(TorchDispatchMode):
         out = func(*args, **{**kwargs, "device": place})
         self.counted.count_tensor(out)
         return out
+
+
+def count_flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of one call of a PyTorch operator, 0 for operators other than products, convolutions
+    and attention. A multiplication and an addition are two operations, as in `torch.utils.flop_counter`."""
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+    count = flop_registry.get(func.overloadpacket)
+    return count(*args, **kwargs, out_val=out) if count else 0
 
 
 def _iterate_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
