@@ -77,3 +77,13 @@ def test_what_a_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     device.set_process_device(gpu, 0)
     monkeypatch.setenv(device.VARIABLE, f"{gpu.type}:0")
     assert device.pick_device().index == 0 and device.accelerator_count() == 1
+
+
+@pytest.mark.parametrize(("name", "precision"), [("cpu", "highest"), ("cuda", "high")])
+def test_tf32_is_for_cuda_alone(name: str, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        device.allow_tf32(torch.device(name))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
