@@ -129,6 +129,16 @@ def test_the_toy_on_disk_is_an_ordinary_data_set_without_edited_images(tmp_path)
     assert not where
 
 
+def test_bare_toy_pictures_are_those_of_the_data_set_without_words(tmp_path):
+    bare = write_dataset(tmp_path / "bare", 5, seed=4, bare=True)
+    worded = write_dataset(tmp_path / "worded", 5, seed=4)
+    files = sorted(bare.rglob("*"))
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)]
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in sorted((worded / "images").iterdir())]
+    with pytest.raises(UserError, match="--pairs or --bare"):
+        write_dataset(tmp_path / "both", 2, seed=0, pairs=True, bare=True)
+
+
 def test_the_paired_toy_has_edited_images_that_training_never_opens(tmp_path, caplog, files_opened):
     folder = write_dataset(tmp_path / "toy", 9, seed=0, pairs=True)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]

@@ -26,7 +26,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # Longer ones, each with its reason. A line that is no longer needed fails too.
 LONG = {
     "tests/judges/test_server.py": "one server, many ways to fail; split it when it grows again",
-    "src/npedit/toy/edits.py::sample_edit": "one short branch for each edit type, read side by side",
     "src/npedit/toy_models/fit.py::fit": "one training loop, read from top to bottom",
     "src/npedit/toy_models/critic.py::loss": "the loss inside it",
     "tests/steps/test_np_edit.py": "one step, many proofs; split it when it grows again",

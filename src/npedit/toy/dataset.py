@@ -21,11 +21,12 @@ def _save_picture(picture: Tensor, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False) -> Path:
+def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False, bare: bool = False) -> Path:
     """Write `count` items: `images/` and `metadata.jsonl`, in the training phrasings. One seed, one data set.
 
     No edited image is drawn, unless `pairs`: then `edited/` and a column `edited_file_name` are added, for baselines
-    that need them. The folder appears only once it is complete.
+    that need them. With `bare` the same pictures are written without any words: the files alone, as a folder of photos
+    that `npedit prepare` starts from. The folder appears only once it is complete.
 
     Raises:
         UserError: fewer than one item, a folder that is not empty, or one that cannot be written.
@@ -33,17 +34,30 @@ def write_dataset(folder: str | Path, count: int, seed: int, pairs: bool = False
     folder = Path(folder)
     if count < 1:
         raise UserError(f"expected at least 1 item to write; got {count}; give a larger count")
+    if pairs and bare:
+        raise UserError("expected --pairs or --bare; got both, and bare pictures have no edits; leave one out")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
             complete = Path(aside) / "data"
-            _write_items(complete, count, seed, pairs)
+            if bare:
+                _write_pictures(complete, count, seed)
+            else:
+                _write_items(complete, count, seed, pairs)
             os.replace(complete, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder
+
+
+def _write_pictures(folder: Path, count: int, seed: int) -> None:
+    """Write the references of the items, as files of the folder itself."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        edit = sample_edit(random.Random(f"{seed}/{i}"))
+        _save_picture(render([edit.reference])[0], folder / f"{i:06d}.png")
 
 
 def _write_items(folder: Path, count: int, seed: int, pairs: bool) -> None:

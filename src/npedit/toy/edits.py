@@ -18,6 +18,7 @@ from npedit.toy.world import (
     SIZES,
     STYLES,
     Scene,
+    Thing,
     sample_scene,
     sample_thing,
 )  # fmt: skip
@@ -182,10 +183,31 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         ValueError: the edit type is not one of `EDIT_TYPES`.
     """
     kind = edit_type or rng.choice(EDIT_TYPES)
+    _check_edit_type(kind)
+    things = {"remove": rng.choice((2, 3)), "add": rng.choice((1, 2))}.get(kind, 0)
+    return sample_edit_of(sample_scene(rng, things), rng, kind, held_out)
+
+
+def _check_edit_type(kind: str) -> None:
     if kind not in EDIT_TYPES:
         raise ValueError(f"expected an edit type among {', '.join(EDIT_TYPES)}; got {kind!r}")
-    things = {"remove": rng.choice((2, 3)), "add": rng.choice((1, 2))}.get(kind, 0)
-    scene = sample_scene(rng, things)
+
+
+def possible_edit_types(scene: Scene) -> tuple[str, ...]:
+    """The edit types that `sample_edit_of` can apply to a scene, such that the scenes before and after the edit both
+    have one to three things."""
+    things = len(scene.filled)
+    impossible = {"remove"} if things == 1 else {"add"} if things == 3 else set()
+    return tuple(kind for kind in EDIT_TYPES if kind not in impossible) if 1 <= things <= 3 else ()
+
+
+def sample_edit_of(scene: Scene, rng: random.Random, kind: str, held_out: bool = False) -> Edit:
+    """A random edit of this scene that changes it, of a type among `possible_edit_types(scene)`.
+
+    Raises:
+        ValueError: the edit type is not one of `EDIT_TYPES`.
+    """
+    _check_edit_type(kind)
     cell = -1 if kind in ("add", "background", "style") else rng.choice(scene.filled)
     to_cell, value, place, name = -1, "", "", ""
     described: tuple[int, ...] = (cell,)
@@ -194,11 +216,7 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         thing, name = scene.thing(cell), _describe_thing(scene, cell, rng)
     if kind == "add":
         to_cell, place = rng.choice(scene.empty), ""
-        new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
-        taken = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}
-        while (new.shape, new.colour) in taken:
-            new = sample_thing(rng, pattern=new.pattern)
-        name = " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
+        new, name = _sample_new_thing(scene, rng)
         target, described, always_state = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
         if rng.random() < 0.5:
             place = PLACES[to_cell]
@@ -242,6 +260,15 @@ def sample_edit(rng: random.Random, edit_type: str = "", held_out: bool = False)
         source_caption=sample_caption(scene, rng),
         target_caption=sample_caption(target, rng, described, always_state),
     )
+
+
+def _sample_new_thing(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
+    """A thing that differs in colour or shape from all of the scene, and its name."""
+    new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
+    taken = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}
+    while (new.shape, new.colour) in taken:
+        new = sample_thing(rng, pattern=new.pattern)
+    return new, " ".join(w for w in (new.pattern if new.pattern != "solid" else "", new.colour, new.shape) if w)
 
 
 def _is_unique(scene: Scene, cell: int, shape: str, colour: str) -> bool:
