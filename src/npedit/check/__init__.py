@@ -1,0 +1,1 @@
+"""`npedit check`: is there anything to learn with this recipe, its data, its models? A report before any training."""

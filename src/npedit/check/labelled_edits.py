@@ -1,0 +1,88 @@
+"""Edits whose right answers are given: by the user in a folder, or by the toy world's oracle.
+
+A folder of labelled edits has the pictures and `metadata.jsonl`, one JSON object a line:
+
+    {"file_name": "1.jpg", "edited_file_name": "1-edited.jpg", "instruction": "...", "edit_type": "recolour",
+     "object": "car", "applied": true, "preserved": false}
+
+`applied` says whether the edit was carried out, `preserved` whether all else is unchanged. One of them may be missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npedit.check.known_edits import KnownEdit
+from npedit.data import Example
+from npedit.data._metadata import METADATA, read_json_lines, resolve_photo_path
+from npedit.data._photos import BadImage, crop_to_fill, read_photo
+from npedit.errors import UserError
+from npedit.questions import normalise_edit_type
+from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.oracle import expected_reading, judge_edit
+from npedit.toy.world import render
+from npedit.toy_models.mistakes import sample_outcome
+
+PROBE = "labelled"
+
+
+def read_labelled_edits(folder: Path, size: tuple[int, int]) -> list[KnownEdit]:
+    """The edits of a folder, both pictures cropped and scaled to `size` = (H, W).
+
+    Raises:
+        UserError: names the file and the line of what is missing or wrong.
+    """
+    metadata = folder / METADATA
+    if not metadata.is_file():
+        raise UserError(f"--labelled: expected a folder with {METADATA}; got {folder}; see docs/check.md for its columns")
+    found = [_labelled_edit(row, f"{metadata}:{line}", folder, size) for line, row in read_json_lines(metadata)]
+    if not found:
+        raise UserError(f"--labelled: expected at least one edit; got an empty {metadata}; add lines")
+    return found
+
+
+def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -> KnownEdit:
+    for key in ("file_name", "edited_file_name", "instruction"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise UserError(f"{where}: expected text in {key!r}; got {row.get(key)!r}; fill it in")
+    labels = [row.get(key) for key in ("applied", "preserved")]
+    if any(not isinstance(label, bool | None) for label in labels) or labels == [None, None]:
+        raise UserError(
+            f"{where}: expected true or false in 'applied' or 'preserved'; got {labels[0]!r} and {labels[1]!r}; "
+            "write at least one of them"
+        )
+    try:
+        kind = normalise_edit_type(str(row.get("edit_type") or ""))
+        before, after = (_load(folder, row[key], size) for key in ("file_name", "edited_file_name"))
+    except (ValueError, BadImage) as error:
+        raise UserError(f"{where}: {error}") from None
+    thing = str(row.get("object") or "")
+    if kind == "remove" and not thing:
+        raise UserError(f"{where}: expected an 'object' for edit type 'remove'; got none; name what is removed")
+    example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "")
+    return KnownEdit(PROBE, example, after, *labels)
+
+
+def _load(folder: Path, name: str, size: tuple[int, int]) -> Tensor:
+    pixels = np.array(crop_to_fill(read_photo(resolve_photo_path(folder, name)), size))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def toy_labelled_edits(count: int, seed: int) -> list[KnownEdit]:
+    """`count` right and wrong edits of toy scenes, in the training phrasings, with the oracle's answers."""
+    rng = random.Random(f"check/{seed}")
+    edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(count)]
+    outcomes = [sample_outcome(edit, rng) for edit in edits]
+    pictures: Sequence[Tensor] = render([e.reference for e in edits] + outcomes)
+    found = []
+    for i, (edit, outcome) in enumerate(zip(edits, outcomes, strict=True)):
+        texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)
+        applied, preserved = judge_edit(edit, expected_reading(outcome))
+        found.append(KnownEdit(PROBE, Example(f"toy/{i}", pictures[i], *texts), pictures[count + i], applied, preserved))
+    return found
