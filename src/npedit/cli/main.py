@@ -300,9 +300,13 @@ def estimate_memory(
 ) -> None:
     """Estimate a recipe's use of memory and disk, without its weights and without a GPU."""
     from npedit.recipe.config import load_recipe
+    from npedit.training.checkpoint_warnings import checkpoint_warnings
     from npedit.training.estimate import estimate, estimate_table, fit_message
 
-    found = estimate(load_recipe(recipe, overrides or []), processes)
+    chosen = load_recipe(recipe, overrides or [])
+    for message in checkpoint_warnings(chosen):
+        err.print(f"[yellow]warning[/] family.weights: {escape(message)}")
+    found = estimate(chosen, processes)
     for line in [*estimate_table(found), *([fit_message(found, gpu)] if gpu else [])]:
         out.print(escape(line))
 
