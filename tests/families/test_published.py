@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from npedit.cli.main import app
 from npedit.families._published import CHECKPOINTS, find_published
 from npedit.families._without_weights import family_without_weights
 from npedit.families.flux import Flux
@@ -101,6 +103,13 @@ def test_a_step_distilled_teacher_is_warned_of(tmp_path, caplog):
     raw = recipe.as_dict()
     raw["stages"][1]["settings"]["dmd_weight"] = 0
     assert checkpoint_warnings(make_recipe(raw)) == []
+
+
+def test_estimate_says_it_before_training():
+    """Also for a model whose configs are not in the package, which is then refused."""
+    result = CliRunner().invoke(app, ["estimate", "toy", "family.weights=black-forest-labs/FLUX.1-schnell"])
+    assert result.exit_code == 2
+    assert "is distilled to a few steps" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("name", ["sana-24gb", "z-image-80gb", "z-image-8x80gb", "paper"])
