@@ -25,10 +25,9 @@ from npedit.training.estimate import (
     Estimate,
     config_folder,
     estimate,
-    estimate_table,
-    fit_message,
     open_without_weights,
 )
+from npedit.training.estimate_table import estimate_table, fit_message
 from npedit.training.parts import build_parts
 
 SIDE, ITEMS = 32, 4
@@ -240,7 +239,9 @@ def test_a_recipe_builds_its_models_without_weights(name: str) -> None:
     for block in family.facts.blocks:
         assert len(family.base.get_submodule(block)) > 1
     head = path.read_text().split("name:")[0]
-    assert "The first command estimates the memory" in head and "because no GPU was available" in head.replace("\n# ", " ")
+    assert "The first command estimates the memory" in head and "because no GPU was available" in head.replace(
+        "\n# ", " "
+    )
 
 
 def test_published_configs_say_where_they_are_from() -> None:
@@ -249,4 +250,24 @@ def test_published_configs_say_where_they_are_from() -> None:
     found = sorted(PUBLISHED.rglob("*.json"))
     assert len(found) > 20
     for path in found:
-        assert "published architecture" in json.loads(path.read_text())["_source"], path
+        source = json.loads(path.read_text())["_source"]
+        assert "published architecture" in source or "at commit" in source, path
+        assert "no weights" in source.lower(), path
+
+
+@pytest.mark.parametrize("fake_samples", ["fresh", pytest.param("replay", marks=pytest.mark.slow)])
+def test_operations_of_an_update_are_extrapolated_from_a_smaller_one(models, fake_samples) -> None:
+    """Counted are at most two batches and two fake score updates. A fake score update after the first also draws its
+    samples, unless they are replayed."""
+
+    def operations(accumulate: int, fake_updates: int) -> dict[str, float]:
+        settings = {"fake_updates": fake_updates, "fake_samples": fake_samples, "dmd_weight": 1.0, "critic_weight": 0.0}
+        stage = {**NP_EDIT, "accumulate": accumulate, "settings": settings}
+        found = estimate(recipe(models, stages=[stage]), at_once=False)
+        return {phase.name.removeprefix("np_edit: "): phase.flops for phase in found.phases}
+
+    one, two, many = operations(1, 1), operations(1, 2), operations(6, 5)
+    first, second = one["fake"], two["fake"] - one["fake"]
+    assert many["dmd"] == 6 * one["dmd"] > 0
+    assert many["fake"] == pytest.approx(6 * (first + 4 * second), rel=1e-6)
+    assert (second > 1.1 * first) == (fake_samples == "fresh")

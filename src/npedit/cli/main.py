@@ -23,6 +23,7 @@ from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.rehearse import rehearse
+from npedit.cli.toy import app as toy_app
 from npedit.cli.train import move_aside
 from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
 from npedit.recipe.packaged import recipe_path
@@ -34,8 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a few-step image editor without edited images, and edit pictures with it.\n\nBegin with: npedit demo",
 )
-toy_app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and models.")
-app.add_typer(toy_app, name="toy")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -66,10 +65,11 @@ def exit_on_user_error(command: Callable[..., None]) -> Callable[..., None]:
 
 for name, command in BENCHMARKS.items():
     evaluate_app.command(name)(command)
-for registered in evaluate_app.registered_commands:
+for registered in (*evaluate_app.registered_commands, *toy_app.registered_commands):
     if registered.callback:
         registered.callback = exit_on_user_error(registered.callback)
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(toy_app, name="toy")
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
 
@@ -301,7 +301,8 @@ def estimate_memory(
     """Estimate a recipe's use of memory and disk, without its weights and without a GPU."""
     from npedit.recipe.config import load_recipe
     from npedit.training.checkpoint_warnings import checkpoint_warnings
-    from npedit.training.estimate import estimate, estimate_table, fit_message
+    from npedit.training.estimate import estimate
+    from npedit.training.estimate_table import estimate_table, fit_message
 
     chosen = load_recipe(recipe, overrides or [])
     for message in checkpoint_warnings(chosen):
@@ -337,47 +338,3 @@ def doctor() -> None:
         out.print(f"{'[green]ok     [/]' if fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
     if bad:
         raise UserError(f"expected all checks to pass; got {bad} problems; the lines above say what to do")
-
-
-# -------------------------------------------------------------------------------------------------------------- toy
-
-
-@toy_app.command("data")
-@exit_on_user_error
-def toy_data(
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    items: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
-    seed: SeedOption = 0,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Also write the edited pictures.")] = False,
-) -> None:
-    """Write toy scenes as a data set: images and metadata.jsonl; no edited pictures without --pairs."""
-    from npedit.toy.dataset import write_dataset
-
-    out.print(f"{items} items: {escape(str(write_dataset(folder, items, seed, pairs)))}")
-
-
-@toy_app.command("build")
-@exit_on_user_error
-def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: FreshOption = False) -> None:
-    """Train the toy's VAE, text-to-image model and critic from scratch. The same command resumes after a stop."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder to work in; {folder} is a file; choose another")
-    from npedit.toy_models import build as models
-
-    if fresh:
-        move_aside(folder)
-    models.build_toy_models(folder)
-
-
-@toy_app.command("sheet")
-@exit_on_user_error
-def toy_sheet(
-    picture: Annotated[Path, typer.Argument(help="The picture to write (.png).")],
-    seed: SeedOption = 0,
-) -> None:
-    """Write a picture with one random scene of every edit type, its instruction and the true result."""
-    from npedit.cli.pictures import save_picture
-    from npedit.report.report import draw_toy_sheet
-
-    save_picture(draw_toy_sheet(seed), picture)
-    out.print(f"Sheet: {escape(str(picture))}")

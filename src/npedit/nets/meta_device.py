@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -45,7 +45,8 @@ class MemoryCounter:
 
     `live` is the bytes that exist now, by label. `peaks` has the same at the peak of each part of a step. `share` gives
     the fraction of a label's bytes that this device holds. `working` is the label of new storages. `flops` is the
-    operations of products, convolutions and attention, by part of a step.
+    operations of products, convolutions and attention, by part of a step; `flops_at_optimizer_steps` is for the code
+    that counts optimizer steps: what `flops` was at the end of each.
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,7 @@ class MemoryCounter:
         self.share: dict[str, float] = {}
         self.working = ACTIVATIONS
         self.flops: Counter[str] = Counter()
+        self.flops_at_optimizer_steps: defaultdict[str, list[int]] = defaultdict(list)
         self._known: dict[int, tuple[str, int]] = {}  # storage -> its label, the bytes counted
         self._stack = ExitStack()
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from npedit.errors import UserError, explain_write_errors
 from npedit.nets import distributed
-from npedit.nets.device import is_accelerator, pick_device
-from npedit.recipe.config import Recipe, make_recipe
+from npedit.nets.device import is_accelerator, pick_device, synchronize
+from npedit.recipe.config import Recipe, make_recipe, torch_dtype
 from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.rehearsal.random_models import write_random_models
 from npedit.rehearsal.random_photos import write_random_photos
@@ -44,6 +44,7 @@ PARTS = {"time/look": "samples and evaluation", "time/data": "waiting for data"}
 PAGE_BYTES = 4096
 REDUCED_BYTES = 64 * 2**20  # of the tensor that measures the bandwidth between processes
 REDUCE_REPEATS = 5
+PRODUCT_SIDE, PRODUCT_REPEATS = 1024, 10  # rows of the square matrices on a CPU; eight times as many on a GPU
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Measured:
     free_bytes: int = 0
     loader_items_per_second: float = 0.0
     reduce_gb_per_second: float | None = None
+    product_flops_per_second: float = 0.0  # of large matrix products in the family's number type
     on_accelerator: bool = False
 
 
@@ -220,6 +222,7 @@ def _collect(recipe: Recipe, run: Path, expected: Estimate, memory: PhaseMemory,
         free_bytes=shutil.disk_usage(run).free,
         loader_items_per_second=_loader_speed(recipe),
         reduce_gb_per_second=_reduce_speed(),
+        product_flops_per_second=_product_speed(torch_dtype(recipe.family.dtype)),
         on_accelerator=is_accelerator(pick_device()),
     )
 
@@ -266,12 +269,33 @@ def _reduce_speed() -> float | None:
     return REDUCE_REPEATS * REDUCED_BYTES * 2 * (world - 1) / world / (time.perf_counter() - began) / 1e9
 
 
+def _product_speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, the fastest of some: what this machine can do."""
+    device = pick_device()
+    side = PRODUCT_SIDE * (8 if is_accelerator(device) else 1)
+    left = torch.ones(side, side, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(PRODUCT_REPEATS):
+        synchronize(device)
+        began = time.perf_counter()
+        left @ left
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
 # ----------------------------------------------------------------------------------------------------------- report
 
 
 def report_lines(found: Measured) -> list[str]:
     """The measurements as lines of text."""
-    return [*_phase_table(found), *_memory_lines(found), *_disk_lines(found), *_speed_lines(found)]
+    return [
+        *_phase_table(found),
+        *_update_lines(found),
+        *_memory_lines(found),
+        *_disk_lines(found),
+        *_speed_lines(found),
+    ]
 
 
 def _phase_table(found: Measured) -> list[str]:
@@ -282,6 +306,21 @@ def _phase_table(found: Measured) -> list[str]:
     for name in names:
         cells = (found.seconds.get(name), found.memory.get(name), expected.get(name))
         lines.append(f"{name:{width}} " + " ".join(f"{'-' if c is None else f'{c:.3g}':>9}" for c in cells))
+    return lines
+
+
+def _update_lines(found: Measured) -> list[str]:
+    """Of each stage: seconds an update, its operations, and their share of what this machine can do."""
+    lines = []
+    for stage in dict.fromkeys(stage.step for stage in found.recipe.stages):
+        seconds = found.seconds[f"{stage}: update"]
+        phases = [p for p in found.expected.phases if p.name.startswith(f"{stage}: ") and not p.name.endswith("set-up")]
+        flops = sum(phase.flops for phase in phases)
+        share = flops / seconds / found.product_flops_per_second
+        lines.append(
+            f"{stage}: {seconds:.3g} s an update of {flops / 1e12:.3g} TFLOP in each process: {share:.0%} of a matrix "
+            f"product's speed ({found.product_flops_per_second / 1e12:.3g} TFLOP a second)."
+        )
     return lines
 
 

@@ -31,7 +31,7 @@ from npedit.families.base import Family
 from npedit.generator import edit_images, sample_training_times, seeded_generator
 from npedit.nets.master_weights import master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
-from npedit.recipe.config import EMBEDDED, Recipe, find_class, find_module, torch_dtype
+from npedit.recipe.config import EMBEDDED, Recipe, Stage, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
 from npedit.training.parts import STAGE_SEEDS, check_processes
@@ -56,10 +56,12 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Phase:
     """The peak memory of one part of training: bytes by the names in `COLUMNS`. The parts of a step are those of
-    `time/*` in metrics.jsonl; "student" is the student's backward pass and update."""
+    `time/*` in metrics.jsonl; "student" is the student's backward pass and update. `flops` is the floating-point
+    operations of the part in one update of one process."""
 
     name: str
     bytes_by_part: dict[str, int]
+    flops: float = 0.0
 
     @property
     def total(self) -> int:
@@ -99,45 +101,12 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
                 _count_shards(recipe, i, parts, processes)
             step = _build_step(recipe, i, student, parts)
             _run_update(recipe, i, step, processes)
-            phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes)
+            phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes, stage)
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
         phases += _collect_phases("", counter, gathered_bytes)
         disk = _disk_usage(recipe, parts, step)
     return Estimate(tuple(phases), disk)
-
-
-def estimate_table(found: Estimate) -> list[str]:
-    """The estimate as lines of text, in GiB; columns that are empty are left out."""
-    shown = [c for c in COLUMNS if any(p.bytes_by_part.get(c, 0) for p in found.phases)]
-    width = max(len(p.name) for p in found.phases)
-    lines = [f"{'GiB':{width}}" + "".join(f"{c:>{max(7, len(c) + 1)}}" for c in (*shown, "total"))]
-    for phase in found.phases:
-        figures = [*((c, phase.bytes_by_part.get(c, 0)) for c in shown), ("total", phase.total)]
-        lines.append(f"{phase.name:{width}}" + "".join(f"{size / GIB:{max(7, len(c) + 1)}.2f}" for c, size in figures))
-    lines.append(f"Peak: {found.peak.total / GIB:.1f} GiB, in {found.peak.name}.")
-    return lines + [f"Disk: {what} {size / GIB:.1f} GiB" for what, size in found.disk.items()]
-
-
-def fit_message(found: Estimate, gpu: str) -> str:
-    """Whether the peak fits a GPU with a memory such as "24GB", read as GiB. A tenth is kept for what is not counted.
-
-    Raises:
-        UserError: the size cannot be read.
-    """
-    number = gpu.upper().removesuffix("B").removesuffix("I").removesuffix("G")
-    try:
-        size = float(number)
-    except ValueError:
-        size = 0.0
-    if size <= 0:
-        raise UserError(f"expected --gpu as in 24GB; got {gpu!r}; give the GPU's memory")
-    peak = found.peak.total / GIB
-    if peak <= 0.9 * size:
-        return f"fits {size:g} GB: {size - peak:.1f} are left for what is not counted"
-    if peak <= size:
-        return f"tight in {size:g} GB: only {size - peak:.1f} are left for what is not counted"
-    return f"does not fit {size:g} GB: {peak - size:.1f} too much"
 
 
 # ------------------------------------------------------------------------------------------------------ the models
@@ -286,6 +255,8 @@ def _count_optimizer_steps(counter: MemoryCounter, at_once: bool) -> Iterator[No
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         counter.working = ACTIVATIONS
+        part = current_part.get()
+        counter.flops_at_optimizer_steps[part].append(counter.flops[part])
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -306,9 +277,8 @@ def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -
     }
     for role in optimizers:  # 8-bit AdamW needs CUDA; its state is counted as a share of float32
         chosen = getattr(stage.settings, role)
-        moments = (
-            {"betas": (0.9, 0.99)} if chosen.optimizer == "adamw8bit" else {}
-        )  # bitsandbytes always keeps both moments
+        # bitsandbytes always keeps both moments
+        moments = {"betas": (0.9, 0.99)} if chosen.optimizer == "adamw8bit" else {}
         changes[role] = chosen.model_copy(update={"optimizer": "adamw", **moments})
     kind, seed = find_class("steps", stage.step), recipe.seed + STAGE_SEEDS * i
     with _counted_part("set-up"):
@@ -363,7 +333,21 @@ def _run_samples(recipe: Recipe, parts: _MetaParts, step: Step) -> None:
              recipe.memory.decode_tile)  # fmt: skip
 
 
-def _collect_phases(prefix: str, counter: MemoryCounter, gathered_bytes: int) -> list[Phase]:
+def _update_flops(stage: Stage | None, part: str, counter: MemoryCounter) -> float:
+    """Operations of a part in an update of the recipe, from those of the one that was counted, which has at most two
+    batches and two fake score updates. Fake score updates after the first are all like the second."""
+    counted = float(counter.flops[part])
+    if stage is None or part == "set-up":
+        return counted
+    if part == "fake" and len(ends := counter.flops_at_optimizer_steps[part]) == 2:
+        settings: Any = stage.settings
+        counted = ends[0] + (settings.fake_updates - 1) * (ends[1] - ends[0])
+    return counted * stage.accumulate / min(2, stage.accumulate)
+
+
+def _collect_phases(
+    prefix: str, counter: MemoryCounter, gathered_bytes: int, stage: Stage | None = None
+) -> list[Phase]:
     """The phases counted since the last call, by part of the step."""
     found = []
     for part, sizes in counter.peaks.items():
@@ -372,8 +356,10 @@ def _collect_phases(prefix: str, counter: MemoryCounter, gathered_bytes: int) ->
             column = SHOWN_AS.get(what, what)
             columns[column] = columns.get(column, 0) + size
         if part:  # otherwise between two parts
-            found.append(Phase(prefix + part, columns))
+            found.append(Phase(prefix + part, columns, _update_flops(stage, part, counter)))
     counter.peaks.clear()
+    counter.flops.clear()
+    counter.flops_at_optimizer_steps.clear()
     return found
 
 
