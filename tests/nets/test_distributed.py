@@ -151,8 +151,10 @@ def pieces() -> dict[str, object]:
                 distributed.all_gather({"loss": float(rank), "mem/x": rank, f"only/{rank}": 7.0})
             ),
             "gradients": [None if p.grad is None else p.grad.tolist() for p in params],
-            "norm": float(distributed.global_norm(torch.tensor([3.0, 4.0]))),
-            "bad norm": str(float(distributed.global_norm(torch.tensor([1.0, float("nan") if rank else 1.0])))),
+            "norm": float(distributed.norm_over_global_batch(torch.tensor([3.0, 4.0]))),
+            "bad norm": str(
+                float(distributed.norm_over_global_batch(torch.tensor([1.0, float("nan") if rank else 1.0])))
+            ),
             "noise": sample_noise(torch.zeros(2, 1, 2, 2), 2, seeded_generator("n"))[1].tolist(),
             "start": net.weight.tolist(),
         }

@@ -106,7 +106,9 @@ def test_by_item_two_processes_weigh_as_one(frozen, monkeypatch):
     critic, half = torch.ones(4, 3), torch.randn(2, 3, generator=seeded_generator("d"))
     alone = one._critic_scale(critic, torch.cat([half, half]) / 4)
     monkeypatch.setattr(np_edit, "global_batch_size", lambda size: 2 * size)
-    monkeypatch.setattr(np_edit, "global_norm", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2)  # both alike
+    monkeypatch.setattr(
+        np_edit, "norm_over_global_batch", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2
+    )  # both alike
     each = two._critic_scale(critic[:2], half / 2)
     assert each / 2 == pytest.approx(alone)  # the learner takes the mean of the two gradients
     torch.testing.assert_close(two._updated_norms(), one._updated_norms())

@@ -230,7 +230,7 @@ def real_image_baseline(
     return out
 
 
-def check_real_image_baseline(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def real_image_baseline_problems(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Messages about "real images" values that differ from the paper's; [] if none differ."""
     found = []
     for name, expected in REAL.items():

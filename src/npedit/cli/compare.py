@@ -41,7 +41,7 @@ def compare(
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of intervals and tests.", min=0)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compare results of different protocols or judges.")] = False,
 ) -> None:
-    """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
+    """Compare editors item by item: means, paired differences_table, win rates; of three or more a ranking.
 
     Intervals are 95 % bootstrap intervals; items are drawn within tasks. P-values are from sign-flip tests, with Holm's
     correction for the number of tests printed.
@@ -54,7 +54,7 @@ def compare(
         raise UserError("expected a metric that all results have on enough items; got none; the notes above say why")
     if plot.suffix.lower() != ".png":
         raise UserError(f"expected a plot's name to end in .png; got {plot}; change --plot")
-    out.print(differences(results, measures, margin, seed))
+    out.print(differences_table(results, measures, margin, seed))
     if len(results) > 2:
         out.print(ranking(results, measures, margin, seed))
     if people:
@@ -138,7 +138,7 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
     return kept, notes
 
 
-def differences(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
+def differences_table(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
     """A table with a row for each metric and editor: the mean, and the paired difference from the first editor."""
     from npedit.scoring import statistics
     from npedit.scoring.results import common_scores, lower_is_better

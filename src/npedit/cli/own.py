@@ -111,7 +111,7 @@ def _score_dreambench(evaluation: PictureEvaluation, subjects: Sequence[Any], se
     baseline = bench.real_image_baseline(subjects, *evaluation.encoders)
     deviations = ["these are not the official subjects and photos"]
     if bench.is_official_data(subjects):
-        deviations = bench.check_real_image_baseline(baseline)
+        deviations = bench.real_image_baseline_problems(baseline)
     for deviation in deviations:
         err.print(f"[yellow]note[/] scores cannot be compared with the literature: {escape(deviation)}")
     evaluation.edit_pictures(bench.edit_jobs(subjects, seed, pictures), DREAMBENCH_LONGEST_SIDE)

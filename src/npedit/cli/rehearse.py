@@ -98,7 +98,7 @@ def _finish(found: Measured, place: Path, keep: bool) -> None:
     from npedit.rehearsal.rehearse import UNKNOWN, report_lines
 
     run_export(str(found.run), place / "export")
-    _edit_once(place, found)
+    _edit_with_export(place, found.run)
     lines = [*report_lines(found), "Saved, stopped by SIGTERM, resumed, exported, and edited one picture.", UNKNOWN]
     (place / "rehearsal.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for line in lines:
@@ -109,11 +109,11 @@ def _finish(found: Measured, place: Path, keep: bool) -> None:
     out.print(f"Written: {escape(str(place / 'rehearsal.txt'))}" + ("" if keep else " (all else is removed)"))
 
 
-def _edit_once(place: Path, found: Measured) -> None:
+def _edit_with_export(place: Path, run: Path) -> None:
     """One edit with the exported editor, of one of the samples' references."""
     from npedit.cli.edit import run_edit
 
-    picture = next((found.run / "samples").rglob("reference-000.png"))
+    picture = next((run / "samples").rglob("reference-000.png"))
     for line in run_edit(
         [str(picture), INSTRUCTION], [], str(place / "edited.png"), 0, None, str(place / "export"), out
     ):

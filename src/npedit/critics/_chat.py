@@ -1,7 +1,7 @@
 """What critics with a chat template share: opening, the prompt with its images, answers, and text.
 
 A family adds how its images become visual tokens (`pixels`, `encode_images`), which text stands for one image
-(`_image_placeholder`), and the further inputs of its language model (`_decoder_inputs`). Rows of a batch are padded on
+(`_image_placeholder_text`), and the further inputs of its language model (`_decoder_inputs`). Rows of a batch are padded on
 the right: under causal attention the padding cannot reach the answer position, so no mask is needed.
 """
 
@@ -89,7 +89,7 @@ class ChatCritic(Critic):
         the model does not take."""
 
     @abstractmethod
-    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+    def _image_placeholder_text(self, visual_tokens: Tensor) -> str:
         """The text that stands for one image: `mark` once for each visual token, and what the model has around it."""
 
     def _visual_tokens(self, visual_tokens: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class ChatCritic(Critic):
     def _prompt_ids(self, question: str, looks: Sequence[Tensor]) -> list[int]:
         """Token ids of the prompt about these images' visual tokens."""
         first, *others = self._prompt(question, len(looks)).split(self.image_token)
-        text = first + "".join(self._image_placeholder(s) + piece for s, piece in zip(looks, others))
+        text = first + "".join(self._image_placeholder_text(s) + piece for s, piece in zip(looks, others))
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 

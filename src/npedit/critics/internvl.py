@@ -71,5 +71,5 @@ class InternVL(ChatCritic):
             raise ValueError(f"expected resolution 0 or a multiple of {unit}, one token's side; got {resolution}")
         self.side = resolution or self.processor.size["height"]
 
-    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+    def _image_placeholder_text(self, visual_tokens: Tensor) -> str:
         return self.tokenizer.start_image_token + self.image_token * len(visual_tokens) + self.tokenizer.end_image_token

@@ -112,7 +112,7 @@ class QwenVL(ChatCritic):
         if resolution:  # half a pixel either way, so that rounding does not take a token from an exact square
             self.least, self.most = resolution**2 - 0.5, resolution**2 + 0.5
 
-    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+    def _image_placeholder_text(self, visual_tokens: Tensor) -> str:
         return self.image_token * (visual_tokens.shape[0] * visual_tokens.shape[1])
 
     def _visual_tokens(self, visual_tokens: Tensor) -> Tensor:

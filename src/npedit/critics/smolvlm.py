@@ -76,7 +76,7 @@ class SmolVLM(ChatCritic):
         if resolution not in (0, self.side):
             raise ValueError(f"expected resolution 0 or {self.side}, the vision tower's own; got {resolution}")
 
-    def _image_placeholder(self, visual_tokens: Tensor) -> str:
+    def _image_placeholder_text(self, visual_tokens: Tensor) -> str:
         return AROUND + GLOBAL + self.image_token * len(visual_tokens) + AROUND
 
 

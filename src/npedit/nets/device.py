@@ -105,7 +105,7 @@ def allow_tf32(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GiB since the start or the last `reset_peak_memory`: of the accelerator, or of this process where
+    """Peak memory in GiB since the start or the last `try_reset_peak_memory`: of the accelerator, or of this process where
     PyTorch does not measure it."""
     measure = getattr(torch.get_device_module(device), "max_memory_allocated", None) if is_accelerator(device) else None
     if measure:
@@ -116,7 +116,7 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
 
 
-def reset_peak_memory(device: torch.device) -> bool:
+def try_reset_peak_memory(device: torch.device) -> bool:
     """Let `peak_memory_gb` measure from now on. Returns whether this machine can do so."""
     if is_accelerator(device):
         reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)

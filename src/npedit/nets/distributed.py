@@ -164,7 +164,7 @@ def local_slice(rows: Tensor) -> Tensor:
     return rows.chunk(world_size())[rank()]
 
 
-def global_norm(gradient: Tensor) -> Tensor:
+def norm_over_global_batch(gradient: Tensor) -> Tensor:
     """The norm of a gradient over the global batch. Each process has the gradient of the mean over its own rows."""
     if world_size() == 1:
         return gradient.norm()
@@ -248,9 +248,9 @@ def distribute_model(net: nn.Module) -> nn.Module:
         dist.broadcast(master_weight(param).data, 0)
     round_master_weights(trained)
     if _sharding_plan.mesh is not None and len(trained) == len(list(net.parameters())):
-        net.float()  # each process trains its slices in float32; FSDP gathers them in the plan's type
         _empty_copies[net] = _empty_copy(net)
         _shard(net, set())
+        net.float()  # each process trains its slices in float32; FSDP gathers them in the plan's type
     return net
 
 

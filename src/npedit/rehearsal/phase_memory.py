@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from npedit.nets.device import peak_memory_gb, reset_peak_memory
+from npedit.nets.device import peak_memory_gb, try_reset_peak_memory
 
 
 class PhaseMemory:
@@ -19,7 +19,7 @@ class PhaseMemory:
         self.prefix = ""
         self.peaks: dict[str, float] = {}
         self._open: list[str] = []
-        self.can_measure = reset_peak_memory(device)
+        self.can_measure = try_reset_peak_memory(device)
         self.baseline = peak_memory_gb(device)
 
     @contextmanager
@@ -38,4 +38,4 @@ class PhaseMemory:
         if self._open:
             peak = peak_memory_gb(self.device) - self.baseline
             self.peaks[self._open[-1]] = max(self.peaks.get(self._open[-1], 0.0), peak)
-        reset_peak_memory(self.device)
+        try_reset_peak_memory(self.device)

@@ -191,7 +191,7 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     return buffer.getvalue()
 
 
-def plot_points(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
+def points_plot_png(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
     """A PNG of named points (name, x, mean and 95 % interval) with the axes' names."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)

@@ -234,7 +234,7 @@ def fit_davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking
         raise ValueError(f"expected editors that comparisons connect; got the separate groups {parts}")
     if not wins.any():
         return Ranking(np.zeros(k), float("inf"))
-    features, counts = _features(wins, ties)
+    features, counts = _davidson_features_and_counts(wins, ties)
     if not ties.any():
         features, counts = features[:, :2], counts[:, :2]
     penalty = np.append(np.full(k, l2), 0.0)
@@ -266,7 +266,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return centred - np.log(np.exp(centred).sum(1, keepdims=True))
 
 
-def _features(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _davidson_features_and_counts(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(pairs, 3, k + 1) what each outcome's log-odds is made of, and (pairs, 3) counts: i wins, j wins, tie."""
     k = len(wins)
     pairs = [(i, j) for i in range(k) for j in range(i + 1, k) if wins[i, j] + wins[j, i] + ties[i, j]]

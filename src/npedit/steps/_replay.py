@@ -67,7 +67,7 @@ class ReplayBuffer:
         found: dict[int, list[Samples]] = {}
         names = [name for name in tensors if name.startswith("replay.") and name.endswith(".x0")]
         for name in sorted(names, key=lambda n: [int(part) for part in n.split(".")[1:3]]):
-            captions = _from_bytes(tensors[name.removesuffix("x0") + "captions"])
+            captions = _captions_from_bytes(tensors[name.removesuffix("x0") + "captions"])
             if len(captions) % world_size() == 0:
                 found.setdefault(int(name.split(".")[1]), []).append(Samples(tensors[name].clone(), captions))
         self._kept.extend(found.values())
@@ -83,5 +83,5 @@ def _to_bytes(words: Sequence[str]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(list(words)).encode()), dtype=torch.uint8)
 
 
-def _from_bytes(tensor: Tensor) -> tuple[str, ...]:
+def _captions_from_bytes(tensor: Tensor) -> tuple[str, ...]:
     return tuple(json.loads(bytes(tensor.tolist()).decode()))

@@ -33,7 +33,7 @@ from npedit.critics.base import Critic, answer_loss, vocabulary_loss
 from npedit.data import Batch
 from npedit.errors import did_you_mean
 from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
-from npedit.nets.distributed import all_gather, global_batch_size, global_norm, local_slice
+from npedit.nets.distributed import all_gather, global_batch_size, norm_over_global_batch, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, Question, questions_for
 from npedit.recipe.config import Settings
@@ -220,8 +220,8 @@ class Step(Base):
             if s.balance == "item":
                 from_critic = s.critic_weight * self._weight_by_error(from_critic, wrong)
             from_critic = from_critic * self._critic_scale(from_critic, from_dmd)
-        metrics["grad_norm/from_dmd"] = float(global_norm(from_dmd))
-        metrics["grad_norm/from_critic"] = float(global_norm(from_critic))
+        metrics["grad_norm/from_dmd"] = float(norm_over_global_batch(from_dmd))
+        metrics["grad_norm/from_critic"] = float(norm_over_global_batch(from_critic))
         gradient = from_dmd + from_critic
         is_identity_edit = torch.tensor([kind == IDENTITY_EDIT for kind in batch.edit_types], device=x0.device)
         if s.copy_weight and is_identity_edit.any():
@@ -340,9 +340,11 @@ class Step(Base):
         if s.balance == "none" or not s.dmd_weight:
             return 1.0
         processes = global_batch_size(1)
-        all_wrong = processes * global_norm(torch.ones(len(from_critic)))  # the global batch's items, each of norm 1
-        ours = all_wrong if s.balance == "item" else global_norm(from_critic) / s.critic_weight
-        now = torch.stack([ours.cpu(), global_norm(from_dmd).cpu()])
+        all_wrong = processes * norm_over_global_batch(
+            torch.ones(len(from_critic))
+        )  # the global batch's items, each of norm 1
+        ours = all_wrong if s.balance == "item" else norm_over_global_batch(from_critic) / s.critic_weight
+        now = torch.stack([ours.cpu(), norm_over_global_batch(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # an update that the learner skips must not change the running norms
             self.observed_norms.append(now)
         critic_norm, dmd_norm = self._updated_norms()

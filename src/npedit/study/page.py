@@ -21,7 +21,7 @@ import numpy as np
 
 from npedit.benchmarks import toy
 from npedit.errors import UserError
-from npedit.report.plots import plot_comparison, plot_points
+from npedit.report.plots import plot_comparison, points_plot_png
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.study.file import CLAIM_PATTERN, Study, Table
 
@@ -212,7 +212,7 @@ def _plot_table(table: Table, rows: list[str], scores: Mapping[str, Score]) -> b
         return plot_comparison(rows, [("success rate (both), 95 % interval", means)], seeds)
     right = [scores[row]["critic_right"] for row in rows]
     points = [(name, x, mean) for name, x, mean in zip(rows, right, means) if x is not None]
-    return plot_points("critic's share of right answers (clean held-out images)", "success rate (both)", points)
+    return points_plot_png("critic's share of right answers (clean held-out images)", "success rate (both)", points)
 
 
 def _score_table(study: Study, table: Table, rows: list[str], scores: Mapping[str, Score]) -> list[str]:

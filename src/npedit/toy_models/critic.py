@@ -144,16 +144,22 @@ def _by_cell(tokens: Tensor) -> Tensor:
 
 
 def train_critic(
-    folder: Path, vae: AutoencoderKL, steps: int, seed: int = 0, pairs: int = 28, singles: int = 16
+    resume_folder: Path,
+    vae: AutoencoderKL,
+    steps: int,
+    seed: int = 0,
+    edits_per_step: int = 28,
+    presence_questions_per_step: int = 16,
 ) -> LlavaOnevision:
-    """Train the critic on `pairs` edits (both questions each) and `singles` presence questions a step."""
+    """The critic, trained on `edits_per_step` edits (two questions each) and `presence_questions_per_step` presence
+    questions in each step. `resume_folder` keeps the state of an interrupted training."""
     critic = untrained_critic(seed)
     model = critic.model.requires_grad_(True)
     heads = _AuxiliaryHeads(144)
     grid = (SIDE // PATCH) ** 2
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(pairs)]
+        edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(edits_per_step)]
         edited_scenes = [sample_outcome(e, rng) for e in edits]
         progress = [
             rng.random() if rng.random() < HALF_DONE_SHARE else None for _ in edits
@@ -161,12 +167,12 @@ def train_critic(
         edited_scenes = [
             a if d is None else e.target if d > 0.5 else e.reference for a, d, e in zip(edited_scenes, progress, edits)
         ]
-        single_scenes = [sample_scene(rng) for _ in range(singles)]
+        single_scenes = [sample_scene(rng) for _ in range(presence_questions_per_step)]
         scenes = [e.reference for e in edits] + edited_scenes + single_scenes
         images = render(scenes)
         for i, (edit, d) in enumerate(zip(edits, progress)):
             if d is not None:
-                images[pairs + i] = torch.lerp(images[i], render([edit.target])[0], d)
+                images[edits_per_step + i] = torch.lerp(images[i], render([edit.target])[0], d)
         images = degrade(images, vae, rng, generator)
         visual_tokens = critic.encode_images(images)
         labels = _cell_labels(scenes)
@@ -196,16 +202,18 @@ def train_critic(
                 texts.append(text)
                 truths.append(truth)
                 token_lists.append(
-                    (visual_tokens[i], visual_tokens[pairs + i]) if count == 2 else (visual_tokens[pairs + i],)
+                    (visual_tokens[i], visual_tokens[edits_per_step + i])
+                    if count == 2
+                    else (visual_tokens[edits_per_step + i],)
                 )
                 facts.append(_answer_facts(edit, count))
-                second_images.append((i, pairs + i, len(texts) - 1) if count == 2 else None)
+                second_images.append((i, edits_per_step + i, len(texts) - 1) if count == 2 else None)
                 single_image_scenes.append(scene if count == 1 else None)
         for i, scene in enumerate(single_scenes):
             text, truth = sample_presence_question(scene, rng)
             texts.append(text)
             truths.append(truth)
-            token_lists.append((visual_tokens[2 * pairs + i],))
+            token_lists.append((visual_tokens[2 * edits_per_step + i],))
             facts.append(None)
             single_image_scenes.append(scene)
         states, last = critic.hidden_states(texts, token_lists)
@@ -262,7 +270,7 @@ def train_critic(
 
     trained = nn.ModuleDict({"model": model, "heads": heads})
     rates: dict[str, Any] = {"lr": 1.5e-3, "betas": (0.9, 0.98), "weight_decay": 0.01}
-    fit("critic", trained, loss, folder, steps, **rates, seed=seed, ema=0.998, with_restart=True)
+    fit("critic", trained, loss, resume_folder, steps, **rates, seed=seed, ema=0.998, with_restart=True)
     model.requires_grad_(False)
     return critic
 
