@@ -1,8 +1,8 @@
 """What critics with a chat template share: opening, the prompt with its images, answers, and text.
 
 A family adds how its images become visual tokens (`pixels`, `encode_images`), which text stands for one image
-(`_image_placeholder_text`), and the further inputs of its language model (`_decoder_inputs`). Rows of a batch are padded on
-the right: under causal attention the padding cannot reach the answer position, so no mask is needed.
+(`_image_placeholder_text`), and the further inputs of its language model (`_decoder_inputs`). Rows of a batch are
+padded on the right: under causal attention the padding cannot reach the answer position, so no mask is needed.
 """
 
 from __future__ import annotations

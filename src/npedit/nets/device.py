@@ -105,8 +105,8 @@ def allow_tf32(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GiB since the start or the last `try_reset_peak_memory`: of the accelerator, or of this process where
-    PyTorch does not measure it."""
+    """Peak memory in GiB since the start or the last `try_reset_peak_memory`: of the accelerator, or of this process
+    where PyTorch does not measure it."""
     measure = getattr(torch.get_device_module(device), "max_memory_allocated", None) if is_accelerator(device) else None
     if measure:
         return measure(device) / 2**30

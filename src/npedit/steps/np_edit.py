@@ -33,7 +33,7 @@ from npedit.critics.base import Critic, answer_loss, vocabulary_loss
 from npedit.data import Batch
 from npedit.errors import did_you_mean
 from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
-from npedit.nets.distributed import all_gather, global_batch_size, norm_over_global_batch, local_slice
+from npedit.nets.distributed import all_gather, global_batch_size, local_slice, norm_over_global_batch
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, Question, questions_for
 from npedit.recipe.config import Settings
