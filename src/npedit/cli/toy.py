@@ -57,3 +57,54 @@ def toy_sheet(
 
     save_picture(draw_toy_sheet(seed), picture)
     out.print(f"Sheet: {escape(str(picture))}")
+
+
+@app.command("writer")
+def toy_writer(
+    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 8100,
+    mistakes: Annotated[
+        float,
+        typer.Option(
+            help="Share of proposals with a wrong object, a wrong caption or an impossible edit.", min=0, max=1
+        ),
+    ] = 0.0,
+    broken: Annotated[float, typer.Option(help="Share of answers that are broken JSON.", min=0, max=1)] = 0.0,
+    verifier_mistakes: Annotated[
+        float,
+        typer.Option(
+            "--verifier-mistakes", help="Share of proposals that the verifying pass judges wrongly.", min=0, max=1
+        ),
+    ] = 0.0,
+    seed: SeedOption = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Refuse response_format, as servers without it do.")] = False,
+) -> None:
+    """Serve a writer for `npedit prepare` that knows the toy world, with OpenAI's API. Ctrl-C stops it.
+
+    npedit prepare photos/ --out set/ --writer http://127.0.0.1:8100/v1
+    """
+    from npedit.toy.writer import ErrorRates
+    from npedit.toy.writer_server import Writer, make_server
+
+    writer = Writer(ErrorRates(mistakes, broken, verifier_mistakes), seed, structured=not plain)
+    server = make_server(writer, port)
+    out.print(f"Serving at http://127.0.0.1:{server.server_port}/v1 . Stop: Ctrl-C")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        counts = ", ".join(f"{name}: {count}" for name, count in sorted(writer.counts.items()))
+        out.print(f"\nStopped. Answers: {counts or 'none'}")
+    finally:
+        server.server_close()
+
+
+@app.command("grade")
+def toy_grade(
+    folder: Annotated[Path, typer.Argument(help="A data set of toy pictures: a folder with metadata.jsonl.")],
+) -> None:
+    """Count the rows of a data set of toy pictures whose words are wrong: object, edit, captions."""
+    from npedit.toy.grade import grade_dataset
+
+    rows, wrong, faults = grade_dataset(folder)
+    out.print(f"{rows} rows, {wrong} wrong ({wrong / rows:.1%})")
+    for fault, count in sorted(faults.items()):
+        out.print(f"  {fault}: {count}")

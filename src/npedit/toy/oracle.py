@@ -22,8 +22,10 @@ from npedit.toy.world import (
     PLACES,
     SHAPES,
     SIDE,
+    SIZES,
     STYLES,
     Scene,
+    Thing,
     coverage,
     white_share,
 )  # fmt: skip
@@ -259,3 +261,18 @@ def matches_caption(caption: str, reading: Reading) -> bool:
             return False
         del remaining[candidates[0]]
     return True
+
+
+def scene_from_reading(reading: Reading) -> Scene:
+    """The scene that a reading describes; each thing has a middle radius and is in the middle of its cell.
+
+    Raises:
+        ValueError: a cell is unreadable.
+    """
+    cells: list[Thing | None] = []
+    for number, appearance in enumerate(reading.cells):
+        if isinstance(appearance, str):
+            raise ValueError(f"expected a picture of the toy world; got one whose {PLACES[number]} shows nothing of it")
+        size = sum(SIZES[appearance[3]]) / 2 if appearance else 0.0
+        cells.append(Thing(*appearance, size, 0.0, 0.0) if appearance else None)
+    return Scene(tuple(cells), reading.background, reading.style)
