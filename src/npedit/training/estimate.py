@@ -29,7 +29,7 @@ from npedit.errors import UserError
 from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
 from npedit.generator import edit_images, sample_training_times, seeded_generator
-from npedit.nets.master_weights import master_weight
+from npedit.nets.master_weights import add_master_weights, master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
 from npedit.recipe.config import EMBEDDED, Recipe, Stage, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
@@ -95,6 +95,8 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
     with counter, _count_optimizer_steps(counter, at_once):
         parts = _open_parts(recipe, counter, is_sharded)
         gathered_bytes = _gathered_weights(parts.family) if is_sharded else 0
+        if is_sharded:
+            _count_shards(recipe, 0, parts, processes)
         student = parts.create_trainable("student", recipe.seed)
         for i, stage in enumerate(recipe.stages):
             if is_sharded:
@@ -125,7 +127,12 @@ class _MetaParts(Parts):
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         with META:
-            return super().create_trainable(role, seed)
+            net = super().create_trainable(role, seed)
+        if self.is_sharded and self.lora is None:  # float32 shards alone are made: count each when it is made
+            for param in net.parameters():
+                add_master_weights([param])
+                self.counter.label(role, [master_weight(param)])
+        return net
 
     def load_modules(self, names: Sequence[str]) -> None:
         for name in names:
