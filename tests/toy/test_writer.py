@@ -75,7 +75,8 @@ def test_a_writer_without_mistakes_writes_right_rows_only():
         for proposal in writer.write(scene, EDIT_TYPES, rng, ErrorRates())["proposals"]:
             assert writer.row_faults(scene, {**proposal, "source_caption": seen["caption"]}) == []
             verdict = writer.verify(scene, proposal, rng, ErrorRates())
-            assert verdict["object_present"] and verdict["edit_possible"] and verdict["caption_right"]
+            assert verdict["object_present"] is (proposal["edit_type"] != "add")
+            assert verdict["edit_possible"] and verdict["caption_right"]
             assert verdict["answers"] == [OPPOSITE[q["answer"]] for q in proposal["questions"]]
 
 
@@ -104,7 +105,8 @@ def test_mistakes_come_at_the_chosen_rates():
         for proposal in writer.write(scene, EDIT_TYPES, rng, rates)["proposals"]:
             is_wrong = bool(writer.row_faults(scene, proposal))
             verdict = writer.verify(scene, proposal, rng, rates)
-            accepted = all(verdict[k] for k in ("object_present", "edit_possible", "caption_right"))
+            is_present = verdict["object_present"] or proposal["edit_type"] == "add"
+            accepted = is_present and verdict["edit_possible"] and verdict["caption_right"]
             rows, wrong, misjudged = rows + 1, wrong + is_wrong, misjudged + (accepted == is_wrong)
     assert wrong / rows == pytest.approx(0.2, abs=0.04)
     assert misjudged / rows == pytest.approx(0.1, abs=0.03)
@@ -135,6 +137,30 @@ def test_the_server_answers_the_three_passes():
         verdict = json.loads(content(post(url, request_body("verify", text, picture))[1]))
         assert verdict["object_present"] and verdict["edit_possible"] and verdict["caption_right"]
         assert served.counts == Counter(look=1, write=3, verify=1)
+
+
+def test_the_lines_of_the_prompts_are_understood():
+    scene = sample_scene(random.Random(5), 2)
+    picture, served = scene_picture(scene), Writer(ErrorRates())
+    text = "In this order:\n- style: the whole photo\n- remove: one thing\n- text: words\n- style: another\nGo."
+    proposals = json.loads(content(served.answer(request_body("write", text, picture))))["proposals"]
+    assert [p["edit_type"] for p in proposals] == ["style", "remove", "style"]
+    for proposal in proposals:
+        lines = [
+            f"type: {proposal['edit_type']}",
+            f"instruction: {proposal['instruction']}",
+            f"object: {proposal['object']}",
+            "caption of this photo: a thing",
+            f"caption of the photo after the edit: {proposal['target_caption']}",
+            *(f"1. {q['question']}" for q in proposal["questions"]),
+            'Form: {"object_present": true}',
+        ]
+        verdict = json.loads(content(served.answer(request_body("verify", "\n".join(lines), picture))))
+        assert verdict["object_present"] and verdict["edit_possible"] and verdict["caption_right"], verdict
+        assert verdict["answers"] == [OPPOSITE[q["answer"]] for q in proposal["questions"]]
+        lines[4] = "caption of the photo after the edit: a purple elephant"
+        verdict = json.loads(content(served.answer(request_body("verify", "\n".join(lines), picture))))
+        assert verdict["edit_possible"] and not verdict["caption_right"]
 
 
 def test_a_schema_says_which_edit_types_are_wanted():

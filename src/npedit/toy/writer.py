@@ -34,6 +34,7 @@ from npedit.toy.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIDE, Scene
 
 MISTAKES = ("wrong object", "wrong caption", "impossible edit")
 NEEDS_OBJECT = frozenset(("remove", "replace", "recolour", "pattern", "move", "resize"))
+WHOLE = {"background": "background", "style": "photo"}  # what a proposal names as its object where no thing is edited
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,16 @@ def write(scene: Scene, wanted: Sequence[str], rng: random.Random, rates: ErrorR
 
 
 def verify(scene: Scene, proposal: Mapping[str, Any], rng: random.Random, rates: ErrorRates) -> dict[str, Any]:
-    """The answer of the `verify` pass; for a share `rates.verifier` of the proposals the verdict is the opposite."""
+    """The answer of the `verify` pass; for a share `rates.verifier` of the proposals the verdict is the opposite.
+
+    For an addition, `object_present` says whether the thing is in the photo already.
+    """
     found = check_proposal(scene, proposal)
+    is_addition = str(proposal.get("edit_type")) == "add"
     if rng.random() < rates.verifier:
         right = not found.is_right
         found = replace(found, object_present=True, edit_possible=True, caption_right=right)
+    is_present = bool(find_things(scene, str(proposal.get("object", "")))) if is_addition else found.object_present
     reason = "; ".join(
         words
         for words, fine in (
@@ -114,7 +120,7 @@ def verify(scene: Scene, proposal: Mapping[str, Any], rng: random.Random, rates:
         if not fine
     )
     return {
-        "object_present": found.object_present,
+        "object_present": is_present,
         "edit_possible": found.edit_possible,
         "caption_right": found.caption_right,
         "answers": list(found.answers),
@@ -127,7 +133,7 @@ def as_proposal(edit: Edit) -> dict[str, Any]:
     return {
         "edit_type": edit.edit_type,
         "instruction": edit.instruction,
-        "object": edit.object,
+        "object": WHOLE.get(edit.edit_type, edit.object),
         "target_caption": edit.target_caption,
         "questions": questions_about(edit),
     }

@@ -30,6 +30,7 @@ from npedit.toy.writer import ErrorRates, look, read_photo, verify, write
 MODEL = "toy-writer"
 PASS_KEYS = {"verify": "object_present", "write": "proposals", "look": "objects"}  # the first key in the text decides
 MAX_BODY_BYTES = 8_000_000
+LINE = re.compile(r"(?m)^\s*(?:[-*]\s*|\d+[.)]\s*)?([a-z]+):")
 
 
 class BadRequest(Exception):
@@ -139,14 +140,18 @@ def _find_pass(body: Mapping[str, Any], text: str) -> tuple[str, Mapping[str, An
 
 
 def _wanted_types(schema: Mapping[str, Any], text: str) -> list[str]:
-    """The toy's edit types that a `write` request asks for: those that its schema allows, else those in its text."""
+    """The toy's edit types that a `write` request asks for: one for each line "TYPE: ..." of its text, in their order;
+    else those that its schema allows; else those that are words of its text."""
+    if lines := [kind for kind in LINE.findall(text) if kind in EDIT_TYPES]:
+        return lines
     allowed = re.search(r'"edit_type":\s*\{[^{}]*"enum":\s*\[([^\]]*)\]', json.dumps(schema))
     words = re.findall(r"[a-z]+", allowed[1] if allowed else text)
     return list(dict.fromkeys(word for word in words if word in EDIT_TYPES))
 
 
 def _read_proposal(text: str) -> dict[str, Any]:
-    """The proposal in a `verify` request: the last JSON object of the text that has an instruction."""
+    """The proposal in the text of a `verify` request: a JSON object with an instruction, or lines "type: ...",
+    "instruction: ...", "object: ...", "caption of the photo after the edit: ..." and the questions, one a line."""
     decoder, found = json.JSONDecoder(), None
     for start in [match.start() for match in re.finditer(r"\{", text)]:
         try:
@@ -155,8 +160,26 @@ def _read_proposal(text: str) -> dict[str, Any]:
             continue
         if isinstance(value, dict) and "instruction" in value and "properties" not in value:
             found = value
-    if found is None:
-        raise BadRequest("expected a proposal as a JSON object with an instruction in the text; got none")
+    return found or _read_proposal_lines(text)
+
+
+def _read_proposal_lines(text: str) -> dict[str, Any]:
+    names = {
+        "type": "edit_type",
+        "instruction": "instruction",
+        "object": "object",
+        "caption of the photo after the edit": "target_caption",
+    }
+    found: dict[str, Any] = {"questions": []}
+    for line in map(str.strip, text.splitlines()):
+        name, colon, value = line.partition(":")
+        key = names.get(name.lower()) if colon else None
+        if key and key not in found:
+            found[key] = value.strip()
+        elif line.endswith("?"):
+            found["questions"].append({"question": re.sub(r"^[-*\d.)\s]+", "", line)})
+    if "instruction" not in found:
+        raise BadRequest("expected a proposal in the text: a JSON object, or a line 'instruction: ...'; got none")
     return found
 
 
