@@ -14,7 +14,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench lint docs clean
+.PHONY: help demo test test-slow bench bench-gpu lint docs clean
 
 VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -42,6 +42,9 @@ test-slow: $(READY) ## the tests that take minutes
 
 bench: $(READY) ## measure speed and memory on this machine and write the tables into docs/benchmarks.md
 	$(BIN)/python -m benchmarks --write docs/benchmarks.md $(ARGS)
+
+bench-gpu: $(READY) ## rehearse all recipes of real models on this machine's GPUs, at full size with random weights
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(READY) ## style, types, and who imports whom
 	$(BIN)/ruff check .

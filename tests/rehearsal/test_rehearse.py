@@ -140,7 +140,14 @@ def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capf
         assert all(float(cell) > 0 for cell in measured[f"np_edit: {phase}"][::2]), measured
     assert any("All-reduce" in line for line in lines) == (processes == 2)
     assert (place / "edited.png").is_file()
-    assert sorted(p.name for p in place.iterdir()) == ["edited.png", "rehearsal.txt"]
+    assert sorted(p.name for p in place.iterdir()) == ["edited.png", "rehearsal.json", "rehearsal.txt"]
+    values = json.loads((place / "rehearsal.json").read_text())
+    update = values["updates"]["np_edit"]
+    assert values["processes"] == processes and update["seconds"] == values["seconds"]["np_edit: update"] > 0
+    assert update["flops"] == sum(
+        v["flops"] for k, v in values["estimate"].items() if re.match("np_edit: (?!set-up)", k)
+    )
+    assert update["share"] == update["flops"] / update["seconds"] / values["product_flops_per_second"]
 
 
 def test_an_old_rehearsal_is_not_written_over(recipe_file, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +96,13 @@ def _arguments(
 def _finish(found: Measured, place: Path, keep: bool) -> None:
     """Export the editor, edit one photo with the export, print what was measured, and tidy up."""
     from npedit.cli.export import run_export
-    from npedit.rehearsal.rehearse import UNKNOWN, report_lines
+    from npedit.rehearsal.rehearse import UNKNOWN, measured_values, report_lines
 
     run_export(str(found.run), place / "export")
     _edit_with_export(place, found.run)
     lines = [*report_lines(found), "Saved, stopped by SIGTERM, resumed, exported, and edited one picture.", UNKNOWN]
     (place / "rehearsal.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (place / "rehearsal.json").write_text(json.dumps(measured_values(found), indent=2) + "\n", encoding="utf-8")
     for line in lines:
         out.print(escape(line))
     if not keep:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from npedit.errors import UserError, explain_write_errors
 from npedit.nets import distributed
-from npedit.nets.device import is_accelerator, pick_device, synchronize
+from npedit.nets.device import device_name, is_accelerator, pick_device, synchronize
 from npedit.recipe.config import Recipe, make_recipe, torch_dtype
 from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.rehearsal.random_models import write_random_models
@@ -298,6 +298,37 @@ def report_lines(found: Measured) -> list[str]:
     ]
 
 
+def measured_values(found: Measured) -> dict[str, Any]:
+    """The measurements for machines to read: seconds, GiB and FLOP by phase, and one entry for each stage's update."""
+    phases = {phase.name: {"estimate_gib": phase.total / GIB, "flops": phase.flops} for phase in found.expected.phases}
+    return {
+        "recipe": found.recipe.name,
+        "processes": distributed.world_size(),
+        "device": device_name(pick_device()),
+        "updates": {stage: _update_values(found, stage) for stage in _stages(found)},
+        "seconds": found.seconds,
+        "peak_gib": found.memory,
+        "estimate": phases,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "save_seconds": found.save_seconds,
+        "loader_items_per_second": found.loader_items_per_second,
+        "reduce_gb_per_second": found.reduce_gb_per_second,
+        "product_flops_per_second": found.product_flops_per_second,
+    }
+
+
+def _stages(found: Measured) -> list[str]:
+    return list(dict.fromkeys(stage.step for stage in found.recipe.stages))
+
+
+def _update_values(found: Measured, stage: str) -> dict[str, float]:
+    """Of one update of a stage: seconds, operations, and their share of what a matrix product reaches here."""
+    seconds = found.seconds[f"{stage}: update"]
+    phases = [p for p in found.expected.phases if p.name.startswith(f"{stage}: ") and not p.name.endswith("set-up")]
+    flops = sum(phase.flops for phase in phases)
+    return {"seconds": seconds, "flops": flops, "share": flops / seconds / found.product_flops_per_second}
+
+
 def _phase_table(found: Measured) -> list[str]:
     expected = {phase.name: phase.total / GIB for phase in found.expected.phases}
     names = list(dict.fromkeys([*expected, *found.seconds, *found.memory]))
@@ -310,16 +341,12 @@ def _phase_table(found: Measured) -> list[str]:
 
 
 def _update_lines(found: Measured) -> list[str]:
-    """Of each stage: seconds an update, its operations, and their share of what this machine can do."""
-    lines = []
-    for stage in dict.fromkeys(stage.step for stage in found.recipe.stages):
-        seconds = found.seconds[f"{stage}: update"]
-        phases = [p for p in found.expected.phases if p.name.startswith(f"{stage}: ") and not p.name.endswith("set-up")]
-        flops = sum(phase.flops for phase in phases)
-        share = flops / seconds / found.product_flops_per_second
+    speed, lines = found.product_flops_per_second / 1e12, []
+    for stage in _stages(found):
+        values = _update_values(found, stage)
         lines.append(
-            f"{stage}: {seconds:.3g} s an update of {flops / 1e12:.3g} TFLOP in each process: {share:.0%} of a matrix "
-            f"product's speed ({found.product_flops_per_second / 1e12:.3g} TFLOP a second)."
+            f"{stage}: {values['seconds']:.3g} s an update of {values['flops'] / 1e12:.3g} TFLOP in each process: "
+            f"{values['share']:.0%} of a matrix product's speed ({speed:.3g} TFLOP a second)."
         )
     return lines
 
