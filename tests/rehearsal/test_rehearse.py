@@ -159,3 +159,18 @@ def test_an_old_rehearsal_is_not_written_over(recipe_file, tmp_path) -> None:
 def test_a_size_that_the_data_cannot_have_is_refused(tmp_path) -> None:
     said = run("rehearse", "demo", "--size", 32, 32, "--out", tmp_path / "new", code=2)
     assert "--size: expected a recipe whose data has sizes" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sana-24gb", "z-image-80gb", "paper"])
+def test_real_recipes_are_rehearsed_at_their_models_own_width(name, tmp_path) -> None:
+    """One block of each model, small pictures, one item: some 8 GB of memory and a few minutes each. Of
+    z-image-8x80gb, not even this fits 24 GiB."""
+    small = ["accumulate=1", "batch_size=1"]
+    changes = [f"stages.{i}.{change}" for i in (0, 1) for change in small]
+    place = tmp_path / "rehearsal"
+    options = ("--layers", 1, "--size", 128, 128, "--processes", 1, "--out", place)
+    run("rehearse", name, *changes, "trainer.sample_items=1", "stages.1.settings.fake_updates=2", *options)
+    values = json.loads((place / "rehearsal.json").read_text())
+    peak, planned = max(values["peak_gib"].values()), max(v["estimate_gib"] for v in values["estimate"].values())
+    assert peak == pytest.approx(planned, rel=0.25)
