@@ -14,9 +14,10 @@ from typing import Protocol
 from npedit.questions import IDENTITY_EDIT
 
 STOP_WORDS = frozenset(
-    "a an the and or of in on at to into with from by for is are there it its this that be make made change turn put "
-    "as photo picture image scene shows show".split()
-)
+    ("a", "an", "the", "and", "or", "of", "in", "on", "at", "to", "into", "with", "from", "by", "for", "is", "are",
+     "there", "it", "its", "this", "that", "be", "make", "made", "change", "turn", "put", "as", "photo", "picture",
+     "image", "scene", "shows", "show")
+)  # fmt: skip
 OTHERS = 8  # other rows that each row's target caption is compared with
 
 

@@ -87,8 +87,8 @@ def _report_photos(section: Section, subject: Subject) -> None:
 
 def _report_crops(section: Section, data: Any) -> None:
     """How much of each photo its crop keeps, and how much it is enlarged; for sources whose photos are files."""
-    rows = getattr(data, "rows", None)
-    if rows is None or not len(rows) or not hasattr(rows[0], "photo_path"):
+    rows = _rows_with_files(data)
+    if not rows:
         return
     found: dict[Size, list[tuple[float, float]]] = defaultdict(list)
     for i in range(0, len(rows), max(1, math.ceil(len(rows) / PHOTO_FILES))):
@@ -102,9 +102,7 @@ def _report_crops(section: Section, data: Any) -> None:
         (f"{w}x{h}", len(values), sum(k for k, _ in values) / len(values), max(s for _, s in values))
         for (h, w), values in sorted(found.items())
     ]
-    section.add_table(
-        "Crops", ("training size", "photos", "mean share kept by the crop", "largest enlargement"), table
-    )
+    section.add_table("Crops", ("training size", "photos", "mean share kept by the crop", "largest enlargement"), table)
     crops = [crop for values in found.values() for crop in values]
     if not crops:
         return
@@ -121,6 +119,13 @@ def _report_crops(section: Section, data: Any) -> None:
         )  # fmt: skip
     if cut <= 0.2 * len(crops) and enlarged <= 0.2 * len(crops):
         section.add("crops", "ok", f"{len(crops)} photos fit the training sizes.")
+
+
+def _rows_with_files(data: Any) -> Sequence[Any]:
+    """The rows of a data source whose photos are files of their own; empty for any other source."""
+    rows = getattr(data, "rows", ())
+    has_files = len(rows) and hasattr(rows[0], "photo_path") and getattr(rows[0], "offset", -1) < 0
+    return rows if has_files else ()
 
 
 def nearest_size(photo: Size, sizes: Sequence[Size]) -> Size:
@@ -271,13 +276,13 @@ def _report_near_duplicates(section: Section, subject: Subject) -> None:
 def _photos_to_compare(subject: Subject) -> tuple[list[HashedPhoto], list[HashedPhoto], bool]:
     """(held-out photos, training photos, whether these are all)."""
     data = subject.data
-    rows, inventory = getattr(data, "rows", None), getattr(data, "inventory", None)
-    if rows is None or inventory is None or not len(rows) or not hasattr(rows[0], "photo_path"):
+    rows = _rows_with_files(data)
+    if not rows:
         batches = data.held_out_batches(MOST_HASHED)
         held_out = [hash_photo(key, to_picture(image)) for b in batches for key, image in zip(b.ids, b.references)]
         training = [hash_photo(e.id, to_picture(e.reference)) for e in subject.examples] if held_out else []
         return held_out, training, False
-    numbers = list(inventory()["held_out"])
+    numbers = [int(number) for number in data.inventory()["held_out"]]
     chosen = set(numbers)
     others = [i for i in range(len(rows)) if i not in chosen] if numbers else []
     stride = max(1, math.ceil(len(others) / MOST_HASHED))

@@ -25,8 +25,8 @@ from npedit.data._photos import BadImage, crop_to_fill, read_photo
 from npedit.errors import UserError
 from npedit.questions import normalise_edit_type
 from npedit.toy.edits import EDIT_TYPES, sample_edit
-from npedit.toy.oracle import expected_reading, judge_edit
 from npedit.toy.world import render
+from npedit.toy_models.critic import questions_about_edit
 from npedit.toy_models.mistakes import sample_outcome
 
 PROBE = "labelled"
@@ -40,7 +40,9 @@ def read_labelled_edits(folder: Path, size: tuple[int, int]) -> list[KnownEdit]:
     """
     metadata = folder / METADATA
     if not metadata.is_file():
-        raise UserError(f"--labelled: expected a folder with {METADATA}; got {folder}; see docs/check.md for its columns")
+        raise UserError(
+            f"--labelled: expected a folder with {METADATA}; got {folder}; see docs/check.md for its columns"
+        )
     found = [_labelled_edit(row, f"{metadata}:{line}", folder, size) for line, row in read_json_lines(metadata)]
     if not found:
         raise UserError(f"--labelled: expected at least one edit; got an empty {metadata}; add lines")
@@ -83,6 +85,7 @@ def toy_labelled_edits(count: int, seed: int) -> list[KnownEdit]:
     found = []
     for i, (edit, outcome) in enumerate(zip(edits, outcomes, strict=True)):
         texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)
-        applied, preserved = judge_edit(edit, expected_reading(outcome))
-        found.append(KnownEdit(PROBE, Example(f"toy/{i}", pictures[i], *texts), pictures[count + i], applied, preserved))
+        truth = [bool(answer) for _, _, answer in questions_about_edit(edit, outcome)]
+        applied = truth[0] != (edit.edit_type == "remove")  # of a removal it is asked whether the object is there
+        found.append(KnownEdit(PROBE, Example(f"toy/{i}", pictures[i], *texts), pictures[count + i], applied, truth[1]))
     return found

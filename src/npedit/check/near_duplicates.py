@@ -30,9 +30,7 @@ class HashedPhoto:
 def hash_photo(name: str, picture: Image.Image) -> HashedPhoto:
     """The hash and the thumbnail of a picture."""
     small = picture.convert("RGB").resize(THUMBNAIL, Image.Resampling.BILINEAR)
-    return HashedPhoto(
-        name, imagehash.phash(picture).hash.flatten(), np.asarray(small, dtype=np.float32) / 255
-    )
+    return HashedPhoto(name, imagehash.phash(picture).hash.flatten(), np.asarray(small, dtype=np.float32) / 255)
 
 
 def find_near_duplicates(
