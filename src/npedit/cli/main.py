@@ -20,6 +20,7 @@ from rich.markup import escape
 from npedit import __version__
 from npedit.cli.compare import compare
 from npedit.cli.evaluate import app as evaluate_app
+from npedit.cli.import_set import import_set
 from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.rehearse import rehearse
@@ -72,6 +73,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(toy_app, name="toy")
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
+app.command("import")(exit_on_user_error(import_set))
 
 
 def main() -> None:

@@ -1,0 +1,303 @@
+"""`npedit import`: references, instructions and captions of a public data set, as a data set of this package.
+
+No edited image is opened: its column is not read from a parquet file, its member of a tar file is skipped, its file is
+not touched. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npedit import __version__
+from npedit.errors import UserError, did_you_mean
+from npedit.interop.edit_words import read_edit_type, read_removed_object
+from npedit.interop.set_forms import FORMS, Entry, SetForm
+from npedit.interop.set_records import Located, find_lists, list_columns, read_records
+from npedit.interop.set_writer import BadPhoto, SetWriter
+from npedit.questions import OTHER
+
+FIELDS = ("photo", "instruction", "edit_type", "object", "source_caption", "target_caption", "id")
+CAPTIONS = ("source_caption", "target_caption")
+PHOTO_NAMES = (
+    "file_name", "input_image", "source_image", "original_image", "image_path", "input_image_path", "control_path",
+    "edit_image", "cond_image", "src_img", "source_img", "image",
+)  # fmt: skip
+EDITED_NAMES = (
+    "edited_image", "target_image", "output_image", "edited_img", "target_img", "edited_file_name", "output", "target",
+    "edited_image_path", "target_image_path", "output_image_path", "edited",
+)  # fmt: skip
+INSTRUCTION_NAMES = ("instruction", "edit_prompt", "edit_instruction", "prompt", "caption", "text")
+
+
+@dataclass
+class ImportReport:
+    """What was imported. `missing` counts rows without a caption; `skipped` counts the reasons why an edit is not a
+    row; `notes` are sentences for the user."""
+
+    rows: int = 0
+    photos: int = 0
+    bad_photos: int = 0
+    types: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    removals: Counter[str] = field(default_factory=Counter)  # how removals without a named object were handled
+    notes: list[str] = field(default_factory=list)
+
+
+def import_set(
+    name: str,
+    source: Path,
+    out: Path,
+    photos: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    first: int = 0,
+    held_out: int = 0,
+    licence: str = "",
+    on_row: Callable[[int], None] = lambda rows: None,
+) -> ImportReport:
+    """Write the data set `out` from the list or folder `source`, which has the form `name` (a key of `FORMS`).
+
+    `photos` is the folder of the photos, if they are not where the list says. `columns` maps fields (`FIELDS`) to
+    columns. `first` imports so many rows only (0: all). `held_out` rows are listed in held_out.txt; rows of one photo
+    are all held out, or none.
+
+    Raises:
+        UserError: unknown form or column; a list that cannot be read; no rows; `out` is not empty.
+    """
+    if name not in FORMS:
+        raise UserError(f"expected a format among {', '.join(FORMS)}; got {name!r}.{did_you_mean(name, FORMS)}")
+    if photos is not None and not photos.is_dir():
+        raise UserError(f"--photos: expected a folder; got {photos}, which is none; check the path")
+    lists, left_out = find_lists(source, FORMS[name].files)
+    report = ImportReport(notes=list(FORMS[name].notes))
+    if left_out:
+        report.notes.append(f"Held-out splits are left out: {', '.join(p.name for p in left_out[:3])}.")
+    form = _choose_columns(FORMS[name], lists[0], columns or {}, report)
+    importer = _Importer(form, SetWriter(out, [photos] if photos else []), report, licence or form.licence)
+    try:
+        for path in lists:
+            for record in read_records(path, form.columns):
+                importer.add(record)
+                on_row(report.rows)
+                if first and report.rows >= first:
+                    break
+            if first and report.rows >= first:
+                break
+        importer.finish(name, source, held_out)
+    finally:
+        importer.writer.close()
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+
+def _choose_columns(form: SetForm, path: Path, wanted: Mapping[str, str], report: ImportReport) -> SetForm:
+    """The form with the columns that the user named, or that are plain by their names."""
+    for name in wanted:
+        if name not in FIELDS:
+            raise UserError(
+                f"--column: expected a field among {', '.join(FIELDS)}; got {name!r}.{did_you_mean(name, FIELDS)}"
+            )
+    if path.suffix.lower() in (".tar", ".txt"):
+        return form.with_columns(wanted)
+    present = list_columns(path)
+    edited = [c for c in present if c in (*form.edited, *EDITED_NAMES)]
+    for name, column in wanted.items():
+        if column not in present:
+            raise UserError(
+                f"--column {name}: expected a column of {path}; got {column!r}.{did_you_mean(column, present)} "
+                f"Its columns are: {', '.join(present)}"
+            )
+        if name == "photo" and column in edited:
+            raise UserError(
+                f"--column photo: expected a column of references; got {column!r}, which holds edited images, and "
+                "those are never opened; name the column of the originals"
+            )
+    is_known = bool(form.photo)
+    form = form.with_columns(wanted)
+    if not form.photo:
+        form = form.with_columns({"photo": _plain_photo_column(present, edited, path)})
+        report.notes.append(f"Photos: column {form.photo[0]!r}, by its name.")
+    if not is_known and not set(form.instruction) & set(present):
+        form = form.with_columns({"instruction": _plain_instruction_column(present, path)})
+        report.notes.append(f"Instructions: column {form.instruction[0]!r}, by its name.")
+    if not set(present) & {*form.photo, *form.also} and not any(c.startswith(form.photo) for c in present):
+        raise UserError(
+            f"expected a column {' or '.join(form.photo)} in {path}; got {', '.join(present)}."
+            f"{did_you_mean(form.photo[0], present)} Choose another format, or give --column photo=NAME"
+        )
+    if edited:
+        report.notes.append(f"Edited images are ignored and never opened: {', '.join(edited)}.")
+    return form
+
+
+def _plain_photo_column(present: Sequence[str], edited: Sequence[str], path: Path) -> str:
+    """The only column that can be the reference by its name. `image` beside edited or other pictures may be either."""
+    found = [c for c in present if c in PHOTO_NAMES and c not in edited]
+    if len(found) == 1 and not (found == ["image"] and edited):
+        return found[0]
+    candidates = [*found, *edited]
+    raise UserError(
+        f"expected to know which column of {path} holds the references; got {', '.join(candidates or present)}, and in "
+        "some formats 'image' is the edited image; give --column photo=NAME"
+    )
+
+
+def _plain_instruction_column(present: Sequence[str], path: Path) -> str:
+    found = [c for c in present if c in INSTRUCTION_NAMES]
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"expected to know which column of {path} holds the instructions; got {', '.join(found or present)}; give "
+        "--column instruction=NAME"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+class _Importer:
+    """Turns records into rows of the set."""
+
+    def __init__(self, form: SetForm, writer: SetWriter, report: ImportReport, licence: str):
+        self.form, self.writer, self.report, self.licence = form, writer, report, licence
+        self._ids_of_photo: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, record: Located) -> None:
+        """Add the edits of a record. What cannot be used is counted, with the reason."""
+        for number, entry in enumerate(self.form.split(self.form, record.values)):
+            place = record.place if number == 0 else f"{record.place}/{number}"
+            if reason := entry.skip or self._fault(entry):
+                self._reject(place, entry, reason)
+                continue
+            try:
+                names = [
+                    self.writer.save_photo(photo, record.folder, self.form.photo_folders)
+                    for photo in (entry.photo, *entry.more_photos)
+                ]
+            except BadPhoto as error:
+                self.report.bad_photos += 1
+                self.writer.bad_photos.append({"id": entry.id or place, "file": place, "reason": str(error)})
+                continue
+            self._add_row(entry, names, entry.id or place)
+
+    def _fault(self, entry: Entry) -> str:
+        if not isinstance(entry.instruction, str) or not entry.instruction.strip():
+            return "no instruction"
+        return ""
+
+    def _reject(self, place: str, entry: Entry, reason: str) -> None:
+        self.report.skipped[reason] += 1
+        row = {"id": entry.id or place, "instruction": entry.instruction, "reason": reason, "pass": "import"}
+        self.writer.rejected.append(row)
+
+    def _add_row(self, entry: Entry, names: Sequence[str], row_id: str) -> None:
+        instruction = " ".join(str(entry.instruction).split())
+        edit_type, thing = read_edit_type(entry.edit_type), entry.object.strip()
+        if edit_type == "remove" and not thing:
+            thing = read_removed_object(instruction)
+            edit_type = "remove" if thing else OTHER
+            self.report.removals["from the instruction" if thing else OTHER] += 1
+        row: dict[str, Any] = {
+            "file_name": names[0],
+            "id": row_id,
+            "instruction": instruction,
+            "edit_type": edit_type,
+            "object": thing,
+            "source_caption": entry.source_caption.strip(),
+            "target_caption": entry.target_caption.strip(),
+            "group": names[0],
+            "source": self.form.title,
+        }
+        row |= {"reference_file_names": list(names[1:])} if len(names) > 1 else {}
+        row |= {"licence": self.licence} if self.licence else {}
+        self.report.types[edit_type] += 1
+        self.report.missing.update(name for name in CAPTIONS if not row[name])
+        self._ids_of_photo[names[0]].append(self.writer.add_row(row))
+        self.report.rows += 1
+
+    def finish(self, name: str, source: Path, held_out: int) -> None:
+        """Write the other files of the set.
+
+        Raises:
+            UserError: there are no rows, or too few for `held_out`.
+        """
+        report = self.report
+        report.photos = len(self._ids_of_photo)
+        if not report.rows:
+            bad = [entry["reason"] for entry in self.writer.bad_photos[:1]]
+            reasons = [*bad, *report.skipped] or ["the lists are empty"]
+            raise UserError(
+                f"expected rows in {source}; got none: {'; '.join(reasons[:3])}; check --photos and --column"
+            )
+        facts = {
+            "kind": "import",
+            "format": name,
+            "npedit": __version__,
+            "source": self.form.title,
+            "licence": self.licence,
+            "rows": report.rows,
+            "photos": report.photos,
+            "bad_photos": report.bad_photos,
+            "edit_types": dict(report.types),
+            "rows_without": dict(report.missing),
+            "skipped": dict(report.skipped),
+            "removals_without_object": dict(report.removals),
+            "columns": {name: list(getattr(self.form, name)) for name in FIELDS},
+            "never_read": list(self.form.edited),
+        }
+        self.writer.finish(facts, _data_card(self.form, self.licence, report), self._draw_held_out(held_out))
+
+    def _draw_held_out(self, count: int) -> list[str]:
+        """The ids of `count` rows or a few more: whole groups of rows that share a photo, in an order by hash."""
+        if count >= self.report.rows:
+            raise UserError(f"--held-out: expected fewer than all {self.report.rows} rows; got {count}; hold out fewer")
+        chosen: list[str] = []
+        for photo in sorted(self._ids_of_photo, key=lambda p: hashlib.sha256(p.encode()).digest()):
+            if len(chosen) >= count:
+                break
+            chosen += self._ids_of_photo[photo]
+        return chosen
+
+
+def report_lines(report: ImportReport) -> list[str]:
+    """The report as sentences."""
+    lines = [f"{report.rows} rows, {report.photos} photos."]
+    lines += [f"Edit types: {', '.join(f'{kind} {count}' for kind, count in report.types.most_common())}."]
+    for caption, need in (("target_caption", "dmd_weight above 0"), ("source_caption", "the warm-up (reference_copy)")):
+        if count := report.missing[caption]:
+            lines.append(f"{caption} is empty in {count} of {report.rows} rows; training with {need} needs it.")
+    if count := report.removals["from the instruction"]:
+        lines.append(f"The object of {count} removals is taken from the instruction.")
+    if count := report.removals[OTHER]:
+        lines.append(f"{count} removals name no object that is plain; their edit type is {OTHER!r}.")
+    if report.bad_photos:
+        lines.append(f"{report.bad_photos} rows have no photo that can be used: bad_photos.jsonl gives the reasons.")
+    lines += [f"{count} edits are left out: {reason}." for reason, count in report.skipped.most_common()]
+    return [*lines, *report.notes]
+
+
+CARD = """---
+license: other
+---
+
+# References and instructions of {title}
+
+Imported by npedit {version}. The set holds references, instructions and captions; it holds no edited image.
+
+{facts}
+
+Licence of the source: {licence}
+"""
+
+
+def _data_card(form: SetForm, licence: str, report: ImportReport) -> str:
+    facts = "\n".join(f"- {line}" for line in report_lines(report))
+    stated = licence or "not stated by the source; ask its authors"
+    return CARD.format(title=form.title, version=__version__, facts=facts, licence=stated)
