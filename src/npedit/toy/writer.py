@@ -86,14 +86,18 @@ def look(scene: Scene, rng: random.Random) -> dict[str, Any]:
     return {"objects": objects, "caption": sample_caption(scene, rng)}
 
 
-def write(scene: Scene, wanted: Sequence[str], rng: random.Random, rates: ErrorRates) -> dict[str, Any]:
+def write(
+    scene: Scene, wanted: Sequence[str], rng: random.Random, rates: ErrorRates, source_caption: str = ""
+) -> dict[str, Any]:
     """The answer of the `write` pass: a proposal for each wanted edit type that this scene and the toy's language
-    allow, with a mistake in a share `rates.mistakes` of them."""
+    allow, with a mistake in a share `rates.mistakes` of them. No right target caption repeats the source caption."""
     possible = possible_edit_types(scene)
     proposals = []
     for edit_type in wanted:
         if edit_type in possible:
             edit = sample_edit_of(scene, rng, edit_type)
+            while edit.target_caption == source_caption:
+                edit = sample_edit_of(scene, rng, edit_type)
             is_mistake, kind = rng.random() < rates.mistakes, rng.choice(MISTAKES)
             proposals.append(make_mistake(edit, kind, rng) if is_mistake else as_proposal(edit))
     return {"proposals": proposals}

@@ -45,6 +45,7 @@ class Writer:
         self.seed = seed
         self.structured = structured
         self.counts: Counter[str] = Counter()
+        self._scenes: dict[str, Scene] = {}  # by the hash of the pixels
         self._lock = threading.Lock()
 
     def answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,12 +60,20 @@ class Writer:
         if len(pictures) != 1:
             raise BadRequest(f"expected one picture; got {len(pictures)}")
         name, schema = _find_pass(body, text)
-        try:
-            scene = read_photo(pictures[0])
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
+        scene = self._read_scene(pictures[0])
         content = self._content(name, schema, scene, text, self._generator(name, text, pictures[0], body))
         return _completion(content, text, str(body.get("model") or MODEL))
+
+    def _read_scene(self, picture: Image.Image) -> Scene:
+        """The scene in a picture; that of a picture that was read before is known."""
+        key = hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+        with self._lock:
+            if key not in self._scenes:
+                try:
+                    self._scenes[key] = read_photo(picture)
+                except ValueError as error:
+                    raise BadRequest(str(error)) from None
+            return self._scenes[key]
 
     def _generator(self, name: str, text: str, picture: Image.Image, body: Mapping[str, Any]) -> random.Random:
         """The random generator of a request: a function of the seed and of the request."""
@@ -76,7 +85,8 @@ class Writer:
         if name == "look":
             found = look(scene, rng)
         elif name == "write":
-            found = write(scene, _wanted_types(schema, text), rng, self.rates)
+            caption = re.search(r'"caption": "([^"]*)"', text)  # in the answer of the first pass
+            found = write(scene, _wanted_types(schema, text), rng, self.rates, caption[1] if caption else "")
         else:
             found = verify(scene, _read_proposal(text), rng, self.rates)
         content = json.dumps(found)
