@@ -1,64 +1,92 @@
-"""The toy's writer as a real server in a thread, and requests to it in the form of `npedit prepare`."""
+"""A real HTTP server that writes and verifies edits for `npedit prepare`, and small folders of photos."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from judge_server import Server, serving
 from PIL import Image
 
-from npedit.toy.world import Scene, render
-from npedit.toy.writer import ErrorRates
-from npedit.toy.writer_server import Writer, make_server
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (48, 32), **save: Any) -> Path:
+    """A smooth random picture as a file: different seeds are no near-duplicates."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, **save)
+    return path
+
+
+def photos(folder: Path, count: int) -> Path:
+    for number in range(count):
+        photo(folder / f"{number:03d}.png", number)
+    return folder
+
+
+def form_of(body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, schema) of the structured output that a request asks for."""
+    form = body["response_format"]["json_schema"]
+    return form["name"], form["schema"]
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    (user,) = (m["content"] for m in body["messages"] if m["role"] == "user")
+    return " ".join(part["text"] for part in user if part["type"] == "text")
+
+
+def good_look() -> dict[str, Any]:
+    return {
+        "objects": [{"name": "red chair", "where": "left", "attributes": ["red", "wood"]}],
+        "caption": "a red chair in a room",
+    }
+
+
+def wanted_of(body: dict[str, Any]) -> list[str]:
+    """The edit types of a request of the second pass, in order."""
+    lines = (line.strip() for line in prompt_of(body).splitlines())
+    return [line[2:].partition(":")[0] for line in lines if line.startswith("- ")]
+
+
+def good_proposal(kind: str) -> dict[str, Any]:
+    return {
+        "edit_type": kind,
+        "instruction": f"please {kind} the chair",
+        "object": "red chair",
+        "target_caption": f"a room after {kind}",
+        "questions": [{"question": f"has {kind} happened?", "answer": "yes"}],
+    }
+
+
+def good_verification() -> dict[str, Any]:
+    return {"object_present": True, "edit_possible": True, "caption_right": True, "answers": ["no"], "reason": ""}
+
+
+def good_answer(body: dict[str, Any]) -> dict[str, Any]:
+    """A right answer to any of the three passes."""
+    name, _ = form_of(body)
+    if name == "look":
+        return good_look()
+    if name == "write":
+        return {"proposals": [good_proposal(kind) for kind in wanted_of(body)]}
+    return good_verification()
 
 
 @contextmanager
-def serving_writer(
-    rates: ErrorRates = ErrorRates(), seed: int = 0, structured: bool = True
-) -> Iterator[tuple[str, Writer]]:
-    """(address of the API, the writer)."""
-    writer = Writer(rates, seed, structured)
-    server = make_server(writer, 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", writer
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def writing(change: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None) -> Iterator[Server]:
+    """The server. `change(pass, answer, body)` returns what is sent in place of a right answer."""
+
+    def answer(_: int, body: dict[str, Any]) -> Any:
+        found = good_answer(body)
+        changed = change(form_of(body)[0], found, body) if change else found
+        return changed if isinstance(changed, str) or callable(changed) else json.dumps(changed)
+
+    with serving(answer) as server:
+        yield server
 
 
-def scene_picture(scene: Scene) -> Image.Image:
-    pixels = (render([scene])[0] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels)
-
-
-def request_body(name: str, text: str, picture: Image.Image, kind: str = "PNG", **more: Any) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    url = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    schema = {"type": "json_schema", "json_schema": {"name": name, "schema": {"type": "object"}}}
-    return {"model": "m", "messages": [{"role": "user", "content": parts}], "response_format": schema, **more}
-
-
-def post(url: str, body: Any) -> tuple[int, dict[str, Any]]:
-    """(status, answer) of a chat completion request."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", data)) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def content(answer: dict[str, Any]) -> str:
-    return answer["choices"][0]["message"]["content"]
+def passes_of(server: Server) -> list[str]:
+    return [form_of(body)[0] for body in server.bodies]

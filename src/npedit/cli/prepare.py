@@ -1,0 +1,293 @@
+"""`npedit prepare`: from a folder of photos to a training set."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.cli.judged import read_parameters
+from npedit.errors import UserError, npedit_command
+
+if TYPE_CHECKING:
+    from npedit.prepare.prepare import Progress, ReportProgress
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+STAGES = {"photos": "reading photos", "edits": "writing edits"}
+
+WordsArgument = Annotated[
+    list[str], typer.Argument(metavar="PHOTOS", help="A folder of photos; with --merge: SET SHARD [SHARD]...")
+]
+FolderOption = Annotated[Path | None, typer.Option("--out", help="The set's folder. The same command resumes in it.")]
+WriterOption = Annotated[
+    str,
+    typer.Option(
+        help="The model that looks and writes: the address of an OpenAI-compatible server "
+        "(http://localhost:8000/v1; its key in NPEDIT_WRITER_KEY), or the folder or Hub id of a critic family."
+    ),
+]
+WriterModelOption = Annotated[str, typer.Option("--writer-model", help="The model's name on the server.")]
+VerifierOption = Annotated[
+    str,
+    typer.Option(help="Another model that verifies (key in NPEDIT_VERIFIER_KEY). If not given: the writer."),
+]
+VerifierModelOption = Annotated[str, typer.Option("--verifier-model", help="Its name on the server.")]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check each edit in a further pass.")]
+ParametersOption = Annotated[
+    str, typer.Option("--writer-parameters", help='JSON that is added to each request: {"temperature": null}.')
+]
+TypesOption = Annotated[
+    str, typer.Option(help="Wanted edit types with shares: add=0.2,remove=0.3. If not given: ten types, equal.")
+]
+PerPhotoOption = Annotated[int, typer.Option(help="Wanted edits of each photo.", min=1, max=16)]
+RoundsOption = Annotated[
+    int, typer.Option(help="Rounds of asking. After the first, only photos that lack edits are asked.", min=1)
+]
+WorkersOption = Annotated[int, typer.Option(help="Concurrent requests to the server.", min=1, max=1024)]
+SideOption = Annotated[int, typer.Option(help="Longest side in pixels of the pictures that are sent.", min=16)]
+JpegQualityOption = Annotated[
+    int, typer.Option("--jpeg-quality", help="Of the pictures that are sent; 0: PNG.", min=0, max=100)
+]
+LanguageOption = Annotated[str, typer.Option(help="Language of the instructions; captions are English.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="A folder with look.yaml, write.yaml, verify.yaml in place of the package's.")
+]
+CustomOption = Annotated[
+    Path | None, typer.Option(help="A YAML file with further edit_types, styles, examples, or a language.")
+]
+LicencesOption = Annotated[Path | None, typer.Option(help="A csv file with the columns file_name, licence, source.")]
+DuplicatesOption = Annotated[
+    str, typer.Option(help="Near-duplicate photos: one (keep one), mark (keep all, marked), off.")
+]
+SubjectsOption = Annotated[
+    bool, typer.Option("--subjects", help="The photos of one sub-folder show one subject (edit type scene).")
+]
+HeldOutOption = Annotated[float, typer.Option("--held-out", help="Share of held-out rows.", min=0, max=0.5)]
+DryRunOption = Annotated[
+    int, typer.Option("--dry-run", help="Ask for so many photos only; show requests, answers, cost of all.", min=0)
+]
+MaxCostOption = Annotated[float, typer.Option("--max-cost", help="Stop before this cost; needs prices.", min=0)]
+PriceInOption = Annotated[float, typer.Option("--price-in", help="Of a million prompt tokens.", min=0)]
+PriceOutOption = Annotated[float, typer.Option("--price-out", help="Of a million answer tokens.", min=0)]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed and answers give the same set.")]
+ShardOption = Annotated[str, typer.Option(help="Work on part i of n of the photos, as i/n with i from 0.")]
+MergeOption = Annotated[bool, typer.Option("--merge", help="Merge finished shards into one set.")]
+
+
+def prepare(
+    words: WordsArgument,
+    folder: FolderOption = None,
+    writer: WriterOption = "",
+    writer_model: WriterModelOption = "",
+    verifier: VerifierOption = "",
+    verifier_model: VerifierModelOption = "",
+    verify: VerifyOption = True,
+    parameters: ParametersOption = "",
+    types: TypesOption = "",
+    per_photo: PerPhotoOption = 2,
+    rounds: RoundsOption = 2,
+    workers: WorkersOption = 8,
+    side: SideOption = 1024,
+    jpeg_quality: JpegQualityOption = 90,
+    language: LanguageOption = "",
+    prompts: PromptsOption = None,
+    custom: CustomOption = None,
+    licences: LicencesOption = None,
+    duplicates: DuplicatesOption = "one",
+    subjects: SubjectsOption = False,
+    held_out: HeldOutOption = 0.02,
+    dry_run: DryRunOption = 0,
+    max_cost: MaxCostOption = 0,
+    price_in: PriceInOption = 0,
+    price_out: PriceOutOption = 0,
+    seed: SeedOption = 0,
+    shard: ShardOption = "",
+    merge: MergeOption = False,
+) -> None:
+    """Write a training set for a folder of photos: a vision-language model looks, writes edits, and verifies them.
+
+    npedit prepare photos/ --out set/ --writer http://localhost:8000/v1 --writer-model NAME
+
+    Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
+    """
+    from npedit.prepare.asking import Meter
+    from npedit.prepare.photos import read_rights_table
+    from npedit.prepare.prepare import PrepareSettings
+    from npedit.prepare.prepare import prepare as make_set
+    from npedit.prepare.prompts import LOCAL_TYPES, load_prompts, parse_shares
+
+    if merge:
+        merge_shards([Path(word) for word in words])
+        return
+    photos, target = check_options(words, folder, writer, duplicates, max_cost, price_in + price_out)
+    loaded = load_prompts(prompts, custom, language)
+    shares = parse_shares(types or ",".join(LOCAL_TYPES), list(loaded.edit_types))
+    settings = PrepareSettings(
+        shares, per_photo, side, seed, rounds, duplicates,
+        subjects=subjects, held_out=held_out, shard=parse_shard(shard),
+    )  # fmt: skip
+    table = read_rights_table(licences) if licences else {}
+    models = open_models(writer, writer_model, verifier, verifier_model, verify, workers, jpeg_quality, parameters)
+    meter = Meter(price_in, price_out, max_cost)
+    if dry_run:
+        show_dry_run(photos, target, settings, loaded, models, meter, dry_run)
+        return
+    with progress_display(bool(price_in or price_out)) as report:
+        facts = make_set(photos, target, settings, loaded, *models, meter, table, report)
+    print_summary(target, facts)
+
+
+def check_options(
+    words: list[str], folder: Path | None, writer: str, duplicates: str, max_cost: float, prices: float
+) -> tuple[Path, Path]:
+    """(folder of photos, folder of the set).
+
+    Raises:
+        UserError: options are missing or do not go together.
+    """
+    if len(words) != 1:
+        raise UserError(f"expected one folder of photos; got {len(words)}; put the others into sub-folders of one")
+    if not folder:
+        raise UserError("expected --out SET; got none; give a new folder")
+    if not writer:
+        raise UserError(
+            "expected --writer; got none; give a server's address (http://localhost:8000/v1) with --writer-model, or "
+            "the folder or Hub id of a vision-language model"
+        )
+    if duplicates not in ("one", "mark", "off"):
+        raise UserError(f"--duplicates: expected one, mark or off; got {duplicates!r}")
+    if max_cost and not prices:
+        raise UserError("--max-cost: expected prices beside it; got none; add --price-in and --price-out")
+    return Path(words[0]), folder
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of --shard i/n; (0, 1) of "".
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    if not text:
+        return 0, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--shard: expected i/n with i from 0 to n - 1; got {text!r}")
+    return int(number), int(count)
+
+
+def open_models(
+    writer: str,
+    writer_model: str,
+    verifier: str,
+    verifier_model: str,
+    verify: bool,
+    workers: int,
+    jpeg_quality: int,
+    parameters: str,
+) -> tuple[Any, Any]:
+    """(writer, verifier or None); the writer verifies too if no other model is given.
+
+    Raises:
+        UserError: a model cannot be opened.
+    """
+    from npedit.prepare.writer import VERIFIER, WRITER, open_writer
+
+    def on_retry(line: str) -> None:
+        err.print(f"[yellow]note[/] {escape(line)}")
+
+    extra = read_parameters(parameters)
+    first = open_writer(writer, writer_model, WRITER, workers, jpeg_quality, extra, on_retry)
+    if verifier_model and not verifier:
+        verifier = writer
+    if not verify or not verifier:
+        return first, first if verify else None
+    names = WRITER if verifier == writer else VERIFIER
+    return first, open_writer(verifier, verifier_model, names, workers, jpeg_quality, extra, on_retry)
+
+
+@contextmanager
+def progress_display(priced: bool) -> Iterator[ReportProgress]:
+    """A progress bar on standard error with the time left, the rows of each type, and the cost."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[words]}"), console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bar.add_task(STAGES[progress.stage], words="")
+            words = progress_words(progress, priced)
+            bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, words=escape(words))
+
+        yield report
+
+
+def progress_words(progress: Progress, priced: bool) -> str:
+    """The rows of each type, the rejected ones, and the cost, for a progress display."""
+    if progress.stage == "photos":
+        return ""
+    counts = " ".join(f"{kind} {count}" for kind, count in sorted(progress.rows_by_type.items()))
+    return f"{counts} | rejected {progress.rejected}" + (f" | cost {progress.cost:.2f}" if priced else "")
+
+
+def print_summary(folder: Path, facts: dict[str, Any]) -> None:
+    """What was made, what it cost, and how to train on it.
+
+    Raises:
+        UserError: the run stopped at the cost ceiling.
+    """
+    counts, photos = facts["counts"], facts["photos"]
+    by_type = ", ".join(f"{kind} {count}" for kind, count in counts["rows_by_type"].items())
+    out.print(f"{counts['rows']} edits of {counts['photos_with_rows']} photos: {by_type}")
+    out.print(
+        f"{counts['rejected']} edits rejected ({counts['rejected_share']:.1%}), {counts['not_offered']} not offered; "
+        f"{photos['bad']} bad photos, {photos['duplicates']} near-duplicates; {facts['held_out']} rows held out"
+    )
+    usage, cost = facts["usage"], facts["cost"]
+    tokens = f"{usage.get('prompt_tokens', 0):,} prompt tokens, {usage.get('completion_tokens', 0):,} answer tokens"
+    priced = f"; cost {cost:.4g}" if cost else ""
+    out.print(f"{sum(facts['requests'].values())} requests in this run; of all answers {tokens}{priced}")
+    held = f" data.held_out={shlex.quote(str(folder / 'held_out.txt'))}" if facts["held_out"] else ""
+    out.print(
+        f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(npedit_command())} train RECIPE "
+        f"data.path={escape(shlex.quote(str(folder)))}{escape(held)}"
+    )
+    if facts["stopped"]:
+        raise UserError(
+            f"expected to finish all photos; stopped: {facts['stopped']}. The set holds the photos that are finished. "
+            "To go on, raise the ceiling and run the same command: no answered question is asked again"
+        )
+
+
+def show_dry_run(
+    photos: Path, target: Path, settings: Any, prompts: Any, models: tuple[Any, Any], meter: Any, count: int
+) -> None:
+    """Ask for a few photos; print each request and answer, and what all photos would take. The answers are kept."""
+    from npedit.prepare.dry_run import dry_run
+
+    with progress_display(False) as report:
+        found = dry_run(photos, target, settings, prompts, *models, meter, count, report)
+    for exchange in found.exchanges:
+        out.print(f"[bold]{escape(exchange.title)}[/]")
+        out.print(escape(exchange.question), "", escape(exchange.answer), "", sep="\n")
+    for line in found.summary_lines():
+        out.print(escape(line))
+
+
+def merge_shards(folders: list[Path]) -> None:
+    """Merge finished shards into one set."""
+    from npedit.prepare.merge import merge
+
+    if len(folders) < 2:
+        raise UserError("--merge: expected SET and at least one SHARD; got too few; npedit prepare --merge set s0 s1")
+    facts = merge(folders[0], folders[1:])
+    print_summary(folders[0], facts)

@@ -1,0 +1,212 @@
+"""Finding and reading the photos of a folder: bad ones are listed, each good one gets an id, a perceptual hash, and its
+licence and source.
+
+What was read is kept in a file of rows, so that a second run reads only photos that have changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from npedit.data._photos import BadImage, decoding, read_photo
+from npedit.errors import UserError
+from npedit.runs.files import append_row, repair_rows
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ANIMATED = ("GIF", "WEBP", "PNG")  # formats whose files with several frames are animations
+THUMBNAIL = 8  # pixels a side of the colours that are compared with those of another photo
+COPYRIGHT = 0x8298  # EXIF 2.3
+TEXT_KEYS = {"copyright": "licence", "license": "licence", "licence": "licence", "source": "source"}  # PNG texts
+XMP_LICENCE = re.compile(rb"cc:license[^>]*rdf:resource=[\"']([^\"']+)|xmpRights:WebStatement[>=\"']+([^<\"']+)")
+XMP_SOURCE = re.compile(rb"(?:dc|photoshop):[sS]ource[>=\"']+([^<\"']+)")
+
+Photo = dict[str, Any]
+ReportProgress = Callable[[int, int], None]
+
+
+def find_photos(folder: Path) -> list[str]:
+    """The names of all photos in a folder and its sub-folders, relative to it, sorted. Hidden files and folders are
+    left out. A folder that is reached twice through symbolic links is read once.
+
+    Raises:
+        UserError: there is no such folder, or no photo in it.
+    """
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing there"
+        raise UserError(f"expected a folder of photos; got {str(folder)!r}: {what}; correct the path")
+    names, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                names.append(Path(place, name).relative_to(folder).as_posix())
+    if not names:
+        raise UserError(f"expected photos ({', '.join(SUFFIXES)}) in {folder}; found none; correct the path")
+    return sorted(names)
+
+
+def choose_shard(names: list[str], shard: tuple[int, int]) -> list[str]:
+    """The names that shard (i, n) works on, i from 0. A function of each name alone."""
+    number, count = shard
+    return [n for n in names if int(hashlib.sha256(n.encode(errors="replace")).hexdigest(), 16) % count == number]
+
+
+def scan_photos(
+    folder: Path,
+    names: list[str],
+    known: Path,
+    max_pixels: int,
+    min_side: int,
+    workers: int,
+    report_progress: ReportProgress = lambda done, total: None,
+) -> tuple[list[Photo], list[dict[str, str]]]:
+    """(photos, bad photos) in the order of `names`. `known` is the file of rows that keeps what was read.
+
+    Files with the same bytes are one photo: the further ones are bad photos.
+    """
+    kept = {row["name"]: row for row in repair_rows(known) if isinstance(row.get("name"), str)}
+    jobs = [(folder, name, kept.get(name), max_pixels, min_side) for name in names]
+    photos: list[Photo] = []
+    bad: list[dict[str, str]] = []
+    first: dict[str, str] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for done, row in enumerate(pool.map(lambda job: scan_photo(*job), jobs), 1):
+            if row is not kept.get(row["name"]):
+                append_row(known, row)
+            reason = row.get("reason") or _size_fault(row, min_side)
+            if not reason and row["id"] in first:
+                reason = f"the same file as {first[row['id']]}"
+            if reason:
+                bad.append({"file": row["name"], "reason": reason})
+            else:
+                first[row["id"]] = row["name"]
+                photos.append({**row, "path": str(folder / row["name"])})
+            report_progress(done, len(jobs))
+    return photos, bad
+
+
+def _size_fault(row: Mapping[str, Any], min_side: int) -> str:
+    short = min(row["width"], row["height"])
+    return f"{row['width']} x {row['height']} pixels: the shorter side is below {min_side}" if short < min_side else ""
+
+
+def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min_side: int) -> Photo:
+    """Facts about one photo: name, id, size, hashes, licence and source; or the reason why it is bad. `kept` is
+    returned if the file has not changed."""
+    path = folder / name
+    try:
+        facts = path.stat()
+        stamp = {"bytes": facts.st_size, "modified": facts.st_mtime_ns, "max_pixels": max_pixels}
+        if kept is not None and all(kept.get(key) == value for key, value in stamp.items()):
+            return kept
+        data = path.read_bytes()
+    except OSError as error:
+        return {"name": name, "reason": f"{type(error).__name__}: {error.strerror}"}
+    try:
+        if not data:
+            raise BadImage("an empty file")
+        _refuse_animation(data)
+        image = read_photo(data, max_pixels)
+    except BadImage as error:
+        return {"name": name, **stamp, "reason": str(error)}
+    return {
+        "name": name,
+        **stamp,
+        "id": hashlib.sha256(data).hexdigest()[:16],
+        "width": image.width,
+        "height": image.height,
+        "phash": str(imagehash.phash(image)),
+        "colours": thumbnail_colours(image),
+        **read_rights(data),
+    }
+
+
+def _refuse_animation(data: bytes) -> None:
+    with decoding():
+        with _open(data) as image:
+            frames = getattr(image, "n_frames", 1)
+            if image.format in ANIMATED and frames > 1:
+                raise BadImage(f"an animation of {frames} frames")
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def thumbnail_colours(image: Image.Image) -> str:
+    """The colours of an RGB picture scaled down to 8 x 8 pixels, as hexadecimal bytes."""
+    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.uint8).tobytes().hex()
+
+
+# ------------------------------------------------------------------------------------------------ licence and source
+
+
+def read_rights(data: bytes) -> dict[str, str]:
+    """{"licence", "source"} from a photo's metadata (EXIF copyright, XMP, PNG texts); "" where it says nothing."""
+    found = {"licence": "", "source": ""}
+    try:
+        with decoding():
+            with _open(data) as image:
+                for key, value in image.info.items():
+                    if isinstance(key, str) and isinstance(value, str) and key.lower() in TEXT_KEYS:
+                        found[TEXT_KEYS[key.lower()]] = _clean(value)
+                xmp = image.info.get("xmp") or b""
+                xmp = xmp.encode() if isinstance(xmp, str) else xmp
+                copyright_notice = image.getexif().get(COPYRIGHT)
+    except BadImage:
+        return found
+    for name, pattern in (("licence", XMP_LICENCE), ("source", XMP_SOURCE)):
+        match = pattern.search(xmp)
+        if match:
+            found[name] = _clean(next(filter(None, match.groups())).decode(errors="replace"))
+    if isinstance(copyright_notice, str) and not found["licence"]:
+        found["licence"] = _clean(copyright_notice)
+    return found
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.replace("\x00", " ").split())[:300]
+
+
+def read_rights_table(path: Path) -> dict[str, dict[str, str]]:
+    """{file name: {"licence", "source"}} from a csv file with the columns file_name, licence (or license), source.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = [c.strip() for c in reader.fieldnames or ()]
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--licences: expected a csv file in UTF-8; got {path} ({error}); correct it") from None
+    if "file_name" not in columns or not {"licence", "license", "source"} & set(columns):
+        raise UserError(
+            f"--licences: expected the columns file_name, licence and source in {path}; got {', '.join(columns)}"
+        )
+    return {(row["file_name"] or "").strip().removeprefix("./"): dict(_table_row(row)) for row in rows}
+
+
+def _table_row(row: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    for column, name in (("licence", "licence"), ("license", "licence"), ("source", "source")):
+        value = row.get(column)
+        if value and value.strip():
+            yield name, _clean(value)
