@@ -127,5 +127,5 @@ def test_training_reads_no_edited_image_of_a_paired_source():
 
 def test_no_field_could_hold_an_edited_image():
     pictures = [f.name for kind in (Example, Batch) for f in dataclasses.fields(kind) if "Tensor" in str(f.type)]
-    assert pictures == ["reference", "references"]
+    assert pictures == ["reference", "extra_references", "references", "extra_references"]
     assert not [f for f in _metadata.FIELDS if _metadata.EDITED_COLUMN.fullmatch(f)]

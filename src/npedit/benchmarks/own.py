@@ -23,7 +23,8 @@ from PIL import Image
 from rich.table import Table
 
 from npedit.benchmarks._outputs import EditJob, ProgressCallback, find_picture_any_format, make_opener
-from npedit.data._metadata import find_metadata, parse_row, read_json_lines, resolve_photo_path
+from npedit.data._formats import read_metadata
+from npedit.data._metadata import find_metadata, parse_row, resolve_photo_path
 from npedit.data._photos import BadImage
 from npedit.errors import UserError
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
@@ -74,7 +75,7 @@ def read_items(folder: str) -> tuple[list[Item], str]:
     items: list[Item] = []
     ids: set[str] = set()
     for metadata in files:
-        for line, value in read_json_lines(metadata):
+        for line, value in read_metadata(metadata):
             item = _read_item(value, line, metadata, root)
             if item.id in ids or len(item.file) > LONGEST_NAME:
                 raise UserError(f"{metadata}:{line}: expected short ids, each once; got {item.id!r}; change it")

@@ -7,7 +7,7 @@ which is for supervised baselines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -18,7 +18,9 @@ from npedit.questions import IDENTITY_EDIT
 
 @dataclass(frozen=True)
 class Example:
-    """One training example. `reference` is (3, H, W) in [0, 1]. A caption that the data set does not have is ""."""
+    """One training example. `reference` is (3, H, W) in [0, 1], and so is each of `extra_references`. A caption that
+    the data set does not have is "". `questions` is JSON, a list of {"question": text, "answer": "yes" or "no"}, or "".
+    """
 
     id: str
     reference: Tensor
@@ -27,23 +29,25 @@ class Example:
     object: str
     source_caption: str
     target_caption: str
+    extra_references: tuple[Tensor, ...] = ()
+    questions: str = ""
 
     def as_identity_edit(self, instruction: str) -> Example:
         """The example with an instruction to change nothing. Its target caption is the reference's caption."""
-        return Example(
-            self.id,
-            self.reference,
-            instruction,
-            IDENTITY_EDIT,
-            "",
-            self.source_caption,
-            self.source_caption or self.target_caption,
+        return replace(
+            self,
+            instruction=instruction,
+            edit_type=IDENTITY_EDIT,
+            object="",
+            target_caption=self.source_caption or self.target_caption,
+            questions="",
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """References (b, 3, H, W) of one size, and the texts of each example."""
+    """References (b, 3, H, W) of one size, and the texts of each example. `extra_references` (b, k, 3, H, W) are
+    further reference images, None where examples have one reference each. `questions` are as in `Example`."""
 
     ids: tuple[str, ...]
     references: Tensor
@@ -52,24 +56,28 @@ class Batch:
     objects: tuple[str, ...]
     source_captions: tuple[str, ...]
     target_captions: tuple[str, ...]
+    extra_references: Tensor | None = None
+    questions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def slice(self, start: int, stop: int) -> Self:
         """The items from `start` to before `stop`, as a batch."""
-        return replace(self, **{name: column[start:stop] for name, column in vars(self).items()})
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return replace(self, **{name: column[start:stop] for name, column in columns.items()})
 
 
 @dataclass(frozen=True)
 class PairedBatch(Batch):
     """A batch with the true edited images (b, 3, H, W). No step of NP-Edit takes one."""
 
-    edited: Tensor
+    edited: Tensor = field(kw_only=True)
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """The batch of examples whose references have one size."""
+    """The batch of examples whose references have one size and one number."""
+    extra = [torch.stack(e.extra_references) for e in examples if e.extra_references]
     return Batch(
         ids=tuple(e.id for e in examples),
         references=torch.stack([e.reference for e in examples]).to(device),
@@ -78,4 +86,6 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         objects=tuple(e.object for e in examples),
         source_captions=tuple(e.source_caption for e in examples),
         target_captions=tuple(e.target_caption for e in examples),
+        extra_references=torch.stack(extra).to(device) if extra else None,
+        questions=tuple(e.questions for e in examples),
     )

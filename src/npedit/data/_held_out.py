@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-from npedit.data._metadata import Row
+import numpy as np
+
+from npedit.data._rows import Rows
 from npedit.errors import UserError, did_you_mean
 
-Size = tuple[int, int]
-Buckets = Sequence[tuple[Size, Sequence[int]]]  # (picture size, numbers of the rows that have it)
+Pair = tuple[int, str]  # bucket, edit type
+SUGGESTED = 10_000  # ids among which the nearest one is looked for
 
 
 def read_held_out_ids(name: str, folder: Path) -> list[str]:
@@ -38,77 +42,87 @@ def read_held_out_ids(name: str, folder: Path) -> list[str]:
     return ids
 
 
-def find_rows(rows: Sequence[Row], ids: Sequence[str]) -> list[int]:
+def find_rows(rows: Rows, ids: Sequence[str]) -> list[int]:
     """The numbers of the rows that have these ids, in the order of the ids.
 
     Raises:
         UserError: no row has one of the ids.
     """
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        numbers[row.id].append(number)
-    unknown = [i for i in ids if i not in numbers]
+    numbers: dict[str, list[int]] = {i: [] for i in ids}
+    for number, (id_,) in enumerate(rows.values("id")):
+        if id_ in numbers:
+            numbers[id_].append(number)
+    unknown = [i for i in ids if not numbers[i]]
     if unknown:
+        known = [id_ for (id_,) in islice(rows.values("id"), SUGGESTED)]
         raise UserError(
             f"data.held_out: expected ids of rows; got {unknown[0]!r} ({len(unknown)} of {len(ids)} ids are unknown). "
-            f"Correct the file.{did_you_mean(unknown[0], numbers)}"
+            f"Correct the file.{did_you_mean(unknown[0], known)}"
         )
     return [number for i in ids for number in numbers[i]]
 
 
-def draw_rows(rows: Sequence[Row], buckets: Buckets, count: int) -> list[int]:
-    """The numbers of `count` rows drawn by lot, so that each picture size and each edit type comes as early and as
-    evenly as it can.
+def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
+    """The numbers of `count` rows drawn by lot, so that each bucket (picture size) and each edit type comes as early
+    and as evenly as it can. `bucket_of` is the bucket of each row, -1 for none.
 
     The lot depends on the row's photo and instruction alone: not on the seed, not on the order of the rows. A smaller
-    count gives the first rows of a larger one. The last row of a size or of an edit type is never drawn: training keeps
-    it.
+    count gives the first rows of a larger one. The last row of a bucket or of an edit type is never drawn: training
+    keeps it.
 
     Raises:
         UserError: there are fewer rows that can be held out.
     """
     if count == 0:
         return []
-    groups = _rows_in_lot_order(rows, buckets)
-    left_of_size, left_of_type, drawn_pairs = Counter[Size](), Counter[str](), Counter[tuple[Size, str]]()
-    for (size, edit_type), members in groups.items():
-        left_of_size[size] += len(members)
-        left_of_type[edit_type] += len(members)
-    drawn_sizes, drawn_types = Counter[Size](), Counter[str]()
+    groups, sizes = _lowest_lots(rows, bucket_of, count)
+    left_of_bucket, left_of_type = Counter[int](), Counter[str]()
+    for (bucket, edit_type), size in sizes.items():
+        left_of_bucket[bucket] += size
+        left_of_type[edit_type] += size
+    drawn_buckets, drawn_types, drawn_pairs = Counter[int](), Counter[str](), Counter[Pair]()
 
-    def priority(pair: tuple[Size, str]) -> tuple[int, int, int, str]:
-        size, edit_type = pair
-        new_features = (drawn_sizes[size] == 0) + (drawn_types[edit_type] == 0)
-        return -new_features, drawn_pairs[pair], drawn_sizes[size] + drawn_types[edit_type], _lot(rows[groups[pair][0]])
+    def priority(pair: Pair) -> tuple[int, int, int, str]:
+        bucket, edit_type = pair
+        new_features = (drawn_buckets[bucket] == 0) + (drawn_types[edit_type] == 0)
+        return -new_features, drawn_pairs[pair], drawn_buckets[bucket] + drawn_types[edit_type], groups[pair][0][0]
 
     chosen: list[int] = []
     while len(chosen) < count:
-        open_pairs = [p for p, left in groups.items() if left and left_of_size[p[0]] > 1 and left_of_type[p[1]] > 1]
+        open_pairs = [p for p, left in groups.items() if left and left_of_bucket[p[0]] > 1 and left_of_type[p[1]] > 1]
         if not open_pairs:
             raise UserError(
                 f"data.held_out: expected at most {len(chosen)}, as training keeps a row of each picture size and of "
                 f"each edit type; got {count} of {len(rows)} rows; lower it"
             )
         pair = min(open_pairs, key=priority)
-        chosen.append(groups[pair].pop(0))
-        left_of_size[pair[0]] -= 1
+        chosen.append(groups[pair].pop(0)[1])
+        left_of_bucket[pair[0]] -= 1
         left_of_type[pair[1]] -= 1
         drawn_pairs[pair] += 1
-        drawn_sizes[pair[0]] += 1
+        drawn_buckets[pair[0]] += 1
         drawn_types[pair[1]] += 1
     return chosen
 
 
-def _rows_in_lot_order(rows: Sequence[Row], buckets: Buckets) -> dict[tuple[Size, str], list[int]]:
-    """The numbers of the rows by (picture size, edit type), those with the lowest lots first."""
-    groups: dict[tuple[Size, str], list[int]] = defaultdict(list)
-    for size, members in buckets:
-        for number in members:
-            groups[size, rows[number].edit_type].append(number)
-    for members in groups.values():
-        members.sort(key=lambda number: (_lot(rows[number]), number))
-    return dict(groups)
+def _lowest_lots(
+    rows: Rows, bucket_of: np.ndarray, count: int
+) -> tuple[dict[Pair, list[tuple[str, int]]], Counter[Pair]]:
+    """(the `count` lowest lots of each bucket and edit type, with their rows' numbers; number of rows of each)."""
+    lots: dict[Pair, list[tuple[str, int]]] = defaultdict(list)
+    sizes = Counter[Pair]()
+    columns = rows.values("edit_type", "file_name", "file", "instruction")
+    for number, (edit_type, file_name, file, instruction) in enumerate(columns):
+        pair = int(bucket_of[number]), edit_type
+        if pair[0] < 0:
+            continue
+        sizes[pair] += 1
+        lots[pair].append((_lot(rows.photo_name(file_name, file), instruction), number))
+        if len(lots[pair]) > 4 * count + 1024:
+            lots[pair] = heapq.nsmallest(count, lots[pair])
+    by_bucket = sorted(lots, key=lambda pair: pair[0])  # then by the first row, as before sorting
+    return {pair: heapq.nsmallest(count, lots[pair]) for pair in by_bucket}, sizes
 
 
-def _lot(row: Row) -> str:
-    return hashlib.sha256(f"held out\0{row.photo}\0{row.instruction}".encode()).hexdigest()
+def _lot(photo: str, instruction: str) -> str:
+    return hashlib.sha256(f"held out\0{photo}\0{instruction}".encode()).hexdigest()

@@ -1,28 +1,31 @@
-"""The metadata of a data folder: find the files, read and check their rows."""
+"""The metadata of a data folder: find the files, and check their rows. `_formats.py` reads the files."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
+import posixpath
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from npedit.data._photos import BadImage
 from npedit.errors import UserError, did_you_mean
 from npedit.questions import IDENTITY_EDIT, normalise_edit_type
 
-log = logging.getLogger(__name__)
-
 METADATA = "metadata.jsonl"
-OTHER_METADATA = ("metadata.csv", "metadata.parquet")
+METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 HELD_OUT_FOLDERS = frozenset(("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"))
-FieldName = Literal["file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id"]
-FIELDS: tuple[FieldName, ...] = get_args(FieldName)
+TextField = Literal["file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id"]
+FieldName = Literal[
+    "file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id",
+    "reference_file_names", "questions",
+]  # fmt: skip
+FIELDS: tuple[TextField, ...] = get_args(TextField)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
 EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
 REFERENCE_COLUMN = re.compile(rf"(source|src|input|reference|ref|original|before|image|img|photo|picture){_FILE}", re.I)
@@ -31,7 +34,9 @@ NOT_IMAGE_COLUMNS = {"edit", "edits"}  # in some data sets the names of instruct
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the metadata. Captions and object are "" if the line has none."""
+    """One row of the metadata. Captions and object are "" if the row has none. `references` are the names of further
+    pictures, and `questions` is JSON, a list of {"question": text, "answer": "yes" or "no"}, or "". `offset` and
+    `length` say where the photo is in a tar file; elsewhere they are -1 and 0."""
 
     file_name: str
     instruction: str
@@ -43,6 +48,10 @@ class Row:
     line: int
     metadata: Path
     subfolder: str  # the folder of `metadata` relative to the data folder, "." if both are the same
+    references: tuple[str, ...] = ()
+    questions: str = ""
+    offset: int = -1
+    length: int = 0
 
     @property
     def location(self) -> str:
@@ -60,42 +69,52 @@ class Row:
 
 
 def find_metadata(path: str) -> tuple[Path, list[Path]]:
-    """(the folder of the training data, every metadata.jsonl in it and below it). The folder is the one at `path`, or
-    its sub-folder `train` where only that holds a metadata.jsonl. File names in a metadata.jsonl are relative to the
-    folder that it lies in, as in `datasets`.
+    """(the folder of the training data, every metadata file in it and below it). The folder is the one at `path`, or
+    its sub-folder `train` where only that holds metadata. File names in a metadata file are relative to the folder that
+    it lies in, as in `datasets`.
 
     Raises:
-        UserError: there is no metadata.jsonl; or there is metadata that `datasets` would read and this package does not
-            (metadata.csv or metadata.parquet, metadata in a zip archive); or metadata of held-out data.
+        UserError: there is no metadata file; or there are several formats, which `datasets` refuses too; or metadata in
+            a zip archive, or of held-out data.
     """
     folder = Path(path).expanduser()
-    wanted = f"expected a folder with images and metadata.jsonl; got {path!r}"
+    wanted = f"expected a folder with images and {METADATA}; got {path!r}"
     if not path or not folder.exists():
         raise UserError(f"{wanted}, which does not exist; set data.path to your photos")
     if not folder.is_dir():
         raise UserError(f"{wanted}, which is a file; set data.path to the folder that holds it")
     if not any(folder.iterdir()):
-        raise UserError(f"{wanted}, which is empty; put your photos and a metadata.jsonl there")
-    if not (folder / METADATA).is_file() and (folder / "train" / METADATA).is_file():
+        raise UserError(f"{wanted}, which is empty; put your photos and a {METADATA} there")
+    if not _has_metadata(folder) and _has_metadata(folder / "train"):
         folder = folder / "train"
     found = sorted(_metadata_below(folder), key=lambda file: (len(file.parts), file))
     if not found:
-        raise UserError(f"{wanted}, where there is no metadata.jsonl; write one, a line of JSON an image")
+        raise UserError(f"{wanted}, where there is no {', '.join(METADATA_FILES)}; write one, a row for each image")
+    first_of = {file.suffix: file for file in reversed(found)}
+    if len(first_of) > 1:
+        raise UserError(
+            f"expected metadata in files of one format; got {' and '.join(str(file) for file in first_of.values())}; "
+            f"write all rows in one format, or move the other files out of {folder}"
+        )
     return folder, found
 
 
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in METADATA_FILES)
+
+
 def _metadata_below(folder: Path) -> Iterator[Path]:
-    """The metadata.jsonl in a folder and its sub-folders, hidden ones left out. Errors as in `find_metadata`."""
+    """The metadata files in a folder and its sub-folders, hidden ones left out. Errors as in `find_metadata`."""
     for place, names, files in os.walk(folder):
         names[:] = [name for name in names if not name.startswith((".", "__"))]
         for name in files:
             file = Path(place, name)
-            if name in OTHER_METADATA or (name.lower().endswith(".zip") and _contains_metadata(file)):
+            if name.lower().endswith(".zip") and _contains_metadata(file):
                 raise UserError(
-                    f"expected metadata in {METADATA} files alone; got {file}, which would not be read; "
-                    f"write its rows into a {METADATA}, or move it out of {folder}"
+                    f"expected metadata in files of their own; got {file}, which would not be read; unpack it, or move "
+                    f"it out of {folder}"
                 )
-            if name == METADATA:
+            if name in METADATA_FILES:
                 held_out = HELD_OUT_FOLDERS.intersection(part.lower() for part in file.parent.relative_to(folder).parts)
                 if held_out:
                     raise UserError(
@@ -108,7 +127,7 @@ def _metadata_below(folder: Path) -> Iterator[Path]:
 def _contains_metadata(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as file:
-            return any(PurePosixPath(name).name in (METADATA, *OTHER_METADATA) for name in file.namelist())
+            return any(PurePosixPath(name).name in METADATA_FILES for name in file.namelist())
     except (OSError, zipfile.BadZipFile):
         return False  # `datasets` could not read it either
 
@@ -131,7 +150,7 @@ def read_json_lines(metadata: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"expected a readable {metadata}; got {error}; check its permissions") from error
 
 
-def _check_columns(columns: Mapping[FieldName, str], present: set[str], metadata: Path) -> set[str]:
+def check_columns(columns: Mapping[FieldName, str], present: set[str], metadata: Path) -> set[str]:
     """The columns that hold edited images. A column mapping that is wrong or missing raises a UserError."""
     for field, column in columns.items():
         if column not in present:
@@ -156,65 +175,111 @@ def _check_columns(columns: Mapping[FieldName, str], present: set[str], metadata
 
 
 def parse_row(
-    json_object: dict, line: int, metadata: Path, columns: Mapping[FieldName, str], folder: Path | None = None
+    values: Mapping[str, Any], line: int, metadata: Path, columns: Mapping[FieldName, str], folder: Path | None = None
 ) -> Row:
-    """A line's JSON object as a row. `columns` maps our field names to the data set's column names; `folder` is the
+    """A row from its values by column. `columns` maps our field names to the data set's column names; `folder` is the
     data folder, if `metadata` is in a sub-folder of it.
 
     Raises:
-        UserError: names file and line: a field is missing, the edit type is unknown, or a removal has no object.
+        UserError: names file and line: a field is missing or no text, the edit type is unknown, or a removal has no
+            object.
     """
-    values = {}
-    for field in FIELDS:
-        column = columns.get(field, field)
-        text = json_object.get(column)
-        if isinstance(text, int) and field == "id":
-            text = str(text)
-        if not isinstance(text, str | None):
-            raise UserError(f"{metadata}:{line}: expected text in {column!r}; got {text!r}; write it as a string")
-        if field in ("file_name", "instruction") and not (text or "").strip():
-            if text is not None:
-                raise UserError(f"{metadata}:{line}: expected text in {column!r}; got an empty one. Fill it in.")
-            raise UserError(
-                f"{metadata}:{line}: expected a field {column!r}; got {', '.join(json_object) or 'an empty object'}."
-                f"{did_you_mean(column, json_object)} Add it, or say in data.columns which column holds it"
-            )
-        values[field] = (text or "").strip()
+    location = f"{metadata}:{line}"
+    texts: dict[str, Any] = {field: _text(values, field, columns.get(field, field), location) for field in FIELDS}
     try:
-        values["edit_type"] = normalise_edit_type(values["edit_type"])
+        texts["edit_type"] = normalise_edit_type(texts["edit_type"])
     except ValueError as error:
-        raise UserError(f"{metadata}:{line}: {error}") from error
-    if values["edit_type"] == "remove" and not values["object"]:
+        raise UserError(f"{location}: {error}") from error
+    if texts["edit_type"] == "remove" and not texts["object"]:
         raise UserError(
-            f"{metadata}:{line}: expected an 'object' for edit type 'remove'; got none; "
+            f"{location}: expected an 'object' for edit type 'remove'; got none; "
             "add the name of what is removed, which the critic is asked for"
         )
-    if values["edit_type"] == IDENTITY_EDIT:
-        values["target_caption"] = values["target_caption"] or values["source_caption"]
-    subfolder = metadata.parent.relative_to(folder or metadata.parent)
-    values["id"] = values["id"] or (subfolder / f"{line:06d}").as_posix()
-    return Row(**values, line=line, metadata=metadata, subfolder=subfolder.as_posix())
+    if texts["edit_type"] == IDENTITY_EDIT:
+        texts["target_caption"] = texts["target_caption"] or texts["source_caption"]
+    subfolder = _subfolder(metadata, folder)
+    texts["id"] = texts["id"] or (f"{line:06d}" if subfolder == "." else f"{subfolder}/{line:06d}")
+    references = _references(values, columns.get("reference_file_names", "reference_file_names"), location)
+    questions = _questions(values, columns.get("questions", "questions"), location)
+    return Row(**texts, line=line, metadata=metadata, subfolder=subfolder, references=references, questions=questions)
 
 
-def read_rows(folder: Path, files: Sequence[Path], columns: Mapping[FieldName, str]) -> list[Row]:
-    """All rows of these metadata files in `folder`. `columns` maps our field names to the data set's column names.
+@lru_cache(maxsize=1024)
+def _subfolder(metadata: Path, folder: Path | None) -> str:
+    return metadata.parent.relative_to(folder or metadata.parent).as_posix()
+
+
+def _text(values: Mapping[str, Any], field: TextField, column: str, location: str) -> str:
+    """One text of a row, without space around it; "" if the row has none. Errors as in `parse_row`."""
+    text = values.get(column)
+    if isinstance(text, int) and field == "id":
+        text = str(text)
+    if not isinstance(text, str | None):
+        raise UserError(f"{location}: expected text in {column!r}; got {text!r}; write it as a string")
+    if field in ("file_name", "instruction") and not (text or "").strip():
+        if text is not None:
+            raise UserError(f"{location}: expected text in {column!r}; got an empty one. Fill it in.")
+        raise UserError(
+            f"{location}: expected a field {column!r}; got {', '.join(values) or 'an empty object'}."
+            f"{did_you_mean(column, values)} Add it, or say in data.columns which column holds it"
+        )
+    text = (text or "").strip()
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{location}: expected text in {column!r}; got half a character (a lone surrogate); correct it")
+    return text
+
+
+def _references(values: Mapping[str, Any], column: str, location: str) -> tuple[str, ...]:
+    """The names of further references. Errors as in `parse_row`."""
+    names = _decoded(values.get(column))
+    if not names:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"{location}: expected a list of file names in {column!r}; got {names!r}; correct it")
+    return tuple(name.strip() for name in names)
+
+
+def _questions(values: Mapping[str, Any], column: str, location: str) -> str:
+    """The questions of a row as JSON; "" if it has none. Errors as in `parse_row`."""
+    found = _decoded(values.get(column))
+    if not found:
+        return ""
+    made = []
+    for entry in found if isinstance(found, list) else [found]:
+        entry = entry if isinstance(entry, dict) else {}
+        question, answer = entry.get("question"), str(entry.get("answer")).strip().lower()
+        if not isinstance(question, str) or not question.strip() or answer not in ("yes", "no"):
+            raise UserError(
+                f'{location}: expected a list of {{"question": text, "answer": "yes" or "no"}} in {column!r}; got '
+                f"{found!r}; correct it"
+            )
+        made.append({"question": question.strip(), "answer": answer})
+    return json.dumps(made, ensure_ascii=False)
+
+
+def _decoded(value: Any) -> Any:
+    """A list that is written as JSON text, as it is in a csv file; other values as they are."""
+    if isinstance(value, str) and value.strip():
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def relative_name(file_name: str) -> str:
+    """The name of a file in a data folder with "/" between its parts, as `datasets` reads it: "./" and backslashes are
+    understood.
 
     Raises:
-        UserError: names file and line: a line is not JSON, a field is missing, the edit type is unknown, a removal has
-            no object; or columns need a mapping; or there are no rows.
+        BadImage: the name points outside the folder.
     """
-    rows = []
-    for metadata in files:
-        values = list(read_json_lines(metadata))
-        edited = (
-            _check_columns(columns, {column for _, value in values for column in value}, metadata) if values else ()
-        )
-        if edited:
-            log.warning("%s: ignored, never opened: the edited images in %s", metadata, ", ".join(sorted(edited)))
-        rows += [parse_row(value, line, metadata, columns, folder) for line, value in values]
-    if not rows:
-        raise UserError(f"expected at least one row; got an empty {files[0]}; write one line of JSON an image")
-    return rows
+    if not file_name.startswith(("/", ".")) and not any(part in file_name for part in ("\\", "..", ":", "/.")):
+        return file_name
+    name = posixpath.normpath(file_name.replace("\\", "/"))
+    if name.startswith(("/", "../")) or name == ".." or re.match(r"[a-zA-Z]:|\w+://", file_name):
+        raise BadImage("the name leads out of the data folder")
+    return name
 
 
 def resolve_photo_path(folder: Path, file_name: str) -> Path:
@@ -223,7 +288,4 @@ def resolve_photo_path(folder: Path, file_name: str) -> Path:
     Raises:
         BadImage: the name points outside the folder.
     """
-    name = PurePosixPath(file_name.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or re.match(r"[a-zA-Z]:", file_name):
-        raise BadImage("the name leads out of the data folder")
-    return folder / file_name
+    return folder / relative_name(file_name)

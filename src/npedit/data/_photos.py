@@ -114,24 +114,21 @@ def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, keep_alpha: b
     Raises:
         BadImage: missing, empty, not an image, too large, or broken.
     """
-    if isinstance(source, Path):
-        _require_file(source)
     with decoding():
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open_image(source) as image:
             _check_pixels(image, max_pixels)
             image.load()
             return to_srgb(image, keep_alpha)
 
 
-def read_photo_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of a photo as it is shown, read from its header.
+def read_photo_size(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of a photo as it is shown, read from its header. `source` is a file or a file's bytes.
 
     Raises:
         BadImage: missing, empty, not an image, too large, or broken as far as the header tells.
     """
-    _require_file(path)
     with decoding():
-        with Image.open(path) as image:
+        with _open_image(source) as image:
             _check_pixels(image, max_pixels)
             width, height = image.size
             # A PNG's orientation may be stored after its pixels. It is not read: any photo fits any bucket, cropped.
@@ -140,18 +137,26 @@ def read_photo_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     return (width, height) if swapped else (height, width)
 
 
-def load_photo(path: Path, size: tuple[int, int]) -> Tensor:
-    """A photo as a training reference: (3, H, W) in [0, 1], `to_srgb`, cropped and scaled to `size` = (H, W).
+def load_photo(source: Path | bytes, size: tuple[int, int]) -> Tensor:
+    """A photo as a training reference: (3, H, W) in [0, 1], `to_srgb`, cropped and scaled to `size` = (H, W). `source`
+    is a file or a file's bytes.
 
     Raises:
         BadImage: it cannot be decoded.
     """
-    _require_file(path)
     with decoding():
-        with Image.open(path) as image:
+        with _open_image(source) as image:
             image.draft(None, (2 * max(size), 2 * max(size)))  # JPEG alone: decode a large photo at a fraction of it
             pixels = np.array(crop_to_fill(to_srgb(image), size))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _open_image(source: Path | bytes) -> Image.Image:
+    if isinstance(source, Path):
+        _require_file(source)
+    elif not source:
+        raise BadImage("an empty file")
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _require_file(path: Path) -> None:

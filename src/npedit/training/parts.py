@@ -156,13 +156,15 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         needs = find_class("steps", stage.step).requirements(stage.settings)
         if "target_caption" in needs and not data.has_target_captions:
             raise UserError(
-                f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got data without; "
-                "add the column or set the weight of the loss that needs it to 0"
+                f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got "
+                f"{_rows_without(data, 'target_caption')}; add the captions or set the weight of the loss that needs "
+                "them to 0"
             )
         if "source_caption" in needs and not data.has_source_captions:
             raise UserError(
                 f"stages.{i}: expected data with source_caption, which {stage.step} needs as its text, in every row; "
-                "got data without; add the column (what each photo shows, in a few words) or leave this stage out"
+                f"got {_rows_without(data, 'source_caption')}; add the captions (what each photo shows, in a few "
+                "words) or leave this stage out"
             )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
@@ -178,6 +180,11 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
     if distributed.is_main_process() and (message := truncation_message(parts.family, data.texts())):
         log.warning("data: %s", message)
+
+
+def _rows_without(data: Any, caption: str) -> str:
+    """Which rows lack a caption, in words; by file and line if the data source knows them."""
+    return data.rows_without(caption) if hasattr(data, "rows_without") else "data without"
 
 
 def check_processes(recipe: Recipe, count: int) -> None:

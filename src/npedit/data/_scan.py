@@ -1,0 +1,131 @@
+"""What the headers of photos tell: each photo's size in pixels and in bytes, kept between starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npedit.data._metadata import relative_name
+from npedit.data._photos import BadImage, read_photo_size
+from npedit.data._rows import Cache, Rows
+
+FACTS = np.dtype([("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("time", "i8")])
+THREADS = 4
+WINDOW = 4096  # rows that one thread looks at before the next ones are given out
+
+
+@dataclass
+class Facts:
+    """`values` has one entry of the type `FACTS` for each row; the size of a photo that cannot be used is 0 x 0, and
+    `reasons` says why, by row number. `time` is when the file was changed last, in nanoseconds."""
+
+    values: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+Entry = tuple[int, int, int, int]  # as FACTS
+Inspect = Callable[[tuple[Any, ...], Entry | None], tuple[Entry, str]]  # (values of a row, what was known of it)
+
+
+def scan(
+    rows: Rows, columns: Sequence[str], inspect: Inspect, old: Facts | None, check: Callable[[int], None]
+) -> Facts:
+    """The facts of all rows. `inspect` gets the values of `columns` and the old entry of a row. `check` is called with
+    the number of bad photos so far, and may raise."""
+    found = Facts(np.zeros(len(rows), FACTS))
+    with ThreadPoolExecutor(THREADS, "scan") as pool:
+        for first, chunk in _windows(rows, columns):
+            known = old.values[first : first + len(chunk)].tolist() if old else [None] * len(chunk)
+            parts = [slice(i, i + WINDOW // THREADS) for i in range(0, len(chunk), WINDOW // THREADS)]
+            jobs = [pool.submit(_inspect_all, inspect, chunk[part], known[part]) for part in parts]
+            done = [result for job in jobs for result in job.result()]
+            found.values[first : first + len(chunk)] = [entry for entry, _ in done]
+            for number, (entry, reason) in enumerate(done, first):
+                if not entry[0]:
+                    found.reasons[number] = reason or (old.reasons.get(number, "") if old else "")
+            check(len(found.reasons))
+    return found
+
+
+def _windows(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
+    first = 0
+    for chunk in rows.chunks(columns):
+        values = list(zip(*chunk, strict=True))
+        for start in range(0, len(values), WINDOW):
+            yield first, values[start : start + WINDOW]
+            first += len(values[start : start + WINDOW])
+
+
+def _inspect_all(
+    inspect: Inspect, values: list[tuple[Any, ...]], known: Sequence[Entry | None]
+) -> list[tuple[Entry, str]]:
+    return [inspect(row, old) for row, old in zip(values, known, strict=True)]
+
+
+def scan_kept(
+    rows: Rows, columns: Sequence[str], inspect: Inspect, cache: Cache | None, name: str, check: Callable[[int], None]
+) -> Facts:
+    """`scan`, with the facts of the last start, which `cache` keeps under `name`."""
+    if cache is None:
+        return scan(rows, columns, inspect, None, check)
+    if _load(cache, name, len(rows)) is None:
+        with cache.locked():  # one process opens the photos, the others wait for it
+            if _load(cache, name, len(rows)) is None:
+                _save(cache, name, scan(rows, columns, inspect, None, check))
+    old = _load(cache, name, len(rows))
+    found = scan(rows, columns, inspect, old, check)
+    if old is None or found.reasons != old.reasons or not np.array_equal(found.values, old.values):
+        _save(cache, name, found)
+    return found
+
+
+def _save(cache: Cache, name: str, facts: Facts) -> None:
+    cache.save_note(f"{name}.json", list(facts.reasons.items()))
+    cache.save_array(f"{name}.npy", facts.values)
+
+
+def _load(cache: Cache, name: str, count: int) -> Facts | None:
+    values, reasons = cache.load_array(f"{name}.npy"), cache.load_note(f"{name}.json")
+    if values is None or values.dtype != FACTS or len(values) != count or not isinstance(reasons, list):
+        return None
+    return Facts(values, {int(number): str(reason) for number, reason in reasons})
+
+
+def file_inspector(folders: Sequence[Path], max_pixels: int) -> Inspect:
+    """An `Inspect` for photos that are files, with the columns file_name, references and file. A file whose size and
+    time are as before is not opened. `folders` are those of the metadata files."""
+    prefixes = [str(folder) for folder in folders]
+
+    def inspect(values: tuple[Any, ...], old: Entry | None) -> tuple[Entry, str]:
+        name, references, file = values
+        bytes_, time = -1, 0
+        try:
+            path = f"{prefixes[file]}/{relative_name(name)}"
+            try:
+                status = os.stat(path)
+                bytes_, time = status.st_size, status.st_mtime_ns
+            except (OSError, ValueError):
+                pass  # the next lines say what is wrong
+            if old is not None and bytes_ == old[2] and time == old[3] and bytes_ >= 0 and not references:
+                return old, ""
+            height, width = read_photo_size(Path(path), max_pixels)
+            for reference in references or ():
+                _check_reference(prefixes[file], reference, max_pixels)
+        except BadImage as error:
+            return (0, 0, bytes_, time), str(error)
+        return (height, width, bytes_, time), ""
+
+    return inspect
+
+
+def _check_reference(folder: str, name: str, max_pixels: int) -> None:
+    try:
+        read_photo_size(Path(folder, relative_name(name)), max_pixels)
+    except BadImage as error:
+        raise BadImage(f"reference {name!r}: {error}") from error

@@ -1,0 +1,376 @@
+"""A source of batches from rows with photos, wherever rows and photos are stored: what `imagefolder`, `hub` and
+`webdataset` share.
+
+A wrong row is an error that stops the run at once. A picture that cannot be used is a *bad row*: it is recorded and
+replaced by the next good row of its bucket. Too many bad rows stop the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import threading
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import Field, field_validator
+
+from npedit.data import Batch, Example, collate
+from npedit.data._buckets import assign_sizes
+from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
+from npedit.data._metadata import FieldName, Row
+from npedit.data._order import Order, plain_groups, shared_groups
+from npedit.data._photos import BadImage, load_photo
+from npedit.data._rows import CHUNK, Cache, Rows
+from npedit.data._scan import Facts
+from npedit.errors import BadRowsError, UserError
+from npedit.questions import normalise_edit_type
+from npedit.recipe.config import Settings as Base
+
+log = logging.getLogger(__name__)
+
+IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
+Shape = tuple[tuple[int, int], int]  # of a bucket: (H, W) of the references, number of further references
+Pixels = Annotated[int, Field(ge=8, le=8192)]
+
+
+class PhotoSettings(Base):
+    """Where the photos are and how they are cropped. `sizes` are (H, W) in pixels; each batch has one size."""
+
+    path: str
+    sizes: tuple[tuple[Pixels, Pixels], ...] = Field(
+        ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512)), min_length=1
+    )
+    max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad rows above which training stops")
+    share: float = Field(1.0, gt=0, le=1, description="share of the rows that is used, drawn at random")
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="edit type -> its share of an epoch; the other types divide the rest by their numbers of rows"
+    )
+    held_out: Annotated[int, Field(ge=0)] | str = Field(
+        0, description="rows that are never trained on, for samples and judge: how many, or a file of their ids"
+    )
+    nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
+    columns: dict[FieldName, str] = Field({}, description="our field name -> the data set's column name")
+    max_pixels: int = Field(80_000_000, ge=1, le=89_478_485, description="larger images are bad rows")
+    min_kept_share: float = Field(
+        0.25, ge=0, le=1, description="share of a photo that its crop must keep; longer and narrower ones are bad rows"
+    )
+    max_enlargement: float = Field(
+        4.0, gt=0, description="how many times a photo's sides may be enlarged; smaller ones are bad rows"
+    )
+    prefetch: int = Field(2, ge=0, le=16, description="batches prepared in advance, each in a separate thread")
+
+    @field_validator("shares")
+    @classmethod
+    def _check_shares(cls, shares: dict[str, float]) -> dict[str, float]:
+        """The shares by our names of the edit types.
+
+        Raises:
+            ValueError: an unknown type, one that comes twice, or shares that add up to more than 1.
+        """
+        known = {normalise_edit_type(name): share for name, share in shares.items()}
+        if len(known) < len(shares):
+            raise ValueError(f"expected each edit type once; got {', '.join(shares)}")
+        total = sum(known.values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"expected shares that add up to at most 1; got {total:g}")
+        return known
+
+
+def subsample(rows: Rows, share: float) -> Rows:
+    """A random share of the rows, at least one, in their order. The choice does not depend on the seed, and a smaller
+    share is part of a larger one."""
+    if share == 1:
+        return rows
+    shuffled = array("i", range(len(rows)))
+    random.Random("share").shuffle(shuffled)
+    return rows.select(np.sort(np.array(shuffled[: max(1, round(share * len(rows)))])))
+
+
+class PhotoSource:
+    """Rows as batches. A row belongs to the bucket (picture size) with the nearest aspect ratio.
+
+    Each bucket is repeated in epochs, in a new random order each time; no row is repeated before all others of its
+    bucket have been used. A batch is from one bucket. The rows that are left at the end of an epoch begin the next
+    batch. Buckets are mixed in proportion to their rows, so an epoch uses every row once, except for at most one
+    unfinished batch per bucket. `data.shares` changes how often the rows of an edit type are used (`_order.py`).
+    """
+
+    def __init__(self, settings: PhotoSettings, seed: int):
+        self.settings = settings
+        self.seed = seed
+        self._cache: Cache | None = None
+        self.rows = subsample(self._open_rows(settings.path, settings.columns), settings.share)
+        self._without = {field: self.rows.numbers_without(field) for field in ("source_caption", "target_caption")}
+        self._bad: dict[int, dict] = {}  # by the row's number
+        self._lock = threading.Lock()
+        self._shapes, self._bucket_of, self._bytes = self._choose_buckets(self._scan_photos(settings.max_pixels))
+        self.hold_out(self._choose_held_out())
+        self._prefetched: dict[tuple[int, int, int, int], Future[Batch]] = {}
+        self._pool = ThreadPoolExecutor(settings.prefetch, "photos") if settings.prefetch else None
+
+    # ---- what a source of photos defines
+
+    folder: Path  # that messages and `held_out` are relative to
+
+    @abstractmethod
+    def _open_rows(self, path: str, columns: Mapping[FieldName, str]) -> Rows:
+        """All rows of the data set; sets `folder`, and `_cache` if a cache is used."""
+
+    @abstractmethod
+    def _scan_photos(self, max_pixels: int) -> Facts:
+        """What is known of the photo of each row in `rows`."""
+
+    @abstractmethod
+    def _find_picture(self, row: Row, name: str) -> Path | bytes:
+        """The picture of a row with this name: its photo or one of its references.
+
+        Raises:
+            BadImage: there is none.
+        """
+
+    def _hash_rows(self, digest: Any, with_names: bool) -> None:
+        """Add to a hash what the rows say, and with `with_names` the names of the files they are in."""
+        digest.update(self._rows_digest().encode())
+
+    def _rows_digest(self) -> str:
+        found = self._cache.load_note("digest.json") if self._cache and self.settings.share == 1 else None
+        if not isinstance(found, str):
+            found = self.rows.digest()
+            if self._cache and self.settings.share == 1:
+                self._cache.save_note("digest.json", found)
+        return found
+
+    # ---- the interface of a data source
+
+    def __len__(self) -> int:
+        with self._lock:
+            out = self._bad.keys() | set(self._held_out)
+        return len(self.rows) - len(out)
+
+    @property
+    def has_target_captions(self) -> bool:
+        """Whether each row has a target caption."""
+        return not len(self._without["target_caption"])
+
+    @property
+    def has_source_captions(self) -> bool:
+        """Whether each row has a source caption."""
+        return not len(self._without["source_caption"])
+
+    def rows_without(self, caption: str) -> str:
+        """Which rows lack "source_caption" or "target_caption": their number, and file and line of the first ones."""
+        numbers = self._without[caption]
+        places = ", ".join(self.rows[int(number)].location for number in numbers[:3])
+        more = ", ..." if len(numbers) > 3 else ""
+        return f"{len(numbers)} of {len(self.rows)} rows without it: {places}{more}" if len(numbers) else ""
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every bucket in pixels, with or without rows."""
+        return list(self.settings.sizes)
+
+    @property
+    def bad_rows(self) -> list[dict]:
+        """{"id", "file", "line", "reason"} of each row found unusable so far, and "metadata" for one that is not in a
+        metadata file of the data folder itself; new ones come last."""
+        with self._lock:
+            return list(self._bad.values())
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(the row's place in its file, text) of every text that a text encoder may read."""
+        columns = ("instruction", "source_caption", "target_caption", "line", "file")
+        for *texts, line, file in self.rows.values(*columns):
+            location = self.rows.location(line, file)
+            for text in texts:
+                yield location, text
+
+    def fingerprint(self) -> str:
+        """A hash of the rows and of the size in bytes of each photo, wherever the data lie."""
+        digest = hashlib.sha256()
+        self._hash_rows(digest, with_names=False)
+        for start in range(0, len(self._bytes), CHUNK):
+            words = ", ".join(map(str, self._bytes[start : start + CHUNK].tolist()))
+            digest.update(f"{', ' if start else '['}{words}".encode())
+        digest.update(b"]")
+        if self.settings.held_out:
+            digest.update(json.dumps(self._held_out).encode())
+        return digest.hexdigest()
+
+    def inventory(self) -> dict[str, Any]:
+        """What the fingerprint covers, in parts: a hash of the rows, each photo's size in bytes (-1: none that can be
+        used), and the numbers of the rows that are held out."""
+        digest = hashlib.sha256()
+        self._hash_rows(digest, with_names=True)
+        names = (self.rows.photo_name(*values) for values in self.rows.values("file_name", "file"))
+        photos = dict(zip(names, self._bytes.tolist(), strict=True))
+        return {"metadata": digest.hexdigest(), "photos": photos, "held_out": self._held_out}
+
+    # ---- held-out rows
+
+    def _choose_held_out(self) -> list[int]:
+        chosen = self.settings.held_out
+        if isinstance(chosen, str):
+            return find_rows(self.rows, read_held_out_ids(chosen, self.folder))
+        return draw_rows(self.rows, self._bucket_of, chosen)
+
+    def hold_out(self, numbers: Sequence[int]) -> None:
+        """Keep the rows with these numbers out of training, and no others. A run that resumes gives the numbers that it
+        started with: the lot would fall otherwise once a photo is lost.
+
+        Raises:
+            UserError: no row is left to train on.
+        """
+        self._held_out = list(numbers)
+        bucket_of = self._bucket_of.copy()
+        bucket_of[np.array(self._held_out, dtype=np.int64)] = -1
+        members = [np.flatnonzero(bucket_of == k) for k in range(len(self._shapes))]
+        self._bucket_sizes = [shape for shape, rows in zip(self._shapes, members, strict=True) if len(rows)]
+        buckets = [rows for rows in members if len(rows)]
+        if not buckets:
+            raise UserError("data.held_out: expected rows to be left for training; got all of them; hold out fewer")
+        if self.settings.shares:
+            types = self.rows.column("edit_type").to_numpy().astype(str)
+            groups, _ = shared_groups(buckets, types, self.settings.shares)
+            kept = [k for k, bucket in enumerate(groups) if bucket]
+            self._bucket_sizes, groups = [self._bucket_sizes[k] for k in kept], [groups[k] for k in kept]
+        else:
+            groups = plain_groups(buckets)
+        self._order = Order(self.seed, groups)
+
+    @property
+    def has_drawn_held_out(self) -> bool:
+        """Whether the held-out rows are drawn by lot, which depends on which photos can be read."""
+        return isinstance(self.settings.held_out, int) and self.settings.held_out > 0
+
+    def held_out_batches(self, count: int) -> list[Batch]:
+        """The first `count` held-out rows whose photos can be read, in batches of one picture size each. Their
+        instructions are as written: none is turned into "do nothing"."""
+        examples: dict[int, list[Example]] = {}
+        for number in self._held_out:
+            bucket = int(self._bucket_of[number])
+            if sum(map(len, examples.values())) == count or bucket < 0:
+                continue
+            row = self.rows[number]
+            try:
+                examples.setdefault(bucket, []).append(self._load_example(row, self._shapes[bucket][0]))
+            except BadImage as error:
+                self._record_bad_row(number, row, str(error))
+        return [collate(group) for group in examples.values() if group]
+
+    def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> Batch:
+        """The index-th batch of this rank: references (size, 3, H, W) in [0, 1], H and W those of one bucket.
+
+        Ranks are disjoint, and two ranks together see what one process with twice the size sees.
+
+        Raises:
+            UserError: too many bad rows.
+            ValueError: a size, index or rank that cannot be.
+        """
+        if size < 1 or index < 0 or not 0 <= rank < world:
+            raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
+        self._check_bad_share()  # bad rows that prefetched batches have found
+        if self._pool is None:
+            return self._make_batch(index, size, rank, world)
+        wanted = [(i, size, rank, world) for i in range(index, index + 1 + self.settings.prefetch)]
+        for key in self._prefetched.keys() - set(wanted):
+            self._prefetched.pop(key).cancel()
+        for key in wanted:
+            if key not in self._prefetched:
+                self._prefetched[key] = self._pool.submit(self._make_batch, *key)
+        return self._prefetched.pop(wanted[0]).result()
+
+    # ---- rows
+
+    def _record_bad_row(self, number: int, row: Row, reason: str) -> None:
+        entry = {"id": row.id, "file": row.photo, "line": row.line, "reason": reason}
+        if row.metadata.parent != self.folder or row.offset >= 0:
+            entry["metadata"] = row.metadata.relative_to(self.folder).as_posix()
+        with self._lock:
+            if number in self._bad:
+                return  # another thread found it at the same time
+            self._bad[number] = entry
+        log.warning("bad row: %s: %s: %s", row.location, row.file_name, reason)
+
+    def _check_bad_share(self) -> None:
+        with self._lock:
+            count = len(self._bad)
+        self._check_bad_count(count)
+
+    def _check_bad_count(self, count: int) -> None:
+        """Stop if so many rows are bad."""
+        if count <= self.settings.max_bad_share * len(self.rows) and count < len(self.rows):
+            return
+        with self._lock:
+            bad = dict(self._bad)
+        some = [(self.rows[number].location, entry) for number, entry in list(bad.items())[:3]]
+        first = "; ".join(f"{place}: {entry['file']}: {entry['reason']}" for place, entry in some)
+        raise BadRowsError(
+            f"expected at most {self.settings.max_bad_share:.1%} bad rows; got {len(bad)} of {len(self.rows)}: {first}"
+            f"{'; ...' if len(bad) > 3 else ''}. Correct or delete these rows, or raise data.max_bad_share",
+            list(bad.values()),
+        )
+
+    def _choose_buckets(self, facts: Facts) -> tuple[list[Shape], np.ndarray, np.ndarray]:
+        """(shapes of the buckets, bucket of each row, size in bytes of each photo); both are -1 for a bad row."""
+        sizes = list(dict.fromkeys(self.settings.sizes))
+        size_of, reasons = assign_sizes(facts, sizes, self.settings.min_kept_share, self.settings.max_enlargement)
+        for number, reason in reasons.items():
+            self._record_bad_row(number, self.rows[number], reason)
+        self._check_bad_share()
+        more = pc.fill_null(pc.list_value_length(self.rows.column("references")), 0).to_numpy()
+        counts = np.unique(more).tolist()
+        bucket_of = np.where(size_of < 0, -1, np.searchsorted(counts, more) * len(sizes) + size_of).astype(np.int32)
+        bytes_ = np.where(size_of < 0, -1, facts.values["bytes"])
+        return [(size, count) for count in counts for size in sizes], bucket_of, bytes_
+
+    # ---- batches
+
+    def _make_batch(self, index: int, size: int, rank: int, world: int) -> Batch:
+        bucket, number = self._order.locate_batch(index, size * world)
+        first = number * size * world + rank * size
+        return collate([self._example_at(bucket, position) for position in range(first, first + size)])
+
+    def _example_at(self, bucket: int, position: int) -> Example:
+        """The example at a position of a bucket's endless stream. The next good row replaces a bad one."""
+        size, count = self._bucket_sizes[bucket]
+        for number in self._order.candidates(bucket, position):
+            if number in self._bad or self._shapes[self._bucket_of[number]][1] != count:
+                continue
+            row = self.rows[number]
+            try:
+                example = self._load_example(row, size)
+            except BadImage as error:
+                self._record_bad_row(number, row, str(error))
+                self._check_bad_share()
+                continue
+            return self._with_identity_edits(example, random.Random(f"{self.seed}/nothing/{bucket}/{position}"))
+        raise UserError(f"expected at least one readable photo in {self.folder}; got none; correct the data")
+
+    def _load_example(self, row: Row, size: tuple[int, int]) -> Example:
+        """A row as an example, with its pictures cropped to `size`."""
+        picture = load_photo(self._find_picture(row, row.file_name), size)
+        more = []
+        for name in row.references:
+            try:
+                more.append(load_photo(self._find_picture(row, name), size))
+            except BadImage as error:
+                raise BadImage(f"reference {name!r}: {error}") from error
+        texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
+        return Example(row.id, picture, *texts, tuple(more), row.questions)
+
+    def _with_identity_edits(self, item: Example, rng: random.Random) -> Example:
+        """The example; `nothing_share` of them become "do nothing" examples. A row whose only caption is the target
+        caption never does: that caption describes the edit."""
+        can_do_nothing = bool(item.source_caption) or not item.target_caption
+        if can_do_nothing and rng.random() < self.settings.nothing_share:
+            return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
+        return item
