@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -233,13 +234,12 @@ def _report_harder(
     base = _measure(_answers_of(answers, chosen)).share
     rows: list[Sequence[Cell]] = [("as they are", base, None)]
     for scale in SCALES:
-        changed = [_changed(e, lambda image, scale=scale: _at_scale(image, scale), of_both=True) for e in chosen]
+        changed = [_changed(e, partial(_at_scale, scale=scale), of_both=True) for e in chosen]
         rows.append(_harder_row(f"sides x {scale:g}, both pictures", subject, critic, changed))
     for noise in NOISES:
         generator = seeded_generator(subject.recipe.seed, "check", str(noise))
-        changed = [
-            _changed(e, lambda image, noise=noise, g=generator: _with_noise(subject, image, noise, g)) for e in chosen
-        ]
+        add_noise = partial(_with_noise, subject, noise=noise, generator=generator)
+        changed = [_changed(e, add_noise) for e in chosen]
         rows.append(_harder_row(f"edited picture through the VAE, latent noise {noise:g}", subject, critic, changed))
     section.add_table(f"Resolution and noise ({len(chosen)} edits)", ("pictures", "accuracy", "AUC"), rows)
     through_vae = rows[1 + len(SCALES)][1]
@@ -266,7 +266,7 @@ def _harder_row(name: str, subject: Subject, critic: Critic, edits: Sequence[Kno
 def _changed(edit: KnownEdit, change: Callable[[Tensor], Tensor], of_both: bool = False) -> KnownEdit:
     example = edit.example
     if of_both:
-        example = type(example)(**{**vars(example), "reference": change(example.reference)})
+        example = replace(example, reference=change(example.reference))
     return KnownEdit(edit.probe, example, change(edit.edited), edit.applied, edit.preserved)
 
 

@@ -73,7 +73,7 @@ def _report_photos(section: Section, subject: Subject) -> None:
             "Training replaces them by other rows.", "Correct or delete these rows.",
         )  # fmt: skip
     section.add("photos", "ok", f"{total}; {len(examples)} were decoded as training will see them.")
-    sizes = Counter(tuple(e.reference.shape[-2:]) for e in examples)
+    sizes = Counter((e.reference.shape[-2], e.reference.shape[-1]) for e in examples)
     rows = [(f"{w}x{h}", sizes[h, w], sizes[h, w] / len(examples)) for h, w in sorted(sizes)]
     section.add_table("Picture sizes (width x height) of the decoded examples", ("size", "examples", "share"), rows)
     flat = [e.id for e in examples if float(e.reference.std()) < 0.01]

@@ -11,7 +11,6 @@ A folder of labelled edits has the pictures and `metadata.jsonl`, one JSON objec
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def toy_labelled_edits(count: int, seed: int) -> list[KnownEdit]:
     rng = random.Random(f"check/{seed}")
     edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(count)]
     outcomes = [sample_outcome(edit, rng) for edit in edits]
-    pictures: Sequence[Tensor] = render([e.reference for e in edits] + outcomes)
+    pictures = render([e.reference for e in edits] + outcomes)
     found = []
     for i, (edit, outcome) in enumerate(zip(edits, outcomes, strict=True)):
         texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)

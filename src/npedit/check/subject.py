@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from npedit.data import Batch, Example
 from npedit.questions import IDENTITY_EDIT
 from npedit.recipe.config import Recipe, Stage
 from npedit.steps.base import Parts
+from npedit.training.parts import load_start_weights
 
 Size = tuple[int, int]
 
@@ -36,6 +39,15 @@ class Subject:
     parts: Parts
     options: CheckOptions
     examples: list[Example] = field(default_factory=list)
+    _student: nn.Module | None = None
+
+    def student(self) -> nn.Module:
+        """The student as training starts with it; the same object at every call, as a role has one adapter at a
+        time."""
+        if self._student is None:
+            self._student = self.parts.create_trainable("student", self.recipe.seed)
+            load_start_weights(self.recipe, self.parts, self._student)
+        return self._student
 
     @property
     def editing_stage(self) -> Stage | None:

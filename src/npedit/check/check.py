@@ -1,0 +1,58 @@
+"""Check a recipe before training: open its data and models as training does, and run the sections of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+from npedit.check.base import check_base
+from npedit.check.cost import check_cost
+from npedit.check.critic import check_critic
+from npedit.check.data import check_data
+from npedit.check.findings import CheckReport, Section
+from npedit.check.gradient import check_gradient
+from npedit.check.subject import CheckOptions, Subject, read_examples
+from npedit.errors import UserError, did_you_mean
+from npedit.recipe.config import Recipe
+from npedit.training.parts import build_parts, build_source, check_recipe_fits
+
+SECTIONS: dict[str, Callable[[Subject], Section]] = {
+    "data": check_data,
+    "critic": check_critic,
+    "gradient": check_gradient,
+    "base": check_base,
+    "cost": check_cost,
+}
+
+
+def check_recipe(
+    recipe: Recipe,
+    options: CheckOptions = CheckOptions(),
+    only: Collection[str] = (),
+    report_progress: Callable[[str], None] = lambda line: None,
+) -> CheckReport:
+    """The report of a recipe. `only` names the sections to run, () all. `report_progress` gets a line for each.
+
+    Raises:
+        UserError: data or models cannot be opened or do not fit together; an unknown section.
+    """
+    for name in only:
+        if name not in SECTIONS:
+            known, hint = ", ".join(SECTIONS), did_you_mean(name, SECTIONS)
+            raise UserError(f"--only: expected one of {known}; got {name!r}; correct it.{hint}")
+    recipe = recipe.model_copy(update={"judge": None})  # it takes no part in training
+    report_progress("Opening data and models")
+    data = build_source(recipe)
+    parts = build_parts(recipe)
+    check_recipe_fits(recipe, data, parts)
+    subject = Subject(recipe, data, parts, options, read_examples(data, options.samples))
+    if not subject.examples:
+        raise UserError("data: expected at least one example that is no 'do nothing' edit; got none; add rows")
+    sections = []
+    for name, run in SECTIONS.items():
+        if not only or name in only:
+            report_progress(f"Checking: {name}")
+            began = time.monotonic()
+            sections.append(run(subject))
+            sections[-1].seconds = time.monotonic() - began
+    return CheckReport(recipe.name, tuple(sections))
