@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli.check import check
 from npedit.cli.compare import compare
 from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.import_set import import_set
 from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
+from npedit.cli.prepare import prepare
 from npedit.cli.rehearse import rehearse
 from npedit.cli.toy import app as toy_app
 from npedit.cli.train import move_aside
@@ -71,8 +73,10 @@ for registered in (*evaluate_app.registered_commands, *toy_app.registered_comman
         registered.callback = exit_on_user_error(registered.callback)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(toy_app, name="toy")
+app.command()(exit_on_user_error(check))
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
+app.command()(exit_on_user_error(prepare))
 app.command("import")(exit_on_user_error(import_set))
 
 
