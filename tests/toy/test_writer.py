@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from command_line import run as npedit
-from writer_server import content, post, request_body, scene_picture, serving_writer
+from toy_writer_server import content, post, request_body, scene_picture, serving_writer
 
 from npedit.errors import UserError
 from npedit.toy import language, writer

@@ -1,0 +1,42 @@
+"""From photos alone to an editor: bare pictures, a writer behind HTTP, `npedit prepare`, training."""
+
+import json
+
+import pytest
+from command_line import run as npedit
+from toy_writer_server import serving_writer
+
+from benchmarks.photos_alone import write_set
+from npedit.toy.dataset import write_dataset
+from npedit.toy.edits import EDIT_TYPES
+from npedit.toy.grade import grade_dataset
+from npedit.toy.writer import ErrorRates
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("bare") / "photos", 24, seed=0, bare=True)
+
+
+def test_the_commands_of_the_documentation(photos, tmp_path):
+    folder, run = tmp_path / "set", tmp_path / "run"
+    with serving_writer(ErrorRates()) as (url, served):
+        words = ["--writer", url, "--writer-model", "toy-writer", "--jpeg-quality", 0, "--duplicates", "off"]
+        npedit("prepare", photos, "--out", folder, *words, "--types", ",".join(EDIT_TYPES), "--held-out", 0)
+        assert served.counts["look"] == 24 and served.counts["verify"] >= 40
+    rows, wrong, _ = grade_dataset(folder)
+    assert rows >= 40 and wrong == 0
+    kinds = {json.loads(line)["edit_type"] for line in (folder / "metadata.jsonl").read_text().splitlines()}
+    assert kinds == set(EDIT_TYPES)
+    data = ["data.name=imagefolder", f"data.path={folder}", "data.sizes=[[32, 32]]"]
+    short = ["stages.0.updates=1", "stages.1.updates=1", "stages.0.batch_size=2", "stages.1.batch_size=2"]
+    short += ["trainer.evaluate_items=9", "trainer.evaluate_every=0", "trainer.sample_every=0"]
+    npedit("train", "demo", *data, *short, "--out", run)
+    assert (run / "final").is_dir()
+
+
+def test_the_verifying_pass_takes_mistakes_out(photos, tmp_path):
+    wrong = write_set(photos, tmp_path / "wrong", 0.5, is_verified=False)
+    checked = write_set(photos, tmp_path / "checked", 0.5, is_verified=True)
+    assert wrong["wrong_share"] > 0.25 and checked["wrong_share"] < 0.1
+    assert checked["counts"]["rejected"] > 5 and checked["counts"]["rows"] < wrong["counts"]["rows"]
