@@ -107,14 +107,14 @@ def _metadata_below(folder: Path) -> Iterator[Path]:
     """The metadata files in a folder and its sub-folders, hidden ones left out. Errors as in `find_metadata`."""
     for place, names, files in os.walk(folder):
         names[:] = [name for name in names if not name.startswith((".", "__"))]
-        for name in files:
+        for name in [name for name in files if name in METADATA_FILES or name.lower().endswith(".zip")]:
             file = Path(place, name)
-            if name.lower().endswith(".zip") and _contains_metadata(file):
+            if name not in METADATA_FILES and _contains_metadata(file):
                 raise UserError(
                     f"expected metadata in files of their own; got {file}, which would not be read; unpack it, or move "
                     f"it out of {folder}"
                 )
-            if name in METADATA_FILES:
+            elif name in METADATA_FILES:
                 held_out = HELD_OUT_FOLDERS.intersection(part.lower() for part in file.parent.relative_to(folder).parts)
                 if held_out:
                     raise UserError(

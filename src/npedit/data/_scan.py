@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,34 @@ class Facts:
 
 
 Entry = tuple[int, int, int, int]  # as FACTS
-Inspect = Callable[[tuple[Any, ...], Entry | None], tuple[Entry, str]]  # (values of a row, what was known of it)
+Change = tuple[int, Entry, str]  # (place in the list, what is known now, why the photo cannot be used or "")
+# The rows of a list, as values by column, whose photo is not as it was, given what was known of each (None: nothing).
+Inspect = Callable[[Sequence[tuple[Any, ...]], Sequence[Entry] | None], list[Change]]
 
 
 def scan(
     rows: Rows, columns: Sequence[str], inspect: Inspect, old: Facts | None, check: Callable[[int], None]
 ) -> Facts:
-    """The facts of all rows. `inspect` gets the values of `columns` and the old entry of a row. `check` is called with
-    the number of bad photos so far, and may raise."""
-    found = Facts(np.zeros(len(rows), FACTS))
+    """The facts of all rows. `inspect` gets the values of `columns`. `check` is called with the number of bad photos so
+    far, and may raise."""
+    found = Facts(np.zeros(len(rows), FACTS) if old is None else old.values, dict(old.reasons) if old else {})
+    is_copy, bad = old is None, 0
     with ThreadPoolExecutor(THREADS, "scan") as pool:
         for first, chunk in _windows(rows, columns):
-            known = old.values[first : first + len(chunk)].tolist() if old else [None] * len(chunk)
+            known = old.values[first : first + len(chunk)].tolist() if old else None
             parts = [slice(i, i + WINDOW // THREADS) for i in range(0, len(chunk), WINDOW // THREADS)]
-            jobs = [pool.submit(_inspect_all, inspect, chunk[part], known[part]) for part in parts]
-            done = [result for job in jobs for result in job.result()]
-            found.values[first : first + len(chunk)] = [entry for entry, _ in done]
-            for number, (entry, reason) in enumerate(done, first):
-                if not entry[0]:
-                    found.reasons[number] = reason or (old.reasons.get(number, "") if old else "")
-            check(len(found.reasons))
+            jobs = [pool.submit(inspect, chunk[part], known[part] if known else None) for part in parts]
+            for part, job in zip(parts, jobs, strict=True):
+                for place, entry, reason in job.result():
+                    if not is_copy:
+                        found.values, is_copy = found.values.copy(), True
+                    number = first + part.start + place
+                    found.values[number] = entry
+                    found.reasons.pop(number, None)
+                    if not entry[0]:
+                        found.reasons[number] = reason
+            bad += int((found.values["height"][first : first + len(chunk)] == 0).sum())
+            check(bad)
     return found
 
 
@@ -60,12 +69,6 @@ def _windows(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[int, list[tup
         for start in range(0, len(values), WINDOW):
             yield first, values[start : start + WINDOW]
             first += len(values[start : start + WINDOW])
-
-
-def _inspect_all(
-    inspect: Inspect, values: list[tuple[Any, ...]], known: Sequence[Entry | None]
-) -> list[tuple[Entry, str]]:
-    return [inspect(row, old) for row, old in zip(values, known, strict=True)]
 
 
 def scan_kept(
@@ -80,7 +83,7 @@ def scan_kept(
                 _save(cache, name, scan(rows, columns, inspect, None, check))
     old = _load(cache, name, len(rows))
     found = scan(rows, columns, inspect, old, check)
-    if old is None or found.reasons != old.reasons or not np.array_equal(found.values, old.values):
+    if old is None or found.reasons != old.reasons or found.values is not old.values:
         _save(cache, name, found)
     return found
 
@@ -98,28 +101,30 @@ def _load(cache: Cache, name: str, count: int) -> Facts | None:
 
 
 def file_inspector(folders: Sequence[Path], max_pixels: int) -> Inspect:
-    """An `Inspect` for photos that are files, with the columns file_name, references and file. A file whose size and
-    time are as before is not opened. `folders` are those of the metadata files."""
-    prefixes = [str(folder) for folder in folders]
+    """An `Inspect` for photos that are files, with the columns file_name, file and, where rows have several,
+    references. A file whose size and time are as before is not opened. `folders` are those of the metadata files."""
+    prefixes = [f"{folder}/" for folder in folders]
 
-    def inspect(values: tuple[Any, ...], old: Entry | None) -> tuple[Entry, str]:
-        name, references, file = values
-        bytes_, time = -1, 0
-        try:
-            path = f"{prefixes[file]}/{relative_name(name)}"
+    def inspect(rows: Sequence[tuple[Any, ...]], known: Sequence[Entry] | None) -> list[Change]:
+        found = []
+        for place, (name, file, *references) in enumerate(rows):
+            bytes_, time = -1, 0
             try:
-                status = os.stat(path)
-                bytes_, time = status.st_size, status.st_mtime_ns
-            except (OSError, ValueError):
-                pass  # the next lines say what is wrong
-            if old is not None and bytes_ == old[2] and time == old[3] and bytes_ >= 0 and not references:
-                return old, ""
-            height, width = read_photo_size(Path(path), max_pixels)
-            for reference in references or ():
-                _check_reference(prefixes[file], reference, max_pixels)
-        except BadImage as error:
-            return (0, 0, bytes_, time), str(error)
-        return (height, width, bytes_, time), ""
+                path = prefixes[file] + relative_name(name)
+                try:
+                    status = os.stat(path)
+                    bytes_, time = status.st_size, status.st_mtime_ns
+                    if known and known[place][2] == bytes_ and known[place][3] == time and not any(references):
+                        continue
+                except (OSError, ValueError):
+                    pass  # the next lines say what is wrong
+                height, width = read_photo_size(Path(path), max_pixels)
+                for reference in chain(*references):
+                    _check_reference(prefixes[file], reference, max_pixels)
+                found.append((place, (height, width, bytes_, time), ""))
+            except BadImage as error:
+                found.append((place, (0, 0, bytes_, time), str(error)))
+        return found
 
     return inspect
 

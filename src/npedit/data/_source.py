@@ -319,6 +319,10 @@ class PhotoSource:
             list(bad.values()),
         )
 
+    def _reference_counts(self) -> np.ndarray:
+        """How many further references each row has."""
+        return pc.list_value_length(self.rows.column("references")).to_numpy()
+
     def _choose_buckets(self, facts: Facts) -> tuple[list[Shape], np.ndarray, np.ndarray]:
         """(shapes of the buckets, bucket of each row, size in bytes of each photo); both are -1 for a bad row."""
         sizes = list(dict.fromkeys(self.settings.sizes))
@@ -326,7 +330,7 @@ class PhotoSource:
         for number, reason in reasons.items():
             self._record_bad_row(number, self.rows[number], reason)
         self._check_bad_share()
-        more = pc.fill_null(pc.list_value_length(self.rows.column("references")), 0).to_numpy()
+        more = self._reference_counts()
         counts = np.unique(more).tolist()
         bucket_of = np.where(size_of < 0, -1, np.searchsorted(counts, more) * len(sizes) + size_of).astype(np.int32)
         bytes_ = np.where(size_of < 0, -1, facts.values["bytes"])

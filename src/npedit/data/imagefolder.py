@@ -74,7 +74,8 @@ class Source(PhotoSource):
 
     def _scan_photos(self, max_pixels: int) -> Facts:
         inspect = file_inspector([file.parent for file in self.metadata], max_pixels)
-        columns, name = ("file_name", "references", "file"), f"photos-{self.settings.share:g}"
+        columns = ["file_name", "file", *(["references"] if self._reference_counts().any() else [])]
+        name = f"photos-{self.settings.share:g}"
         return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early)
 
     def _stop_early(self, bad: int) -> None:
