@@ -1,38 +1,14 @@
 """`npedit prepare` from photos to a set that `datasets` opens, with a real server on this machine."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pytest
-from command_line import run
 from judge_server import images_of
 from PIL import Image
-from writer_server import passes_of, photo, photos, prompt_of, writing
+from writer_server import passes_of, photo, photos, prepare, prompt_of, rows_of, writing
 
 from npedit.data import imagefolder
-
-
-def rows_of(folder: Path, name: str = "metadata.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-
-def prepare(server, source, out, *words, code=0):
-    return run(
-        "prepare",
-        source,
-        "--out",
-        out,
-        "--writer",
-        server.url,
-        "--writer-model",
-        "tiny",
-        "--workers",
-        4,
-        *words,
-        code=code,
-    )
 
 
 def test_photos_become_a_set_that_datasets_and_training_open(tmp_path):

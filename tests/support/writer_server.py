@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import run
 from judge_server import Server, serving
 from PIL import Image
 
@@ -90,3 +91,24 @@ def writing(change: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None 
 
 def passes_of(server: Server) -> list[str]:
     return [form_of(body)[0] for body in server.bodies]
+
+
+def rows_of(folder: Path, name: str = "metadata.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(server, source, out, *words, code=0):
+    return run(
+        "prepare",
+        source,
+        "--out",
+        out,
+        "--writer",
+        server.url,
+        "--writer-model",
+        "tiny",
+        "--workers",
+        4,
+        *words,
+        code=code,
+    )

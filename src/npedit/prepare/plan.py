@@ -35,19 +35,19 @@ def refill_types(
 ) -> dict[str, list[str]]:
     """Further edit types for photos that have fewer than `count` rows: {photo: types}.
 
-    `made` are the types of a photo's rows, `asked` all types that it was asked for. Each photo gets types that it was
-    not asked for, those first of which most rows are missing. A function of its arguments.
+    `made` are the types of a photo's rows, `asked` all types that it was asked for. A photo gets types that it was not
+    asked for, those first of which there are fewest rows for their share. So a type that few photos admit does not
+    change the proportion of the others. A function of its arguments.
     """
     counts = Counter(kind for kinds in made.values() for kind in kinds)
-    target = {kind: share * count * len(photos) for kind, share in shares.items()}
     plan: dict[str, list[str]] = {}
     for photo in sorted(photos):
         for _ in range(count - len(made.get(photo, ()))):
             taken = {*asked.get(photo, ()), *plan.get(photo, ())}
-            lacking = {k: target[k] - counts[k] for k in shares if k not in taken}
-            if not lacking or max(lacking.values()) <= 0:
+            left = sorted(kind for kind in shares if kind not in taken)
+            if not left:
                 break
-            kind = max(sorted(lacking), key=lacking.__getitem__)
+            kind = min(left, key=lambda name: (counts[name] + 1) / shares[name])
             counts[kind] += 1
             plan.setdefault(photo, []).append(kind)
     return plan

@@ -1,0 +1,167 @@
+"""Finding and reading photos, their rights, near-duplicates, and the plan of edit types."""
+
+import json
+from collections import Counter
+
+import imagehash
+import pytest
+import skimage.data
+from PIL import Image, ImageEnhance
+from PIL.PngImagePlugin import PngInfo
+from writer_server import photo
+
+from npedit.errors import UserError
+from npedit.prepare import photos as scanning
+from npedit.prepare.duplicates import group_near_duplicates, join_groups
+from npedit.prepare.plan import refill_types, wanted_types
+from npedit.prepare.set_folder import draw_held_out
+
+
+def scan(folder, known=None, **more):
+    settings = {"max_pixels": 10_000, "min_side": 16, "workers": 2} | more
+    return scanning.scan_photos(folder, scanning.find_photos(folder), known or folder.parent / "k.jsonl", **settings)
+
+
+def test_bad_photos_are_listed_with_their_reasons(tmp_path):
+    folder = tmp_path / "p"
+    good = photo(folder / "good.png", 0)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes(good.read_bytes()[:-200])
+    (folder / "again.png").write_bytes(good.read_bytes())
+    photo(folder / "tiny.png", 1, (8, 40))
+    photo(folder / "huge.png", 2, (200, 100))
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "notes.txt").write_text("left out")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    found, bad = scan(folder)
+    reasons = {row["file"]: row["reason"] for row in bad}
+    assert [p["name"] for p in found] == ["again.png"]  # the first by name of two equal files
+    wanted = {
+        "empty.jpg": "an empty file", "text.png": "not a picture", "cut.png": "",
+        "good.png": "the same file as again.png",
+        "tiny.png": "below 16", "huge.png": "max_pixels", "moving.gif": "animation of 2", "gone.jpg": "No such file",
+    }  # fmt: skip
+    assert set(reasons) == set(wanted)
+    assert all(words in reasons[name] for name, words in wanted.items()), reasons
+
+
+@pytest.mark.parametrize("place", ["missing", "file", "empty"])
+def test_a_wrong_folder_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected .*photos.* correct the path"):
+        scanning.find_photos(tmp_path / place)
+
+
+def test_a_second_scan_reads_only_what_changed(tmp_path, monkeypatch):
+    folder = tmp_path / "p"
+    for number in range(3):
+        photo(folder / f"{number}.png", number)
+    first = scan(folder, known=tmp_path / "k.jsonl")
+    read = []
+    real = scanning.read_photo
+    monkeypatch.setattr(scanning, "read_photo", lambda data, most: read.append(1) or real(data, most))
+    assert scan(folder, known=tmp_path / "k.jsonl") == first and not read
+    photo(folder / "1.png", 9, (64, 64))
+    assert scan(folder, known=tmp_path / "k.jsonl") != first and len(read) == 1
+
+
+def test_rights_come_from_the_photo(tmp_path):
+    text = PngInfo()
+    text.add_text("Source", "https://example.org/1")
+    text.add_text("Copyright", "CC0")
+    photo(tmp_path / "p" / "a.png", 0, pnginfo=text)
+    xmp = b'<x xmpRights:WebStatement="https://creativecommons.org/licenses/by/4.0/"/>'
+    photo(tmp_path / "p" / "b.jpg", 1, xmp=xmp)
+    (a, b), _ = scan(tmp_path / "p")
+    assert (a["licence"], a["source"]) == ("CC0", "https://example.org/1")
+    assert b["licence"] == "https://creativecommons.org/licenses/by/4.0/"
+
+
+def test_a_table_of_rights(tmp_path):
+    table = tmp_path / "r.csv"
+    table.write_text("file_name,license,source\n./a.png,CC-BY,flickr\n")
+    assert scanning.read_rights_table(table) == {"a.png": {"licence": "CC-BY", "source": "flickr"}}
+    table.write_text("name,what\n")
+    with pytest.raises(UserError, match="file_name"):
+        scanning.read_rights_table(table)
+
+
+def facts(image, name):
+
+    rgb = image.convert("RGB")
+    return {
+        "id": name, "name": name, "phash": str(imagehash.phash(rgb)), "colours": scanning.thumbnail_colours(rgb)
+    }  # fmt: skip
+
+
+def test_near_duplicates_of_real_photos_are_grouped_and_others_are_not(tmp_path):
+    base = {
+        name: Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")
+    }
+    items = []
+    for name, image in base.items():
+        image = image.convert("RGB")
+        image.save(tmp_path / "x.jpg", quality=40)
+        items += [
+            facts(image, f"{name}-0"),
+            facts(image.resize((image.width // 2, image.height // 2)), f"{name}-1"),
+            facts(Image.open(tmp_path / "x.jpg"), f"{name}-2"),
+            facts(ImageEnhance.Brightness(image).enhance(1.03), f"{name}-3"),
+        ]
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    items += [facts(red, "red"), facts(blue, "blue")]
+    groups = group_near_duplicates(items)
+    for name in base:
+        assert {groups[f"{name}-{k}"] for k in range(4)} == {f"{name}-0"}
+    assert groups["red"] == "red" and groups["blue"] == "blue"  # equal hashes, other colours
+    assert len(set(groups.values())) == 6
+
+
+def test_joined_groups():
+    groups = {"a": "a", "b": "a", "c": "c", "d": "d"}
+    joined = join_groups(groups, [["b", "c"]])
+    assert joined["a"] == joined["b"] == joined["c"] != joined["d"]
+
+
+def test_planned_types_have_the_wanted_shares():
+    shares = {"add": 0.7, "remove": 0.2, "style": 0.1}
+    plans = [wanted_types(f"p{i}", shares, 2, 0) for i in range(2000)]
+    counts = Counter(kind for plan in plans for kind in plan)
+    assert all(len(plan) == 2 for plan in plans)
+    assert all(abs(counts[kind] / 4000 - share) < 0.02 for kind, share in shares.items())
+    assert wanted_types("p1", shares, 2, 0) == plans[1] and plans != [
+        wanted_types(f"p{i}", shares, 2, 1) for i in range(2000)
+    ]
+    equal = dict.fromkeys("abcdefghij", 0.1)
+    assert all(len(set(wanted_types(str(i), equal, 3, 0))) == 3 for i in range(100))  # none twice
+
+
+def test_a_refill_asks_for_what_is_missing_most():
+    shares = {"add": 0.5, "remove": 0.5}
+    asked = {p: ["add", "remove"] if p == "c" else ["add"] for p in "abc"}
+    plan = refill_types(["a", "b", "c"], {"a": ["add"], "b": [], "c": ["add"]}, asked, shares, 2)
+    assert plan == {"a": ["remove"], "b": ["remove"]}
+
+
+def test_held_out_rows_never_split_a_group():
+    rows = [{"id": f"r{i}", "photo": f"p{i // 2}", "edit_type": "add"} for i in range(100)]
+    groups = {f"p{i}": f"g{i // 5}" for i in range(50)}
+    held = set(draw_held_out(rows, groups, 0.1, 0))
+    assert len(held) == 10
+    held_groups = {groups[row["photo"]] for row in rows if row["id"] in held}
+    assert not held_groups & {groups[row["photo"]] for row in rows if row["id"] not in held}
+    assert draw_held_out(rows[:2], groups, 0.5, 0) == []  # the last row of a type stays for training
+
+
+def test_a_damaged_file_of_facts_is_read_again(tmp_path):
+    photo(tmp_path / "p" / "a.png", 0)
+    first = scan(tmp_path / "p", known=tmp_path / "k.jsonl")
+    with open(tmp_path / "k.jsonl", "ab") as file:
+        file.write(b'{"name": "a.png", "by')
+    assert scan(tmp_path / "p", known=tmp_path / "k.jsonl") == first
+    assert all(json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines())
