@@ -268,18 +268,18 @@ class _Importer:
 
 def report_lines(report: ImportReport) -> list[str]:
     """The report as sentences."""
-    lines = [f"{report.rows} rows, {report.photos} photos."]
+    lines = [f"Rows: {report.rows}. Photos: {report.photos}."]
     lines += [f"Edit types: {', '.join(f'{kind} {count}' for kind, count in report.types.most_common())}."]
     for caption, need in (("target_caption", "dmd_weight above 0"), ("source_caption", "the warm-up (reference_copy)")):
         if count := report.missing[caption]:
             lines.append(f"{caption} is empty in {count} of {report.rows} rows; training with {need} needs it.")
     if count := report.removals["from the instruction"]:
-        lines.append(f"The object of {count} removals is taken from the instruction.")
+        lines.append(f"Removals whose object is taken from the instruction: {count}.")
     if count := report.removals[OTHER]:
-        lines.append(f"{count} removals name no object that is plain; their edit type is {OTHER!r}.")
+        lines.append(f"Removals that name no object plainly, now of the edit type {OTHER!r}: {count}.")
     if report.bad_photos:
-        lines.append(f"{report.bad_photos} rows have no photo that can be used: bad_photos.jsonl gives the reasons.")
-    lines += [f"{count} edits are left out: {reason}." for reason, count in report.skipped.most_common()]
+        lines.append(f"Rows without a photo that can be used: {report.bad_photos}; bad_photos.jsonl gives the reasons.")
+    lines += [f"Edits that are left out: {count} ({reason})." for reason, count in report.skipped.most_common()]
     return [*lines, *report.notes]
 
 

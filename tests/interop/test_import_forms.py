@@ -1,0 +1,101 @@
+"""Importers of the forms of other trainers, and of tables with named columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from edit_sets import NO_PICTURE, photo, pixels_of, rows_of, write_file, write_lines, write_shard
+from opened_files import opened_files
+
+from npedit.errors import UserError
+from npedit.interop.import_set import import_set
+
+GENERIC = {
+    "edit-r1": ("train_metadata.jsonl", {"prompt": "p", "image": "1.png", "requirement": "r"}, "images/1.png"),
+    "flow-factory": ("train.jsonl", {"prompt": "p", "images": ["1.png", "2.png"]}, "images/1.png"),
+    "pref-grpo": ("rows.jsonl", {"instruction": "p", "source_image": "1.png", "target_image": "t.png"}, "1.png"),
+    "diffusers": ("metadata.jsonl", {"image": "t.png", "cond_image": "1.png", "caption": "p"}, "1.png"),
+    "diffsynth": ("metadata.json", [{"image": "t.png", "prompt": "p", "edit_image": "1.png"}], "1.png"),
+    "musubi": ("rows.jsonl", {"image_path": "t.png", "control_path_0": "1.png", "caption": "p"}, "1.png"),
+}
+
+
+@pytest.mark.parametrize("form", GENERIC)
+def test_forms_of_other_trainers(tmp_path, form):
+    name, record, place = GENERIC[form]
+    source = tmp_path / "data"
+    write_file(source / place, photo(1))
+    write_file(source / Path(place).with_name("2.png"), photo(2))
+    write_file(source / "t.png", NO_PICTURE)
+    write_file(source / name, record if isinstance(record, list) else json.dumps(record) + "\n")
+    with opened_files() as opened:
+        import_set(form, source, tmp_path / "set")
+    (row,) = rows_of(tmp_path / "set")
+    assert row["instruction"] == "p" and pixels_of(tmp_path / "set", row) == photo(1)
+    assert not any(p.endswith("t.png") for p in opened)
+    more = [(tmp_path / "set" / n).read_bytes() for n in row.get("reference_file_names", [])]
+    assert more == ([photo(2)] if form == "flow-factory" else [])
+
+
+def test_diffsynth_csv(tmp_path):
+    write_file(tmp_path / "1.png", photo(1))
+    path = write_file(tmp_path / "metadata.csv", "image,prompt,edit_image\nt.png,make it night,1.png\n")
+    import_set("diffsynth", path, tmp_path / "set")
+    assert rows_of(tmp_path / "set")[0]["instruction"] == "make it night"
+
+
+def test_caption_files(tmp_path):
+    write_file(tmp_path / "edited" / "a.txt", "make it night\n")
+    write_file(tmp_path / "edited" / "a.png", NO_PICTURE)
+    write_file(tmp_path / "control" / "a.png", photo(1))
+    with opened_files() as opened:
+        import_set("caption-files", tmp_path / "edited", tmp_path / "set", tmp_path / "control")
+    (row,) = rows_of(tmp_path / "set")
+    assert (row["id"], row["instruction"]) == ("a", "make it night") and pixels_of(tmp_path / "set", row) == photo(1)
+    assert str(tmp_path / "edited" / "a.png") not in opened
+
+
+def test_webdataset_shards(tmp_path):
+    fields = {"instruction": "make it night", "edit_type": "style", "target_caption": "night"}
+    members = {"a.jpg": photo(1, "JPEG"), "a.json": json.dumps(fields).encode(), "a.edited.jpg": NO_PICTURE}
+    members |= {"b.png": photo(2), "b.txt": b"remove the dog", "c.jpg": NO_PICTURE, "c.txt": b"broken photo"}
+    report = import_set("webdataset", write_shard(tmp_path / "0.tar", members), tmp_path / "set")
+    found = rows_of(tmp_path / "set")
+    assert [(r["id"], r["instruction"], r["target_caption"]) for r in found] == [
+        ("a", "make it night", "night"),
+        ("b", "remove the dog", ""),
+    ]
+    assert pixels_of(tmp_path / "set", found[1]) == photo(2)
+    assert report.bad_photos == 1
+
+
+def test_columns_that_are_named_or_plain(tmp_path):
+    write_file(tmp_path / "1.png", photo(1))
+    path = write_lines(tmp_path / "rows.jsonl", [{"input_image": "1.png", "prompt": "p", "after": "t.png"}])
+    report = import_set("columns", path, tmp_path / "plain")
+    assert "Photos: column 'input_image', by its name." in report.notes
+    named = write_lines(tmp_path / "named.jsonl", [{"before": "1.png", "words": "p", "says": "c"}])
+    columns = {"photo": "before", "instruction": "words", "target_caption": "says"}
+    import_set("columns", named, tmp_path / "named", columns=columns)
+    assert rows_of(tmp_path / "named")[0]["target_caption"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"image": "a", "edited_image": "b", "prompt": "p"}, {}, "give --column photo"),
+        ({"image": "a", "edit_image": "b", "prompt": "p"}, {}, "give --column photo"),
+        ({"image": "a", "prompt": "p", "caption": "c"}, {}, "give --column instruction"),
+        ({"image": "a", "edited_image": "b", "prompt": "p"}, {"photo": "edited_image"}, "never opened"),
+        ({"image": "a", "prompt": "p"}, {"photo": "imge"}, "Did you mean 'image'"),
+        ({"image": "a", "prompt": "p"}, {"foto": "image"}, "Did you mean 'photo'"),
+    ],
+)
+def test_columns_that_are_not_clear_are_refused(tmp_path, row, columns, said):
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        import_set("columns", path, tmp_path / "set", columns=columns)
+    assert said in str(caught.value)
+    assert not (tmp_path / "set").exists()
