@@ -7,6 +7,8 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from torch import nn
+
 from npedit.check.findings import Cell, Section
 from npedit.check.subject import Subject
 from npedit.check.trial import build_step, measure_memory, run_update
@@ -38,7 +40,9 @@ def check_cost(subject: Subject) -> Section:
                     raise
                 _report_out_of_memory(section, subject, stage, failed_part(error))
                 return section
-    _report_phases(section, seconds, memory, expected)
+    held = memory.baseline if is_accelerator(subject.parts.device) else _model_bytes(subject) / GIB
+    measured = {name: peak + held for name, peak in memory.peaks.items()} if memory.can_measure else {}
+    _report_phases(section, seconds, measured, expected)
     _report_eta(section, subject, seconds)
     return section
 
@@ -75,6 +79,15 @@ def _measure_stage(section: Section, subject: Subject, stage: Stage, seconds: di
         section.add("update-finite", "ok", f"{stage.step}: losses and gradients of {UPDATES} updates are finite.")
 
 
+def _model_bytes(subject: Subject) -> int:
+    """The weights of all open models, and of the student."""
+    parts = subject.parts
+    modules = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]
+    modules += [subject.student(), *([parts.critic.model] if parts.critic else [])]
+    weights = {id(p): p.numel() * p.element_size() for m in modules for p in m.parameters()}
+    return sum(weights.values())
+
+
 def _report_out_of_memory(section: Section, subject: Subject, stage: Stage, part: str) -> None:
     section.add(
         "out-of-memory", "will not learn", f"{stage.step}: the memory of {device_name(subject.parts.device)} was "
@@ -83,19 +96,21 @@ def _report_out_of_memory(section: Section, subject: Subject, stage: Stage, part
     )  # fmt: skip
 
 
-def _report_phases(section: Section, seconds: dict[str, float], memory: PhaseMemory, expected: Estimate | None) -> None:
-    measured = memory.peaks if memory.can_measure else {}
+def _report_phases(
+    section: Section, seconds: dict[str, float], measured: dict[str, float], expected: Estimate | None
+) -> None:
+    """Add the table of phases; `measured` is the peak memory in GiB by phase."""
     planned = {phase.name: phase.total / GIB for phase in expected.phases} if expected else {}
     names = dict.fromkeys([*seconds, *measured, *planned])
     rows: list[tuple[Cell, ...]] = [(n, seconds.get(n), measured.get(n), planned.get(n)) for n in names]
     section.add_table(
-        f"Phases of an update (time of update {UPDATES}; memory beyond what the process held before)",
+        f"Phases of an update (time of update {UPDATES}; memory with the models)",
         ("phase", "seconds", "peak GiB", "estimate GiB"),
         rows,
     )
     if measured and expected:
-        section.add("memory", "ok", f"Peak memory: {max(measured.values()):.2f} GiB beyond the models that were open; "
-                    f"estimate with the models: {expected.peak.total / GIB:.2f} GiB.")  # fmt: skip
+        section.add("memory", "ok", f"Peak memory: {max(measured.values()):.2f} GiB, models included; estimate: "
+                    f"{expected.peak.total / GIB:.2f} GiB.")  # fmt: skip
 
 
 def _report_eta(section: Section, subject: Subject, seconds: dict[str, float]) -> None:
