@@ -55,6 +55,23 @@ def test_caption_files(tmp_path):
     (row,) = rows_of(tmp_path / "set")
     assert (row["id"], row["instruction"]) == ("a", "make it night") and pixels_of(tmp_path / "set", row) == photo(1)
     assert str(tmp_path / "edited" / "a.png") not in opened
+    with pytest.raises(UserError, match="expected --photos"):
+        import_set("caption-files", tmp_path / "edited", tmp_path / "other")
+
+
+def test_a_folder_of_photos_and_instructions(tmp_path):
+    write_file(tmp_path / "photos" / "a.png", photo(1))
+    write_file(tmp_path / "photos" / "more" / "b.jpg", photo(2, "JPEG"))
+    write_file(tmp_path / "photos" / "instructions.txt", "make it night\n\nremove the sky\n")
+    report = import_set("folder", tmp_path / "photos", tmp_path / "set")
+    found = rows_of(tmp_path / "set")
+    assert [(r["id"], r["instruction"]) for r in found] == [
+        ("a.png-1", "make it night"),
+        ("a.png-2", "remove the sky"),
+        ("more/b.jpg-1", "make it night"),
+        ("more/b.jpg-2", "remove the sky"),
+    ]
+    assert report.photos == 2 and pixels_of(tmp_path / "set", found[2]) == photo(2, "JPEG")
 
 
 def test_webdataset_shards(tmp_path):

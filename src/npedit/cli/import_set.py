@@ -14,7 +14,7 @@ from npedit.errors import UserError
 out = Console(highlight=False, soft_wrap=True)
 FORMATS = (
     "pico-banana, gpt-image-edit, magicbrush, instructpix2pix, ultraedit, omniedit, merged-list, edit-r1, "
-    "flow-factory, pref-grpo, promptrl, diffusers, diffsynth, musubi, caption-files, webdataset, columns"
+    "flow-factory, pref-grpo, promptrl, diffusers, diffsynth, musubi, caption-files, folder, webdataset, columns"
 )
 
 

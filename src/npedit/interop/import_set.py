@@ -73,6 +73,11 @@ def import_set(
         raise UserError(f"expected a format among {', '.join(FORMS)}; got {name!r}.{did_you_mean(name, FORMS)}")
     if photos is not None and not photos.is_dir():
         raise UserError(f"--photos: expected a folder; got {photos}, which is none; check the path")
+    if FORMS[name].needs_photos and photos is None:
+        raise UserError(
+            f"{name}: expected --photos; got none; give the folder of the references. The pictures beside the caption "
+            "files may be edited images"
+        )
     lists, left_out = find_lists(source, FORMS[name].files)
     report = ImportReport(notes=list(FORMS[name].notes))
     if left_out:

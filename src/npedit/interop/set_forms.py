@@ -50,6 +50,7 @@ class SetForm:
     also: tuple[str, ...] = ()  # further columns that `split` reads
     files: tuple[str, ...] = ("*.parquet",)
     photo_folders: tuple[str, ...] = (".",)
+    needs_photos: bool = False  # the pictures beside the lists may be edited images, so --photos must be given
     licence: str = ""
     notes: tuple[str, ...] = ()
     split: Callable[[SetForm, Record], Iterator[Entry]] = field(default=lambda form, record: one_entry(form, record))
@@ -282,7 +283,14 @@ FORMS = {
         instruction=("instruction",),
         id=("id",),
         files=("*.txt",),
-        notes=("The pictures beside the caption files are edited images and are not opened.",),
+        needs_photos=True,
+    ),
+    "folder": SetForm(
+        "photos and a file instructions.txt: every instruction for every photo",
+        photo=("photo",),
+        instruction=("instruction",),
+        id=("id",),
+        files=("instructions.txt",),
     ),
     "webdataset": SetForm(
         "WebDataset shards",
@@ -306,10 +314,3 @@ FORMS = {
         files=("*.parquet", "*.jsonl", "*.csv", "*.json"),
     ),
 }
-
-
-def describe_form(name: str) -> str:
-    """One line about a form for the help text."""
-    form = FORMS[name]
-    columns = ", ".join((*form.photo[:1], *form.instruction[:1])) or "your own columns"
-    return f"{name}: {form.title} ({columns})"

@@ -22,6 +22,7 @@ from npedit.errors import UserError, did_you_mean
 
 HELD_OUT_SPLITS = ("test", "dev", "val", "valid", "validation", "eval")
 BATCH = 64  # rows of a parquet file in memory at a time
+INSTRUCTIONS = "instructions.txt"
 PHOTO_MEMBERS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 200_000_000
 
@@ -148,8 +149,18 @@ def _read_csv(path: Path, columns: Collection[str]) -> Iterator[Located]:
 
 
 def _read_caption_file(path: Path, columns: Collection[str]) -> Iterator[Located]:
-    """One record: the file's text, and the name without suffix, which is the photo's too."""
+    """One record: the file's text, and the name without suffix, which is the photo's too. A file `instructions.txt`
+    gives a record for each of its lines and each picture of its folder and sub-folders."""
     text = path.read_text(encoding="utf-8-sig").strip()
+    if path.name == INSTRUCTIONS:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        photos = sorted(p for p in path.parent.rglob("*") if p.suffix.lower().lstrip(".") in PHOTO_MEMBERS)
+        for photo in photos:
+            name = photo.relative_to(path.parent).as_posix()
+            for number, line in enumerate(lines, 1):
+                values = {"instruction": line, "photo": name, "id": f"{name}-{number}"}
+                yield Located(values, f"{path.name}:{number}", path.parent)
+        return
     yield Located({"instruction": text, "photo": path.stem, "id": path.stem}, path.name, path.parent)
 
 
