@@ -32,7 +32,7 @@ MISCALIBRATED = 0.2
 LARGEST_DROP = 0.15  # of accuracy, by what every sample of a student has
 SCALES = (0.5, 0.25)  # of the sides
 NOISES = (0.0, 0.1, 0.2, 0.4)  # standard deviation of noise on the latents
-HARDER_CASES = 96  # edits that resolution and noise are tried on
+HARDER_SHARE = 2  # edits that resolution and noise are tried on, for each of `CheckOptions.samples`
 SHOWN = 10
 
 
@@ -229,7 +229,7 @@ def _report_harder(
     section: Section, subject: Subject, critic: Critic, edits: Sequence[KnownEdit], answers: Sequence[Answer]
 ) -> None:
     """Accuracy at lower resolution, and on pictures with noise in their latents, as a few-step sample has."""
-    stride = max(1, len(edits) // HARDER_CASES)
+    stride = max(1, len(edits) // (HARDER_SHARE * subject.options.samples))
     chosen = list(edits[::stride])
     base = _measure(_answers_of(answers, chosen)).share
     rows: list[Sequence[Cell]] = [("as they are", base, None)]

@@ -123,7 +123,7 @@ def _report_crops(section: Section, data: Any) -> None:
 
 def _rows_with_files(data: Any) -> Sequence[Any]:
     """The rows of a data source whose photos are files of their own; empty for any other source."""
-    rows = getattr(data, "rows", ())
+    rows: Sequence[Any] = getattr(data, "rows", ())
     has_files = len(rows) and hasattr(rows[0], "photo_path") and getattr(rows[0], "offset", -1) < 0
     return rows if has_files else ()
 

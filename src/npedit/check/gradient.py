@@ -155,8 +155,11 @@ def _report_learning_rate(section: Section, subject: Subject, stage: Stage, stud
     for p, kept in zip(weights, before, strict=True):
         set_weight(p, kept)
     change = float((new - old).norm() / old.norm().clamp_min(1e-12))
-    _judge_learning_rate(section, f"{stage.step}: one update at the full learning rate {learner.lr:g} changes the "
-                         f"student's output by {change:.0%} of its size.", change)  # fmt: skip
+    fact = (
+        f"{stage.step}: one update at the full learning rate {learner.lr:g}, without warm-up, changes the student's "
+        f"output by {change:.0%} of its size."
+    )
+    _judge_learning_rate(section, fact, change)
 
 
 def _first_batch(subject: Subject) -> Batch:
