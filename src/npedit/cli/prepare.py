@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from npedit.errors import UserError, npedit_command
 
 if TYPE_CHECKING:
     from npedit.prepare.prepare import Progress, ReportProgress
+    from npedit.prepare.prompts import Prompts
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -117,31 +119,65 @@ def prepare(
 
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
-    from npedit.prepare.asking import Meter
-    from npedit.prepare.photos import read_rights_table
-    from npedit.prepare.prepare import PrepareSettings
-    from npedit.prepare.prepare import prepare as make_set
-    from npedit.prepare.prompts import LOCAL_TYPES, load_prompts, parse_shares
-
     if merge:
         merge_shards([Path(word) for word in words])
         return
     photos, target = check_options(words, folder, writer, duplicates, max_cost, price_in + price_out)
-    loaded = load_prompts(prompts, custom, language)
-    shares = parse_shares(types or ",".join(LOCAL_TYPES), list(loaded.edit_types))
-    settings = PrepareSettings(
-        shares, per_photo, side, seed, rounds, duplicates,
-        subjects=subjects, held_out=held_out, shard=parse_shard(shard),
-    )  # fmt: skip
-    table = read_rights_table(licences) if licences else {}
+    loaded, shares = load_wishes(prompts, custom, language, types)
+    choices = {"subjects": subjects, "held_out": held_out, "shard": parse_shard(shard)}
     models = open_models(writer, writer_model, verifier, verifier_model, verify, workers, jpeg_quality, parameters)
-    meter = Meter(price_in, price_out, max_cost)
-    if dry_run:
-        show_dry_run(photos, target, settings, loaded, models, meter, dry_run)
-        return
-    with progress_display(bool(price_in or price_out)) as report:
-        facts = make_set(photos, target, settings, loaded, *models, meter, table, report)
-    print_summary(target, facts)
+    job = Job(
+        photos, target, loaded, models, licences, (price_in, price_out, max_cost),
+        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds,
+         "duplicates": duplicates, **choices},
+    )  # fmt: skip
+    show_dry_run(job, dry_run) if dry_run else run_job(job)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `npedit prepare`: `models` are (writer, verifier or None), `prices` are (in, out, ceiling),
+    `settings` are those of `PrepareSettings`."""
+
+    photos: Path
+    target: Path
+    prompts: Prompts
+    models: tuple[Any, Any]
+    licences: Path | None
+    prices: tuple[float, float, float]
+    settings: dict[str, Any]
+
+
+def run_job(job: Job) -> None:
+    """Make the set and print what was made.
+
+    Raises:
+        UserError: bad input, a model that cannot be reached, or the cost ceiling.
+    """
+    from npedit.prepare.asking import Meter
+    from npedit.prepare.photos import read_rights_table
+    from npedit.prepare.prepare import PrepareSettings
+    from npedit.prepare.prepare import prepare as make_set
+
+    table = read_rights_table(job.licences) if job.licences else {}
+    settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
+    with progress_display(any(job.prices)) as report:
+        facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report)
+    print_summary(job.target, facts)
+
+
+def load_wishes(
+    folder: Path | None, custom: Path | None, language: str, types: str
+) -> tuple[Prompts, dict[str, float]]:
+    """(prompts, wanted shares of the edit types).
+
+    Raises:
+        UserError: a prompt, the custom file or a type is wrong.
+    """
+    from npedit.prepare.prompts import LOCAL_TYPES, load_prompts, parse_shares
+
+    loaded = load_prompts(folder, custom, language)
+    return loaded, parse_shares(types or ",".join(LOCAL_TYPES), list(loaded.edit_types))
 
 
 def check_options(
@@ -268,14 +304,15 @@ def print_summary(folder: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def show_dry_run(
-    photos: Path, target: Path, settings: Any, prompts: Any, models: tuple[Any, Any], meter: Any, count: int
-) -> None:
+def show_dry_run(job: Job, count: int) -> None:
     """Ask for a few photos; print each request and answer, and what all photos would take. The answers are kept."""
+    from npedit.prepare.asking import Meter
     from npedit.prepare.dry_run import dry_run
+    from npedit.prepare.prepare import PrepareSettings
 
+    settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
     with progress_display(False) as report:
-        found = dry_run(photos, target, settings, prompts, *models, meter, count, report)
+        found = dry_run(job.photos, job.target, settings, job.prompts, *job.models, meter, count, report)
     for exchange in found.exchanges:
         out.print(f"[bold]{escape(exchange.title)}[/]")
         out.print(escape(exchange.question), "", escape(exchange.answer), "", sep="\n")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 HASH_BITS = 64
-MAX_BITS = 6  # that may differ between the hashes of near-duplicates
-MAX_COLOUR = 12.0  # root mean square difference of the thumbnails, of 255
+MAX_BITS = 4  # that may differ between the hashes of near-duplicates
+MAX_COLOUR = 8.0  # root mean square difference of the thumbnails, of 255
 
 
 def group_near_duplicates(
