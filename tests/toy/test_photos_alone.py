@@ -40,3 +40,14 @@ def test_the_verifying_pass_takes_mistakes_out(photos, tmp_path):
     checked = write_set(photos, tmp_path / "checked", 0.5, is_verified=True)
     assert wrong["wrong_share"] > 0.25 and checked["wrong_share"] < 0.1
     assert checked["counts"]["rejected"] > 5 and checked["counts"]["rows"] < wrong["counts"]["rows"]
+
+
+def test_broken_answers_and_a_server_without_structured_output(photos, tmp_path):
+    folder = tmp_path / "set"
+    with serving_writer(ErrorRates(broken=0.5), structured=False) as (url, served):
+        words = ["--writer", url, "--writer-model", "toy-writer", "--jpeg-quality", 0, "--duplicates", "off"]
+        npedit("prepare", photos, "--out", folder, *words, "--types", "style,background,move", "--held-out", 0)
+    rows, wrong, _ = grade_dataset(folder)
+    rejected = [json.loads(line)["reason"] for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert served.counts["broken"] > 5 and any("unreadable" in reason for reason in rejected)
+    assert wrong == 0 and rows >= 20
