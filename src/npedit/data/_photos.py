@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -121,8 +121,8 @@ def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, keep_alpha: b
             return to_srgb(image, keep_alpha)
 
 
-def read_photo_size(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of a photo as it is shown, read from its header. `source` is a file or a file's bytes.
+def read_photo_size(source: Path | bytes | IO[bytes], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of a photo as it is shown, read from its header. `source` is a file's path, its bytes, or the open file.
 
     Raises:
         BadImage: missing, empty, not an image, too large, or broken as far as the header tells.
@@ -151,10 +151,10 @@ def load_photo(source: Path | bytes, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
-def _open_image(source: Path | bytes) -> Image.Image:
+def _open_image(source: Path | bytes | IO[bytes]) -> Image.Image:
     if isinstance(source, Path):
         _require_file(source)
-    elif not source:
+    elif source == b"":
         raise BadImage("an empty file")
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -72,9 +72,16 @@ def _windows(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[int, list[tup
 
 
 def scan_kept(
-    rows: Rows, columns: Sequence[str], inspect: Inspect, cache: Cache | None, name: str, check: Callable[[int], None]
+    rows: Rows,
+    columns: Sequence[str],
+    inspect: Inspect,
+    cache: Cache | None,
+    name: str,
+    check: Callable[[int], None],
+    can_change: bool = True,
 ) -> Facts:
-    """`scan`, with the facts of the last start, which `cache` keeps under `name`."""
+    """`scan`, with the facts of the last start, which `cache` keeps under `name`. They are taken as they are if photos
+    cannot change while the cache is valid."""
     if cache is None:
         return scan(rows, columns, inspect, None, check)
     if _load(cache, name, len(rows)) is None:
@@ -82,6 +89,8 @@ def scan_kept(
             if _load(cache, name, len(rows)) is None:
                 _save(cache, name, scan(rows, columns, inspect, None, check))
     old = _load(cache, name, len(rows))
+    if old is not None and not can_change:
+        return old
     found = scan(rows, columns, inspect, old, check)
     if old is None or found.reasons != old.reasons or found.values is not old.values:
         _save(cache, name, found)
@@ -124,6 +133,26 @@ def file_inspector(folders: Sequence[Path], max_pixels: int) -> Inspect:
                 found.append((place, (height, width, bytes_, time), ""))
             except BadImage as error:
                 found.append((place, (0, 0, bytes_, time), str(error)))
+        return found
+
+    return inspect
+
+
+def bytes_inspector(find_all: Callable[[tuple[Any, ...]], Iterable[IO[bytes]]], max_pixels: int) -> Inspect:
+    """An `Inspect` for pictures inside other files. `find_all` gives those of a row, its photo first."""
+
+    def inspect(rows: Sequence[tuple[Any, ...]], known: Sequence[Entry] | None) -> list[Change]:
+        found = []
+        for place, values in enumerate(rows):
+            size, photo = -1, (0, 0)
+            try:
+                for number, file in enumerate(find_all(values)):
+                    height_and_width = read_photo_size(file, max_pixels)
+                    if number == 0:
+                        photo, size = height_and_width, file.seek(0, os.SEEK_END)
+                found.append((place, (*photo, size, 0), ""))
+            except BadImage as error:
+                found.append((place, (0, 0, size, 0), str(error)))
         return found
 
     return inspect

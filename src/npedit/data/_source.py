@@ -300,17 +300,19 @@ class PhotoSource:
             self._bad[number] = entry
         log.warning("bad row: %s: %s: %s", row.location, row.file_name, reason)
 
+    def _stop_early(self, bad: int) -> None:
+        """Stop while the photos of a large set are looked for, if too many are bad."""
+        if len(self.rows) > CHUNK and bad > self.settings.max_bad_share * len(self.rows):
+            raise UserError(
+                f"expected at most {self.settings.max_bad_share:.1%} bad rows; got {bad} of the first ones of "
+                f"{len(self.rows)} in {self.folder}; correct data.path, or raise data.max_bad_share"
+            )
+
     def _check_bad_share(self) -> None:
         with self._lock:
-            count = len(self._bad)
-        self._check_bad_count(count)
-
-    def _check_bad_count(self, count: int) -> None:
-        """Stop if so many rows are bad."""
-        if count <= self.settings.max_bad_share * len(self.rows) and count < len(self.rows):
-            return
-        with self._lock:
             bad = dict(self._bad)
+        if len(bad) <= self.settings.max_bad_share * len(self.rows) and len(bad) < len(self.rows):
+            return
         some = [(self.rows[number].location, entry) for number, entry in list(bad.items())[:3]]
         first = "; ".join(f"{place}: {entry['file']}: {entry['reason']}" for place, entry in some)
         raise BadRowsError(

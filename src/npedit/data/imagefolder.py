@@ -21,7 +21,7 @@ from typing import Any
 from npedit.data._formats import edited_columns, read_rows
 from npedit.data._metadata import FieldName, Row, find_metadata, relative_name
 from npedit.data._photos import BadImage
-from npedit.data._rows import CHUNK, Cache, Rows, open_rows
+from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, file_inspector, scan_kept
 from npedit.data._source import IDENTITY_INSTRUCTIONS as IDENTITY_INSTRUCTIONS
 from npedit.data._source import PhotoSettings, PhotoSource
@@ -77,14 +77,6 @@ class Source(PhotoSource):
         columns = ["file_name", "file", *(["references"] if self._reference_counts().any() else [])]
         name = f"photos-{self.settings.share:g}"
         return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early)
-
-    def _stop_early(self, bad: int) -> None:
-        """Stop while the photos of a large set are looked for, if too many are bad."""
-        if len(self.rows) > CHUNK and bad > self.settings.max_bad_share * len(self.rows):
-            raise UserError(
-                f"expected at most {self.settings.max_bad_share:.1%} bad rows; got {bad} of the first ones of "
-                f"{len(self.rows)} in {self.folder}; correct data.path, or raise data.max_bad_share"
-            )
 
     def _find_picture(self, row: Row, name: str) -> Path | bytes:
         return row.metadata.parent / relative_name(name)

@@ -1,0 +1,217 @@
+"""Photos in tar files, as the library webdataset reads them. No edited images.
+
+    data: {name: webdataset, path: shards/}            every .tar in the folder, in the order of their names
+    data: {name: webdataset, path: "shards/{000..099}.tar"}
+
+A sample is the files of one key: `0001.jpg`, and `0001.json` with the fields of a line of metadata.jsonl (without
+`file_name`), or `0001.txt` with the instruction alone. `data.columns` says which file is the photo where there are
+several: {file_name: source.jpg}. `reference_file_names` in the JSON are further files of the same key: ["ref.jpg"].
+No other picture is opened.
+
+Tar files on a disk are read at any place: the first start notes where each picture is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+
+from npedit.data._metadata import EDITED_COLUMN, FieldName, Row, parse_row
+from npedit.data._photos import BadImage
+from npedit.data._rows import Cache, Rows, open_rows
+from npedit.data._scan import Facts, bytes_inspector, scan_kept
+from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CACHED_FROM = 64 << 20  # bytes of tar files; the index of smaller sets is made at each start
+TEXTS = ("json", "txt")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+Member = tuple[int, int]  # where a file begins in the tar file, and its length, in bytes
+
+
+class Settings(PhotoSettings):
+    """Which tar files, and how their photos are cropped."""
+
+
+class Source(PhotoSource):
+    """The samples of all tar files as batches."""
+
+    def _open_rows(self, path: str, columns: Mapping[FieldName, str]) -> Rows:
+        self.shards = find_shards(path)
+        self.folder = self.shards[0].parent
+        states, parse = [shard.stat() for shard in self.shards], partial(read_rows, self.shards, columns)
+        if sum(state.st_size for state in states) < CACHED_FROM:
+            return open_rows(parse(), self.shards, self.folder)
+        sizes_and_times = [(state.st_size, state.st_mtime_ns) for state in states]
+        self._cache = Cache(["webdataset", Path(path).resolve(), dict(columns)], [self.shards, sizes_and_times])
+        return self._cache.rows(parse, self.shards, self.folder)
+
+    def _scan_photos(self, max_pixels: int) -> Facts:
+        inspect = bytes_inspector(self._all_pictures, max_pixels)
+        columns, name = ("file", "offset", "length", "references"), f"photos-{self.settings.share:g}-{max_pixels}"
+        return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early, can_change=False)
+
+    def _all_pictures(self, values: tuple[Any, ...]) -> Iterator[IO[bytes]]:
+        file, offset, length, references = values
+        yield BytesIO(_read(self.shards[file], (offset, length)))
+        for name in references:
+            yield BytesIO(_read(self.shards[file], _member_of(name)))
+
+    def _find_picture(self, row: Row, name: str) -> Path | bytes:
+        return _read(row.metadata, (row.offset, row.length) if name == row.file_name else _member_of(name))
+
+
+def _read(shard: Path, member: Member) -> bytes:
+    """The content of a file inside a tar file.
+
+    Raises:
+        BadImage: it is empty, or the tar file cannot be read.
+    """
+    try:
+        with shard.open("rb") as file:
+            file.seek(member[0])
+            content = file.read(member[1])
+    except OSError as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+    if not content:
+        raise BadImage("an empty file")
+    return content
+
+
+def find_shards(path: str) -> list[Path]:
+    """The tar files in a folder, or those that a pattern with braces names.
+
+    Raises:
+        UserError: there is none, or one of the pattern is missing.
+    """
+    place = Path(path).expanduser()
+    found = sorted(place.glob("*.tar")) if place.is_dir() else [Path(p).expanduser() for p in expand_urls(path)]
+    missing = [shard for shard in found if not shard.is_file()]
+    if not found or missing:
+        raise UserError(
+            f"data.path: expected a folder of .tar files, or their names with braces, such as shards/{{000..099}}.tar; "
+            f"got {path!r}, {f'where {missing[0]} is missing' if missing else 'which has none'}; correct it"
+        )
+    return found
+
+
+def read_rows(shards: Sequence[Path], columns: Mapping[FieldName, str]) -> Iterator[Row]:
+    """The rows of these tar files: one for each sample.
+
+    Raises:
+        UserError: names the tar file and the number of the sample: the tar file is damaged, the fields are not JSON, or
+            an error of `parse_row`.
+    """
+    for shard in shards:
+        number, ignored = 0, set[str]()
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for key, members in _samples(tar):
+                    number += 1
+                    ignored |= {kind for kind in members if EDITED_COLUMN.fullmatch(kind.split(".")[0])}
+                    yield _as_row(tar, key, members, columns, shard, number)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(
+                f"{shard}: expected a tar file; got one that cannot be read after sample {number} ({error}); make it "
+                "again"
+            ) from error
+        if ignored:
+            log.warning("%s: ignored, never opened: the edited images in %s", shard, ", ".join(sorted(ignored)))
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, files by what follows the key) of each sample. As in the library, a sample is consecutive files."""
+    key: str | None = None
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # otherwise every member stays in memory
+        name, kind = base_plus_ext(member.name)
+        if not member.isreg() or name is None or Path(member.name).name.startswith("__"):
+            continue
+        if name != key and members:
+            yield str(key), members
+            members = {}
+        key = name
+        members[kind.lower()] = member
+    if members:
+        yield str(key), members
+
+
+def _as_row(
+    tar: tarfile.TarFile,
+    key: str,
+    members: Mapping[str, tarfile.TarInfo],
+    columns: Mapping[FieldName, str],
+    shard: Path,
+    number: int,
+) -> Row:
+    """Sample number `number` of a tar file as a row. Errors as in `read_rows`."""
+    location = f"{shard}:{number}"
+    texts = {kind: _content(tar, members[kind]) for kind in TEXTS if kind in members}
+    photo, values = read_sample(key, list(members), texts, columns, location)
+    mapping: dict[FieldName, str] = {field: column for field, column in columns.items() if field != "file_name"}
+    row = parse_row(values | {"file_name": members[photo].name}, number, shard, mapping)
+    for kind in row.references:
+        if kind.lower() not in members:
+            raise UserError(f"{location}: expected a file {key}.{kind}; got {', '.join(members)}; add it")
+    places = {kind: (members[kind.lower()].offset_data, members[kind.lower()].size) for kind in row.references}
+    references = tuple(f"{kind}@{offset}+{length}" for kind, (offset, length) in places.items())
+    return replace(row, references=references, offset=members[photo].offset_data, length=members[photo].size)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
+
+
+def _member_of(name: str) -> Member:
+    """Where a further reference is, from its name in `Row.references`."""
+    offset, length = name.rsplit("@", 1)[1].split("+")
+    return int(offset), int(length)
+
+
+def read_sample(
+    key: str, kinds: Sequence[str], texts: Mapping[str, bytes], columns: Mapping[FieldName, str], location: str
+) -> tuple[str, dict[str, Any]]:
+    """(which file of a sample is the photo, the values of the sample by column). `kinds` is what follows the key in the
+    names of its files; `texts` are the contents of those that are text.
+
+    Raises:
+        UserError: there is no photo, or several; or the fields are not JSON.
+    """
+    chosen = columns.get("file_name", "")
+    photos = [kind for kind in kinds if (kind == chosen.lower() if chosen else kind in PICTURES)]
+    if len(photos) != 1:
+        raise UserError(
+            f"{location}: expected one photo of the key {key!r}, {chosen or ', '.join(PICTURES)}; got "
+            f"{', '.join(kinds)}; set data.columns, for example {{file_name: source.jpg}}"
+        )
+    if EDITED_COLUMN.fullmatch(photos[0].split(".")[0]):
+        raise UserError(
+            f"data.columns.file_name: expected the files of reference images; got {chosen!r}, which by its name holds "
+            "edited images, and those are never opened"
+        )
+    try:
+        values = json.loads(texts["json"].decode("utf-8-sig")) if "json" in texts else {}
+        text = texts["txt"].decode("utf-8-sig") if "txt" in texts else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location}: expected JSON and text in UTF-8; got {key!r} ({error}); correct it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{location}: expected a JSON object in {key}.json; got {values!r:.40}; correct it")
+    instruction = columns.get("instruction", "instruction")
+    if text is not None and instruction not in values:
+        values[instruction] = text
+    id_ = columns.get("id", "id")
+    return photos[0], values | {id_: values.get(id_) or key}
