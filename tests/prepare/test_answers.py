@@ -95,6 +95,11 @@ def test_synonyms_of_wanted_types_are_understood(word, kind):
     assert found["edit_type"] == kind
 
 
+def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+    found = parse_look(LOOK.replace("a grey cat", "a \\ud83d cat").replace("left", "\\ud83d"))
+    assert found["caption"] == "a ? cat" and found["objects"][0]["where"] == "?"
+
+
 def test_schemas_are_valid_and_strict():
     jsonschema = pytest.importorskip("jsonschema")
     for schema in (look_schema(), write_schema(["add", "remove"]), verify_schema()):

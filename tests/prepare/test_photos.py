@@ -1,6 +1,7 @@
 """Finding and reading photos, their rights, near-duplicates, and the plan of edit types."""
 
 import json
+import os
 from collections import Counter
 
 import imagehash
@@ -36,6 +37,8 @@ def test_bad_photos_are_listed_with_their_reasons(tmp_path):
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "notes.txt").write_text("left out")
     (folder / ".hidden.png").write_bytes(b"")
+    (folder / "self.jpg").symlink_to(folder / "self.jpg")
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(good.read_bytes())
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     found, bad = scan(folder)
     reasons = {row["file"]: row["reason"] for row in bad}
@@ -44,6 +47,7 @@ def test_bad_photos_are_listed_with_their_reasons(tmp_path):
         "empty.jpg": "an empty file", "text.png": "not a picture", "cut.png": "",
         "good.png": "the same file as again.png",
         "tiny.png": "below 16", "huge.png": "max_pixels", "moving.gif": "animation of 2", "gone.jpg": "No such file",
+        "self.jpg": "symbolic links", "caf\\xe9.jpg": "not UTF-8",
     }  # fmt: skip
     assert set(reasons) == set(wanted)
     assert all(words in reasons[name] for name, words in wanted.items()), reasons

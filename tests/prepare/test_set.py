@@ -211,24 +211,28 @@ def test_prompts_of_the_users_own(tmp_path):
         load_prompts(custom=tmp_path / "c.yaml")
 
 
+SERVER = ("--writer", "http://localhost:1/v1")
+MODEL = (*SERVER, "--writer-model", "m")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["photos"], "--out SET"),
         (["photos", "--out", "set"], "expected --writer"),
         (["photos", "more", "--out", "set"], "one folder of photos; got 2"),
-        (["nowhere", "--out", "set", "--writer", "http://localhost:1/v1", "--writer-model", "m"], "folder of photos"),
-        (["photos", "--out", "photos/set", "--writer", "http://localhost:1/v1", "--writer-model", "m"], "outside"),
-        (["photos", "--out", "full", "--writer", "http://localhost:1/v1", "--writer-model", "m"], "new folder"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1"], "--writer-model"),
+        (["nowhere", "--out", "set", *MODEL], "folder of photos"),
+        (["photos", "--out", "photos/set", *MODEL], "outside"),
+        (["photos", "--out", "full", *MODEL], "new folder"),
+        (["photos", "--out", "set", *SERVER], "--writer-model"),
         (["photos", "--out", "set", "--writer", "nowhere", "--writer-model", "m"], "local model"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1", "--max-cost", 3], "--price-in"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1", "--shard", "3/3"], "--shard"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1", "--duplicates", "some"], "one, mark or off"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1", "--types", "ad"], "Did you mean 'add'"),
+        (["photos", "--out", "set", *SERVER, "--max-cost", 3], "--price-in"),
+        (["photos", "--out", "set", *SERVER, "--shard", "3/3"], "--shard"),
+        (["photos", "--out", "set", *SERVER, "--duplicates", "some"], "one, mark or off"),
+        (["photos", "--out", "set", *SERVER, "--types", "ad"], "Did you mean 'add'"),
         (["--merge", "set"], "at least one SHARD"),
         (["--merge", "set", "nowhere"], "finished shard"),
-        (["photos", "--out", "set", "--writer", "http://localhost:1/v1", "--licences", "nowhere.csv"], "csv file"),
+        (["photos", "--out", "set", *MODEL, "--licences", "nowhere.csv"], "csv file"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_named(tmp_path, monkeypatch, words, message):

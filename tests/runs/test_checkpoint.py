@@ -15,10 +15,13 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
-from npedit.runs.final import set_base, write_final
+from npedit.runs.final import model_card, set_base, write_final
 
 CPU = torch.device("cpu")
 TENSORS = {"student/net.a": torch.arange(6.0).view(2, 3), "student/step": torch.tensor(3.0)}
+
+
+FACTS = {"sizes": [[32, 48]], "steps": 4, "family": "flux", "base": "embedded", "times": [1.0]}
 
 
 def recipe(**changes) -> Recipe:
@@ -219,6 +222,19 @@ def test_the_final_folder_opens_in_diffusers(tmp_path: Path) -> None:
     assert facts["sizes"] == [[32, 48]]
     assert "48x32" in (folder / "README.md").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_the_model_card_names_the_photos_licences_and_sources(tmp_path: Path) -> None:
+    data = recipe(data={"name": "imagefolder", "path": str(tmp_path)})
+    assert "Licences" not in model_card(data, FACTS)
+    (tmp_path / "prepare.json").write_text(json.dumps({"licences": {"CC0": 3}, "sources": {"flickr": 2, "me": 1}}))
+    card = model_card(data, FACTS)
+    assert "Licences of the training photos: CC0 (3 photos)." in card
+    assert "Sources of the training photos: flickr (2 photos), me (1 photos)." in card
+    (tmp_path / "prepare.json").write_text(json.dumps({"licence": "CC BY 4.0"}))  # of an imported set
+    assert "Licences of the training photos: CC BY 4.0." in model_card(data, FACTS)
+    (tmp_path / "prepare.json").write_text("broken")
+    assert model_card(data, FACTS) == model_card(recipe(data={"name": "imagefolder", "path": "nowhere"}), FACTS)
 
 
 def write_editor(place: Path, weights: str) -> Path:

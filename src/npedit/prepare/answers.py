@@ -82,8 +82,8 @@ def parse_look(text: str) -> dict[str, Any]:
         objects.append(
             {
                 "name": _read_text(thing, "name"),
-                "where": where.strip() if isinstance(where, str) else "",
-                "attributes": [str(a).strip() for a in attributes],
+                "where": _clean(where) if isinstance(where, str) else "",
+                "attributes": [_clean(str(a)) for a in attributes],
             }
         )
     return {"objects": objects, "caption": _read_text(found, "caption")}
@@ -114,7 +114,7 @@ def _parse_proposal(item: Any, edit_types: Sequence[str]) -> dict[str, Any]:
         return {"edit_type": _match_type(_read_text(item, "edit_type"), edit_types), **fields, "questions": questions}
     except UnreadableAnswer as error:
         kind = item.get("edit_type") if isinstance(item, Mapping) else ""
-        return {"edit_type": kind if isinstance(kind, str) else "", "unreadable": str(error)}
+        return {"edit_type": _clean(kind) if isinstance(kind, str) else "", "unreadable": str(error)}
 
 
 def _match_type(word: str, edit_types: Sequence[str]) -> str:
@@ -140,7 +140,7 @@ def parse_verify(text: str, questions: int) -> dict[str, Any]:
     if len(answers) != questions:
         raise UnreadableAnswer(f"expected {questions} answers; got {len(answers)}")
     reason = found.get("reason")
-    return {**flags, "answers": answers, "reason": reason.strip() if isinstance(reason, str) else ""}
+    return {**flags, "answers": answers, "reason": _clean(reason) if isinstance(reason, str) else ""}
 
 
 def read_object(text: str, key: str) -> dict[str, Any]:
@@ -210,7 +210,12 @@ def _read_text(found: Mapping[str, Any], name: str) -> str:
     value = found.get(name)
     if not isinstance(value, str) or not value.strip():
         raise UnreadableAnswer(f"expected a text in {name!r}; got {_short(value)}")
-    return " ".join(value.split())
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    """A text on one line. Half of a surrogate pair, which no file can hold, becomes a question mark."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def _read_list(found: Any, name: str) -> list[Any]:
@@ -240,5 +245,4 @@ def _yes_no(value: Any) -> str:
 
 def _short(value: Any) -> str:
     """A value as it is shown in a message."""
-    text = " ".join(str(value).split()) if isinstance(value, str) else repr(value)
-    return repr(text[:80]) if isinstance(value, str) else text[:80]
+    return repr(_clean(value)[:80]) if isinstance(value, str) else _clean(repr(value))[:80]

@@ -94,7 +94,7 @@ def scan_photos(
             if not reason and row["id"] in first:
                 reason = f"the same file as {first[row['id']]}"
             if reason:
-                bad.append({"file": row["name"], "reason": reason})
+                bad.append({"file": str(row.get("file") or row["name"]), "reason": reason})
             else:
                 first[row["id"]] = row["name"]
                 photos.append({**row, "path": str(folder / row["name"])})
@@ -111,6 +111,9 @@ def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min
     """Facts about one photo: name, id, size, hashes, licence and source; or the reason why it is bad. `kept` is
     returned if the file has not changed."""
     path = folder / name
+    if not _is_unicode(name):
+        shown = os.fsencode(name).decode("ascii", "backslashreplace")
+        return {"name": name, "file": shown, "reason": "the file name is not UTF-8; rename the file"}
     try:
         facts = path.stat()
         stamp = {"bytes": facts.st_size, "modified": facts.st_mtime_ns, "max_pixels": max_pixels}
@@ -136,6 +139,15 @@ def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min
         "colours": thumbnail_colours(image),
         **read_rights(data),
     }
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a name can be encoded: Python hands on bytes that are no UTF-8 as lone surrogates."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_animation(data: bytes) -> None:

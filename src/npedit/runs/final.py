@@ -21,7 +21,9 @@ from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe
 from npedit.runs.checkpoint import is_trained_without_pairs
 from npedit.runs.editor_facts import FACTS_FILE
-from npedit.runs.files import write_text
+from npedit.runs.files import read_json_object, write_text
+
+SET_FACTS = "prepare.json"  # facts about a data set, beside its metadata
 
 
 def write_final(
@@ -125,7 +127,7 @@ A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `
 {how}
 
 Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {recipe.seed}.
-
+{_rights_text(recipe)}
 {stages}
 
 ## Use
@@ -135,3 +137,20 @@ Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {rec
 {weights} and `scheduler/` are as diffusers wants them (the averaged weights; the scheduler re-noises with fresh noise,
 as in training). The times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"])}.
 """
+
+
+def _rights_text(recipe: Recipe) -> str:
+    """Licences and sources of the training photos, as a line of Markdown each, from the prepare.json that `npedit
+    prepare` and `npedit import` write; "" if there is none."""
+    path = getattr(recipe.data.settings, "path", "")
+    try:
+        facts = read_json_object(Path(path).expanduser() / SET_FACTS) if path else {}
+    except ValueError:
+        return ""
+    lines = []
+    for title, plural, single in (("Licences", "licences", "licence"), ("Sources", "sources", "source")):
+        found = facts.get(plural) or facts.get(single)
+        counts = [f"{value} ({n} photos)" for value, n in found.items()] if isinstance(found, dict) else [found]
+        if found:
+            lines.append(f"{title} of the training photos: {', '.join(map(str, counts))}.\n")
+    return "\n".join(["", *lines]) if lines else ""
