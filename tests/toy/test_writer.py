@@ -2,7 +2,11 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
+from http.client import HTTPConnection
 
 import pytest
 from command_line import run as npedit
@@ -205,7 +209,13 @@ def test_bad_requests_are_refused_with_a_message():
         assert "one picture; got 0" in post(url, body)[1]["error"]["message"]
         for raw in (b"{", b"[]", b'{"messages": 3}'):
             assert post(url, raw)[0] == 400
-        assert post(url.removesuffix("/v1") + "/v2/x", body)[0] == 400
+        for stated in ("8000001", "many"):
+            connection = HTTPConnection("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+            connection.putrequest("POST", "/v1/chat/completions")
+            connection.putheader("Content-Length", stated)
+            connection.endheaders()
+            assert connection.getresponse().status == 413
+            connection.close()
         with pytest.raises(UserError, match="choose another --port"):
             make_server(Writer(ErrorRates()), int(url.split(":")[2].split("/")[0]))
 
@@ -226,3 +236,16 @@ def test_grade_counts_the_wrong_rows_of_a_data_set(tmp_path):
 def test_bare_data_from_the_command_line(tmp_path):
     assert "3 pictures" in npedit("toy", "data", tmp_path / "bare", "--items", 3, "--bare")
     assert len(list((tmp_path / "bare").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted():
+    command = [sys.executable, "-m", "npedit", "toy", "writer", "--port", "0", "--mistakes", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        url = line.split()[2]
+        answer = post(url, request_body("look", "", scene_picture(sample_scene(random.Random(5), 2))))
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert answer[0] == 200 and process.returncode == 0
+    assert "Answers: broken: 0, look: 1" in rest

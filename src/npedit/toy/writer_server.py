@@ -223,10 +223,11 @@ def _handler(writer: Writer) -> type[BaseHTTPRequestHandler]:
                 _send_error(self, 404, f"no such path: {self.path}")
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
+            stated = self.headers.get("Content-Length") or "0"
+            length = int(stated) if stated.isdecimal() else MAX_BODY_BYTES + 1
             if length > MAX_BODY_BYTES:
                 self.close_connection = True
-                _send_error(self, 413, f"expected at most {MAX_BODY_BYTES} bytes; got {length}")
+                _send_error(self, 413, f"expected a Content-Length of at most {MAX_BODY_BYTES}; got {stated}")
                 return
             raw = self.rfile.read(length)
             if not self.path.rstrip("/").endswith("/chat/completions"):
