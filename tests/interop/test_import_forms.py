@@ -39,6 +39,15 @@ def test_forms_of_other_trainers(tmp_path, form):
     assert more == ([photo(2)] if form == "flow-factory" else [])
 
 
+def test_a_photo_that_no_row_names_is_not_in_the_set(tmp_path):
+    write_file(tmp_path / "images" / "1.png", photo(1))
+    write_file(tmp_path / "images" / "2.png", photo(2))
+    lines = [{"prompt": "p", "images": ["1.png", "gone.png"]}, {"prompt": "p", "images": ["2.png"]}]
+    report = import_set("flow-factory", write_lines(tmp_path / "train.jsonl", lines), tmp_path / "set")
+    assert (report.rows, report.bad_photos) == (1, 1)
+    assert [p.read_bytes() for p in (tmp_path / "set").rglob("*.png")] == [photo(2)]
+
+
 def test_diffsynth_csv(tmp_path):
     write_file(tmp_path / "1.png", photo(1))
     path = write_file(tmp_path / "metadata.csv", "image,prompt,edit_image\nt.png,make it night,1.png\n")

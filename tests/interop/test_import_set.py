@@ -295,8 +295,12 @@ def test_a_stopped_import_leaves_no_set_and_goes_on(tmp_path):
     assert not (tmp_path / "set").exists()
     written = tmp_path / "set.importing" / "images" / "0000" / "000.png"
     before = written.stat().st_mtime_ns
+    (written.parent / "001.png").write_bytes(photo(8)[: len(photo(1))].ljust(len(photo(1)), b"x"))  # of another import
+    write_file(written.parent / "900.png", photo(9))
     assert import_set("omniedit", path, tmp_path / "set").rows == 4
     assert (tmp_path / "set" / "images" / "0000" / "000.png").stat().st_mtime_ns == before
+    assert sorted(p.name for p in (tmp_path / "set").rglob("*.png")) == [f"00{i}.png" for i in range(4)]
+    assert [pixels_of(tmp_path / "set", r) for r in rows_of(tmp_path / "set")] == [photo(i) for i in range(4)]
     assert [r["id"] for r in rows_of(tmp_path / "set")] == ["same", "same-2", "same-3", "same-4"]
     assert import_set("omniedit", path, tmp_path / "two", first=2).rows == 2
 

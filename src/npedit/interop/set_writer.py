@@ -6,6 +6,7 @@ stopped import has written are not written again.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import json
@@ -45,6 +46,7 @@ class SetWriter:
         self.rejected: list[dict[str, Any]] = []
         self._saved: dict[str, str] = {}  # hash of the bytes, or path -> file name in the set
         self._ids: set[str] = set()
+        self._named: set[str] = set()  # photos that a row names
         with explain_write_errors(out):
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             self._rows: IO[str] = (self.folder / "metadata.jsonl").open("w", encoding="utf-8")
@@ -74,8 +76,9 @@ class SetWriter:
         key = hashlib.sha256(content).hexdigest()
         if key not in self._saved:
             path = self._new_path(_read_suffix(io.BytesIO(content)))
-            if not path.is_file() or path.stat().st_size != len(content):
-                with explain_write_errors(path):
+            with explain_write_errors(path):
+                if not (path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content):
+                    path.unlink(missing_ok=True)  # it may be a hard link to somebody's photo
                     path.write_bytes(content)
             self._saved[key] = path.relative_to(self.folder).as_posix()
         return self._saved[key]
@@ -85,7 +88,7 @@ class SetWriter:
         if key not in self._saved:
             path = self._new_path(_read_suffix(source))
             with explain_write_errors(path):
-                if not path.is_file() or path.stat().st_size != source.stat().st_size:
+                if not (path.is_file() and filecmp.cmp(path, source, shallow=False)):
                     path.unlink(missing_ok=True)
                     _link_or_copy(source, path)
             self._saved[key] = path.relative_to(self.folder).as_posix()
@@ -126,6 +129,7 @@ class SetWriter:
             number += 1
             unique = f"{wanted}-{number}"
         self._ids.add(unique)
+        self._named.update((row["file_name"], *row.get("reference_file_names", ())))
         with explain_write_errors(self.folder):
             self._rows.write(json.dumps({**row, "id": unique}, ensure_ascii=False) + "\n")
         return unique
@@ -135,6 +139,7 @@ class SetWriter:
         with explain_write_errors(self.folder):
             fsync_file(self._rows)
             self.close()
+            self._delete_other_photos()
             write_rows(self.folder / "bad_photos.jsonl", self.bad_photos)
             write_rows(self.folder / "rejected.jsonl", self.rejected)
             write_text(self.folder / "prepare.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -145,6 +150,12 @@ class SetWriter:
                 self.out.rmdir()
             os.replace(self.folder, self.out)
             fsync_folder(self.out.parent)
+
+    def _delete_other_photos(self) -> None:
+        """Delete the photos that no row names: of an earlier import, or of an edit that was left out."""
+        for path in (self.folder / "images").rglob("*"):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in self._named:
+                path.unlink()
 
 
 def _read_suffix(source: Path | io.BytesIO) -> str:
