@@ -17,6 +17,7 @@ from npedit.toy.dataset import write_dataset
 from npedit.training.parts import build_parts, build_source
 
 SAMPLES = 12
+FEW = 6  # examples for sections that run models
 
 
 def severities(section: Section) -> dict[str, str]:
@@ -36,7 +37,7 @@ def demo() -> Subject:
 def with_parts(demo: Subject) -> Callable[..., Subject]:
     """The demo with other parts."""
     return lambda **changes: Subject(
-        demo.recipe, demo.data, replace(demo.parts, **changes), demo.options, demo.examples
+        demo.recipe, demo.data, replace(demo.parts, **changes), CheckOptions(samples=FEW), demo.examples[:FEW]
     )
 
 

@@ -1,7 +1,7 @@
 """Photos that are in training and among the held-out rows at the same time, or nearly so: perceptual hashes.
 
 A hash of 64 bits (pHash, package imagehash) finds candidates; then the two thumbnails are compared pixel by pixel, as
-simple pictures have similar hashes.
+simple pictures have similar hashes. Scaled and recompressed copies are found; crops and mirrored copies are not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 LARGEST_DISTANCE = 8  # bits of 64 that the hashes of near-duplicates differ in at most
-LARGEST_DIFFERENCE = 0.04  # mean absolute difference of the thumbnails, of the full range
-THUMBNAIL = (32, 32)
+LARGEST_DIFFERENCE = 0.1  # of the full range: the mean absolute difference in the cell of the thumbnails with most
+THUMBNAIL, CELL = 32, 4  # sides in pixels
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class HashedPhoto:
 
 def hash_photo(name: str, picture: Image.Image) -> HashedPhoto:
     """The hash and the thumbnail of a picture."""
-    small = picture.convert("RGB").resize(THUMBNAIL, Image.Resampling.BILINEAR)
+    small = picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return HashedPhoto(name, imagehash.phash(picture).hash.flatten(), np.asarray(small, dtype=np.float32) / 255)
 
 
@@ -46,7 +46,13 @@ def find_near_duplicates(
         for number in np.argsort(distance, kind="stable"):
             if distance[number] > LARGEST_DISTANCE:
                 break
-            if np.abs(training[number].thumbnail - photo.thumbnail).mean() <= LARGEST_DIFFERENCE:
+            if _largest_difference(training[number].thumbnail, photo.thumbnail) <= LARGEST_DIFFERENCE:
                 found.append((photo, training[number]))
                 break
     return found
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """See `LARGEST_DIFFERENCE`."""
+    count = THUMBNAIL // CELL
+    return float(np.abs(a - b).reshape(count, CELL, count, CELL, 3).mean((1, 3, 4)).max())
