@@ -351,6 +351,8 @@ def test_edit_types_and_objects():
 
 def test_the_command(tmp_path):
     assert [name.strip() for name in FORMATS.split(",")] == list(FORMS)
+    page = (Path(__file__).parents[2] / "docs" / "import.md").read_text()
+    assert [name for name in FORMS if f"| `{name}` |" not in page] == []
     write_file(tmp_path / "1.png", photo(1))
     path = write_lines(tmp_path / "rows.jsonl", [{"before": "1.png", "prompt": "remove the dog"}])
     said = npedit("import", "columns", path, "--out", tmp_path / "set", "--column", "photo=before", "--licence", "mine")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from command_line import run as npedit
+from photo_sets import opened
 from toy_writer_server import serving_writer
 
 from benchmarks.photos_alone import write_set
@@ -18,21 +19,35 @@ def photos(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("bare") / "photos", 24, seed=0, bare=True)
 
 
-def test_the_commands_of_the_documentation(photos, tmp_path):
-    folder, run = tmp_path / "set", tmp_path / "run"
+@pytest.fixture(scope="module")
+def written(photos, tmp_path_factory):
+    """The set that the documentation's commands make."""
+    folder = tmp_path_factory.mktemp("written") / "set"
     with serving_writer(ErrorRates()) as (url, served):
         words = ["--writer", url, "--writer-model", "toy-writer", "--jpeg-quality", 0, "--duplicates", "off"]
         npedit("prepare", photos, "--out", folder, *words, "--types", ",".join(EDIT_TYPES), "--held-out", 0)
         assert served.counts["look"] == 24 and served.counts["verify"] >= 40
-    rows, wrong, _ = grade_dataset(folder)
+    return folder
+
+
+def test_the_words_of_a_writer_without_mistakes_are_right(written):
+    rows, wrong, _ = grade_dataset(written)
     assert rows >= 40 and wrong == 0
-    kinds = {json.loads(line)["edit_type"] for line in (folder / "metadata.jsonl").read_text().splitlines()}
+    kinds = {json.loads(line)["edit_type"] for line in (written / "metadata.jsonl").read_text().splitlines()}
     assert kinds == set(EDIT_TYPES)
-    data = ["data.name=imagefolder", f"data.path={folder}", "data.sizes=[[32, 32]]"]
+    source = opened(written, sizes=((32, 32),))
+    batch = source.batch(0, 8)
+    assert batch.references.shape == (8, 3, 32, 32) and all(batch.target_captions)
+    assert source.has_source_captions and source.has_target_captions
+
+
+@pytest.mark.slow
+def test_an_editor_is_trained_on_written_words(written, tmp_path):
+    data = ["data.name=imagefolder", f"data.path={written}", "data.sizes=[[32, 32]]"]
     short = ["stages.0.updates=1", "stages.1.updates=1", "stages.0.batch_size=2", "stages.1.batch_size=2"]
     short += ["trainer.evaluate_items=9", "trainer.evaluate_every=0", "trainer.sample_every=0"]
-    npedit("train", "demo", *data, *short, "--out", run)
-    assert (run / "final").is_dir()
+    npedit("train", "demo", *data, *short, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 def test_the_verifying_pass_takes_mistakes_out(photos, tmp_path):
