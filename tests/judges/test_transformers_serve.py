@@ -17,7 +17,7 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 from tests.judges.test_local import model_that_answers, records
 from tests.support.command_line import run
-from tests.support.judge_server import write_gedit
+from tests.support.judge_server import picture, write_gedit
 
 PATIENCE = 120  # seconds until the server answers
 
@@ -86,3 +86,7 @@ def test_gedit_judged_by_transformers_own_server(address, tmp_path, monkeypatch)
     answers = (tmp_path / "r" / "answers.jsonl").read_text()
     assert "completion_tokens" in answers
     assert "0 answers came" in run(*words, "--judge", address)
+    picture(0, (64, 48)).save(tmp_path / "data" / "photo.png")
+    model = ("--writer", address, "--writer-model", tmp_path / "tiny")
+    said = run("prepare", "data", "--out", "set", *model, code=2)  # the request is accepted; the model writes no JSON
+    assert "look: unreadable" in said

@@ -1,6 +1,7 @@
 """Requests: each once, with a bound, a ceiling of cost, servers without structured output, and a writer in process."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from command_line import run
 from judge_server import completion, send, serving
 from PIL import Image
@@ -87,6 +89,7 @@ def test_an_unreadable_answer_is_asked_for_once_more_with_the_reason(tmp_path):
     with writing(broken) as server:
         prepare(server, photos(tmp_path / "photos", 1), tmp_path / "set", "--no-verify")
         assert passes_of(server) == ["look", "look", "write"]
+        assert '"additionalProperties"' in prompt_of(server.bodies[1])  # for servers that ignore the schema
     with writing(lambda name, answer, body: "no JSON at all") as server:
         said = prepare(server, photos(tmp_path / "photos", 1), tmp_path / "other", code=2)
         assert passes_of(server) == ["look", "look"] and "unreadable" in said
@@ -169,6 +172,32 @@ def test_a_verifier_of_its_own_gets_its_own_key(tmp_path, monkeypatch):
         prepare(first, photos(tmp_path / "photos", 1), tmp_path / "set", *words)
     assert set(passes_of(first)) == {"look", "write"} and set(passes_of(second)) == {"verify"}
     assert first.headers[0]["Authorization"].endswith("one") and second.headers[0]["Authorization"].endswith("two")
+
+
+@pytest.mark.parametrize(
+    "status, body, message",
+    [
+        (200, b"<html>please log in</html>", "a page that begins"),
+        (404, b"no such model", "--writer-model"),
+        (402, b"pay first", "credit"),
+        (302, b"", "HTTP 302"),
+    ],
+)
+def test_a_server_that_will_never_answer_stops_the_run_at_once(tmp_path, status, body, message):
+    with serving(lambda n, _: lambda handler: send(handler, status, body, Location="http://localhost:1/")) as server:
+        said = prepare(server, photos(tmp_path / "photos", 3), tmp_path / "set", "--workers", 1, code=2)
+        assert message in said and len(server.bodies) == 1
+
+
+def test_a_busy_server_is_asked_again(tmp_path):
+    def busy(number, body):
+        if number == 0:
+            return lambda handler: send(handler, 429, b"slow down", Retry_After="0")
+        return json.dumps(good_answer(body))
+
+    with serving(busy) as server:
+        said = prepare(server, photos(tmp_path / "photos", 1), tmp_path / "set", "--no-verify")
+    assert "2 edits of 1 photos" in said and passes_of(server) == ["look", "look", "write"]
 
 
 class ScriptedCritic(SmolVLM):

@@ -3,6 +3,7 @@ of all answers stays below the ceiling."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,10 @@ T = TypeVar("T")
 ATTEMPTS = 2  # for an answer that cannot be read
 IMAGE_TOKENS = 3000  # assumed for one picture before the first answer is known
 PROMPT_TOKENS, ANSWER_TOKENS = "prompt_tokens", "completion_tokens"  # names in a server's `usage`
-AGAIN = "\nYour last answer could not be read: {reason}. Answer again, with the JSON object alone."
+AGAIN = (
+    "\nYour last answer could not be read: {reason}. Answer again, with one JSON object alone, which follows this JSON "
+    "schema: {schema}"
+)
 
 
 class Unanswered(Exception):
@@ -100,9 +104,9 @@ class Asker:
             Unanswered: refused, rejected, no answer, or unreadable twice.
             CostCeiling, JudgeUnavailable: no further request is possible.
         """
-        reason = ""
+        reason = ""  # a server that ignores `response_format` sees the schema in the second attempt
         for attempt in range(ATTEMPTS):
-            again = AGAIN.format(reason=reason) if attempt else ""
+            again = AGAIN.format(reason=reason, schema=json.dumps(request.schema)) if attempt else ""
             record = self._answer(replace(request, user=request.user + again, seed=request.seed + attempt))
             if record["outcome"] != OK:
                 raise Unanswered(f"{record['outcome']}: {record.get('detail') or record.get('text', '')}"[:300])

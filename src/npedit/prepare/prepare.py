@@ -230,20 +230,23 @@ def run_jobs(jobs: Sequence[tuple[Row, list[str]]], passes: Passes) -> Iterator[
     waiting = iter(jobs)
     running: dict[Future[Any], Row] = {}
     workers = max(1, min(passes.writer.writer.workers, len(jobs)))
-    ceiling = threading.Event()
+    stopping = threading.Event()
 
     def work(photo: Row, wanted: list[str]) -> dict[str, list[Row]] | str:
         try:
-            return "" if ceiling.is_set() else prepare_photo(photo, wanted, passes)
+            return "" if stopping.is_set() else prepare_photo(photo, wanted, passes)
         except CostCeiling:
-            ceiling.set()
+            stopping.set()
             return f"the next request could cost more than --max-cost {passes.writer.meter.max_cost:g}"
+        except BaseException:
+            stopping.set()
+            raise
 
     with ThreadPoolExecutor(workers) as pool:
         try:
             stopped: tuple[Row, str] | None = None
             while True:
-                for photo, wanted in islice(waiting, 0 if ceiling.is_set() else 2 * workers - len(running)):
+                for photo, wanted in islice(waiting, 0 if stopping.is_set() else 2 * workers - len(running)):
                     running[pool.submit(work, photo, wanted)] = photo
                 if not running:
                     break
