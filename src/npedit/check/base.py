@@ -136,16 +136,16 @@ def _report_agreement(
     ]
     shown = [c for c in cases if c.is_source]
     photos = _agreement(subject, critic, shown, [c.example.reference for c in shown]) if shown else None
-    others = _photos_without(cases, subject.examples)
-    floor = _agreement(subject, critic, [c for c, _ in others], [p for _, p in others]) if others else None
-    rows += [("photos of these captions", len(shown), photos), ("photos of other captions", len(others), floor)]
+    others = _other_photos(cases, subject.examples)
+    floor = _agreement(subject, critic, cases, others)
+    rows += [("photos of these captions", len(shown), photos), ("photos of other rows", len(others), floor)]
     section.add_table(
         "Does the picture show the object of its caption? Mean P(Yes) by the critic",
         ("pictures", "n", "mean P(Yes)"),
         rows,
     )
     best = agreement[TEACHER_STEPS, guidance]
-    if photos is None or floor is None or min(len(shown), len(others)) < LEAST_CASES or photos - floor < 0.3:
+    if photos is None or min(len(shown), len(others)) < LEAST_CASES or photos - floor < 0.3:
         section.add("base-agreement", "ok", f"P(Yes) for the base model's pictures is {best:.2f}; there are too few "
                     "photos, or the critic cannot tell them apart, so this is not judged.")  # fmt: skip
         return
@@ -169,19 +169,11 @@ def _has_teacher(subject: Subject) -> bool:
     return stage is not None and getattr(stage.settings, "dmd_weight", 0) > 0
 
 
-def _photos_without(
-    cases: Sequence[CaptionedObject], examples: Sequence[Example]
-) -> list[tuple[CaptionedObject, Tensor]]:
-    """For each case, a photo whose caption has not all words of the case's object."""
-    found = []
-    for number, case in enumerate(cases):
-        words = content_words(case.object)
-        for shift in range(1, len(examples)):
-            other = examples[(number + shift) % len(examples)]
-            if other.source_caption and not words & content_words(f"{other.source_caption} {other.object}"):
-                found.append((case, other.reference))
-                break
-    return found
+def _other_photos(cases: Sequence[CaptionedObject], examples: Sequence[Example]) -> list[Tensor]:
+    """For each case the photo of another row: what agreement is by chance."""
+    ids = [e.id for e in examples]
+    shift = max(1, len(examples) // 2)
+    return [examples[(ids.index(case.example.id) + shift) % len(examples)].reference for case in cases]
 
 
 def _show(section: Section, cases: Sequence[CaptionedObject], made: dict[tuple[int, float], Tensor]) -> None:

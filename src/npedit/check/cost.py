@@ -28,6 +28,19 @@ def check_cost(subject: Subject) -> Section:
     section = Section("cost", "Time and memory")
     expected = _estimate(section, subject)
     memory = PhaseMemory(subject.parts.device)
+    seconds = measure_updates(section, subject, memory)
+    if seconds is None:
+        return section
+    held = memory.baseline if is_accelerator(subject.parts.device) else _model_bytes(subject) / GIB
+    measured = {name: peak + held for name, peak in memory.peaks.items()} if memory.can_measure else {}
+    _report_phases(section, seconds, measured, expected)
+    _report_eta(section, subject, seconds)
+    return section
+
+
+def measure_updates(section: Section, subject: Subject, memory: PhaseMemory) -> dict[str, float] | None:
+    """Run `UPDATES` updates of each stage; the seconds of the last one by phase. None where memory was exhausted, which
+    becomes a finding."""
     seconds: dict[str, float] = {}
     with measure_memory(memory):
         for stage in subject.recipe.stages:
@@ -39,12 +52,8 @@ def check_cost(subject: Subject) -> Section:
                 if not is_out_of_memory(error):
                     raise
                 _report_out_of_memory(section, subject, stage, failed_part(error))
-                return section
-    held = memory.baseline if is_accelerator(subject.parts.device) else _model_bytes(subject) / GIB
-    measured = {name: peak + held for name, peak in memory.peaks.items()} if memory.can_measure else {}
-    _report_phases(section, seconds, measured, expected)
-    _report_eta(section, subject, seconds)
-    return section
+                return None
+    return seconds
 
 
 def _estimate(section: Section, subject: Subject) -> Estimate | None:

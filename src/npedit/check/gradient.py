@@ -36,17 +36,18 @@ def check_gradient(subject: Subject) -> Section:
     if stage is None or subject.parts.critic is None:
         section.add("no-critic", "note", "No stage of the recipe takes a gradient from a critic.")
     else:
-        _report_gradients(section, subject, stage, student)
-        _report_balance(section, subject, stage, student)
+        report_gradients(section, subject, stage, student)
+        report_balance(section, subject, stage, student)
     for trained in subject.recipe.stages:
-        _report_learning_rate(section, subject, trained, student)
+        report_learning_rate(section, subject, trained, student)
     return section
 
 
 # ------------------------------------------------------------------------------------------------ finite differences
 
 
-def _report_gradients(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
+def report_gradients(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
+    """Compare the gradient of each question of some examples with finite differences."""
     found = []
     for example in _one_of_each_type(subject.examples):
         for question in questions_for(example.edit_type, example.instruction, example.object, subject.parts.wording):
@@ -101,7 +102,7 @@ def _judge_gradients(section: Section, found: Sequence[GradientCheck], dtype: st
 # ------------------------------------------------------------------------------------------------------------ balance
 
 
-def _report_balance(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
+def report_balance(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
     """The norms of the critic's and of DMD's gradient at x0: as they come, and as the recipe's setting balances them.
     The student takes an update of almost no size."""
     settings: Any = stage.settings
@@ -138,7 +139,7 @@ def _with_rate(stage: Stage, lr: float) -> object:
 # ------------------------------------------------------------------------------------------------------ learning rate
 
 
-def _report_learning_rate(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
+def report_learning_rate(section: Section, subject: Subject, stage: Stage, student: nn.Module) -> None:
     """How much one update at the full learning rate changes the student's output. The student keeps its old weights."""
     learner = getattr(stage.settings, "student", None)
     if learner is None or learner.optimizer != "adamw":
