@@ -9,7 +9,6 @@ that the editor was trained from:
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import generator
-from npedit.data._photos import BadImage, decoding, to_srgb
+from npedit.data._photos import BadImage, crop_to_fill, decoding, nearest_size, resize, to_pil, to_srgb, to_tensor
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
@@ -153,15 +151,22 @@ class Editor:
                 module.unload()
 
     def edit_tensor(
-        self, references: Tensor, instructions: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None
+        self,
+        references: Tensor,
+        instructions: Sequence[str],
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        extra_references: Tensor | None = None,
     ) -> Tensor:
         """Edit references (b, 3, H, W) in [0, 1] at their own size; returns the same shape in [0, 1].
+        `extra_references` (b, k, 3, H, W) are further reference images, for an editor that was trained with them.
 
         One seed gives every picture the same noise, so that a picture's edit does not depend on the rest of the batch;
         a list gives each its own. H and W must be multiples of the family's `facts.multiple`.
 
         Raises:
-            ValueError: another shape, another number of instructions or seeds, or fewer than one step.
+            ValueError: another shape, another number of instructions or seeds, more references than the family takes,
+                or fewer than one step.
             UserError: a pixel of the result is NaN or infinite.
         """
         multiple, steps = self.family.facts.multiple, self.steps if steps is None else steps
@@ -177,9 +182,10 @@ class Editor:
         for i in range(0, len(references), count):
             part = slice(i, i + count)
             given = references[part].to(self.family.device)
+            extra = None if extra_references is None else extra_references[part]
             edited = generator.edit_images(
                 self.family, self.net, given, list(instructions[part]), seeds[part], steps, self.tile,
-                self._on_device,
+                self._on_device, extra,
             )  # fmt: skip
             if not bool(torch.isfinite(edited).all()):
                 raise UserError(
@@ -195,8 +201,10 @@ class Editor:
         instructions: str | Sequence[str],
         seed: int = 0,
         steps: int | None = None,
+        references: Sequence[Image.Image] = (),
     ) -> list[Image.Image]:
-        """Edit pictures of any mode, size and orientation; each comes back as RGB in its upright size.
+        """Edit pictures of any mode, size and orientation; each comes back as RGB in its upright size. `references` are
+        further pictures that the editor sees beside each of them.
 
         Images and instructions pair up; one of either goes with all of the other. Each picture is scaled to the size
         nearest to its own among those trained, edited there, and scaled back.
@@ -207,10 +215,15 @@ class Editor:
         images = [images] if isinstance(images, Image.Image) else list(images)
         instructions = [instructions] if isinstance(instructions, str) else list(instructions)
         pairs = pair_up(images, instructions)
-        return list(self.edit_each((im for im, _ in pairs), [text for _, text in pairs], seed, steps))
+        return list(self.edit_each((im for im, _ in pairs), [text for _, text in pairs], seed, steps, references))
 
     def edit_each(
-        self, images: Iterable[Image.Image], instructions: Sequence[str], seed: int = 0, steps: int | None = None
+        self,
+        images: Iterable[Image.Image],
+        instructions: Sequence[str],
+        seed: int = 0,
+        steps: int | None = None,
+        references: Sequence[Image.Image] = (),
     ) -> Iterator[Image.Image]:
         """Edit pictures one after the other in bounded memory: yields each result in order, as soon as it is ready.
 
@@ -220,16 +233,20 @@ class Editor:
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"expected at least one step; got {steps}.")
+        most = self.family.most_references
+        if 1 + len(references) > most:
+            raise UserError(f"expected at most {most - 1} further references; got {len(references)}; give fewer")
+        extra = [to_rgb(image) for image in references]
         self._warn_of_truncation(instructions)
         window: list[tuple[Image.Image, str]] = []
         for image, text in zip(images, instructions, strict=True):
             image = to_rgb(image)
             pixels = sum(im.width * im.height for im, _ in window) + image.width * image.height
             if window and (len(window) == BATCH_ITEMS or pixels > WINDOW_PIXELS):
-                yield from self._edit_window(window, seed, steps)
+                yield from self._edit_window(window, seed, steps, extra)
                 window = []
             window.append((image, text))
-        yield from self._edit_window(window, seed, steps)
+        yield from self._edit_window(window, seed, steps, extra)
 
     def _warn_of_truncation(self, instructions: Sequence[str]) -> None:
         """Report, once for each instruction, the part that the text encoder does not read."""
@@ -241,14 +258,18 @@ class Editor:
                     "the instruction is longer than the text encoder takes; this part of it is not read: %r", lost
                 )
 
-    def _edit_window(self, window: Sequence[tuple[Image.Image, str]], seed: int, steps: int) -> list[Image.Image]:
+    def _edit_window(
+        self, window: Sequence[tuple[Image.Image, str]], seed: int, steps: int, extra: Sequence[Image.Image]
+    ) -> list[Image.Image]:
         """Edit upright RGB pictures, those of one working size together; returns the results in their order."""
         sizes = [nearest_size((image.height, image.width), self.sizes) for image, _ in window]
         edited: dict[int, Image.Image] = {}
         for size in sorted(set(sizes)):
             members = [i for i, s in enumerate(sizes) if s == size]
             references = torch.stack([to_tensor(resize(window[i][0], size)) for i in members])
-            out = self.edit_tensor(references, [window[i][1] for i in members], seed, steps)
+            more = [to_tensor(crop_to_fill(image, size)) for image in extra]
+            extra_references = torch.stack(more).expand(len(members), -1, -1, -1, -1) if more else None
+            out = self.edit_tensor(references, [window[i][1] for i in members], seed, steps, extra_references)
             for i, picture in zip(members, out):
                 edited[i] = resize(to_pil(picture), (window[i][0].height, window[i][0].width))
         return [edited[i] for i in range(len(window))]
@@ -371,30 +392,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return to_srgb(image)
     except BadImage as error:
         raise UserError(f"expected a readable picture of 8 or 16 bits a channel; got: {error}.") from None
-
-
-def nearest_size(size: tuple[int, int], trained: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The trained (height, width) of the nearest shape; of those, the nearest in area."""
-    shape, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
-    return min(trained, key=lambda s: (round(abs(math.log(s[0] / s[1]) - shape), 3), abs(math.log(s[0] * s[1]) - area)))
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale to (height, width): whole-number reductions by averaging (the inverse of a pixel-block enlargement), others
-    with Lanczos."""
-    h, w = size
-    if (image.height, image.width) == size:
-        return image
-    whole = image.height % h == 0 and image.width % w == 0
-    return image.resize((w, h), Image.Resampling.BOX if whole else Image.Resampling.LANCZOS)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture -> (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) -> an RGB picture; values outside [0, 1] are clipped."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
-    return Image.fromarray(pixels.numpy())

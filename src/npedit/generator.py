@@ -35,18 +35,24 @@ def generate_few_step(
     references: Float[Tensor, "b c h w"],
     times: Sequence[float],
     noise: Sequence[Float[Tensor, "b c h w"]],
+    extra_references: Float[Tensor, "b k c h w"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """The edited image's clean latents x0, after one transition at each of `times` (the first is 1). Each has its own
-    noise.
+    noise. `extra_references` are the latents of further references.
 
     Gradients flow to `net` through every call.
     """
-    x0 = torch.zeros_like(noise[0])
+    x0, given = torch.zeros_like(noise[0]), all_references(references, extra_references)
     for time, eps in zip(times, noise, strict=True):
         t = torch.full((len(eps),), float(time), device=eps.device)
         x = flow.add_noise(x0, eps, t)
-        x0 = flow.predict_x0(x, family.velocity(net, x, t, text, (references,)), t)
+        x0 = flow.predict_x0(x, family.velocity(net, x, t, text, given), t)
     return x0
+
+
+def all_references(references: Tensor, extra_references: Tensor | None) -> tuple[Tensor, ...]:
+    """Latents (b, c, h, w) and those of k further references (b, k, c, h, w), as `Family.velocity` takes them."""
+    return (references, *(() if extra_references is None else extra_references.unbind(1)))
 
 
 def sample_training_times(times: Float[Tensor, "steps"], generator: torch.Generator) -> list[float]:
@@ -94,22 +100,33 @@ def edit_images(
     steps: int = 4,
     tile: int = 0,
     on_device: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    extra_references: Float[Tensor, "b k 3 H W"] | None = None,
 ) -> Float[Tensor, "b 3 H W"]:
     """The edited images, in [0, 1]. Each image has noise from its own seed, so a batch equals its images one by one.
 
     `tile` is the side, in pixels, of the decoder's tiles (`families/_decode.py`); 0 means no tiles. `on_device` gives a
     context in which one part ("text", "vae" or "net") is on the device; at most one is entered at a time.
+    `extra_references` are further reference images, the same number for each item.
+
+    Raises:
+        ValueError: more references than the family takes.
     """
     seeds = [seeds] * len(references) if isinstance(seeds, int) else list(seeds)
     times = flow.few_step_times(steps, family.noise_shift(*references.shape[-2:])).tolist()
     with on_device("vae"):
-        latents = family.encode(references.to(family.device))
+        latents, extra = family.encode(references.to(family.device)), None
+        if extra_references is not None:
+            if extra_references.shape[1] >= family.most_references:
+                most, got = family.most_references, 1 + extra_references.shape[1]
+                raise ValueError(f"expected at most {most} references, the edited picture included; got {got}")
+            flat = family.encode(extra_references.to(family.device).flatten(0, 1))
+            extra = flat.unflatten(0, extra_references.shape[:2])
     generators = [seeded_generator("edit", seed) for seed in seeds]
     shape = latents[:1].shape
     noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
     with on_device("text"):
         text = family.encode_text(instructions)
     with on_device("net"):
-        x0 = generate_few_step(family, net, text, latents, times, noise)
+        x0 = generate_few_step(family, net, text, latents, times, noise, extra)
     with on_device("vae"):
         return _decode.decode_latents(family, x0, tile).clamp(0, 1).float()

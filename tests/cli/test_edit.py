@@ -145,7 +145,7 @@ def test_large_pictures_are_held_few_at_a_time(parts):
     class Counting(Editor):
         held: list[int] = []
 
-        def _edit_window(self, window, seed, steps):
+        def _edit_window(self, window, seed, steps, extra):
             self.held.append(sum(im.width * im.height for im, _ in window))
             return [im for im, _ in window]
 

@@ -8,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from npedit.data import _rows, _scan, imagefolder
+from npedit.data import _rows, _scan, _source, imagefolder
 from npedit.errors import UserError
+from npedit.runs.changes import data_change
 from tests.support.photo_sets import opened, plain, refused, row, save, write_metadata
 
 
@@ -112,6 +113,18 @@ def test_processes_that_start_together_read_once(many, cached, monkeypatch):
     for thread in threads:
         thread.join()
     assert found == [12] * 4 and len(calls) == 2  # the first photos, then all rows
+
+
+def test_the_inventory_of_a_large_set_is_packed_and_a_lost_photo_is_still_told_from_a_changed_one(many, monkeypatch):
+    monkeypatch.setattr(_source, "LISTED_PHOTOS", 5)
+    began = json.loads(json.dumps(opened(many, max_bad_share=0.5).inventory()))
+    assert set(began) == {"metadata", "packed_sizes", "held_out"}
+    (many / "3.png").unlink()
+    words, allowed = data_change(began, opened(many, max_bad_share=0.5).inventory())
+    assert allowed and words == "missing or unreadable: row 4"
+    plain(300, 300).save(many / "4.png")
+    words, allowed = data_change(began, opened(many, max_bad_share=0.5).inventory())
+    assert not allowed and "of another size in bytes: row 5" in words
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

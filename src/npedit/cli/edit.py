@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
 from npedit.data._photos import composite_on_white
-from npedit.editor import Editor, open_picture, pair_up
+from npedit.editor import Editor, open_picture, pair_up, to_rgb
 from npedit.errors import UserError, did_you_mean
 from npedit.runs.resolve import resolve_editor
 
@@ -45,12 +45,13 @@ def run_edit(
     base: str = "",
     offload: bool = False,
     bits: int = 0,
+    references: Sequence[str] = (),
 ) -> Iterator[str]:
     """Edit the named pictures; yields a line for each result that is written.
 
     `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a folder,
     "-" for standard output, or "" for a free name beside each picture; `tile`, `base`, `offload` and
-    `bits` are those of `Editor.open`.
+    `bits` are those of `Editor.open`. `references` are files of further pictures that the editor sees beside each one.
     All pictures are read and all targets checked before the first is edited.
 
     Raises:
@@ -59,6 +60,7 @@ def run_edit(
     paths, texts = split_arguments(words, instructions)
     jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
     _check_pictures(jobs, err)
+    further = [to_rgb(open_picture(Path(name))) for name in references]
     for job in jobs:
         if job.target is not None:
             check_writable(job.target)
@@ -67,7 +69,7 @@ def run_edit(
     editor = Editor.open(model, tile=tile, base=base, offload=offload, bits=bits)
     _note_unknown_words(model, texts, err)
     reader = _Reader(jobs, editor, err)
-    edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps)
+    edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps, further)
     for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
         if alpha := reader.alpha.pop(number, None):
             picture.putalpha(alpha)

@@ -189,6 +189,10 @@ def edit(
             "If not given: IMAGE-edited.png, or IMAGE-edited-2.png and so on.",
         ),
     ] = "",
+    references: Annotated[
+        list[str] | None,
+        typer.Option("--reference", help="A further picture that the editor sees beside each one; repeatable."),
+    ] = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     model: ModelOption = "embedded",
@@ -214,8 +218,9 @@ def edit(
     from npedit.cli.edit import run_edit
 
     for line in run_edit(
-        words, instructions or [], target, seed, steps, model, err, tile, overwrite, base, offload, bits
-    ):
+        words, instructions or [], target, seed, steps, model, err, tile, overwrite, base, offload, bits,
+        references=references or [],
+    ):  # fmt: skip
         out.print(escape(line))
 
 

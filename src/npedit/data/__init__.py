@@ -62,6 +62,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def all_references(self) -> list[Tensor]:
+        """The references, and the further references if there are any, as one tensor each."""
+        return [self.references, *([] if self.extra_references is None else [self.extra_references])]
+
+    def to(self, device: torch.device) -> Self:
+        """The batch with its references on a device."""
+        extra = None if self.extra_references is None else self.extra_references.to(device)
+        return replace(self, references=self.references.to(device), extra_references=extra)
+
     def slice(self, start: int, stop: int) -> Self:
         """The items from `start` to before `stop`, as a batch."""
         columns = {name: column for name, column in vars(self).items() if column is not None}

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -194,6 +195,33 @@ def crop_to_fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
     box = (max(left, 0), max(top, 0), min(left + width * scale, image.width), min(top + height * scale, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def nearest_size(size: tuple[int, int], trained: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The trained (height, width) of the nearest shape; of those, the nearest in area."""
+    shape, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
+    return min(trained, key=lambda s: (round(abs(math.log(s[0] / s[1]) - shape), 3), abs(math.log(s[0] * s[1]) - area)))
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale to (height, width): whole-number reductions by averaging (the inverse of a pixel-block enlargement), others
+    with Lanczos."""
+    h, w = size
+    if (image.height, image.width) == size:
+        return image
+    whole = image.height % h == 0 and image.width % w == 0
+    return image.resize((w, h), Image.Resampling.BOX if whole else Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture -> (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) -> an RGB picture; values outside [0, 1] are clipped."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+    return Image.fromarray(pixels.numpy())
 
 
 # --------------------------------------------------------------------------------------------------------- to sRGB

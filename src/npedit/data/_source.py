@@ -7,11 +7,13 @@ replaced by the next good row of its bucket. Too many bad rows stop the run.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
 import random
 import threading
+import zlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ from npedit.recipe.config import Settings as Base
 log = logging.getLogger(__name__)
 
 IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
+LISTED_PHOTOS = 100_000  # the inventory of a larger set does not name its photos
 Shape = tuple[tuple[int, int], int]  # of a bucket: (H, W) of the references, number of further references
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 
@@ -174,6 +177,11 @@ class PhotoSource:
         return f"{len(numbers)} of {len(self.rows)} rows without it: {places}{more}" if len(numbers) else ""
 
     @property
+    def most_references(self) -> int:
+        """The largest number of references that a row has, its photo included."""
+        return 1 + int(self._reference_counts().max())
+
+    @property
     def sizes(self) -> list[tuple[int, int]]:
         """(H, W) of every bucket in pixels, with or without rows."""
         return list(self.settings.sizes)
@@ -207,9 +215,13 @@ class PhotoSource:
 
     def inventory(self) -> dict[str, Any]:
         """What the fingerprint covers, in parts: a hash of the rows, each photo's size in bytes (-1: none that can be
-        used), and the numbers of the rows that are held out."""
+        used), and the numbers of the rows that are held out. The sizes of a large set are packed, without names:
+        64-bit numbers, compressed, in base 64."""
         digest = hashlib.sha256()
         self._hash_rows(digest, with_names=True)
+        if len(self.rows) > LISTED_PHOTOS:
+            sizes = base64.b64encode(zlib.compress(self._bytes.astype("<i8").tobytes(), 1)).decode()
+            return {"metadata": digest.hexdigest(), "packed_sizes": sizes, "held_out": self._held_out}
         names = (self.rows.photo_name(*values) for values in self.rows.values("file_name", "file"))
         photos = dict(zip(names, self._bytes.tolist(), strict=True))
         return {"metadata": digest.hexdigest(), "photos": photos, "held_out": self._held_out}
@@ -358,7 +370,8 @@ class PhotoSource:
                 self._record_bad_row(number, row, str(error))
                 self._check_bad_share()
                 continue
-            return self._with_identity_edits(example, random.Random(f"{self.seed}/nothing/{bucket}/{position}"))
+            rng = random.Random(f"{self.seed}/nothing/{bucket}/{position}")
+            return with_identity_edits(example, rng, self.settings.nothing_share)
         raise UserError(f"expected at least one readable photo in {self.folder}; got none; correct the data")
 
     def _load_example(self, row: Row, size: tuple[int, int]) -> Example:
@@ -373,10 +386,11 @@ class PhotoSource:
         texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
         return Example(row.id, picture, *texts, tuple(more), row.questions)
 
-    def _with_identity_edits(self, item: Example, rng: random.Random) -> Example:
-        """The example; `nothing_share` of them become "do nothing" examples. A row whose only caption is the target
-        caption never does: that caption describes the edit."""
-        can_do_nothing = bool(item.source_caption) or not item.target_caption
-        if can_do_nothing and rng.random() < self.settings.nothing_share:
-            return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
-        return item
+
+def with_identity_edits(item: Example, rng: random.Random, nothing_share: float) -> Example:
+    """The example; `nothing_share` of them become "do nothing" examples. A row whose only caption is the target caption
+    never does: that caption describes the edit."""
+    can_do_nothing = bool(item.source_caption) or not item.target_caption
+    if can_do_nothing and rng.random() < nothing_share:
+        return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
+    return item

@@ -57,6 +57,7 @@ T5_LENGTH = 256  # the pipeline's own, in tokens
 class SD3(Family):
     """One SD3 or SD3.5 pipeline, opened once; `families/base.py` describes the interface."""
 
+    most_references = 4  # one on each side of the picture
     pipeline, denoiser = StableDiffusion3Pipeline, SD3Transformer2DModel
     part_names = PARTS
     optional_part_names = T5

@@ -63,6 +63,7 @@ class ZImage(Family):
         self.pipe = pipe
         self.base = pipe.transformer
         self.device = device
+        self.most_references = 1 if _takes_frames(pipe.transformer) else ZImage.most_references
         self.thinking = not _takes_frames(pipe.transformer)  # else prompts are encoded as for such a net
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)

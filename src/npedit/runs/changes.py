@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from npedit.errors import UserError
 from npedit.recipe.config import differences
@@ -157,7 +161,11 @@ def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         return "the metadata file has changed", False
     if old.get("held_out", []) != new.get("held_out", []):
         return "the file of held-out rows has changed", False
-    before, after = old["photos"], new["photos"]
+    before, after = old.get("photos"), new.get("photos")
+    if "packed_sizes" in old and "packed_sizes" in new:
+        before, after = _unpack_differences(old["packed_sizes"], new["packed_sizes"])
+    if before is None or after is None:
+        return "the data source's content or settings", False
     changed = [name for name in after if before.get(name) != after[name]]
     lost = [name for name in changed if after[name] < 0]
     back = [name for name in changed if before.get(name, -1) < 0]
@@ -165,6 +173,15 @@ def data_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     groups = (("missing or unreadable", lost), ("back again", back), ("of another size in bytes", other))
     words = "; ".join(f"{what}: {_shorten_list(names)}" for what, names in groups if names)
     return words or "the data source's settings", bool(changed) and not other
+
+
+def _unpack_differences(old: str, new: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The sizes in bytes, by row, of the photos whose sizes differ between two inventories of a large set."""
+    before, after = (np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8") for text in (old, new))
+    if len(before) != len(after):
+        return {}, {}
+    numbers = np.flatnonzero(before != after).tolist()
+    return {f"row {n + 1}": int(before[n]) for n in numbers}, {f"row {n + 1}": int(after[n]) for n in numbers}
 
 
 def _shorten_list(names: Sequence[str]) -> str:

@@ -143,11 +143,13 @@ class Parts:
             return EncodedText(tuple(p.to(offload_device()) for p in encode([prompt]).parts))
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The latents of images (b, 3, H, W). Distinct images are kept in a cache of `memory.cached_latents` entries.
-        The VAE is frozen and deterministic, so the pixels (values, type and shape, after cropping and scaling) are the
-        key, not the item's id."""
+        """The latents of images (b, 3, H, W), or (b, k, c, h, w) of images (b, k, 3, H, W). Distinct images are kept in
+        a cache of `memory.cached_latents` entries. The VAE is frozen and deterministic, so the pixels (values, type and
+        shape, after cropping and scaling) are the key, not the item's id."""
         if id(images) in self.encoded:
             return self.encoded[id(images)]
+        if images.ndim == 5:
+            return self.encode_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         capacity = self.memory.cached_latents
         if not capacity:
             with self.on_device("vae"):
@@ -156,6 +158,10 @@ class Parts:
         for key, image in dict(zip(keys, images)).items():
             here[key] = _get_cached(self.latents, capacity, key, partial(self._encode_image, image)).to(self.device)
         return torch.cat([here[key] for key in keys])
+
+    def encode_extra(self, batch: Batch) -> Tensor | None:
+        """The latents (b, k, c, h, w) of a batch's further references; None if there are none."""
+        return None if batch.extra_references is None else self.encode_images(batch.extra_references)
 
     def _encode_image(self, image: Tensor) -> Tensor:
         with self.on_device("vae"):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from npedit import flow, grpo
 from npedit.data import Batch
+from npedit.errors import UserError
 from npedit.families.base import EncodedText
 from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
@@ -108,6 +109,8 @@ class Step(Base):
     def _sample(self, batch: Batch, update: int, micro: int, metrics: list[dict[str, float]]) -> Trajectories:
         """Trajectories of a batch with the current weights, their rewards, and the means of the reference policy."""
         s, generator = self.settings, seeded_generator(self.seed, "flow_grpo", update, micro)
+        if batch.extra_references is not None:
+            raise UserError("flow_grpo: expected one reference an example; got several; remove reference_file_names")
         latents = self.parts.encode_images(batch.references)
         rows = torch.arange(len(batch)).repeat(s.group)
         text, references = self.parts.encode_text(batch.instructions).select(rows), latents.repeat(s.group, 1, 1, 1)

@@ -131,7 +131,7 @@ class Step(Base):
         prompts = [b.instructions for b in batches] + [b.target_captions for b in batches if has_dmd]
         prompts += self.replay.local_captions()
         negative = [[self.settings.negative_prompt] * len(b) for b in of_student if has_dmd]
-        return self.parts.encode_ahead(prompts, [b.references for b in batches], negative)
+        return self.parts.encode_ahead(prompts, [image for b in batches for image in b.all_references()], negative)
 
     # ------------------------------------------------------------------------------------------------ fake score
 
@@ -199,7 +199,8 @@ class Step(Base):
         schedule = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
         times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))  # equal on all ranks
         text = self.parts.encode_text(batch.instructions)
-        return generate_few_step(family, net, text, references, times, sample_noise(references, len(times), generator))
+        noise, extra = sample_noise(references, len(times), generator), self.parts.encode_extra(batch)
+        return generate_few_step(family, net, text, references, times, noise, extra)
 
     def _gradient_at_x0(
         self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, timers: Timers

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from npedit import flow
 from npedit.data import Batch
-from npedit.generator import sample_noise, seeded_generator
+from npedit.generator import all_references, sample_noise, seeded_generator
 from npedit.nets.distributed import global_batch_size, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
@@ -65,11 +65,13 @@ class Step(Base):
             later = times[torch.randint(len(times), (rows,), generator=generator)]
             t = torch.where(torch.rand(rows, generator=generator) < 0.5, times[0], later)
             t, (eps,) = local_slice(t).to(latents.device), sample_noise(latents, 1, generator)
-            v = family.velocity(self.learners["student"].net, flow.add_noise(latents, eps, t), t, text, (latents,))
+            given = all_references(latents, self.parts.encode_extra(batch))
+            v = family.velocity(self.learners["student"].net, flow.add_noise(latents, eps, t), t, text, given)
             value = F.mse_loss(v.float(), flow.velocity(latents, eps).float())
             values.append(float(value.detach()))
             return value
 
-        with self.parts.encode_ahead([b.source_captions for b in batches], [b.references for b in batches]):
+        images = [image for b in batches for image in b.all_references()]
+        with self.parts.encode_ahead([b.source_captions for b in batches], images):
             logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/copy": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}

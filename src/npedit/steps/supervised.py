@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from npedit import flow
 from npedit.data import Batch, PairedBatch
-from npedit.generator import generate_few_step, sample_noise, sample_training_times, seeded_generator
+from npedit.generator import all_references, generate_few_step, sample_noise, sample_training_times, seeded_generator
 from npedit.nets.distributed import global_batch_size, local_slice
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.recipe.config import Settings
@@ -63,7 +63,7 @@ class Step(Base):
             values.append(float(value.detach()))
             return value
 
-        references = [b.references for b in batches]
+        references = [image for b in batches for image in b.all_references()]
         with self.parts.encode_ahead([b.instructions for b in batches], references + edited):
             logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         return {"loss/supervised": sum(values) / len(values), **{f"{k}/student": v for k, v in logged.items()}}
@@ -75,7 +75,8 @@ class Step(Base):
         schedule = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
         times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))
         text, noise = self.parts.encode_text(batch.instructions), sample_noise(references, len(times), generator)
-        return F.mse_loss(generate_few_step(family, net, text, references, times, noise), wanted)
+        extra = self.parts.encode_extra(batch)
+        return F.mse_loss(generate_few_step(family, net, text, references, times, noise, extra), wanted)
 
     def _flow_matching_loss(
         self, batch: Batch, references: Tensor, wanted: Tensor, update: int, generator: torch.Generator
@@ -84,7 +85,8 @@ class Step(Base):
         even = local_slice(torch.rand(global_batch_size(len(batch)), generator=generator))
         t = flow.shift_times(even, family.noise_shift(*batch.references.shape[-2:])).to(wanted.device)
         text, (eps,) = self.parts.encode_text(batch.instructions), sample_noise(wanted, 1, generator)
-        v = family.velocity(net, flow.add_noise(wanted, eps, t), t, text, (references,))
+        given = all_references(references, self.parts.encode_extra(batch))
+        v = family.velocity(net, flow.add_noise(wanted, eps, t), t, text, given)
         return F.mse_loss(v.float(), flow.velocity(wanted, eps).float())
 
 

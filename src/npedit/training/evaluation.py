@@ -107,10 +107,18 @@ class Evaluation:
         """The edited images of each batch; the items of all batches are numbered on, and item i has the seed i."""
         edited: list[Tensor] = []
         for batch in batches:
-            edited.append(self._edit(net, batch.references, batch.instructions, sum(map(len, edited))))
+            seed = sum(map(len, edited))
+            edited.append(self._edit(net, batch.references, batch.instructions, seed, batch.extra_references))
         return edited
 
-    def _edit(self, net: nn.Module, references: Tensor, instructions: Sequence[str], first_seed: int) -> Tensor:
+    def _edit(
+        self,
+        net: nn.Module,
+        references: Tensor,
+        instructions: Sequence[str],
+        first_seed: int,
+        extra_references: Tensor | None = None,
+    ) -> Tensor:
         """Edited images on the CPU. All processes share the work; item i has the seed `first_seed` + i."""
         done: list[Tensor] = []
         for start in range(0, len(references), CHUNK * distributed.world_size()):
@@ -120,8 +128,11 @@ class Evaluation:
             part = references[k : k + CHUNK].to(self.parts.device)
             seeds = list(range(first_seed + k, first_seed + k + len(part)))
             texts = list(instructions[k : k + CHUNK])
+            extra = None if extra_references is None else extra_references[k : k + CHUNK].to(self.parts.device)
             steps, tile = self.recipe.trainer.steps, self.parts.memory.decode_tile
-            edited = edit_images(self.parts.family, net, part, texts, steps=steps, seeds=seeds, tile=tile)
+            edited = edit_images(
+                self.parts.family, net, part, texts, steps=steps, seeds=seeds, tile=tile, extra_references=extra
+            )
             done += [e for e in distributed.all_gather(edited.float().cpu() if k == mine else None) if e is not None]
         return torch.cat(done)
 

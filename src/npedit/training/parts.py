@@ -170,6 +170,12 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
     if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
         raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
+    most = getattr(data, "most_references", 1)
+    if most > parts.family.most_references:
+        raise UserError(
+            f"data: expected rows with at most {parts.family.most_references} references, the photo included, as "
+            f"{recipe.family.name} takes no more; got {most}; shorten reference_file_names"
+        )
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
         if height % multiple or width % multiple:

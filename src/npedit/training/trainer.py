@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -277,8 +276,7 @@ class TrainingLoop:
     def _batch(self, index: int, size: int) -> Any:
         """This process's share of a batch of `size` items."""
         world = distributed.world_size()
-        batch = self.data.batch(index, size // world, distributed.rank(), world)
-        return replace(batch, references=batch.references.to(self.parts.device))
+        return self.data.batch(index, size // world, distributed.rank(), world).to(self.parts.device)
 
     def _count_skipped_and_bad(self, step: Step) -> dict[str, float]:
         rows = self.data.bad_rows
