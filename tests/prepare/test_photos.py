@@ -72,6 +72,10 @@ def test_a_second_scan_reads_only_what_changed(tmp_path, monkeypatch):
     assert scan(folder, known=tmp_path / "k.jsonl") == first and not read
     photo(folder / "1.png", 9, (64, 64))
     assert scan(folder, known=tmp_path / "k.jsonl") != first and len(read) == 1
+    (folder / "2.png").unlink()
+    scan(folder, known=tmp_path / "k.jsonl")
+    kept = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["width"]) for row in kept] == [("0.png", 48), ("1.png", 64)]
 
 
 def test_rights_come_from_the_photo(tmp_path):

@@ -21,7 +21,9 @@ from writer_server import (
     writing,
 )
 
+from npedit.cli.prepare import progress_line
 from npedit.errors import UserError
+from npedit.prepare.prepare import Progress
 from npedit.prepare.prompts import PACKAGED, load_prompts, parse_shares
 
 
@@ -173,6 +175,13 @@ def test_checks_that_need_no_model(tmp_path):
     ):
         assert words in reasons
     assert all(row["pass"] == "write" for row in rejected) and "verify" not in passes_of(server)
+
+
+def test_the_progress_says_time_left_counts_and_cost():
+    progress = Progress("edits", 30, 90, Counter(add=20, style=3), 4, 1.234)
+    line = "writing edits: 30 of 90 photos, about 4 min left | add 20 style 3 | rejected 4"
+    assert progress_line(progress, False, 120) == line and progress_line(progress, True, 120) == line + " | cost 1.23"
+    assert progress_line(Progress("photos", 0, 5), True, 1) == "reading photos: 0 of 5 photos, about 0 min left"
 
 
 def test_shares_of_types():

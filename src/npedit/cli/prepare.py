@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+LINE_SECONDS = 30.0  # between two lines about the progress, where there is no terminal
 STAGES = {"photos": "reading photos", "edits": "writing edits"}
 
 WordsArgument = Annotated[
@@ -250,7 +252,8 @@ def open_models(
 
 @contextmanager
 def progress_display(priced: bool) -> Iterator[ReportProgress]:
-    """A progress bar on standard error with the time left, the rows of each type, and the cost."""
+    """A progress bar on standard error with the time left, the rows of each type, and the cost; a line from time to
+    time where standard error is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -264,7 +267,24 @@ def progress_display(priced: bool) -> Iterator[ReportProgress]:
             words = progress_words(progress, priced)
             bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, words=escape(words))
 
-        yield report
+        began = last = time.monotonic()
+
+        def report_lines(progress: Progress) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LINE_SECONDS:
+                last = now
+                err.print(escape(progress_line(progress, priced, now - began)))
+
+        yield report if err.is_terminal else report_lines
+
+
+def progress_line(progress: Progress, priced: bool, seconds: float) -> str:
+    """A line about the progress, for a log file. `seconds` have passed since the beginning."""
+    left = seconds / max(1, progress.done) * (progress.total - progress.done)
+    done = f"{STAGES[progress.stage]}: {progress.done} of {progress.total} photos, about {left / 60:.0f} min left"
+    words = progress_words(progress, priced)
+    return f"{done} | {words}" if words else done
 
 
 def progress_words(progress: Progress, priced: bool) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from npedit.data._photos import BadImage, decoding, read_photo
 from npedit.errors import UserError
-from npedit.runs.files import append_row, repair_rows
+from npedit.runs.files import append_row, repair_rows, write_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 ANIMATED = ("GIF", "WEBP", "PNG")  # formats whose files with several frames are animations
@@ -85,9 +85,11 @@ def scan_photos(
     jobs = [(folder, name, kept.get(name), max_pixels, min_side) for name in names]
     photos: list[Photo] = []
     bad: list[dict[str, str]] = []
+    rows: list[Photo] = []
     first: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
         for done, row in enumerate(pool.map(lambda job: scan_photo(*job), jobs), 1):
+            rows.append(row)
             if row is not kept.get(row["name"]):
                 append_row(known, row)
             reason = row.get("reason") or _size_fault(row, min_side)
@@ -99,6 +101,8 @@ def scan_photos(
                 first[row["id"]] = row["name"]
                 photos.append({**row, "path": str(folder / row["name"])})
             report_progress(done, len(jobs))
+    if any(row is not kept.get(row["name"]) for row in rows) or len(kept) != len(rows):
+        write_rows(known, rows)  # without files that have changed or are gone
     return photos, bad
 
 
