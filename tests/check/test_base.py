@@ -33,6 +33,7 @@ def with_weights(subject: Subject, change) -> Subject:
     return Subject(subject.recipe, subject.data, parts, subject.options, subject.examples)
 
 
+@pytest.mark.slow
 def test_the_toys_base_model_is_silent(subject) -> None:
     section = check_base(subject)
     assert severities(section) == {}

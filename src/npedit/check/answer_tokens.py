@@ -87,5 +87,5 @@ def _report_mass(section: Section, member: Any, name: str, wording: str, edits: 
         "answer-tokens", "will not learn" if mass < VERY_FEW else "warning",
         f"{fact} The likeliest token is {rows[0][0]}.",
         "The model would say something else: template, tokenizer or answer tokens may be wrong for these weights.",
-        "Compare the prompt below with the model's own documentation.",
+        "Compare the prompt in report.html with the model's own documentation.",
     )  # fmt: skip
