@@ -19,7 +19,7 @@ from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.toy.dataset import write_dataset
 from npedit.toy_models.critic import untrained_critic
 from tests.check.conftest import severities
-from tests.check.test_critic import changed_critic, swap
+from tests.check.test_critic import changed_critic, swap, use_spare_tokens
 from tests.check.test_data import drop_objects_of_one_type, mix_captions, repeat_captions
 from tests.support.command_line import names, run
 
@@ -154,6 +154,5 @@ def planted(fault: str, place: Path) -> list[str]:
     elif fault == "exchanged tokens":
         changed_critic(place / "critic", lambda vocabulary: swap(vocabulary, "yes", "no"))
     else:
-        changed_critic(place / "critic", lambda vocabulary: swap(vocabulary, "yes", "<spare3>"))
-        changed_critic(place / "critic", lambda vocabulary: swap(vocabulary, "no", "<spare4>"))
+        changed_critic(place / "critic", use_spare_tokens)
     return [f"critic.weights={place / 'critic'}"]

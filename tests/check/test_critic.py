@@ -36,6 +36,12 @@ def swap(vocabulary, a: str, b: str) -> None:
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
 
 
+def use_spare_tokens(vocabulary) -> None:
+    """Yes and No become tokens that the model has not been trained to say."""
+    swap(vocabulary, "yes", "<spare3>")
+    swap(vocabulary, "no", "<spare4>")
+
+
 def test_the_toys_critic_is_silent(demo) -> None:
     section = check_critic(demo)
     assert severities(section).keys() <= {"critic-untested"}  # a small sample
@@ -60,11 +66,7 @@ def test_exchanged_answer_tokens_are_found(with_parts, tmp_path) -> None:
 
 
 def test_answer_tokens_that_the_model_never_says_are_found(with_parts, tmp_path) -> None:
-    def change(vocabulary) -> None:
-        swap(vocabulary, "yes", "<spare3>")
-        swap(vocabulary, "no", "<spare4>")
-
-    section = check_critic(with_parts(critic=changed_critic(tmp_path, change)))
+    section = check_critic(with_parts(critic=changed_critic(tmp_path, use_spare_tokens)))
     assert severities(section)["answer-tokens"] == "will not learn"
     likely = next(t for t in section.tables if "likeliest" in t.title).rows
     assert {row[0] for row in likely[:2]} == {"'<spare3>'", "'<spare4>'"}

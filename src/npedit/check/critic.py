@@ -144,7 +144,7 @@ def _judge_accuracy(section: Section, kind: str, found: Accuracy) -> None:
     elif found.balanced_auc < REVERSED:
         section.add("critic-reversed", "will not learn", fact,
                     "The critic says Yes where No is right. The editor will learn the opposite of what is asked.",
-                    "Look at the answer tokens in report.html: tokenizer, chat template and weights must be of one model."
+                    "Look at the answer tokens in report.html. Tokenizer, template and weights must be of one model."
                     )  # fmt: skip
     elif found.balanced_auc < WEAK:
         section.add("critic-weak", "will not learn", fact,
