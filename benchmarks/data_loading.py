@@ -4,8 +4,9 @@
 
 It generates an imagefolder of so many rows in FOLDER (kept if it is there already; by default in a temporary folder).
 The photos are 64 JPEG files of random pictures under many names (hard links), so that a large set needs little space.
-Each start is a process of its own. Memory is what the process holds for itself (RssAnon): pages of mapped files are
-left out, as all processes share them in the page cache.
+Each start is a process of its own. Seconds are those of the clock and, in brackets, of the processor: where other
+programs run, the second number tells more. Memory is what the process holds for itself (RssAnon): pages of mapped files
+are left out, as all processes share them in the page cache.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ BASES, PER_FOLDER, MOST_LINKS = 64, 1000, 60_000
 SIZES = ((512, 512), (384, 640), (640, 384), (500, 700))  # (H, W) of the photos
 TYPES = ("add", "replace", "recolour", "background", "style")
 BATCH, BATCHES = 8, 24
+Measured = tuple[float, float, float]  # seconds, seconds of the processor, MiB
 EVERY = 0.02  # seconds between two looks at the memory
 
 
@@ -79,10 +81,10 @@ def own_memory() -> int:
 
 
 class _Meter:
-    """Seconds, and the most memory above that at the beginning, of each named part."""
+    """Seconds of the clock and of the processor, and the most memory above that at the beginning, of each part."""
 
     def __init__(self) -> None:
-        self.found: dict[str, tuple[float, float]] = {}
+        self.found: dict[str, Measured] = {}
         self._before = own_memory()
 
     @contextmanager
@@ -95,16 +97,16 @@ class _Meter:
 
         thread = threading.Thread(target=watch)
         thread.start()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         yield
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - used
         stop.set()
         thread.join()
-        self.found[name] = seconds, (max(most[0], own_memory()) - self._before) / 2**20
+        self.found[name] = seconds, busy, (max(most[0], own_memory()) - self._before) / 2**20
 
 
 def start(folder: str, cache: str, answer) -> None:
-    """One start of a run as far as the data go; puts (seconds, MiB) of each part into the queue `answer`."""
+    """One start of a run as far as the data go; puts what is measured of each part into the queue `answer`."""
     os.environ["NPEDIT_CACHE"] = cache
     from npedit.data.imagefolder import Settings, Source
 
@@ -123,16 +125,21 @@ def start(folder: str, cache: str, answer) -> None:
     with meter("held-out rows"):
         source.settings = source.settings.model_copy(update={"held_out": 64})
         source._choose_held_out()
+    with meter("first batches of every size"):
+        for index in range(1, BATCHES):
+            source.batch(index, BATCH)
     for prefetch in (0, 2):
-        reader = Source(Settings(path=folder, prefetch=prefetch), 0) if prefetch else source
-        reader.batch(0, BATCH)
+        del source
+        source = Source(Settings(path=folder, prefetch=prefetch), 0)
+        for index in range(BATCHES):
+            source.batch(index, BATCH)
         with meter(f"{BATCHES} batches of {BATCH}, prefetch {prefetch}"):
-            for index in range(1, 1 + BATCHES):
-                reader.batch(index, BATCH)
+            for index in range(BATCHES, 2 * BATCHES):
+                source.batch(index, BATCH)
     answer.put(meter.found)
 
 
-def measure_start(folder: Path, cache: Path) -> dict[str, tuple[float, float]]:
+def measure_start(folder: Path, cache: Path) -> dict[str, Measured]:
     """`start` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
@@ -150,7 +157,9 @@ def loading_table(folder: Path, rows: int, step_seconds: float = 0.0) -> str:
     first, second = (measure_start(folder / "photos", cache) for _ in range(2))
     lines = [f"| {rows:,} rows | first start | later starts |", "| --- | --- | --- |"]
     for name in second:
-        cells = [f"{found[name][0]:.2f} s, {found[name][1]:.0f} MiB" for found in (first, second)]
+        cells = [
+            f"{found[name][0]:.2f} s ({found[name][1]:.2f}), {found[name][2]:.0f} MiB" for found in (first, second)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     waited = second[f"{BATCHES} batches of {BATCH}, prefetch 0"][0] / BATCHES
     lines.append(f"\nOne batch of {BATCH} photos takes {waited * 1000:.0f} ms without prefetch")

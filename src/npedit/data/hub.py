@@ -13,6 +13,7 @@ columns are read; columns that hold edited images are named in the log and never
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO
@@ -29,6 +30,7 @@ from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, bytes_inspector, scan_kept
 from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.data._stream import Sample, StreamSource
 from npedit.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,56 @@ class Settings(PhotoSettings):
     split: str = "train"
     subset: str = Field("", description="the configuration of the data set; '': its default one")
     revision: str = Field("", description="branch, tag or commit on the Hub; '': the main branch")
+    streaming: bool = Field(False, description="read the set while it is downloaded, and keep nothing on the disk")
+    shuffle_buffer: int = Field(256, ge=1, description="samples that a stream holds to mix them")
 
 
-class Source(PhotoSource):
+def Source(settings: Settings, seed: int) -> IndexedSource | StreamSource:
+    """The source of this data set: one that reads any row, or a stream."""
+    if not settings.streaming:
+        return IndexedSource(settings, seed)
+    chosen = settings.path, settings.split, settings.subset, settings.revision
+    found = load_split(*chosen, streaming=True)
+    name = Path(settings.path, settings.split)
+    schema = (found.features or datasets.Features()).arrow_schema
+    if not schema.names:
+        raise UserError(f"{name}: expected a data set whose columns are known; got none; set data.streaming to false")
+    photo, references = choose_columns(schema, settings.columns, name)
+    texts = [field.name for field in schema if not _has_bytes(field.type)]
+    found = found.select_columns([photo, *([references] if references else []), *texts]).decode(False)
+    samples = partial(stream_samples, found, photo, references, settings.columns, name, seed)
+    return StreamSource(settings, seed, samples, settings.shuffle_buffer)
+
+
+def stream_samples(
+    found: Any, photo: str, references: str, columns: Mapping[FieldName, str], name: Path, seed: int, epoch: int
+) -> Iterator[Sample]:
+    """The samples of a streamed data set, in a random order of its files.
+
+    Raises:
+        UserError: it cannot be read, or an error of `parse_row`.
+    """
+    ours = {field: c for field, c in columns.items() if field not in ("file_name", "reference_file_names")}
+    number, draw = 0, random.Random(f"{seed}/files/{epoch}").randrange(2**31)
+    try:
+        for values in found.shuffle(seed=draw, buffer_size=1):
+            number += 1
+            picture, more = values.pop(photo), values.pop(references, None) or []
+            file = picture.get("path") if isinstance(picture, dict) else None
+            values |= {"file_name": Path(file).name if file else f"{number:06d}"}
+            values["reference_file_names"] = [f"{REFERENCES}/{k}" for k in range(len(more))]
+            yield Sample(parse_row(values, number, name, ours), _bytes_of(picture), tuple(map(_bytes_of, more)))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        raise UserError(
+            f"{name}: expected samples; got {error} after sample {number}; check your connection"
+        ) from error
+
+
+def _bytes_of(picture: Any) -> bytes:
+    return (picture.get("bytes") if isinstance(picture, dict) else picture) or b""
+
+
+class IndexedSource(PhotoSource):
     """The rows of one split as batches."""
 
     settings: Settings
@@ -95,17 +144,18 @@ class Source(PhotoSource):
         return self._references.open(row.line - 1, int(name.rsplit("/", 1)[1])).read()
 
 
-def load_split(path: str, split: str, subset: str = "", revision: str = "") -> Any:
-    """A split of a data set, memory-mapped.
+def load_split(path: str, split: str, subset: str = "", revision: str = "", streaming: bool = False) -> Any:
+    """A split of a data set, memory-mapped, or with `streaming` read while it is downloaded.
 
     Raises:
         UserError: it cannot be found, downloaded or read.
     """
     place = Path(path).expanduser()
     more: dict[str, Any] = {"split": split, "name": subset or None, "revision": revision or None}
+    more["streaming"] = streaming
     try:
         if place.is_file():
-            return datasets.load_dataset("parquet", data_files={split: str(place)}, split=split)
+            return datasets.load_dataset("parquet", data_files={split: str(place)}, split=split, streaming=streaming)
         return datasets.load_dataset(str(place) if place.is_dir() else path, **more)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         reason = f"{error.__cause__ or error}".strip().split("\n")[0]

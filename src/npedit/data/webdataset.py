@@ -8,13 +8,15 @@ A sample is the files of one key: `0001.jpg`, and `0001.json` with the fields of
 several: {file_name: source.jpg}. `reference_file_names` in the JSON are further files of the same key: ["ref.jpg"].
 No other picture is opened.
 
-Tar files on a disk are read at any place: the first start notes where each picture is.
+Tar files on a disk are read at any place: the first start notes where each picture is. Others are streamed
+(`_stream.py`): URLs ("https://HOST/{000..099}.tar") and commands ("pipe:aws s3 cp s3://BUCKET/{000..099}.tar -").
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import random
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,14 +25,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import Field
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
+from webdataset.tariterators import base_plus_ext, tarfile_samples
 
 from npedit.data._metadata import EDITED_COLUMN, FieldName, Row, parse_row
 from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, bytes_inspector, scan_kept
 from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.data._stream import Sample, StreamSource
 from npedit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,8 +48,20 @@ Member = tuple[int, int]  # where a file begins in the tar file, and its length,
 class Settings(PhotoSettings):
     """Which tar files, and how their photos are cropped."""
 
+    streaming: bool = Field(False, description="read the tar files from start to end, as a URL or a command gives them")
+    shuffle_buffer: int = Field(256, ge=1, description="samples that a stream holds to mix them")
 
-class Source(PhotoSource):
+
+def Source(settings: Settings, seed: int) -> IndexedSource | StreamSource:
+    """The source of these tar files: one that reads any sample, or a stream where they are not files on a disk."""
+    if not (settings.streaming or ":" in settings.path):
+        return IndexedSource(settings, seed)
+    place = Path(settings.path).expanduser()
+    urls = [str(shard) for shard in find_shards(settings.path)] if place.is_dir() else expand_urls(settings.path)
+    return StreamSource(settings, seed, partial(stream_samples, urls, settings.columns, seed), settings.shuffle_buffer)
+
+
+class IndexedSource(PhotoSource):
     """The samples of all tar files as batches."""
 
     def _open_rows(self, path: str, columns: Mapping[FieldName, str]) -> Rows:
@@ -169,6 +185,36 @@ def _as_row(
     places = {kind: (members[kind.lower()].offset_data, members[kind.lower()].size) for kind in row.references}
     references = tuple(f"{kind}@{offset}+{length}" for kind, (offset, length) in places.items())
     return replace(row, references=references, offset=members[photo].offset_data, length=members[photo].size)
+
+
+def stream_samples(urls: Sequence[str], columns: Mapping[FieldName, str], seed: int, epoch: int) -> Iterator[Sample]:
+    """The samples of all tar files, in a random order of the tar files.
+
+    Raises:
+        UserError: a tar file cannot be read, or an error of `read_rows`.
+    """
+    urls, number = list(urls), 0
+    random.Random(f"{seed}/shards/{epoch}").shuffle(urls)
+    mapping: dict[FieldName, str] = {field: column for field, column in columns.items() if field != "file_name"}
+    try:
+        for sample in tarfile_samples(({"url": url} for url in urls), select_files=_is_wanted):
+            number += 1
+            key, where = sample["__key__"], Path(str(sample["__url__"]))
+            kinds = [kind for kind in sample if not kind.startswith("__")]
+            photo, values = read_sample(key, kinds, sample, columns, f"{where}:{number}")
+            row = parse_row(values | {"file_name": f"{key}.{photo}"}, number, where, mapping)
+            yield Sample(row, sample[photo], tuple(sample[kind.lower()] for kind in row.references))
+    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.path: expected tar files that can be read; got {urls[0]!r} and others, of which one fails after "
+            f"sample {number} of epoch {epoch} ({error}); check path and connection"
+        ) from error
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file of a stream is kept: edited images are not."""
+    _, kind = base_plus_ext(name)
+    return kind is not None and not EDITED_COLUMN.fullmatch(kind.split(".")[0])
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
