@@ -14,7 +14,7 @@ from npedit.generator import generate_few_step, sample_noise, seeded_generator
 from npedit.questions import Question
 from npedit.steps.base import Parts
 
-STEPS = (1e-3, 1e-2, 1e-1)  # expected changes of the margin; the best agreement of them counts
+STEPS = (1e-2, 1e-1, 1.0)  # expected changes of the margin; the best agreement of them counts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,8 +164,7 @@ def report_learning_rate(section: Section, subject: Subject, stage: Stage, stude
 
 def _first_batch(subject: Subject) -> Batch:
     size = subject.examples[0].reference.shape
-    batch = collate([e for e in subject.examples if e.reference.shape == size][:LOOKED_AT])
-    return replace(batch, references=batch.references.to(subject.parts.device))
+    return collate([e for e in subject.examples if e.reference.shape == size][:LOOKED_AT], subject.parts.device)
 
 
 @torch.no_grad()

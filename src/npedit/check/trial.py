@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,7 @@ def run_update(subject: Subject, stage: Stage, step: Step, update: int) -> dict[
     changed = stage.model_copy(update={"settings": step.settings})
     count = batches_per_update(changed)
     batches = [subject.data.batch(update * count + k, stage.batch_size) for k in range(count)]
-    batches = [replace(b, references=b.references.to(subject.parts.device)) for b in batches]
+    batches = [batch.to(subject.parts.device) for batch in batches]
     loaded = time.monotonic()
     with Timers.around("update"):
         metrics = step.step(batches, update)
