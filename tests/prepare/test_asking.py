@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -63,6 +64,23 @@ def test_killed_half_way_it_resumes_and_asks_nothing_twice(tmp_path):
         run("prepare", source, "--out", tmp_path / "other", *words[4:], "--seed", 3)
     for name in ("metadata.jsonl", "held_out.txt", "rejected.jsonl"):
         assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path):
+    source = photos(tmp_path / "photos", 12)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with writing() as server:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # of one file; the error is that of a full disk
+            said = prepare(server, source, tmp_path / "set", code=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "room on the disk" in said
+        before = len(server.bodies)
+        kept = len((tmp_path / "set" / "answers.jsonl").read_bytes().splitlines())
+        assert 0 < kept <= before < 48
+        prepare(server, source, tmp_path / "set")
+        assert len(server.bodies) == before + 48 - kept
 
 
 def test_no_more_requests_at_once_than_workers(tmp_path):

@@ -241,6 +241,7 @@ MODEL = (*SERVER, "--writer-model", "m")
         (["photos", "--out", "set", *SERVER, "--types", "ad"], "Did you mean 'add'"),
         (["--merge", "set"], "at least one SHARD"),
         (["--merge", "set", "nowhere"], "finished shard"),
+        (["--merge", "set", "nowhere", "--out", "x"], "no --out"),
         (["photos", "--out", "set", *MODEL, "--licences", "nowhere.csv"], "csv file"),
     ],
 )  # fmt: skip

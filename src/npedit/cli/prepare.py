@@ -122,6 +122,10 @@ def prepare(
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
     if merge:
+        if folder or writer:
+            raise UserError(
+                "--merge: expected SET SHARD... and no --out or --writer: no model is asked; leave them out"
+            )
         merge_shards([Path(word) for word in words])
         return
     photos, target = check_options(words, folder, writer, duplicates, max_cost, price_in + price_out)
