@@ -41,7 +41,7 @@ def compare(
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of intervals and tests.", min=0)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compare results of different protocols or judges.")] = False,
 ) -> None:
-    """Compare editors item by item: means, paired differences_table, win rates; of three or more a ranking.
+    """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
 
     Intervals are 95 % bootstrap intervals; items are drawn within tasks. P-values are from sign-flip tests, with Holm's
     correction for the number of tests printed.
