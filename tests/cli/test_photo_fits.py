@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def test_sources_say_whether_they_have_the_references_captions(tmp_path: Path) -
 
 def test_the_warm_up_wants_the_references_captions(tmp_path: Path) -> None:
     made = make_recipe(raw({}, {"step": "reference_copy"}))
-    with pytest.raises(UserError, match="stages.1: expected data with source_caption.*add the column"):
+    with pytest.raises(UserError, match=r"stages.1: expected data with source_caption.*metadata.jsonl:2; add the captions"):
         trainer.train(made, tmp_path / "run", parts=parts, source=lambda r: photos(tmp_path / "photos", "red", ""))
     assert not checkpoint.is_run(tmp_path / "run")
 
@@ -90,7 +91,8 @@ def _sized(sizes) -> SimpleNamespace:
 
 def test_the_toy_benchmark_wants_a_family_that_takes_its_size() -> None:
     made = make_recipe(raw(trainer={"benchmark": "toy"}))
-    coarse = SimpleNamespace(family=SimpleNamespace(facts=SimpleNamespace(multiple=64)))
+    coarse = parts(made)
+    coarse.family.facts = replace(coarse.family.facts, multiple=64)
     with pytest.raises(UserError, match=r"multiples of 64"):
         check_recipe_fits(made, _sized(((32, 32),)), coarse)
 
