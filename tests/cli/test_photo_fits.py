@@ -46,7 +46,8 @@ def test_sources_say_whether_they_have_the_references_captions(tmp_path: Path) -
 
 def test_the_warm_up_wants_the_references_captions(tmp_path: Path) -> None:
     made = make_recipe(raw({}, {"step": "reference_copy"}))
-    with pytest.raises(UserError, match=r"stages.1: expected data with source_caption.*metadata.jsonl:2; add the captions"):
+    said = r"stages.1: expected data with source_caption.*metadata.jsonl:2; add the captions"
+    with pytest.raises(UserError, match=said):
         trainer.train(made, tmp_path / "run", parts=parts, source=lambda r: photos(tmp_path / "photos", "red", ""))
     assert not checkpoint.is_run(tmp_path / "run")
 
