@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import pytest
 
 from npedit.prepare.answers import (
@@ -101,7 +102,6 @@ def test_half_of_a_surrogate_pair_becomes_a_question_mark():
 
 
 def test_schemas_are_valid_and_strict():
-    jsonschema = pytest.importorskip("jsonschema")
     for schema in (look_schema(), write_schema(["add", "remove"]), verify_schema()):
         jsonschema.Draft202012Validator.check_schema(schema)
         assert schema["additionalProperties"] is False and set(schema["required"]) == set(schema["properties"])
