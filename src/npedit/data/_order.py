@@ -87,7 +87,7 @@ class Order:
         self._epoch_size = [sum((g.quota for g in bucket), Fraction(0)) for bucket in groups]
         self._rows = lru_cache(2 * len(groups) + 2)(self._shuffled_rows)
         self._pass = lru_cache(2 * sum(map(len, groups)) + 2)(self._shuffled_pass)
-        self._plan = lru_cache(2)(self._shuffled_plan)
+        self._plan = lru_cache(2)(self._shuffled_batch_order)
         self._lock = threading.RLock()  # one thread shuffles, the others wait for it
 
     def locate_batch(self, index: int, size: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ class Order:
         random.Random(f"{self.seed}/{bucket}/{number}/pass/{which}").shuffle(rows)
         return rows
 
-    def _shuffled_plan(self, epoch: int, size: int) -> array[int]:
+    def _shuffled_batch_order(self, epoch: int, size: int) -> array[int]:
         """The batches of one epoch, mixed, as number of the batch in its bucket x number of buckets + bucket."""
         count = len(self._groups)
         spans = list(zip(self._batches_before(epoch, size), self._batches_before(epoch + 1, size), strict=True))
