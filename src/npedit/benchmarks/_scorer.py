@@ -13,9 +13,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from PIL import Image
@@ -37,11 +37,11 @@ from npedit.judges.base import (
     Reply,
 )
 from npedit.judges.cache import AnswerCache, answer_cache_key
+from npedit.judges.workers import results_as_finished
 
 MAX_FAILURES_IN_A_ROW = 8  # calls without an answer
 MAX_REJECTIONS_IN_A_ROW = 5  # requests that the server refuses with the same message
 MAX_UNREADABLE_ANSWERS = 10  # answers without scores, while no answer could be read
-STOP_SECONDS = 2.0  # how long a stopped run waits for questions in progress
 
 
 @dataclass(frozen=True)
@@ -275,46 +275,10 @@ def score_items(
         JudgeUnavailable: see `Scorer.score_item`. Other errors and Ctrl-C pass too. Finished answers are kept.
     """
     rows: dict[int, Row] = {}
-    waiting: SimpleQueue[Any] = SimpleQueue()
-    finished: SimpleQueue[Any] = SimpleQueue()
-    for numbered in enumerate(items):
-        waiting.put(numbered)
-    stopping = threading.Event()
-    threads = [
-        threading.Thread(target=_score_waiting, args=(scorer, waiting, finished, stopping), name="judge", daemon=True)
-        for _ in range(min(scorer.judge.workers, len(items)))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        while len(rows) < len(items):
-            number, result = finished.get()
-            if isinstance(result, BaseException):
-                raise result
-            rows[number] = add_overall(result)
+    judge, numbered = scorer.judge, list(enumerate(items))
+    scored = results_as_finished(lambda job: scorer.score_item(job[1]), numbered, judge.workers, judge.stop_retrying)
+    with closing(scored):
+        for (number, _), row in scored:
+            rows[number] = add_overall(row)
             on_progress(len(rows), len(items))
-    except BaseException:
-        stopping.set()
-        scorer.judge.stop_retrying()
-        raise
-    finally:
-        deadline = time.monotonic() + STOP_SECONDS
-        for thread in threads:
-            if thread.ident is not None:  # started; a question without an answer ends with the process
-                thread.join(max(0.0, deadline - time.monotonic()))
     return [rows[i] for i in range(len(items))]
-
-
-def _score_waiting(scorer: Scorer, waiting: Any, finished: Any, stopping: threading.Event) -> None:
-    """One worker thread: score items until the queue `waiting` is empty. The thread is a daemon, so that a server that
-    never answers cannot keep the process alive."""
-    while not stopping.is_set():
-        try:
-            number, item = waiting.get_nowait()
-        except Empty:
-            return
-        try:
-            finished.put((number, scorer.score_item(item)))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting main thread, which raises it
-            stopping.set()
-            finished.put((number, error))

@@ -49,6 +49,12 @@ class Passes:
     seed: int
     max_pixels: int
 
+    def stop_retrying(self) -> None:
+        """End the retries of requests in other threads. Called when the run ends early."""
+        for asker in (self.writer, self.verifier):
+            if asker is not None:
+                asker.writer.stop_retrying()
+
 
 def prepare_photo(photo: Mapping[str, Any], wanted: Sequence[str], passes: Passes) -> dict[str, list[Row]]:
     """{"rows": [...], "rejected": [...]} of one photo: all passes. `wanted` are edit types, one for each edit that is

@@ -9,15 +9,15 @@ import json
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from npedit import __version__
 from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
+from npedit.judges.workers import results_as_finished
 from npedit.prepare import photos as scanning
 from npedit.prepare.asking import Asker, CostCeiling, Meter
 from npedit.prepare.card import count_values, write_card
@@ -227,50 +227,24 @@ def run_jobs(jobs: Sequence[tuple[Row, list[str]]], passes: Passes) -> Iterator[
     Raises:
         UserError: the model cannot be reached; requests in work are not repeated.
     """
-    waiting = iter(jobs)
-    running: dict[Future[Any], Row] = {}
-    workers = max(1, min(passes.writer.writer.workers, len(jobs)))
     stopping = threading.Event()
 
-    def work(photo: Row, wanted: list[str]) -> dict[str, list[Row]] | str:
+    def work(job: tuple[Row, list[str]]) -> dict[str, list[Row]] | str:
         try:
-            return "" if stopping.is_set() else prepare_photo(photo, wanted, passes)
+            return "" if stopping.is_set() else prepare_photo(*job, passes)
         except CostCeiling:
             stopping.set()
             return f"the next request could cost more than --max-cost {passes.writer.meter.max_cost:g}"
-        except BaseException:
-            stopping.set()
-            raise
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            stopped: tuple[Row, str] | None = None
-            while True:
-                for photo, wanted in islice(waiting, 0 if stopping.is_set() else 2 * workers - len(running)):
-                    running[pool.submit(work, photo, wanted)] = photo
-                if not running:
-                    break
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=lambda f: running[f]["name"]):
-                    photo, result = running.pop(future), future.result()
-                    if not isinstance(result, str):
-                        yield photo, result
-                    elif result:
-                        stopped = photo, result
-            if stopped:
-                yield stopped
-        except BaseException:
-            _stop(running, passes)
-            raise
-
-
-def _stop(running: Mapping[Future[Any], Row], passes: Passes) -> None:
-    """Cancel what has not begun, and end the retries of what has."""
-    for future in running:
-        future.cancel()
-    for asker in (passes.writer, passes.verifier):
-        if asker is not None:
-            asker.writer.stop_retrying()
+    stopped: tuple[Row, str] | None = None
+    with closing(results_as_finished(work, jobs, passes.writer.writer.workers, passes.stop_retrying)) as results:
+        for (photo, _), result in results:
+            if not isinstance(result, str):
+                yield photo, result
+            elif result:
+                stopped = photo, result
+    if stopped:
+        yield stopped
 
 
 # ------------------------------------------------------------------------------------------------------------ finish
