@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter
 
-import imagehash
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
@@ -13,7 +12,7 @@ from writer_server import photo
 
 from npedit.errors import UserError
 from npedit.prepare import photos as scanning
-from npedit.prepare.duplicates import group_near_duplicates, join_groups
+from npedit.prepare.duplicates import group_near_duplicates, join_groups, similarity_facts
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.set_folder import draw_held_out
 
@@ -103,7 +102,7 @@ def facts(image, name):
 
     rgb = image.convert("RGB")
     return {
-        "id": name, "name": name, "phash": str(imagehash.phash(rgb)), "colours": scanning.thumbnail_colours(rgb)
+        "id": name, "name": name, **similarity_facts(rgb)
     }  # fmt: skip
 
 

@@ -1,58 +1,44 @@
-"""Photos that are in training and among the held-out rows at the same time, or nearly so: perceptual hashes.
-
-A hash of 64 bits (pHash, package imagehash) finds candidates; then the two thumbnails are compared pixel by pixel, as
-simple pictures have similar hashes. Scaled and recompressed copies are found; crops and mirrored copies are not.
-"""
+"""Photos that are in training and among the held-out rows at the same time, or nearly so, as `npedit prepare` groups
+them (`prepare/duplicates.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 from PIL import Image
 
-LARGEST_DISTANCE = 8  # bits of 64 that the hashes of near-duplicates differ in at most
-LARGEST_DIFFERENCE = 0.1  # of the full range: the mean absolute difference in the cell of the thumbnails with most
-THUMBNAIL, CELL = 32, 4  # sides in pixels
+from npedit.prepare.duplicates import group_near_duplicates, similarity_facts
+
+SHOWN_SIDE = 32  # pixels
 
 
 @dataclass(frozen=True)
 class HashedPhoto:
-    """A photo's name, its hash as 64 bits, and its thumbnail (32, 32, 3) in [0, 1]."""
+    """A photo's name, its `similarity_facts`, and a thumbnail (32, 32, 3) in [0, 1] for the report."""
 
     name: str
-    bits: np.ndarray
+    facts: Mapping[str, str]
     thumbnail: np.ndarray
 
 
 def hash_photo(name: str, picture: Image.Image) -> HashedPhoto:
-    """The hash and the thumbnail of a picture."""
-    small = picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    return HashedPhoto(name, imagehash.phash(picture).hash.flatten(), np.asarray(small, dtype=np.float32) / 255)
+    """The facts and the thumbnail of a picture."""
+    rgb = picture.convert("RGB")
+    small = rgb.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR)
+    return HashedPhoto(name, similarity_facts(rgb), np.asarray(small, dtype=np.float32) / 255)
 
 
 def find_near_duplicates(
     held_out: Sequence[HashedPhoto], training: Sequence[HashedPhoto]
 ) -> list[tuple[HashedPhoto, HashedPhoto]]:
-    """(held-out photo, training photo) for each held-out photo that is nearly the same as one of training."""
-    if not held_out or not training:
-        return []
-    bits = np.stack([photo.bits for photo in training])
-    found = []
-    for photo in held_out:
-        distance = (bits != photo.bits).sum(1)
-        for number in np.argsort(distance, kind="stable"):
-            if distance[number] > LARGEST_DISTANCE:
-                break
-            if _largest_difference(training[number].thumbnail, photo.thumbnail) <= LARGEST_DIFFERENCE:
-                found.append((photo, training[number]))
-                break
-    return found
-
-
-def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """See `LARGEST_DIFFERENCE`."""
-    count = THUMBNAIL // CELL
-    return float(np.abs(a - b).reshape(count, CELL, count, CELL, 3).mean((1, 3, 4)).max())
+    """(held-out photo, training photo) for each held-out photo that is in a group with one of training."""
+    photos = [*held_out, *training]
+    rows = [{"id": str(i), "name": f"{i:09d}", **photo.facts} for i, photo in enumerate(photos)]
+    groups = group_near_duplicates(rows)
+    of_training: dict[str, HashedPhoto] = {}
+    for i, photo in enumerate(training, len(held_out)):
+        of_training.setdefault(groups[str(i)], photo)
+    pairs = ((photo, of_training.get(groups[str(i)])) for i, photo in enumerate(held_out))
+    return [(photo, same) for photo, same in pairs if same is not None]

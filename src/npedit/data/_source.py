@@ -17,7 +17,6 @@ import zlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
 from npedit.data._metadata import FieldName, Row
 from npedit.data._order import Order, plain_groups, shared_groups
 from npedit.data._photos import BadImage, load_photo
+from npedit.data._prefetch import Prefetcher, check_batch_key
 from npedit.data._rows import CHUNK, Cache, Rows
 from npedit.data._scan import Facts
 from npedit.errors import BadRowsError, UserError
@@ -117,8 +117,8 @@ class PhotoSource:
         self._lock = threading.Lock()
         self._shapes, self._bucket_of, self._bytes = self._choose_buckets(self._scan_photos(settings.max_pixels))
         self.hold_out(self._choose_held_out())
-        self._prefetched: dict[tuple[int, int, int, int], Future[Batch]] = {}
-        self._pool = ThreadPoolExecutor(settings.prefetch, "photos") if settings.prefetch else None
+        ahead = settings.prefetch
+        self._prefetcher = Prefetcher(self._make_batch, ahead, ahead, "photos") if ahead else None
 
     # ---- what a source of photos defines
 
@@ -287,18 +287,11 @@ class PhotoSource:
             UserError: too many bad rows.
             ValueError: a size, index or rank that cannot be.
         """
-        if size < 1 or index < 0 or not 0 <= rank < world:
-            raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
+        check_batch_key(index, size, rank, world)
         self._check_bad_share()  # bad rows that prefetched batches have found
-        if self._pool is None:
+        if self._prefetcher is None:
             return self._make_batch(index, size, rank, world)
-        wanted = [(i, size, rank, world) for i in range(index, index + 1 + self.settings.prefetch)]
-        for key in self._prefetched.keys() - set(wanted):
-            self._prefetched.pop(key).cancel()
-        for key in wanted:
-            if key not in self._prefetched:
-                self._prefetched[key] = self._pool.submit(self._make_batch, *key)
-        return self._prefetched.pop(wanted[0]).result()
+        return self._prefetcher.batch(index, size, rank, world)
 
     # ---- rows
 

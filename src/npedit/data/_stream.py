@@ -17,7 +17,6 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import count, islice
@@ -27,6 +26,7 @@ from npedit.data import Batch, Example, collate
 from npedit.data._buckets import choose_size
 from npedit.data._metadata import Row
 from npedit.data._photos import BadImage, load_photo, read_photo_size
+from npedit.data._prefetch import Prefetcher, check_batch_key
 from npedit.data._source import PhotoSettings, with_identity_edits
 from npedit.errors import BadRowsError, UserError
 
@@ -67,8 +67,8 @@ class StreamSource:
         self._lacks = {field: [s.row for s in first if not getattr(s.row, field)] for field in CAPTIONS}
         self._n, self._next = 0, 0  # items of a batch over all ranks, number of the next batch
         self._groups: Iterator[tuple[int, tuple[Shape, list[Sample]]]] = iter(())
-        self._prefetched: dict[tuple[int, int, int, int], Future[Batch]] = {}
-        self._pool = ThreadPoolExecutor(1, "stream")  # one thread, as the stream has one place
+        # one thread, as the stream has one place
+        self._prefetcher = Prefetcher(self._make_batch, settings.prefetch, 1, "stream")
 
     def __len__(self) -> int:
         return sys.maxsize  # not known before all has been read
@@ -121,15 +121,8 @@ class StreamSource:
             UserError: too many bad samples, or one that is wrong.
             ValueError: a size, index or rank that cannot be.
         """
-        if size < 1 or index < 0 or not 0 <= rank < world:
-            raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
-        wanted = [(i, size, rank, world) for i in range(index, index + 1 + self.settings.prefetch)]
-        for key in self._prefetched.keys() - set(wanted):
-            self._prefetched.pop(key).cancel()
-        for key in wanted:
-            if key not in self._prefetched:
-                self._prefetched[key] = self._pool.submit(self._make_batch, *key)
-        return self._prefetched.pop(wanted[0]).result()
+        check_batch_key(index, size, rank, world)
+        return self._prefetcher.batch(index, size, rank, world)
 
     def _make_batch(self, index: int, size: int, rank: int, world: int) -> Batch:
         if self._n != size * world or index < self._next:

@@ -16,17 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import imagehash
-import numpy as np
 from PIL import Image
 
 from npedit.data._photos import BadImage, decoding, read_photo
 from npedit.errors import UserError
+from npedit.prepare.duplicates import similarity_facts
 from npedit.runs.files import append_row, repair_rows, write_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 ANIMATED = ("GIF", "WEBP", "PNG")  # formats whose files with several frames are animations
-THUMBNAIL = 8  # pixels a side of the colours that are compared with those of another photo
 COPYRIGHT = 0x8298  # EXIF 2.3
 TEXT_KEYS = {"copyright": "licence", "license": "licence", "licence": "licence", "source": "source"}  # PNG texts
 XMP_LICENCE = re.compile(rb"cc:license[^>]*rdf:resource=[\"']([^\"']+)|xmpRights:WebStatement[>=\"']+([^<\"']+)")
@@ -139,8 +137,7 @@ def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min
         "id": hashlib.sha256(data).hexdigest()[:16],
         "width": image.width,
         "height": image.height,
-        "phash": str(imagehash.phash(image)),
-        "colours": thumbnail_colours(image),
+        **similarity_facts(image),
         **read_rights(data),
     }
 
@@ -164,11 +161,6 @@ def _refuse_animation(data: bytes) -> None:
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
-
-
-def thumbnail_colours(image: Image.Image) -> str:
-    """The colours of an RGB picture scaled down to 8 x 8 pixels, as hexadecimal bytes."""
-    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.uint8).tobytes().hex()
 
 
 # ------------------------------------------------------------------------------------------------ licence and source

@@ -95,7 +95,7 @@ def check_rehearsable(recipe: Recipe, size: tuple[int, int] | None) -> None:
     """Refuse what a rehearsal cannot do.
 
     Raises:
-        UserError: the data's size cannot be set, or stages are shown pairs that random photos do not have.
+        UserError: a size is given, and the data source has no setting for it.
     """
     if size and not hasattr(recipe.data.settings, "sizes"):
         raise UserError(
