@@ -1,0 +1,1 @@
+"""An editor in the forms that other tools open."""
