@@ -12,9 +12,10 @@ from PIL import Image
 
 import npedit
 from npedit.benchmarks import toy
-from npedit.editor import Editor, nearest_size, open_picture, pair_up, resize, to_pil, to_rgb, to_tensor
+from npedit.editor import Editor, nearest_size, pair_up, resize, to_pil, to_tensor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
+from npedit.input_pictures import open_picture, to_rgb
 from npedit.nets.lora import LoraAdapter, weights_module
 from npedit.nets.offload import OffloadedModule
 from npedit.nets.quantised import QuantisedLinear

@@ -9,7 +9,6 @@ that the editor was trained from:
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import generator
-from npedit.data._photos import BadImage, crop_to_fill, decoding, nearest_size, resize, to_pil, to_srgb, to_tensor
+from npedit.data._photos import crop_to_fill, nearest_size, resize, to_pil, to_tensor
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
+from npedit.input_pictures import to_rgb
 from npedit.nets.device import offload_device, pick_device
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter, weights_module
@@ -42,8 +42,6 @@ BATCH_PIXELS = 1024 * 1024  # of one pass through the editor, counted at the siz
 BATCH_ITEMS = 16  # the most pictures in one pass
 WINDOW_PIXELS = 64_000_000  # of the pictures that `edit_each` holds at a time, at their full size
 NOT_QUANTISED = ("lm_head", "visual")  # parts of text encoders that editing does not call
-MAX_PIXELS = 100_000_000
-MAX_SIDE_RATIO = 64
 
 
 class Editor:
@@ -339,56 +337,3 @@ def pair_up(images: Sequence[Any], instructions: Sequence[str]) -> list[tuple[An
             raise UserError("expected an instruction; got an empty one. Say it as in 'paint the circle red'.")
     n = max(len(images), len(instructions))
     return list(zip(images * (n if len(images) == 1 else 1), instructions * (n if len(instructions) == 1 else 1)))
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture completely and check it before any work is done.
-
-    Raises:
-        UserError: it is missing, a folder, empty, not a picture, truncated, or too large.
-    """
-    path = Path(path)
-    if os.path.isdir(path):
-        raise UserError(f"expected a picture; {path} is a folder. Name the pictures in it.")
-    if not os.path.exists(path):
-        raise UserError(f"expected a picture; there is no {path}.")
-    try:
-        with decoding():
-            if path.stat().st_size == 0:
-                raise UserError(f"expected a picture; {path} is empty (0 bytes).")
-            with Image.open(path) as image:
-                _check_size(image, str(path))
-                return to_srgb(image, keep_alpha=True)
-    except BadImage as error:
-        if isinstance(error.__cause__, Image.UnidentifiedImageError):
-            raise UserError(
-                f"expected a picture (PNG, JPEG, WebP, ...); {path} is not one, or its format is unknown here."
-            ) from None
-        if isinstance(error.__cause__, Image.DecompressionBombError):
-            raise UserError(
-                f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
-            ) from None
-        raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    w, h = image.size
-    if w < 1 or h < 1:
-        raise UserError(f"expected a picture with pixels; {name} is {w}x{h}.")
-    if w * h > MAX_PIXELS:
-        raise UserError(f"expected at most {MAX_PIXELS // 10**6} megapixels; {name} is {w}x{h}. Scale it down first.")
-    if max(w, h) > MAX_SIDE_RATIO * min(w, h):
-        raise UserError(f"expected sides within 1:{MAX_SIDE_RATIO}; {name} is {w}x{h}. Crop it first.")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB picture in sRGB: see `to_srgb`; transparent parts become white.
-
-    Raises:
-        UserError: it has no pixels, is too large, or holds floating-point values.
-    """
-    _check_size(image, "the picture")
-    try:
-        return to_srgb(image)
-    except BadImage as error:
-        raise UserError(f"expected a readable picture of 8 or 16 bits a channel; got: {error}.") from None

@@ -21,8 +21,8 @@ from npedit.data._photos import (
     srgb_profile,
     to_srgb,
 )
-from npedit.editor import open_picture
 from npedit.errors import UserError
+from npedit.input_pictures import open_picture
 from tests.support.photo_sets import encoded, good_rows, opened
 
 PHOTO = Image.fromarray(skimage.data.astronaut()[::16, ::16].copy())  # 32 x 32

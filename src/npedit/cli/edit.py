@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
 from npedit.data._photos import composite_on_white
-from npedit.editor import Editor, open_picture, pair_up, to_rgb
+from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
+from npedit.input_pictures import open_picture, to_rgb
 from npedit.runs.resolve import resolve_editor
 
 PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this

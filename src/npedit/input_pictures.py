@@ -1,0 +1,67 @@
+"""Read the pictures that a person gives to an editor; what is wrong with one is said in a message for people."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from npedit.data._photos import BadImage, decoding, to_srgb
+from npedit.errors import UserError
+
+MAX_PIXELS = 100_000_000
+MAX_SIDE_RATIO = 64
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture completely and check it before any work is done.
+
+    Raises:
+        UserError: it is missing, a folder, empty, not a picture, truncated, or too large.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"expected a picture; {path} is a folder. Name the pictures in it.")
+    if not os.path.exists(path):
+        raise UserError(f"expected a picture; there is no {path}.")
+    try:
+        with decoding():
+            if path.stat().st_size == 0:
+                raise UserError(f"expected a picture; {path} is empty (0 bytes).")
+            with Image.open(path) as image:
+                _check_size(image, str(path))
+                return to_srgb(image, keep_alpha=True)
+    except BadImage as error:
+        if isinstance(error.__cause__, Image.UnidentifiedImageError):
+            raise UserError(
+                f"expected a picture (PNG, JPEG, WebP, ...); {path} is not one, or its format is unknown here."
+            ) from None
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise UserError(
+                f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
+            ) from None
+        raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    w, h = image.size
+    if w < 1 or h < 1:
+        raise UserError(f"expected a picture with pixels; {name} is {w}x{h}.")
+    if w * h > MAX_PIXELS:
+        raise UserError(f"expected at most {MAX_PIXELS // 10**6} megapixels; {name} is {w}x{h}. Scale it down first.")
+    if max(w, h) > MAX_SIDE_RATIO * min(w, h):
+        raise UserError(f"expected sides within 1:{MAX_SIDE_RATIO}; {name} is {w}x{h}. Crop it first.")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB picture in sRGB: see `to_srgb`; transparent parts become white.
+
+    Raises:
+        UserError: it has no pixels, is too large, or holds floating-point values.
+    """
+    _check_size(image, "the picture")
+    try:
+        return to_srgb(image)
+    except BadImage as error:
+        raise UserError(f"expected a readable picture of 8 or 16 bits a channel; got: {error}.") from None
