@@ -8,7 +8,14 @@ from torch import Tensor
 
 from npedit import flow
 from npedit.families.flux import Flux
-from npedit.generator import edit_images, generate_few_step, sample_noise, sample_training_times, seeded_generator
+from npedit.generator import (
+    edit_images,
+    generate_few_step,
+    sample_noise,
+    sample_training_times,
+    seeded_generator,
+    seeded_noise,
+)
 
 WORDS = ["paint the circle red", "remove the dog", "do nothing"]
 
@@ -57,7 +64,7 @@ def test_training_unrolls_the_very_transitions_of_use(family, monkeypatch, k):
     assert [float(c["t"]) for c in used] == pytest.approx(times)
 
     latents, text = family.encode(references(1)), family.encode_text(WORDS[:1])
-    noise = sample_noise(latents, 4, seeded_generator("edit", 7))  # the noise that use has drawn
+    noise = seeded_noise(latents, [7], 4)  # the noise that use has drawn
     seen.calls.clear()
     generate_few_step(family, family.base, text, latents, times[: k + 1], noise[: k + 1])
     for ours, theirs in zip(seen.calls, used):
@@ -84,7 +91,7 @@ def test_training_with_two_times_is_use_with_these_two(family, monkeypatch):
         family.encode_text(WORDS[:1]),
         latents,
         [1.0, 0.4],
-        sample_noise(latents, 2, seeded_generator("edit", 3)),
+        seeded_noise(latents, [3], 2),
     )
     assert x0.requires_grad  # training's: with gradient
     for ours, theirs in zip(seen.calls, used):

@@ -69,6 +69,22 @@ def sample_noise(like: Float[Tensor, "b c h w"], count: int, generator: torch.Ge
     return [local_slice(torch.randn(shape, generator=generator)).to(like) for _ in range(count)]
 
 
+def seeded_noise(like: Float[Tensor, "b c h w"], seeds: Sequence[int], count: int) -> list[Tensor]:
+    """`count` noise tensors with the shape, type and device of `like`. Row i comes from
+    `torch.Generator("cpu").manual_seed(seeds[i])`, in float32, one tensor after the other. diffusers' pipelines and
+    schedulers draw in this order (`randn_tensor`), so a generator with the same seed gives an exported pipeline the
+    same noise.
+
+    Raises:
+        ValueError: a seed is not an integer of 64 bits.
+    """
+    if any(not -(2**63) <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"expected seeds from -2^63 to 2^64 - 1; got {list(seeds)}")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    shape = (1, *like.shape[1:])
+    return [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(like) for _ in range(count)]
+
+
 @torch.no_grad()
 def generate_images(
     family: Family,
@@ -102,7 +118,8 @@ def edit_images(
     on_device: Callable[[str], AbstractContextManager[object]] = nullcontext,
     extra_references: Float[Tensor, "b k 3 H W"] | None = None,
 ) -> Float[Tensor, "b 3 H W"]:
-    """The edited images, in [0, 1]. Each image has noise from its own seed, so a batch equals its images one by one.
+    """The edited images, in [0, 1]. Each image has noise from its own seed (`seeded_noise`), so a batch equals its
+    images one by one.
 
     `tile` is the side, in pixels, of the decoder's tiles (`families/_decode.py`); 0 means no tiles. `on_device` gives a
     context in which one part ("text", "vae" or "net") is on the device; at most one is entered at a time.
@@ -121,9 +138,7 @@ def edit_images(
                 raise ValueError(f"expected at most {most} references, the edited picture included; got {got}")
             flat = family.encode(extra_references.to(family.device).flatten(0, 1))
             extra = flat.unflatten(0, extra_references.shape[:2])
-    generators = [seeded_generator("edit", seed) for seed in seeds]
-    shape = latents[:1].shape
-    noise = [torch.cat([torch.randn(shape, generator=g) for g in generators]).to(latents) for _ in range(steps)]
+    noise = seeded_noise(latents, seeds, steps)
     with on_device("text"):
         text = family.encode_text(instructions)
     with on_device("net"):

@@ -17,7 +17,9 @@ BaseOption = Annotated[
     str,
     typer.Option("--base", help="Base model, if it is not where the editor's npedit.json says: a folder or Hub id."),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0)]
+SeedOption = Annotated[
+    int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0, max=2**64 - 1)
+]
 StepsOption = Annotated[int | None, typer.Option(help="Sampling steps; as in training if not given.", min=1, max=64)]
 
 # What measures without a judge.
