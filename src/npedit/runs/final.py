@@ -88,11 +88,11 @@ def set_base(folder: Path, base: str) -> None:
     facts = json.loads(facts_file.read_text(encoding="utf-8"))
     write_text(facts_file, json.dumps({**facts, "base": base}, indent=2) + "\n")
     if card.is_file():
-        old, new = (f"started from `{_public_name(name)}`" for name in (str(facts["base"]), base))
+        old, new = (f"started from `{public_name(name)}`" for name in (str(facts["base"]), base))
         write_text(card, card.read_text(encoding="utf-8").replace(old, new))
 
 
-def _public_name(weights: str) -> str:
+def public_name(weights: str) -> str:
     """A Hub id as it is; of a path, the last part alone."""
     is_path = os.path.isabs(weights) or weights.startswith((".", "~")) or os.path.isdir(weights)
     return Path(weights).name if is_path else weights
@@ -106,13 +106,13 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     if recipe.critic:
         how = (
             f"No edited image was used: a vision-language model (`{recipe.critic.name}`, "
-            f"`{_public_name(recipe.critic.weights)}`) "
+            f"`{public_name(recipe.critic.weights)}`) "
             "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
             "that of NP-Edit (arXiv 2510.14978)."
         )
     unpaired = is_trained_without_pairs(recipe)
     if not unpaired and not recipe.is_trained_with_pairs():
-        start = _public_name(recipe.start)
+        start = public_name(recipe.start)
         how = f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
     if recipe.is_trained_with_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
@@ -123,7 +123,7 @@ tags: [image-editing{", no-pairs" if unpaired else ""}]
 ---
 # {recipe.name}: an image editor trained {"without" if unpaired else "on"} pairs
 
-A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{_public_name(facts["base"])}`.
+A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{public_name(facts["base"])}`.
 {how}
 
 Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {recipe.seed}.
