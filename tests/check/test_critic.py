@@ -164,6 +164,15 @@ def test_a_labelled_folder_is_read(labelled) -> None:
     assert other.applied is None
 
 
+def test_labels_may_be_in_a_csv_file(labelled, tmp_path) -> None:
+    labelled(labelled_row())
+    (tmp_path / "metadata.jsonl").unlink()
+    head = "file_name,edited_file_name,instruction,edit_type,applied,preserved"
+    (tmp_path / "metadata.csv").write_text(f"{head}\na.png,b.png,make it blue,color,True,\n")
+    (edit,) = read_labelled_edits(tmp_path, (32, 48))
+    assert (edit.applied, edit.preserved, edit.example.edit_type) == (True, None, "recolour")
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -193,6 +193,7 @@ def test_each_wait_for_a_retry_is_reported():
     lines = []
     reply, _ = ask(lambda n, _: status(503, "busy") if n < 1 else GOOD, on_retry=lines.append)
     assert reply.outcome == "ok" and len(lines) == 1 and "HTTP 503" in lines[0] and "attempt 2 of 3" in lines[0]
+    assert "http://127.0.0.1:" in lines[0]
 
 
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", "\u201csk-secret\u201d", "sk secret", "sk-secr\u00e9t"])

@@ -1,6 +1,6 @@
 """Edits whose right answers are given: by the user in a folder, or by the toy world's oracle.
 
-A folder of labelled edits has the pictures and `metadata.jsonl`, one JSON object a line:
+A folder of labelled edits has the pictures and `metadata.jsonl` (or .csv or .parquet), one JSON object a line:
 
     {"file_name": "1.jpg", "edited_file_name": "1-edited.jpg", "instruction": "...", "edit_type": "recolour",
      "object": "car", "applied": true, "preserved": false}
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from npedit.check.known_edits import KnownEdit
 from npedit.data import Example
-from npedit.data._metadata import METADATA, read_json_lines, resolve_photo_path
+from npedit.data._formats import read_metadata
+from npedit.data._metadata import METADATA, METADATA_FILES, resolve_photo_path
 from npedit.data._photos import BadImage, crop_to_fill, read_photo
 from npedit.errors import UserError
 from npedit.questions import normalise_edit_type
@@ -29,6 +31,7 @@ from npedit.toy_models.critic import questions_about_edit
 from npedit.toy_models.mistakes import sample_outcome
 
 PROBE = "labelled"
+LABELS = {"true": True, "false": False}  # in a csv file
 
 
 def read_labelled_edits(folder: Path, size: tuple[int, int]) -> list[KnownEdit]:
@@ -37,12 +40,12 @@ def read_labelled_edits(folder: Path, size: tuple[int, int]) -> list[KnownEdit]:
     Raises:
         UserError: names the file and the line of what is missing or wrong.
     """
-    metadata = folder / METADATA
-    if not metadata.is_file():
+    metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    if metadata is None:
         raise UserError(
             f"--labelled: expected a folder with {METADATA}; got {folder}; see docs/check.md for its columns"
         )
-    found = [_labelled_edit(row, f"{metadata}:{line}", folder, size) for line, row in read_json_lines(metadata)]
+    found = [_labelled_edit(row, f"{metadata}:{line}", folder, size) for line, row in read_metadata(metadata)]
     if not found:
         raise UserError(f"--labelled: expected at least one edit; got an empty {metadata}; add lines")
     return found
@@ -52,7 +55,7 @@ def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -
     for key in ("file_name", "edited_file_name", "instruction"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{where}: expected text in {key!r}; got {row.get(key)!r}; fill it in")
-    labels = [row.get(key) for key in ("applied", "preserved")]
+    labels = [_read_label(row.get(key)) for key in ("applied", "preserved")]
     if any(not isinstance(label, bool | None) for label in labels) or labels == [None, None]:
         raise UserError(
             f"{where}: expected true or false in 'applied' or 'preserved'; got {labels[0]!r} and {labels[1]!r}; "
@@ -68,6 +71,11 @@ def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -
         raise UserError(f"{where}: expected an 'object' for edit type 'remove'; got none; name what is removed")
     example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "")
     return KnownEdit(PROBE, example, after, *labels)
+
+
+def _read_label(value: Any) -> Any:
+    """True or false in words, as a csv file has them, as a boolean; any other value as it is."""
+    return LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _load(folder: Path, name: str, size: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ FieldName = Literal[
     "file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id",
     "reference_file_names", "questions",
 ]  # fmt: skip
+SCENE = "scene"  # an edit type that `npedit prepare` can write and that training does not know yet
 FIELDS: tuple[TextField, ...] = get_args(TextField)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
 EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
@@ -186,6 +187,11 @@ def parse_row(
     """
     location = f"{metadata}:{line}"
     texts: dict[str, Any] = {field: _text(values, field, columns.get(field, field), location) for field in FIELDS}
+    if texts["edit_type"].lower() == SCENE:
+        raise UserError(
+            f"{location}: expected an edit type that training knows; got {SCENE!r}, for which there are no questions "
+            f"for the critic yet; remove the rows of this type, or prepare the set without {SCENE} in --types"
+        )
     try:
         texts["edit_type"] = normalise_edit_type(texts["edit_type"])
     except ValueError as error:

@@ -36,6 +36,7 @@ from npedit.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose files with several frames are animations
 ORIENTATION = 0x0112  # EXIF; the TIFF tags below are those of the TIFF 6.0 specification
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 UPRIGHT = {  # EXIF orientation -> the transposition that turns the picture upright
@@ -118,6 +119,7 @@ def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, keep_alpha: b
     with decoding():
         with _open_image(source) as image:
             _check_pixels(image, max_pixels)
+            refuse_animation(image)
             image.load()
             return to_srgb(image, keep_alpha)
 
@@ -134,6 +136,7 @@ def read_photo_size(source: Path | bytes | IO[bytes], max_pixels: int = MAX_PIXE
             width, height = image.size
             # A PNG's orientation may be stored after its pixels. It is not read: any photo fits any bucket, cropped.
             swapped = not (image.format == "PNG" and "exif" not in image.info) and _orientation(image) in SWAPS_SIDES
+            refuse_animation(image)
             image.verify()
     return (width, height) if swapped else (height, width)
 
@@ -177,6 +180,17 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise BadImage(f"zero-sized: {width} x {height}")
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels are more than max_pixels = {max_pixels}")
+
+
+def refuse_animation(image: Image.Image) -> None:
+    """Do nothing for an open picture of one frame. The pages of a TIFF and the views of a stereo JPEG are no frames.
+
+    Raises:
+        BadImage: it is an animation: which frame is meant is not known.
+    """
+    if image.format in ANIMATED and getattr(image, "is_animated", False):
+        frames = getattr(image, "n_frames", 1)
+        raise BadImage(f"an animation of {frames} frames; save the frame that is meant as a picture of its own")
 
 
 # ----------------------------------------------------------------------------------------------------------- cutting

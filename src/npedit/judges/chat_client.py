@@ -168,7 +168,8 @@ class ChatClient:
         """Report the retry and wait. True if the run is being stopped."""
         if not self._stopping.is_set():
             self.on_retry(
-                f"{self.model}: {detail[:200]}; attempt {attempt + 2} of {self.max_attempts} in {seconds:.0f} s"
+                f"{self.model} at {self.url}: {detail[:200]}; attempt {attempt + 2} of {self.max_attempts} in "
+                f"{seconds:.0f} s"
             )
         return self._stopping.wait(seconds)
 

@@ -24,7 +24,6 @@ from npedit.prepare.duplicates import similarity_facts
 from npedit.runs.files import append_row, repair_rows, write_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-ANIMATED = ("GIF", "WEBP", "PNG")  # formats whose files with several frames are animations
 COPYRIGHT = 0x8298  # EXIF 2.3
 TEXT_KEYS = {"copyright": "licence", "license": "licence", "licence": "licence", "source": "source"}  # PNG texts
 XMP_LICENCE = re.compile(rb"cc:license[^>]*rdf:resource=[\"']([^\"']+)|xmpRights:WebStatement[>=\"']+([^<\"']+)")
@@ -127,7 +126,6 @@ def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min
     try:
         if not data:
             raise BadImage("an empty file")
-        _refuse_animation(data)
         image = read_photo(data, max_pixels)
     except BadImage as error:
         return {"name": name, **stamp, "reason": str(error)}
@@ -149,14 +147,6 @@ def _is_unicode(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse_animation(data: bytes) -> None:
-    with decoding():
-        with _open(data) as image:
-            frames = getattr(image, "n_frames", 1)
-            if image.format in ANIMATED and frames > 1:
-                raise BadImage(f"an animation of {frames} frames")
 
 
 def _open(data: bytes) -> Image.Image:
