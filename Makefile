@@ -14,7 +14,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench bench-gpu lint docs clean
+.PHONY: help install demo test test-slow bench bench-gpu lint docs wheel clean
 
 VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -24,12 +24,15 @@ ARGS ?=
 TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## say what can be made
 	@echo "make TARGET, where TARGET is one of:"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1 - /p' Makefile
+
+install: $(INSTALLED) ## set up .venv with npedit, without what only the tests need
 
 demo: $(READY) ## train a tiny editor without pairs and write a report (about 10 minutes on two cores)
 	$(BIN)/npedit demo $(ARGS)
@@ -55,11 +58,14 @@ lint: $(READY) ## style, types, and who imports whom
 docs: $(VENV)/.docs ## build the documentation site into build/site, with strict links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+wheel: $(READY) ## build the wheel and the source archive into dist/
+	$(BIN)/hatchling build $(ARGS)
+
 clean: ## remove the virtual environment and the tools' caches (runs are kept)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build dist
 
-# The stamp is written last, so an interrupted set-up is taken up again.
-$(READY): pyproject.toml constraints.txt
+# Each stamp is written last, so an interrupted set-up is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
 	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	if ! { $(BIN)/python -c "$$usable" && $(PIP) --version; } >/dev/null 2>&1; then \
 	  found=; for p in $(PYTHON); do if "$$p" -c "$$usable" >/dev/null 2>&1; then found=$$p; break; fi; done; \
@@ -80,6 +86,11 @@ $(READY): pyproject.toml constraints.txt
 	  echo "PyTorch's CPU build is out of reach; taking the larger one with CUDA, which runs on a CPU too." >&2; \
 	fi
 	@echo "Installing what constraints.txt pins."; quiet=; [ -t 1 ] || quiet="--quiet --quiet"; \
+	  $(PIP) install $$quiet $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(READY): $(INSTALLED)
+	@echo "Installing what the tests need."; quiet=; [ -t 1 ] || quiet="--quiet --quiet"; \
 	  $(PIP) install $$quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@
 

@@ -52,4 +52,4 @@ def test_commit_hooks_are_local_and_run_what_make_lint_runs() -> None:
 def test_project_files_are_in_the_source_archive() -> None:
     """Whoever gets the source archive gets the licence's companions too."""
     included = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
-    assert {"CHANGELOG.md", "CITATION.cff"} <= set(included["targets"]["sdist"]["include"])
+    assert {"CHANGELOG.md", "CITATION.cff"} <= set(included["targets"]["sdist"]["only-include"])

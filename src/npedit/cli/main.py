@@ -34,7 +34,6 @@ from npedit.recipe.packaged import recipe_path
 app = typer.Typer(
     name="npedit",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train a few-step image editor without edited images, and edit pictures with it.\n\nBegin with: npedit demo",
 )
