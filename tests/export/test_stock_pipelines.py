@@ -1,5 +1,5 @@
-"""What docs/export.md says about diffusers' own pipelines: the arguments with which one gives our editor's pictures, and
-why others cannot."""
+"""What docs/export.md says about diffusers' own pipelines: the arguments with which some give our editor's pictures,
+and why others cannot."""
 
 from __future__ import annotations
 
