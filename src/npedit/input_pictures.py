@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from npedit.data._photos import BadImage, decoding, to_srgb
+from npedit.data._photos import BadImage, decoding, refuse_animation, to_srgb
 from npedit.errors import UserError
 
 MAX_PIXELS = 100_000_000
@@ -18,7 +18,7 @@ def open_picture(path: Path) -> Image.Image:
     """Read a picture completely and check it before any work is done.
 
     Raises:
-        UserError: it is missing, a folder, empty, not a picture, truncated, or too large.
+        UserError: it is missing, a folder, empty, not a picture, truncated, an animation, or too large.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -31,6 +31,7 @@ def open_picture(path: Path) -> Image.Image:
                 raise UserError(f"expected a picture; {path} is empty (0 bytes).")
             with Image.open(path) as image:
                 _check_size(image, str(path))
+                refuse_animation(image)
                 return to_srgb(image, keep_alpha=True)
     except BadImage as error:
         if isinstance(error.__cause__, Image.UnidentifiedImageError):
@@ -41,7 +42,8 @@ def open_picture(path: Path) -> Image.Image:
             raise UserError(
                 f"expected at most {MAX_PIXELS // 10**6} megapixels; {path} has more. Scale it down first."
             ) from None
-        raise UserError(f"expected a readable picture; {path} is broken or truncated: {error}.") from None
+        fault = "is broken or truncated" if error.__cause__ else "cannot be used"  # the cause: a decoder's error
+        raise UserError(f"expected a readable picture; {path} {fault}: {error}.") from None
 
 
 def _check_size(image: Image.Image, name: str) -> None:
