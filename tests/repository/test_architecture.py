@@ -34,9 +34,9 @@ LONG = {
 
 # Outside packages stay in their place: here, and nowhere else in the package.
 PLACES = {
-    "diffusers": ("families", "toy", "toy_models", "runs"),
+    "diffusers": ("families", "export", "toy", "toy_models", "runs"),
     "transformers": ("families", "critics", "scoring", "benchmarks", "toy", "toy_models"),
-    "peft": ("nets",),
+    "peft": ("nets", "export"),
     "datasets": ("data",),
     "matplotlib": ("report",),
     "typer": ("cli",),

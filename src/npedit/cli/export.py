@@ -15,7 +15,7 @@ from npedit.runs.resolve import EditorSource
 
 def run_export(name: str, folder: Path, base: str = "") -> list[str]:
     """Lines about the export of an editor to a new folder. Arguments and errors as in `export_editor`."""
-    return list(_describe(export_editor(name, folder, base), folder))
+    return list(_describe(export_editor(name, folder, base=base), folder))
 
 
 def _describe(source: EditorSource, folder: Path) -> Iterator[str]:

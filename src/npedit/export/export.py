@@ -8,20 +8,29 @@ from pathlib import Path
 
 from npedit.editor import Editor
 from npedit.errors import UserError
+from npedit.export.diffusers_folder import write_pipeline
 from npedit.flow import few_step_times
 from npedit.runs.editor_weights import read_recipe, require_finite_files
 from npedit.runs.final import set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
+FORMS = ("diffusers", "comfyui")
 
-def export_editor(name: str, folder: Path, base: str = "") -> EditorSource:
-    """Copy an editor to a new folder; returns where the editor was found. `name` is what `resolve_editor` takes; of a
-    checkpoint the EMA weights are written. `base` is what npedit.json will name as the base model, "" for what it names
-    now.
+
+def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge: bool = False) -> EditorSource:
+    """Write an editor to a new folder; returns where the editor was found. `name` is what `resolve_editor` takes; of a
+    checkpoint the EMA weights are written.
+
+    `form` is "" for a copy that npedit opens, or one of `FORMS`: "diffusers" adds a pipeline, and npedit opens the
+    folder too. `base` is what the folder will name as the base model, "" for what the editor names now. With `merge` an
+    adapter is added to the base's weights, and the folder holds a whole transformer.
 
     Raises:
-        UserError: there is no editor, a weight is NaN or infinite, or the folder is not new or cannot be written.
+        UserError: there is no editor, a weight is NaN or infinite, the form is unknown, or the folder is not new or
+            cannot be written.
     """
+    if form and form not in FORMS:
+        raise UserError(f"expected the form {' or '.join(FORMS)}; got {form!r}")
     source = resolve_editor(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
@@ -29,6 +38,8 @@ def export_editor(name: str, folder: Path, base: str = "") -> EditorSource:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _write_editor(source, base, aside)
+        if form == "diffusers":
+            write_pipeline(aside)
         _open_permissions(aside)
         os.replace(aside, folder)
     except OSError as error:

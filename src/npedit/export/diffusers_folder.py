@@ -1,0 +1,119 @@
+"""Make of an editor's folder one that `DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER,
+trust_remote_code=True)` opens, on a computer without npedit.
+
+`pipeline.py` is the family's file in `pipelines/`, joined to `pipelines/few_step.py`. The parts that training does not
+change (VAE, text encoders, tokenizers) are loaded from the base model by `base_part.py`; those of the embedded base are
+copied. An adapter's transformer is the base's with `pytorch_lora_weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from npedit.errors import UserError
+from npedit.families._published import find_published
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.recipe.config import EMBEDDED, embedded_weights
+from npedit.runs.editor_facts import EditorFacts
+from npedit.runs.files import write_text
+
+PIPELINES = Path(__file__).parent / "pipelines"
+CLASS_NAME = "NPEditPipeline"  # of every family, see pipelines/few_step.py
+PART_FILE = "base_part"
+SCHEDULE_KEYS = (
+    "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
+    "time_shift_type",
+)  # fmt: skip
+
+
+def write_pipeline(folder: Path, read_base_from: str = "", in_channels: int = 0) -> None:
+    """Add the pipeline to an editor's folder, which holds npedit.json, `scheduler/`, and `transformer/` or a LoRA file.
+
+    `read_base_from` is where the base model's index is read, "" for the base in npedit.json. `in_channels` is given for
+    an adapter of a net whose input is wider than the base's.
+
+    Raises:
+        UserError: the base model's index cannot be read.
+    """
+    facts = EditorFacts.read(folder)
+    source = read_base_from or facts.base
+    index = _read_base_json(source, "model_index.json")
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    written = {name: _write_part(folder, facts.base, name, value, in_channels) for name, value in parts.items()}
+    settings = {name: value for name, value in index.items() if name not in parts and not name.startswith("_")}
+    editor = {"sizes": facts.sizes, "steps": facts.steps, "schedule": _read_schedule(source)}
+    known = find_published(facts.base)
+    if known is not None and known.clips_attention:
+        editor["clips_attention"] = True
+    head = {"_class_name": ["pipeline", CLASS_NAME], "_diffusers_version": index["_diffusers_version"]}
+    write_text(
+        folder / "model_index.json", json.dumps({**head, **settings, "editor": editor, **written}, indent=2) + "\n"
+    )
+    write_text(folder / "pipeline.py", pipeline_source(facts.family))
+
+
+def _write_part(folder: Path, base: str, name: str, declared: list[Any], in_channels: int) -> list[Any]:
+    """Write one part of the pipeline into its folder; returns its entry in model_index.json."""
+    if declared[1] is None:
+        return declared
+    if name == "scheduler":
+        return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    has_lora = name == "transformer" and (folder / LORA_FILE).is_file()
+    if name == "transformer" and not has_lora:
+        return declared
+    facts = {"base": base, "subfolder": name, "library": declared[0], "class": declared[1]}
+    if base == EMBEDDED:
+        shutil.copytree(embedded_weights("base") / name, folder / name)
+        if not has_lora:
+            return declared
+        facts["base"] = ""
+    (folder / name).mkdir(exist_ok=True)
+    more = {"lora": LORA_FILE, **({"in_channels": in_channels} if in_channels else {})} if has_lora else {}
+    write_text(folder / name / f"{PART_FILE}.json", json.dumps({**facts, **more}, indent=2) + "\n")
+    shutil.copyfile(PIPELINES / f"{PART_FILE}.py", folder / name / f"{PART_FILE}.py")
+    return [PART_FILE, "BasePart"]
+
+
+def _read_schedule(base: str) -> dict[str, Any]:
+    """The settings of the base model's scheduler that its noise shift depends on."""
+    found = _read_base_json(base, "scheduler/scheduler_config.json")
+    if "flow_shift" in found:  # a DPM solver
+        return {"shift": found["flow_shift"]}
+    return {key: found[key] for key in SCHEDULE_KEYS if key in found}
+
+
+def _read_base_json(base: str, name: str) -> dict[str, Any]:
+    """A JSON file of the base model, in its folder or on the Hub."""
+    folder = embedded_weights("base") if base == EMBEDDED else Path(base)
+    try:
+        path = folder / name if folder.is_dir() else Path(hf_hub_download(base, name))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"expected {name} of the base model {base!r}, which tells the parts of its pipeline; got: {error}. "
+            "Say with --base where the base model is: a Hub id or a folder."
+        ) from None
+
+
+def pipeline_source(family: str) -> str:
+    """The text of a family's `pipeline.py`: one file that imports nothing of npedit."""
+    files = [(PIPELINES / f"{name}.py").read_text(encoding="utf-8") for name in (family, "few_step")]
+    trees = [ast.parse(text) for text in files]
+    imports = [ast.unparse(n) for tree in trees for n in tree.body if _is_outside_import(n)]
+    ends = [max(n.end_lineno or 0 for n in t.body if isinstance(n, (ast.Import, ast.ImportFrom))) for t in trees]
+    bodies = ["\n".join(text.splitlines()[end:]).strip("\n") for text, end in zip(files, ends)]
+    head = f'"""{ast.get_docstring(trees[0], clean=False)}"""\n\nfrom __future__ import annotations\n'
+    return "\n".join([head, *dict.fromkeys(sorted(imports)), "\n", bodies[1], "\n", bodies[0]]) + "\n"
+
+
+def _is_outside_import(node: ast.stmt) -> bool:
+    """Whether a statement is an import from another package; `__future__` is not counted."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] not in ("npedit", "__future__")
+    return isinstance(node, ast.Import)

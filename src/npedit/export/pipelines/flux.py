@@ -1,0 +1,89 @@
+"""An image editor on FLUX.1, trained with npedit: `DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER,
+trust_remote_code=True)`.
+
+The picture's and the references' latents are packed 2 x 2 into tokens. The references' tokens follow the picture's, and
+the first coordinate of their position ids is 1, 2, ..., as in FLUX.1-Kontext. The net's output on them is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+from npedit.export.pipelines.few_step import FewStepEditing
+
+
+class NPEditPipeline(FewStepEditing, FluxPipeline):
+    """FLUX.1 as a few-step image editor; see `__call__`."""
+
+    _most_references = 16
+    _guidance = 3.5  # the input of models that were distilled with a guidance scale
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        transformer: Any,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        editor: Any = None,
+    ) -> None:
+        super().__init__(
+            scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, image_encoder,
+            feature_extractor,
+        )  # fmt: skip
+        self.register_to_config(editor=editor)
+
+    @property
+    def _multiple(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    def _encode_text(self, prompts: list[str], device: torch.device) -> Any:
+        """T5 states (b, length, d) and CLIP's pooled vector (b, p)."""
+        longest = 512 if self.transformer.config.guidance_embeds else 256
+        length = min(longest, self.tokenizer_2.model_max_length)
+        return self.encode_prompt(prompts, None, device, max_sequence_length=length)[:2]
+
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean."""
+        mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, c, h, w) -> (b, 3, H, W), about [-1, 1]."""
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
+        """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
+        (sequence, pooled), planes, dtype = text, [x, *references], self.transformer.dtype
+        tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full((len(x),), self._guidance, device=x.device, dtype=torch.float32)
+        out = self.transformer(
+            hidden_states=tokens.to(dtype),
+            timestep=t.to(dtype),
+            guidance=guidance,
+            pooled_projections=pooled.to(dtype),
+            encoder_hidden_states=sequence.to(dtype),
+            txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=torch.cat([self._position_ids(p, i) for i, p in enumerate(planes)]),
+            return_dict=False,
+        )[0]
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        out = out[:, : rows * columns].view(len(x), rows, columns, x.shape[1], 2, 2)
+        return out.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+    def _position_ids(self, plane: torch.Tensor, frame: int) -> torch.Tensor:
+        """(tokens, 3): the number of the picture, then row and column."""
+        rows, columns = plane.shape[2] // 2, plane.shape[3] // 2
+        ids = self._prepare_latent_image_ids(1, rows, columns, plane.device, plane.dtype)
+        ids[:, 0] = frame
+        return ids
