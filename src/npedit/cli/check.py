@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from sys import stderr
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.json_output import JsonOption, text_on_stderr
 from npedit.errors import explain_write_errors
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def check(
     labelled: Annotated[
         Path | None, typer.Option(help="A folder of edits with known answers, for the critic: see docs/check.md.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a recipe before training: data, critic, gradient, base model, cost. Each finding says what to do.
 
@@ -69,7 +68,7 @@ def run_check(
     with explain_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
     sections = [word.strip() for word in only.split(",") if word.strip()]
-    with redirect_stdout(stderr):  # standard output is for the report alone
+    with text_on_stderr(True):  # standard output is for the report alone
         report = check_recipe(
             loaded,
             CheckOptions(samples=samples, labelled=labelled),

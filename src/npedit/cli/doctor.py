@@ -1,4 +1,4 @@
-"""The checks of `npedit doctor`: versions, device, embedded weights, and nine edits with the embedded editor."""
+"""`npedit doctor`: versions, device, embedded weights, and nine edits with the embedded editor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
+
+out = Console(highlight=False, soft_wrap=True)
 
 PACKAGES = (
     "torch",
@@ -23,6 +29,20 @@ PACKAGES = (
     "matplotlib",
 )
 Check = tuple[str, bool, str]
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Check this installation: versions, device, embedded weights, and a few edits."""
+    found: list[Check] = []
+    with text_on_stderr(as_json):
+        for name, is_fine, words in run_checks():
+            found.append((name, is_fine, words))
+            out.print(f"{'[green]ok     [/]' if is_fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
+    bad = sum(not is_fine for _, is_fine, _ in found)
+    if as_json:
+        print_json({"ok": not bad, "checks": [dict(zip(("name", "ok", "found"), check)) for check in found]})
+    if bad:
+        raise UserError(f"expected all checks to pass; got {bad} problems; the lines above say what to do")
 
 
 def run_checks() -> Iterator[Check]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
+from npedit.cli.provenance import provenance_packet, require_choice
 from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
@@ -32,6 +33,9 @@ class Job:
     instruction: str
     target: Path | None
 
+    def __str__(self) -> str:
+        return f'{self.source} "{self.instruction}" -> {self.target or "standard output"}'
+
 
 def run_edit(
     words: Sequence[str],
@@ -47,17 +51,20 @@ def run_edit(
     offload: bool = False,
     bits: int = 0,
     references: Sequence[str] = (),
-) -> Iterator[str]:
-    """Edit the named pictures; yields a line for each result that is written.
+    provenance: str = "editor",
+) -> Iterator[Job]:
+    """Edit the named pictures; yields the job of each result that is written to a file.
 
     `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a folder,
     "-" for standard output, or "" for a free name beside each picture; `tile`, `base`, `offload` and
     `bits` are those of `Editor.open`. `references` are files of further pictures that the editor sees beside each one.
-    All pictures are read and all targets checked before the first is edited.
+    `provenance` is what the metadata of the results say, one of `provenance.CHOICES`. All pictures are read and all
+    targets checked before the first is edited.
 
     Raises:
         UserError: bad pictures, instructions, output or model. Results written until then stay.
     """
+    require_choice(provenance)
     paths, texts = split_arguments(words, instructions)
     jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
     _check_pictures(jobs, err)
@@ -74,11 +81,12 @@ def run_edit(
     for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
         if alpha := reader.alpha.pop(number, None):
             picture.putalpha(alpha)
+        xmp = provenance_packet(provenance, model, source, job.instruction)
         if job.target is None:
-            write_to_stdout(picture)
+            write_to_stdout(picture, xmp)
         else:
-            save_picture(picture, job.target, overwrite)
-            yield f'{job.source} "{job.instruction}" -> {job.target}'
+            save_picture(picture, job.target, overwrite, xmp)
+            yield job
 
 
 def split_arguments(words: Sequence[str], instructions: Sequence[str]) -> tuple[list[Path], list[str]]:

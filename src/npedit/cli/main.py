@@ -20,9 +20,12 @@ from rich.markup import escape
 from npedit import __version__
 from npedit.cli.check import check
 from npedit.cli.compare import compare
+from npedit.cli.doctor import doctor
+from npedit.cli.estimate import estimate_memory
 from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.import_set import import_set
-from npedit.cli.options import BaseOption, ModelOption, SeedOption, StepsOption
+from npedit.cli.json_output import JsonOption, print_json
+from npedit.cli.options import BaseOption, ModelOption, ProvenanceOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.prepare import prepare
 from npedit.cli.rehearse import rehearse
@@ -76,6 +79,8 @@ app.command()(exit_on_user_error(check))
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
 app.command()(exit_on_user_error(prepare))
+app.command()(exit_on_user_error(doctor))
+app.command("estimate")(exit_on_user_error(estimate_memory))
 app.command("import")(exit_on_user_error(import_set))
 
 
@@ -207,6 +212,8 @@ def edit(
         bool, typer.Option("--offload", help="Keep each model in the CPU's memory while it does not work.")
     ] = False,
     bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits to save memory; 0: as trained.")] = 0,
+    provenance: ProvenanceOption = "editor",
+    as_json: JsonOption = False,
 ) -> None:
     """Edit pictures of any size.
 
@@ -214,13 +221,20 @@ def edit(
 
     npedit edit a.png b.png -i "remove the cross" -i "make it night" -o out/
     """
-    from npedit.cli.edit import run_edit
+    from npedit.cli.edit import STDOUT, run_edit
 
-    for line in run_edit(
+    if as_json and target == STDOUT:
+        raise UserError("expected --json or -o -; got both, which write to standard output; name a file or a folder")
+    written = []
+    for job in run_edit(
         words, instructions or [], target, seed, steps, model, err, tile, overwrite, base, offload, bits,
-        references=references or [],
+        references=references or [], provenance=provenance,
     ):  # fmt: skip
-        out.print(escape(line))
+        written.append(job)
+        (err if as_json else out).print(escape(str(job)))
+    if as_json:
+        edits = [{"picture": j.source, "instruction": j.instruction, "result": j.target} for j in written]
+        print_json({"editor": model, "seed": seed, "edits": edits})
 
 
 # ------------------------------------------------------------------------------------------ report, export
@@ -295,31 +309,7 @@ def export(
         out.print(escape(line))
 
 
-# ------------------------------------------------------------------------------------------------ estimate, convert
-
-
-@app.command("estimate")
-@exit_on_user_error
-def estimate_memory(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe in the package.")],
-    overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Report whether it fits a GPU of this size, such as 24GB.")] = "",
-    processes: Annotated[
-        int, typer.Option(help="Processes that share each batch and, with trainer.shard, the weights.", min=1)
-    ] = 1,
-) -> None:
-    """Estimate a recipe's use of memory and disk, without its weights and without a GPU."""
-    from npedit.recipe.config import load_recipe
-    from npedit.training.checkpoint_warnings import checkpoint_warnings
-    from npedit.training.estimate import estimate
-    from npedit.training.estimate_table import estimate_table, fit_message
-
-    chosen = load_recipe(recipe, overrides or [])
-    for message in checkpoint_warnings(chosen):
-        err.print(f"[yellow]warning[/] family.weights: {escape(message)}")
-    found = estimate(chosen, processes)
-    for line in [*estimate_table(found), *([fit_message(found, gpu)] if gpu else [])]:
-        out.print(escape(line))
+# ---------------------------------------------------------------------------------------------------------- convert
 
 
 @app.command("convert")
@@ -334,17 +324,3 @@ def convert_released(
 
     made = convert(file, run, base)
     out.print(escape(f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --run {shlex.quote(str(made))}"))
-
-
-@app.command()
-@exit_on_user_error
-def doctor() -> None:
-    """Check this installation: versions, device, embedded weights, and a few edits."""
-    from npedit.cli.doctor import run_checks
-
-    bad = 0
-    for name, fine, words in run_checks():
-        bad += not fine
-        out.print(f"{'[green]ok     [/]' if fine else '[bold red]problem[/]'} {name:<18} {escape(words)}")
-    if bad:
-        raise UserError(f"expected all checks to pass; got {bad} problems; the lines above say what to do")

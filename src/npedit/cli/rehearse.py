@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,13 +38,18 @@ def rehearse(
     ] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="A new folder; rehearsals/NAME if not given.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep models, photos, run and export afterwards.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a recipe end to end with random weights at the real models' width, and measure time and memory.
 
     Nothing is downloaded. Every stage makes two updates; then samples, evaluation, save, stop, resume, export and an
     edit. For several machines: torchrun ... -m npedit rehearse RECIPE, see docs/clusters.md.
     """
-    raise typer.Exit(run_rehearse(recipe, overrides or [], layers, size, processes, folder, keep))
+    with text_on_stderr(as_json):
+        code, values = run_rehearse(recipe, overrides or [], layers, size, processes, folder, keep, as_json)
+    if as_json and values:
+        print_json(values)
+    raise typer.Exit(code)
 
 
 def run_rehearse(
@@ -54,8 +60,11 @@ def run_rehearse(
     processes: int,
     folder: Path | None,
     keep: bool,
-) -> int:
-    """Rehearse a recipe in `processes` processes on this machine (0: one per visible GPU); returns the exit code.
+    as_json: bool = False,
+) -> tuple[int, dict[str, Any]]:
+    """Rehearse a recipe in `processes` processes on this machine (0: one per visible GPU).
+
+    Returns the exit code, and what was measured; this is empty if another process measured and printed it.
 
     Raises:
         UserError: whatever the user can put right.
@@ -73,11 +82,9 @@ def run_rehearse(
         if distributed.is_main_process():
             _require_new_folder(place)
         if count > 1:
-            return launch.start_processes(count, _arguments(name, overrides, layers, size, place, keep))
+            return launch.start_processes(count, _arguments(name, overrides, layers, size, place, keep, as_json)), {}
         found = rehearsal.rehearse(loaded, place, layers, size)
-        if distributed.is_main_process():
-            _finish(found, place, keep)
-        return 0
+        return 0, _finish(found, place, keep) if distributed.is_main_process() else {}
 
 
 def _require_new_folder(folder: Path) -> None:
@@ -86,15 +93,30 @@ def _require_new_folder(folder: Path) -> None:
 
 
 def _arguments(
-    name: str, overrides: Sequence[str], layers: int | None, size: tuple[int, int] | None, place: Path, keep: bool
+    name: str,
+    overrides: Sequence[str],
+    layers: int | None,
+    size: tuple[int, int] | None,
+    place: Path,
+    keep: bool,
+    as_json: bool,
 ) -> list[str]:
     options = [] if layers is None else ["--layers", str(layers)]
     options += [] if size is None else ["--size", *map(str, size)]
-    return ["rehearse", name, *overrides, *options, *(["--keep"] if keep else []), "--out", str(place)]
+    return [
+        "rehearse",
+        name,
+        *overrides,
+        *options,
+        *(["--keep"] if keep else []),
+        *(["--json"] if as_json else []),
+        "--out",
+        str(place),
+    ]
 
 
-def _finish(found: Measured, place: Path, keep: bool) -> None:
-    """Export the editor, edit one photo with the export, print what was measured, and tidy up."""
+def _finish(found: Measured, place: Path, keep: bool) -> dict[str, Any]:
+    """Export the editor, edit one photo with the export, print and return what was measured, and tidy up."""
     from npedit.cli.export import run_export
     from npedit.rehearsal.rehearse import UNKNOWN, measured_values, report_lines
 
@@ -102,13 +124,15 @@ def _finish(found: Measured, place: Path, keep: bool) -> None:
     _edit_with_export(place, found.run)
     lines = [*report_lines(found), "Saved, stopped by SIGTERM, resumed, exported, and edited one picture.", UNKNOWN]
     (place / "rehearsal.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (place / "rehearsal.json").write_text(json.dumps(measured_values(found), indent=2) + "\n", encoding="utf-8")
+    values = measured_values(found)
+    (place / "rehearsal.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for line in lines:
         out.print(escape(line))
     if not keep:
         for inner in (path for path in place.iterdir() if path.is_dir()):
             shutil.rmtree(inner)
     out.print(f"Written: {escape(str(place / 'rehearsal.txt'))}" + ("" if keep else " (all else is removed)"))
+    return values | {"folder": str(place)}
 
 
 def _edit_with_export(place: Path, run: Path) -> None:
@@ -116,7 +140,7 @@ def _edit_with_export(place: Path, run: Path) -> None:
     from npedit.cli.edit import run_edit
 
     picture = next((run / "samples").rglob("reference-000.png"))
-    for line in run_edit(
+    for job in run_edit(
         [str(picture), INSTRUCTION], [], str(place / "edited.png"), 0, None, str(place / "export"), out
     ):
-        out.print(escape(line))
+        out.print(escape(str(job)))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from npedit.errors import UserError
 from npedit.training.estimate import COLUMNS, GIB, Estimate
+
+DISK_KEYS = ("models", "checkpoints", "final")  # of `Estimate.disk`, in its order
 
 
 def estimate_table(found: Estimate) -> list[str]:
@@ -24,16 +28,47 @@ def fit_message(found: Estimate, gpu: str) -> str:
     Raises:
         UserError: the size cannot be read.
     """
+    size = parse_gpu_size(gpu)
+    peak = found.peak.total / GIB
+    verdict = fit_verdict(peak, size)
+    if verdict == "fits":
+        return f"fits {size:g} GB: {size - peak:.1f} are left for what is not counted"
+    if verdict == "tight":
+        return f"tight in {size:g} GB: only {size - peak:.1f} are left for what is not counted"
+    return f"does not fit {size:g} GB: {peak - size:.1f} too much"
+
+
+def estimate_values(found: Estimate, gpu: str = "") -> dict[str, Any]:
+    """The estimate for machines to read: bytes by phase and part, the peak, the disk, and whether it fits `gpu`.
+
+    Raises:
+        UserError: the size of the GPU cannot be read.
+    """
+    phases = [{"name": p.name, "bytes": p.bytes_by_part, "total_bytes": p.total} for p in found.phases]
+    disk = dict(zip(DISK_KEYS, found.disk.values(), strict=True))
+    values = {"phases": phases, "peak": {"phase": found.peak.name, "bytes": found.peak.total}, "disk_bytes": disk}
+    if not gpu:
+        return values | {"fit": None}
+    size, peak = parse_gpu_size(gpu), found.peak.total / GIB
+    return values | {"fit": {"gpu_gib": size, "verdict": fit_verdict(peak, size), "free_gib": size - peak}}
+
+
+def fit_verdict(peak: float, size: float) -> str:
+    """One of "fits", "tight" (above nine tenths of the memory) or "does not fit". `peak` and `size` in GiB."""
+    return "fits" if peak <= 0.9 * size else "tight" if peak <= size else "does not fit"
+
+
+def parse_gpu_size(gpu: str) -> float:
+    """The GiB of a GPU's memory written such as "24GB".
+
+    Raises:
+        UserError: the size cannot be read.
+    """
     number = gpu.upper().removesuffix("B").removesuffix("I").removesuffix("G")
     try:
         size = float(number)
     except ValueError:
         size = 0.0
-    if size <= 0:
+    if not 0 < size < float("inf"):
         raise UserError(f"expected --gpu as in 24GB; got {gpu!r}; give the GPU's memory")
-    peak = found.peak.total / GIB
-    if peak <= 0.9 * size:
-        return f"fits {size:g} GB: {size - peak:.1f} are left for what is not counted"
-    if peak <= size:
-        return f"tight in {size:g} GB: only {size - peak:.1f} are left for what is not counted"
-    return f"does not fit {size:g} GB: {peak - size:.1f} too much"
+    return size
