@@ -44,7 +44,7 @@ def write_pipeline(folder: Path, read_base_from: str = "", in_channels: int = 0)
     facts = EditorFacts.read(folder)
     source = read_base_from or facts.base
     index = _read_base_json(source, "model_index.json")
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    parts = {name: value for name, value in index.items() if _is_part(value)}
     written = {name: _write_part(folder, facts.base, name, value, in_channels) for name, value in parts.items()}
     settings = {name: value for name, value in index.items() if name not in parts and not name.startswith("_")}
     editor = {"sizes": facts.sizes, "steps": facts.steps, "schedule": _read_schedule(source)}
@@ -56,6 +56,12 @@ def write_pipeline(folder: Path, read_base_from: str = "", in_channels: int = 0)
         folder / "model_index.json", json.dumps({**head, **settings, "editor": editor, **written}, indent=2) + "\n"
     )
     write_text(folder / "pipeline.py", pipeline_source(facts.family))
+
+
+def _is_part(value: Any) -> bool:
+    """Whether an entry of model_index.json is a part: its library and class, or two nulls where the part is absent.
+    Settings may be lists of two numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
 
 
 def _write_part(folder: Path, base: str, name: str, declared: list[Any], in_channels: int) -> list[Any]:
