@@ -13,12 +13,13 @@ from writer_server import photo
 from npedit.errors import UserError
 from npedit.prepare import photos as scanning
 from npedit.prepare.duplicates import group_near_duplicates, join_groups, similarity_facts
+from npedit.prepare.engine import LocalEngine
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.set_folder import draw_held_out
 
 
 def scan(folder, known=None, **more):
-    settings = {"max_pixels": 10_000, "min_side": 16, "workers": 2} | more
+    settings = {"max_pixels": 10_000, "min_side": 16, "scan": LocalEngine(2).scan} | more
     return scanning.scan_photos(folder, scanning.find_photos(folder), known or folder.parent / "k.jsonl", **settings)
 
 

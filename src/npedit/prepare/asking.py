@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from npedit.errors import UserError
 from npedit.judges.base import OK
-from npedit.judges.cache import AnswerCache, answer_cache_key
+from npedit.judges.cache import answer_cache_key
 from npedit.prepare.answers import UnreadableAnswer
 from npedit.prepare.writer import Request, Writer
 
@@ -33,6 +33,16 @@ class Unanswered(Exception):
 
 class CostCeiling(Exception):
     """The next request could make the cost higher than `--max-cost`."""
+
+
+class Answers(Protocol):
+    """The kept answers: `judges.cache.AnswerCache`, or a stand-in for one in another process."""
+
+    def get(self, key: str) -> Mapping[str, Any] | None:
+        """The answer or refusal with this key."""
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Keep one record. It is on the disk when the call returns."""
 
 
 class Meter:
@@ -93,7 +103,7 @@ class Asker:
     from the file."""
 
     writer: Writer
-    cache: AnswerCache
+    cache: Answers
     meter: Meter
     on_answer: Callable[[Request, Mapping[str, Any], bool], None] = lambda request, record, kept: None
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from npedit.judges.cache import AnswerCache
 from npedit.prepare.asking import ANSWER_TOKENS, PROMPT_TOKENS, Asker, Meter
+from npedit.prepare.engine import LocalEngine
 from npedit.prepare.passes import Passes
 from npedit.prepare.prepare import (
     PrepareSettings,
@@ -85,14 +85,14 @@ def dry_run(
     """
     require_folder(out, folder)
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out, "prepare"), AnswerCache(out / ANSWERS) as cache:
-        scan = scan_folder(folder, out, settings, {}, max(writer.workers, 2), report)
+    engine = LocalEngine(max(writer.workers, 2))
+    with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, _):
+        scan = scan_folder(folder, out, settings, {}, engine, report)
         step = max(1, len(scan.chosen) // count)
         photos = scan.chosen[::step][:count]
         found = DryRun(len(photos), len(scan.chosen), meter)
-        passes = _listening(make_passes(settings, prompts, writer, verifier, cache, meter), found)
-        meter.add(cache.total_token_usage())
-        made, found.stopped = ask_for_edits(photos, replace(settings, rounds=1), passes, report)
+        passes = _listening(make_passes(settings, prompts, writer, verifier, answers, meter), found)
+        made, found.stopped = ask_for_edits(photos, replace(settings, rounds=1), passes, engine, report)
     found.rows = sum(len(result["rows"]) for result in made.values())
     found.rejected = sum(row["reason"] != "not offered" for result in made.values() for row in result["rejected"])
     return found

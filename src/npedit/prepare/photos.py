@@ -11,8 +11,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ XMP_LICENCE = re.compile(rb"cc:license[^>]*rdf:resource=[\"']([^\"']+)|xmpRights
 XMP_SOURCE = re.compile(rb"(?:dc|photoshop):[sS]ource[>=\"']+([^<\"']+)")
 
 Photo = dict[str, Any]
+ScanJob = tuple[Path, str, Photo | None, int, int]  # the arguments of `scan_photo`
 ReportProgress = Callable[[int, int], None]
 
 
@@ -71,35 +71,42 @@ def scan_photos(
     known: Path,
     max_pixels: int,
     min_side: int,
-    workers: int,
+    scan: Callable[[Sequence[ScanJob]], Iterable[Photo]],
     report_progress: ReportProgress = lambda done, total: None,
 ) -> tuple[list[Photo], list[dict[str, str]]]:
-    """(photos, bad photos) in the order of `names`. `known` is the file of rows that keeps what was read.
+    """(photos, bad photos) in the order of `names`. `known` is the file of rows that keeps what was read. `scan`
+    returns `scan_photo` of each job, in any order.
 
     Files with the same bytes are one photo: the further ones are bad photos.
     """
     kept = {row["name"]: row for row in repair_rows(known) if isinstance(row.get("name"), str)}
     jobs = [(folder, name, kept.get(name), max_pixels, min_side) for name in names]
+    found: dict[str, Photo] = {}
+    for done, row in enumerate(scan(jobs), 1):
+        found[row["name"]] = row
+        if row != kept.get(row["name"]):
+            append_row(known, row)
+        report_progress(done, len(jobs))
+    rows = [found[name] for name in names]
+    if found != kept:
+        write_rows(known, rows)  # without files that have changed or are gone
+    return _part_usable(folder, rows, min_side)
+
+
+def _part_usable(folder: Path, rows: Sequence[Photo], min_side: int) -> tuple[list[Photo], list[dict[str, str]]]:
+    """(photos, bad photos) of rows that `scan_photo` returned."""
     photos: list[Photo] = []
     bad: list[dict[str, str]] = []
-    rows: list[Photo] = []
     first: dict[str, str] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for done, row in enumerate(pool.map(lambda job: scan_photo(*job), jobs), 1):
-            rows.append(row)
-            if row is not kept.get(row["name"]):
-                append_row(known, row)
-            reason = row.get("reason") or _size_fault(row, min_side)
-            if not reason and row["id"] in first:
-                reason = f"the same file as {first[row['id']]}"
-            if reason:
-                bad.append({"file": str(row.get("file") or row["name"]), "reason": reason})
-            else:
-                first[row["id"]] = row["name"]
-                photos.append({**row, "path": str(folder / row["name"])})
-            report_progress(done, len(jobs))
-    if any(row is not kept.get(row["name"]) for row in rows) or len(kept) != len(rows):
-        write_rows(known, rows)  # without files that have changed or are gone
+    for row in rows:
+        reason = row.get("reason") or _size_fault(row, min_side)
+        if not reason and row["id"] in first:
+            reason = f"the same file as {first[row['id']]}"
+        if reason:
+            bad.append({"file": str(row.get("file") or row["name"]), "reason": reason})
+        else:
+            first[row["id"]] = row["name"]
+            photos.append({**row, "path": str(folder / row["name"])})
     return photos, bad
 
 

@@ -6,22 +6,19 @@ A stopped run resumes: every answer is kept. The set is a function of the photos
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from npedit import __version__
 from npedit.errors import UserError
-from npedit.judges.cache import AnswerCache
-from npedit.judges.workers import results_as_finished
 from npedit.prepare import photos as scanning
-from npedit.prepare.asking import Asker, CostCeiling, Meter
+from npedit.prepare.asking import Answers, Asker, Meter
 from npedit.prepare.card import count_values, write_card
 from npedit.prepare.duplicates import MAX_BITS, group_near_duplicates, join_groups
+from npedit.prepare.engine import Engine, LocalEngine
 from npedit.prepare.passes import Passes, prepare_photo
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.prompts import SCENE, Prompts
@@ -102,21 +99,23 @@ def prepare(
     meter: Meter,
     rights: Mapping[str, Mapping[str, str]] | None = None,
     report: ReportProgress = lambda progress: None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Make a training set in `out` from the photos in `folder`; returns the facts that prepare.json holds. `verifier`
-    None leaves the verification out. `rights` are licences and sources by file name.
+    None leaves the verification out. `rights` are licences and sources by file name. `engine` None is the threads of
+    this process.
 
     Raises:
         UserError: bad input, the model cannot be reached, or no row was made. All answers are kept.
     """
     require_folder(out, folder)
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out, "prepare"), AnswerCache(out / ANSWERS) as cache:
-        scan = scan_folder(folder, out, settings, rights or {}, max(writer.workers, 2), report)
-        meter.add(cache.total_token_usage())
-        passes = make_passes(settings, prompts, writer, verifier, cache, meter)
-        made, stopped = ask_for_edits(scan.chosen, settings, passes, report)
-        return finish_set(out, scan, made, settings, describe_run(folder, settings, passes, meter, stopped))
+    engine = engine or LocalEngine(max(writer.workers, 2))
+    with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+        scan = scan_folder(folder, out, settings, rights or {}, engine, report)
+        passes = make_passes(settings, prompts, writer, verifier, answers, total)
+        made, stopped = ask_for_edits(scan.chosen, settings, passes, engine, report)
+        return finish_set(out, scan, made, settings, describe_run(folder, settings, passes, total, stopped))
 
 
 def make_passes(
@@ -124,12 +123,12 @@ def make_passes(
     prompts: Prompts,
     writer: Writer,
     verifier: Writer | None,
-    cache: AnswerCache,
+    answers: Answers,
     meter: Meter,
 ) -> Passes:
     """What the three passes need."""
-    checker = Asker(verifier, cache, meter) if verifier else None
-    asker = Asker(writer, cache, meter)
+    checker = Asker(verifier, answers, meter) if verifier else None
+    asker = Asker(writer, answers, meter)
     return Passes(prompts, asker, checker, settings.side, settings.seed, settings.max_pixels)
 
 
@@ -138,7 +137,7 @@ def scan_folder(
     out: Path,
     settings: PrepareSettings,
     rights: Mapping[str, Mapping[str, str]],
-    workers: int,
+    engine: Engine,
     report: ReportProgress,
 ) -> Scan:
     """Read the photos of this shard and group near-duplicates.
@@ -148,7 +147,7 @@ def scan_folder(
     """
     names = scanning.choose_shard(scanning.find_photos(folder), settings.shard)
     found, bad = scanning.scan_photos(
-        folder, names, out / PHOTOS, settings.max_pixels, settings.min_side, workers,
+        folder, names, out / PHOTOS, settings.max_pixels, settings.min_side, engine.scan,
         lambda done, total: report(Progress("photos", done, total)),
     )  # fmt: skip
     if not found and names:
@@ -184,7 +183,7 @@ def subjects(photos: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def ask_for_edits(
-    photos: Sequence[Row], settings: PrepareSettings, passes: Passes, report: ReportProgress
+    photos: Sequence[Row], settings: PrepareSettings, passes: Passes, engine: Engine, report: ReportProgress
 ) -> tuple[Made, str]:
     """(what each photo gave, why it ended early or ""). After the first round, further rounds ask photos that lack rows
     for other edit types, those first of which most rows are missing.
@@ -199,7 +198,7 @@ def ask_for_edits(
     for number in range(settings.rounds):
         jobs = [(photo, plan[photo["id"]]) for photo in photos if plan.get(photo["id"])]
         progress.total += len(jobs) if number else 0
-        for photo, result in run_jobs(jobs, passes):
+        for photo, result in engine.run(prepare_photo, jobs, passes):
             if isinstance(result, str):
                 return made, result
             asked.setdefault(photo["id"], []).extend(plan[photo["id"]])
@@ -218,33 +217,6 @@ def _count(progress: Progress, result: Mapping[str, list[Row]], meter: Meter) ->
     progress.rows_by_type.update(row["asked_type"] for row in result["rows"])
     progress.rejected += sum(row["reason"] != "not offered" for row in result["rejected"])
     progress.cost = meter.cost
-
-
-def run_jobs(jobs: Sequence[tuple[Row, list[str]]], passes: Passes) -> Iterator[tuple[Row, dict[str, list[Row]] | str]]:
-    """(photo, its result) as they finish, with at most as many photos in work as the writer takes requests. A cost
-    ceiling ends with (photo, the reason): what has finished until then is complete.
-
-    Raises:
-        UserError: the model cannot be reached; requests in work are not repeated.
-    """
-    stopping = threading.Event()
-
-    def work(job: tuple[Row, list[str]]) -> dict[str, list[Row]] | str:
-        try:
-            return "" if stopping.is_set() else prepare_photo(*job, passes)
-        except CostCeiling:
-            stopping.set()
-            return f"the next request could cost more than --max-cost {passes.writer.meter.max_cost:g}"
-
-    stopped: tuple[Row, str] | None = None
-    with closing(results_as_finished(work, jobs, passes.writer.writer.workers, passes.stop_retrying)) as results:
-        for (photo, _), result in results:
-            if not isinstance(result, str):
-                yield photo, result
-            elif result:
-                stopped = photo, result
-    if stopped:
-        yield stopped
 
 
 # ------------------------------------------------------------------------------------------------------------ finish
