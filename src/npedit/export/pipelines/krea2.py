@@ -1,0 +1,102 @@
+"""An image editor on Krea 2, trained with npedit: `DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER,
+trust_remote_code=True)`.
+
+The picture's and the references' latents are packed 2 x 2 into tokens. The references' tokens follow the picture's, and
+the first coordinate of their position ids is 1, 2, ...; it is 0 for the picture and for text. The net's output on the
+references is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import Krea2Pipeline
+
+from npedit.export.pipelines.few_step import FewStepEditing
+
+
+class NPEditPipeline(FewStepEditing, Krea2Pipeline):
+    """Krea 2 as a few-step image editor; see `__call__`."""
+
+    _most_references = 16
+    _text_length = 512  # in tokens, Krea2Pipeline's own
+    _distilled_mu = 1.15  # Krea2Pipeline's own
+
+    def __init__(
+        self,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        transformer,
+        text_encoder_select_layers=None,
+        is_distilled=False,
+        patch_size=2,
+        editor=None,
+    ):
+        super().__init__(
+            scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers, is_distilled, patch_size
+        )
+        self.register_to_config(editor=editor)
+
+    @property
+    def _multiple(self):
+        return self.patch_size * self.vae_scale_factor
+
+    def _noise_shift(self, height, width):
+        """The base model's noise shift; a distilled model has one for all sizes."""
+        if self.config.editor["schedule"].get("use_dynamic_shifting") and self.config.is_distilled:
+            return math.exp(self._distilled_mu)
+        return super()._noise_shift(height, width)
+
+    def _encode_text(self, prompts, device):
+        """Qwen3-VL's states (b, length, layers, d) without what is padding in all prompts, and their mask (b, length),
+        None where no padding is left."""
+        length = min(self._text_length, self.tokenizer.model_max_length)
+        states, mask = self.encode_prompt(prompts, device, max_sequence_length=length)
+        kept = mask.any(0)
+        states, mask = states[:, kept], mask[:, kept]
+        return states, None if bool(mask.all()) else mask
+
+    def _encode_images(self, images):
+        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean, normalised per channel."""
+        frames = (images * 2 - 1).to(self.vae.dtype).unsqueeze(2)
+        latents = self.vae.encode(frames).latent_dist.mean[:, :, 0].float()
+        middle, deviation = self._latent_statistics(latents)
+        return (latents - middle) / deviation
+
+    def _decode_latents(self, latents):
+        """(b, c, h, w) -> (b, 3, H, W) in [-1, 1]."""
+        middle, deviation = self._latent_statistics(latents)
+        frames = (latents * deviation + middle).to(self.vae.dtype).unsqueeze(2)
+        return self.vae.decode(frames).sample[:, :, 0]
+
+    def _latent_statistics(self, like):
+        """The mean and standard deviation of the latents in the data, each (1, c, 1, 1)."""
+        config = self.vae.config
+        return [torch.tensor(s).to(like).view(1, -1, 1, 1) for s in (config.latents_mean, config.latents_std)]
+
+    def _velocity(self, x, t, text, references):
+        """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
+        (states, mask), planes, dtype = text, [x, *references], self.transformer.dtype
+        tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
+        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        out = self.transformer(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=states.to(dtype),
+            timestep=t.float(),
+            position_ids=self._position_ids(states.shape[1], planes),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        size = [side * self.vae_scale_factor for side in x.shape[2:]]
+        return self._unpack_latents(out[:, : rows * columns], *size).squeeze(2)
+
+    def _position_ids(self, text_length, planes):
+        """(tokens, 3): zeros for text; for each image its number, then row and column."""
+        text, device = torch.zeros(text_length, 3, device=planes[0].device), planes[0].device
+        ids = [self.prepare_position_ids(0, p.shape[2] // 2, p.shape[3] // 2, device) for p in planes]
+        for number, each in enumerate(ids):
+            each[:, 0] = number
+        return torch.cat([text, *ids])
