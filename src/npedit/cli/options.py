@@ -20,6 +20,13 @@ BaseOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0, max=2**64 - 1)
 ]
+ProvenanceOption = Annotated[
+    str,
+    typer.Option(
+        help="What the files' metadata say: 'editor': edited by an AI model, and by which; 'instruction': also the "
+        "instruction; 'none': nothing."
+    ),
+]
 StepsOption = Annotated[int | None, typer.Option(help="Sampling steps; as in training if not given.", min=1, max=64)]
 
 # What measures without a judge.

@@ -1,4 +1,5 @@
-"""Write pictures: sRGB with its profile, whole or not at all, within what the file format can hold."""
+"""Write pictures: sRGB with its profile, whole or not at all, within what the file format can hold. `xmp` is a packet
+of metadata for the file, b"" for none."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from npedit.data._photos import srgb_profile
 from npedit.errors import UserError
@@ -51,7 +52,7 @@ def require_size(size: tuple[int, int], path: Path) -> None:
         )
 
 
-def save_picture(picture: Image.Image, path: Path, overwrite: bool = True) -> None:
+def save_picture(picture: Image.Image, path: Path, overwrite: bool = True, xmp: bytes = b"") -> None:
     """Write a picture to a temporary file and rename it, so that the file is whole whenever it is there.
 
     Raises:
@@ -64,7 +65,7 @@ def save_picture(picture: Image.Image, path: Path, overwrite: bool = True) -> No
     aside = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, kind, icc_profile=srgb_profile(), **OPTIONS.get(kind, {}))
+        picture.save(aside, kind, icc_profile=srgb_profile(), **OPTIONS.get(kind, {}), **_xmp_options(kind, xmp))
         if not overwrite and os.path.lexists(path):
             raise UserError(
                 f"expected a new file; {path} was made meanwhile. Choose another place, or use --overwrite."
@@ -76,12 +77,23 @@ def save_picture(picture: Image.Image, path: Path, overwrite: bool = True) -> No
         aside.unlink(missing_ok=True)
 
 
-def write_to_stdout(picture: Image.Image) -> None:
+def write_to_stdout(picture: Image.Image, xmp: bytes = b"") -> None:
     """Write a picture to standard output as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", icc_profile=srgb_profile())
+    picture.save(buffer, "PNG", icc_profile=srgb_profile(), **_xmp_options("PNG", xmp))
     sys.stdout.buffer.write(buffer.getvalue())
     sys.stdout.buffer.flush()
+
+
+def _xmp_options(kind: str, xmp: bytes) -> dict[str, Any]:
+    """Pillow's options to save a file of this kind with a packet of XMP."""
+    if not xmp:
+        return {}
+    if kind != "PNG":
+        return {"xmp": xmp}
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8"))
+    return {"pnginfo": texts}
 
 
 def _temporary_path(path: Path) -> Path:
