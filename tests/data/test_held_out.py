@@ -92,7 +92,7 @@ def test_no_instruction_of_a_held_out_row_becomes_do_nothing(many):
 
 def test_what_cannot_be_held_out_is_refused(many):
     assert "expected at most 20" in refused(many, held_out=24)
-    assert "neither a file nor" in refused(many, held_out="nowhere.txt")
+    assert "a number of rows or a file with one row id a line" in refused(many, held_out="nowhere.txt")
     (many / "ids.txt").write_text("3\n77\n")
     assert "'77' (1 of 2 ids are unknown)" in refused(many, held_out="ids.txt")
     (many / "ids.txt").write_text("\n")

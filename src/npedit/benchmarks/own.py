@@ -24,9 +24,11 @@ from rich.table import Table
 
 from npedit.benchmarks._outputs import EditJob, ProgressCallback, find_picture_any_format, make_opener
 from npedit.data._formats import read_metadata
+from npedit.data._held_out import read_held_out_ids
 from npedit.data._metadata import find_metadata, parse_row, resolve_photo_path
 from npedit.data._photos import BadImage
-from npedit.errors import UserError
+from npedit.errors import UserError, did_you_mean
+from npedit.runs.checkpoint import is_run, read_config, read_held_out
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import (
@@ -84,6 +86,42 @@ def read_items(folder: str) -> tuple[list[Item], str]:
     if not items:
         raise UserError(f"expected at least one row; got an empty {files[0]}; write one line of JSON an image")
     return items, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def select_held_out(items: Sequence[Item], folder: str, held_out: str) -> list[Item]:
+    """The held-out items of a data folder. `held_out` is a text file of ids, as for `data.held_out`, or the folder of a
+    run that was trained on this data folder and held out rows.
+
+    Raises:
+        UserError: neither, ids that no item has, or a run without held-out rows or on other data.
+    """
+    root = find_metadata(folder)[0]
+    if is_run(held_out):
+        return [items[number] for number in _held_out_numbers(Path(held_out), root, len(items))]
+    ids = read_held_out_ids(held_out, root, "--held-out")
+    by_id = {item.id: item for item in items}
+    if unknown := [i for i in ids if i not in by_id]:
+        raise UserError(
+            f"--held-out: expected ids of rows; got {unknown[0]!r} ({len(unknown)} of {len(ids)} ids are unknown). "
+            f"Correct the file.{did_you_mean(unknown[0], list(by_id))}"
+        )
+    return [by_id[i] for i in ids]
+
+
+def _held_out_numbers(run: Path, root: Path, count: int) -> list[int]:
+    """The numbers of the rows that a run on the data folder `root`, which has `count` rows, held out."""
+    data, numbers = read_config(run).get("data") or {}, read_held_out(run) or []
+    path = data.get("path")
+    if not path or not Path(path).expanduser().exists() or find_metadata(path)[0].resolve() != root.resolve():
+        raise UserError(
+            f"--held-out: expected a run on {root}; {run} is on {path}; name its data folder, or a file of ids"
+        )
+    if not numbers or data.get("share", 1) != 1 or max(numbers) >= count:
+        raise UserError(
+            f"--held-out: expected a run with held-out rows, with all rows of {root} (data.share of 1); {run} is none; "
+            "name a file with one row id a line"
+        )
+    return numbers
 
 
 def _read_item(value: dict[str, Any], line: int, metadata: Path, root: Path) -> Item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError, did_you_mean, explain_write_errors
 
 if TYPE_CHECKING:
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 Interval = tuple[float, float] | None
+AGREEMENTS = {  # key -> column
+    "spearman": "Spearman",
+    "kendall_tau_b": "Kendall tau-b",
+    "pairwise_accuracy": "pairwise accuracy",
+    "pairwise_accuracy_with_ties": "with calibrated ties",
+}
 
 
 def compare(
@@ -40,27 +48,49 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of intervals and tests.", min=0)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compare results of different protocols or judges.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
 
     Intervals are 95 % bootstrap intervals; items are drawn within tasks. P-values are from sign-flip tests, with Holm's
     correction for the number of tests printed.
     """
+    with text_on_stderr(as_json):
+        values = _compare(folders, wanted or [], margin, plot, people, seed, force)
+    if as_json:
+        print_json(values)
+
+
+def _compare(
+    folders: Sequence[Path],
+    wanted: Sequence[str],
+    margin: float,
+    plot: Path,
+    people: Path | None,
+    seed: int,
+    force: bool,
+) -> dict[str, Any]:
+    """Print the tables and write the plot; returns the figures in them."""
     results = open_results(folders, force)
-    measures, left_out = select_common_metrics(results, wanted or [])
+    measures, left_out = select_common_metrics(results, wanted)
     for note in left_out:
         out.print(f"[yellow]note[/] {escape(note)}")
     if not measures:
         raise UserError("expected a metric that all results have on enough items; got none; the notes above say why")
     if plot.suffix.lower() != ".png":
         raise UserError(f"expected a plot's name to end in .png; got {plot}; change --plot")
-    out.print(differences_table(results, measures, margin, seed))
+    values: dict[str, Any] = {"editors": [r.name for r in results], "notes": left_out, "ranking": [], "agreement": []}
+    values["metrics"] = paired_differences(results, measures, margin, seed)
+    out.print(differences_table(values["metrics"], results[0].name))
     if len(results) > 2:
-        out.print(ranking(results, measures, margin, seed))
+        values["ranking"] = rank_editors(results, measures, margin, seed)
+        out.print(ranking_table(values["ranking"]))
     if people:
-        out.print(agreement(results, measures, people, seed))
+        values["agreement"], labels = measure_agreement(results, measures, people, seed)
+        out.print(agreement_table(values["agreement"], labels))
     _write_plot(results, measures, plot, seed)
     out.print(f"Plot: {escape(str(plot))}")
+    return values | {"plot": str(plot)}
 
 
 def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
@@ -138,75 +168,130 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
     return kept, notes
 
 
-def differences_table(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
-    """A table with a row for each metric and editor: the mean, and the paired difference from the first editor."""
+def paired_differences(
+    results: Sequence[Results], measures: Sequence[str], margin: float, seed: int
+) -> list[dict[str, Any]]:
+    """For each metric one entry for each editor: the mean, and the paired difference from the first editor, which is
+    None for the first editor. P-values are adjusted for the number of all tests."""
+    from npedit.scoring import statistics
+    from npedit.scoring.results import lower_is_better
+
+    found: list[dict[str, Any]] = [
+        {
+            "metric": name,
+            "better": "lower" if lower_is_better(name) else "higher",
+            "editors": _editor_values(results, name, margin, seed),
+        }
+        for name in measures
+    ]
+    tests = [editor["difference"] for metric in found for editor in metric["editors"][1:]]
+    for test, adjusted in zip(tests, statistics.holm_adjusted([test.pop("p") for test in tests]), strict=True):
+        test["p_holm"] = float(adjusted)
+    return found
+
+
+def _editor_values(results: Sequence[Results], name: str, margin: float, seed: int) -> list[dict[str, Any]]:
+    """The entries of one metric, with unadjusted p-values."""
     from npedit.scoring import statistics
     from npedit.scoring.results import common_scores, lower_is_better
 
-    tests = []
-    for name in measures:
-        values, tasks, _ = common_scores(results, name)
-        for k in range(len(results)):
-            low = lower_is_better(name)
-            d = statistics.paired_difference(values[0], values[k], tasks, low, margin, seed) if k else None
-            better = statistics.compare_with_margin(values[k] - values[0], margin) * (-1 if low else 1)
-            mean = statistics.mean_over_tasks(values[k], tasks), statistics.bootstrap_interval(values[k], tasks, seed)
-            tests.append((name, k, mean, d, statistics.win_rate_interval(better, tasks, seed)))
-    adjusted = iter(statistics.holm_adjusted([d.p for *_, d, _ in tests if d]))
-    shown = Table(title=f"Differences from {results[0].name}, on the items that all results have")
+    values, tasks, ids = common_scores(results, name)
+    entries: list[dict[str, Any]] = []
+    for k, result in enumerate(results):
+        mean, ci95 = statistics.mean_over_tasks(values[k], tasks), statistics.bootstrap_interval(values[k], tasks, seed)
+        entry = {"editor": result.name, "n": len(ids), "mean": mean, "ci95": ci95, "difference": None}
+        if k:
+            sign = -1 if lower_is_better(name) else 1
+            d = statistics.paired_difference(values[0], values[k], tasks, sign < 0, margin, seed)
+            better = statistics.compare_with_margin(values[k] - values[0], margin) * sign
+            ci = statistics.win_rate_interval(better, tasks, seed)
+            entry["difference"] = asdict(d) | {"win_rate": d.win_rate, "win_rate_ci95": ci}
+        entries.append(entry)
+    return entries
+
+
+def differences_table(metrics: Sequence[dict[str, Any]], baseline: str) -> Table:
+    """The entries of `paired_differences` as a table; `baseline` is the name of the first editor."""
+    shown = Table(title=f"Differences from {baseline}, on the items that all results have")
     for column in ("metric", "better", "editor", "n", "mean", "difference", "p (Holm)", "win/tie/loss", "win rate"):
         shown.add_column(
             column, justify="left" if column in ("metric", "better", "editor") else "right", overflow="fold"
         )
-    for name, k, mean, d, ci in tests:
-        if not k:
-            shown.add_section()
-        head = (name, "lower" if lower_is_better(name) else "higher") if not k else ("", "")
-        cells = ["", *["-"] * 4]
-        if d:
-            difference = _format_interval(d.mean, d.ci95)
-            cells = [f"{d.n}", difference, f"{next(adjusted):.4f}", f"{d.wins}/{d.ties}/{d.losses}"]
-            cells.append(_format_interval(d.win_rate, ci))
-        else:
-            cells[0] = str(len(common_scores(results, name)[2]))
-        shown.add_row(*head, escape(results[k].name), cells[0], _format_interval(*mean), *cells[1:])
-    count = sum(bool(d) for *_, d, _ in tests)
-    shown.caption = f"difference = editor - {results[0].name}; p from sign-flip tests, adjusted for {count} tests"
+    for metric in metrics:
+        shown.add_section()
+        head = metric["metric"], metric["better"]
+        for editor in metric["editors"]:
+            mean = _format_interval(editor["mean"], editor["ci95"])
+            shown.add_row(*head, escape(editor["editor"]), *_difference_cells(editor, mean))
+            head = "", ""
+    count = sum(len(metric["editors"]) - 1 for metric in metrics)
+    shown.caption = f"difference = editor - {baseline}; p from sign-flip tests, adjusted for {count} tests"
     return shown
 
 
-def ranking(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> Table:
-    """A table of Elo ratings for each metric, by Davidson's model; each pair of editors is compared on each item."""
+def _difference_cells(editor: dict[str, Any], mean: str) -> list[str]:
+    """n, mean, difference, p, wins, win rate."""
+    d = editor["difference"]
+    if d is None:
+        return [str(editor["n"]), mean, *["-"] * 4]
+    cells = [str(d["n"]), mean, _format_interval(d["mean"], d["ci95"]), f"{d['p_holm']:.4f}"]
+    return [*cells, f"{d['wins']}/{d['ties']}/{d['losses']}", _format_interval(d["win_rate"], d["win_rate_ci95"])]
+
+
+def rank_editors(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> list[dict[str, Any]]:
+    """Elo ratings for each metric, the best first, by Davidson's model: each pair is compared on each item."""
     from npedit.scoring import statistics
     from npedit.scoring.results import common_scores, lower_is_better
 
-    shown = Table(title="Ranking: Davidson's model of wins and ties")
-    for column in ("metric", "editor", "Elo"):
-        shown.add_column(column, justify="right" if column == "Elo" else "left", overflow="fold")
+    ranking: list[dict[str, Any]] = []
     for name in measures:
         values, tasks, _ = common_scores(results, name)
         found, ci = statistics.rank_editors(values, tasks, lower_is_better(name), margin, seed)
+        editors: list[dict[str, Any]] = [
+            {"editor": r.name, "elo": float(found.elo[k]), "ci95": None if ci is None else tuple(map(float, ci[k]))}
+            for k, r in enumerate(results)
+        ]
+        ranking.append({"metric": name, "editors": sorted(editors, key=lambda editor: -editor["elo"])})
+    return ranking
+
+
+def ranking_table(ranking: Sequence[dict[str, Any]]) -> Table:
+    """The Elo ratings as a table."""
+    shown = Table(title="Ranking: Davidson's model of wins and ties")
+    for column in ("metric", "editor", "Elo"):
+        shown.add_column(column, justify="right" if column == "Elo" else "left", overflow="fold")
+    for metric in ranking:
         shown.add_section()
-        for place, k in enumerate(sorted(range(len(results)), key=lambda k: -found.elo[k])):
-            span = None if ci is None else tuple(ci[k])
-            shown.add_row("" if place else name, escape(results[k].name), _format_interval(found.elo[k], span, 0))
+        for place, editor in enumerate(metric["editors"]):
+            elo = _format_interval(editor["elo"], editor["ci95"], 0)
+            shown.add_row("" if place else metric["metric"], escape(editor["editor"]), elo)
     shown.caption = "1000 is the mean of these editors; 95 % bootstrap intervals over items"
     return shown
 
 
-def agreement(results: Sequence[Results], measures: Sequence[str], labels: Path, seed: int) -> Table:
-    """A table of how well each metric agrees with human labels."""
+def measure_agreement(
+    results: Sequence[Results], measures: Sequence[str], labels: Path, seed: int
+) -> tuple[list[dict[str, Any]], int]:
+    """(how well each metric agrees with human labels, number of labels). A figure is None or (value, interval)."""
     from npedit.scoring import human_agreement as agree
     from npedit.scoring.results import lower_is_better
 
     given = agree.read_labels(labels, [r.name for r in results])
-    shown = Table(title=f"Agreement with {len(given)} human labels")
-    for column in ("metric", "n", "Spearman", "Kendall tau-b", "pairwise accuracy", "with calibrated ties"):
-        shown.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    found = []
     for name in measures:
-        found = agree.agreement_with_people(results, name, given, lower_is_better(name), seed)
-        cells = ["-" if value is None else _format_interval(*value) for value in found.estimates]
-        shown.add_row(name, str(found.n), *cells)
+        agreement = agree.agreement_with_people(results, name, given, lower_is_better(name), seed)
+        found.append({"metric": name, "n": agreement.n} | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
+    return found, len(given)
+
+
+def agreement_table(found: Sequence[dict[str, Any]], labels: int) -> Table:
+    """The agreement with human labels as a table; `labels` is their number."""
+    shown = Table(title=f"Agreement with {labels} human labels")
+    for column in ("metric", "n", *AGREEMENTS.values()):
+        shown.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    for metric in found:
+        cells = ["-" if metric[key] is None else _format_interval(*metric[key]) for key in AGREEMENTS]
+        shown.add_row(metric["metric"], str(metric["n"]), *cells)
     shown.caption = (
         "correlations: mean over tasks by Fisher's z; a pair is two editors on one item; the tie margin is chosen on "
         "the same pairs, so the accuracy with calibrated ties is slightly too high"

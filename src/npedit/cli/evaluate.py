@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.cli.editor_source import open_editor
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.judged import EvaluationRequest, evaluate_with_judge
 from npedit.cli.options import (
     BaseOption,
@@ -42,6 +43,7 @@ app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark.")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+STDOUT = Path("-")
 HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's
 ParametersOption = Annotated[
     str,
@@ -66,7 +68,9 @@ def toy(
     items: Annotated[int, typer.Option(help="How many held-out items.", min=1)] = 900,
     seed: ScenesOption = HELD_OUT_SEED,
     steps: StepsOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores to this file; - is standard output.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
 ) -> None:
     """The toy world's held-out scenes, judged by its exact oracle, with 95 % intervals."""
@@ -77,18 +81,22 @@ def toy(
     from npedit.report.report import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 
-    for path in (json_file, picture):
+    as_json = json_file == STDOUT
+    for path in (None if as_json else json_file, picture):
         if path:
             check_writable(path)
-    editor = open_editor(model, base, out)
-    with tempfile.TemporaryDirectory() as kept:
-        scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
-        if picture:
-            save_picture(draw_results_sheet(Path(kept)), picture)
-    out.print(bench.results_table(scores))
-    if json_file:
-        facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps}
-        write_text(json_file, json.dumps({**facts, **scores}, indent=1) + "\n")
+    with text_on_stderr(as_json):
+        editor = open_editor(model, base, out)
+        with tempfile.TemporaryDirectory() as kept:
+            scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
+            if picture:
+                save_picture(draw_results_sheet(Path(kept)), picture)
+        out.print(bench.results_table(scores))
+    facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps, **scores}
+    if as_json:
+        print_json(facts)
+    elif json_file:
+        write_text(json_file, json.dumps(facts, indent=1) + "\n")
         out.print(f"Scores: {escape(str(json_file))}")
 
 
@@ -131,6 +139,7 @@ def gedit(
     dino: DinoOption = "",
     clip: ClipOption = "",
     lpips: LpipsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """GEdit-Bench: SC, PQ and O from 0 to 10, by task; macro as the official code, micro beside it."""
     from npedit.benchmarks import gedit as bench
@@ -141,6 +150,7 @@ def gedit(
     request = EvaluationRequest(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
         first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters, base,
+        as_json,
     )  # fmt: skip
     evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, spoken, pictures))
 
@@ -170,6 +180,7 @@ def imgedit(
     dino: DinoOption = "",
     clip: ClipOption = "",
     lpips: LpipsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """ImgEdit-Bench (Basic): three criteria from 1 to 5 and their mean, by edit type."""
     from npedit.benchmarks import imgedit as bench
@@ -177,5 +188,6 @@ def imgedit(
     request = EvaluationRequest(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
         first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters, base,
+        as_json,
     )  # fmt: skip
     evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, pictures))

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,4 +25,13 @@ def text_on_stderr(as_json: bool) -> Iterator[None]:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Print an object as JSON on standard output. NaN and infinity, which JSON does not have, are a ValueError."""
-    typer.echo(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=_plain_value))
+
+
+def _plain_value(value: Any) -> Any:
+    """A path as text, a number of numpy or torch as a number."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"expected something that JSON can hold; got {value!r}")

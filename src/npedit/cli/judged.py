@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli.json_output import print_json, text_on_stderr
 from npedit.cli.options import ProgressBar
 from npedit.cli.own import METRICS_VERSION, failure_reasons, hash_editor, open_encoders, open_lpips, print_reasons
 from npedit.errors import UserError
@@ -49,6 +50,7 @@ class EvaluationRequest:
     lpips: Path | None
     parameters: str = ""
     base: str = ""
+    as_json: bool = False
 
 
 def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Callable[[Path], list[Any]]) -> None:
@@ -65,10 +67,13 @@ def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Ca
     name, label = bench.__name__.rpartition(".")[2], check_request(request)
     judge = file_safe_name(request.judge_model or Path(request.judge).name or "imported")
     folder = request.out or Path("runs") / f"{name}-{label}-{judge}"
-    if request.fresh:
-        move_aside(folder)
-    with hold(folder, f"evaluate {name}"):
-        _evaluate_in_folder(folder, bench, request, items, (name, label, judge))
+    with text_on_stderr(request.as_json):
+        if request.fresh:
+            move_aside(folder)
+        with hold(folder, f"evaluate {name}"):
+            values = _evaluate_in_folder(folder, bench, request, items, (name, label, judge))
+    if request.as_json:
+        print_json(values)
 
 
 def _evaluate_in_folder(
@@ -77,8 +82,9 @@ def _evaluate_in_folder(
     request: EvaluationRequest,
     items: Callable[[Path], list[Any]],
     names: tuple[str, str, str],
-) -> None:
-    """Run a judged benchmark in a folder that this process holds. `names` are (benchmark, editor, judge)."""
+) -> dict[str, Any]:
+    """Run a judged benchmark in a folder that this process holds; returns its scores. `names` are (benchmark, editor,
+    judge)."""
     from npedit.benchmarks import _judged
 
     name, label, judge = names
@@ -106,19 +112,21 @@ def _evaluate_in_folder(
     out.print(_judged.results_table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
     print_missing(summary, facts)
     print_reasons([(row["id"], row["reason"]) for row in rows if "reason" in row], len(rows))
+    preservation = None
     if not request.scores:
         settings = {"npedit": __version__, "source": facts["editor"], "encoders": used}
-        measure_preservation(name, folder / "preservation", todo, (*encoders, lpips), settings)
+        preservation = measure_preservation(name, folder / "preservation", todo, (*encoders, lpips), settings)
     out.print(f"Result: {escape(str(folder))}")
     if rows and all(value is None for row in rows for value in row["scores"].values()):
         raise UserError(f"expected scores; got none of {len(rows)} items; correct what the notes above name")
+    return {"benchmark": name, "folder": folder, "items": len(rows), "scores": summary, "preservation": preservation}
 
 
 def measure_preservation(
     name: str, folder: Path, items: list[Any], measuring: tuple[Any, Any, Any], settings: Any
-) -> None:
-    """Write preservation metrics (pixel metrics, DINO, CLIP, LPIPS; no judge) into a separate folder of results.
-    `measuring` is (DINO, CLIP, LPIPS or None)."""
+) -> dict[str, Any]:
+    """The summary of the preservation metrics (pixel metrics, DINO, CLIP, LPIPS; no judge), written into a separate
+    folder of results. `measuring` is (DINO, CLIP, LPIPS or None)."""
     from npedit.benchmarks import _judged
     from npedit.benchmarks._outputs import results_table
     from npedit.scoring import results
@@ -129,9 +137,11 @@ def measure_preservation(
     with ProgressBar("preservation metrics", len(items)) as report_progress:
         rows = _judged.score_preservation(items, *measuring, report_progress)
     title = f"{name}: preservation of the references (no judge)"
-    out.print(results_table(results.write_results(folder, rows), title))
+    summary = results.write_results(folder, rows)
+    out.print(results_table(summary, title))
     unnamed = [(name, why) for name, why in failure_reasons(rows) if not why.startswith("no edited picture")]
     print_reasons(unnamed, len(rows))  # a picture that is missing was named with the judge's scores
+    return summary
 
 
 def edit_and_judge(

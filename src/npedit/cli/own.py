@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from npedit import __version__
 from npedit.cli.editor_source import open_editor
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.options import (
     BaseOption,
     ClipOption,
@@ -48,12 +49,21 @@ def own(
     edited: EditedOption = None,
     copy: CopyOption = False,
     base: BaseOption = "",
+    held_out: Annotated[
+        str,
+        typer.Option(
+            "--held-out",
+            help="Score only held-out rows: a file with one row id a line (DATA/held_out.txt), or the run that held "
+            "them out.",
+        ),
+    ] = "",
     items: Annotated[int | None, typer.Option(help="Score only the first so many items.", min=1)] = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     dino: DinoOption = "",
     clip: ClipOption = "",
     lpips: LpipsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Your own photos and instructions: preservation of the reference, and distance to a target where there is one.
 
@@ -61,18 +71,25 @@ def own(
     pictures are named ID.png.
     """
     from npedit.benchmarks import own as bench
+    from npedit.judges.cache import hash_json
     from npedit.runs.lock import hold
 
     rows, digest = bench.read_items(data)
+    facts = {"data": digest}
+    if held_out:
+        rows = bench.select_held_out(rows, data, held_out)
+        facts["held_out"] = hash_json([row.id for row in rows])
     rows = rows[:items]
     lpips_model, source = open_lpips(lpips), PictureSource(model, edited, copy, base, seed, steps)
-    with hold(folder, "evaluate own"):
-        evaluation = PictureEvaluation.prepare("own", folder, {"data": digest}, source, (dino, clip), lpips_model)
+    with text_on_stderr(as_json), hold(folder, "evaluate own"):
+        evaluation = PictureEvaluation.prepare("own", folder, facts, source, (dino, clip), lpips_model)
         evaluation.edit_pictures(bench.edit_jobs(rows, seed))
         with ProgressBar("scoring") as report_progress:
             scored = bench.score_pictures(rows, evaluation.pictures, *evaluation.encoders, report_progress, lpips_model)
-        evaluation.write_results(scored, {})
+        summary = evaluation.write_results(scored, {})
         out.print(bench.task_table(scored))
+    if as_json:
+        print_json({"benchmark": "own", "folder": folder, "items": len(rows), "scores": summary})
 
 
 def dreambench(
@@ -87,6 +104,7 @@ def dreambench(
     steps: StepsOption = None,
     dino: DinoOption = "",
     clip: ClipOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """DreamBench: similarity of a photo's subject in new scenes. 30 subjects, 25 prompts, 4 pictures each.
 
@@ -99,13 +117,17 @@ def dreambench(
     subjects, digest = bench.read_subjects(data)
     facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
     source = PictureSource(model, edited, copy, base, seed, steps)
-    with hold(folder, "evaluate dreambench"):
+    with text_on_stderr(as_json), hold(folder, "evaluate dreambench"):
         evaluation = PictureEvaluation.prepare("dreambench", folder, facts, source, (dino, clip))
-        _score_dreambench(evaluation, subjects, seed, pictures)
+        items, summary = _score_dreambench(evaluation, subjects, seed, pictures)
+    if as_json:
+        print_json({"benchmark": "dreambench", "folder": folder, "items": items, "scores": summary})
 
 
-def _score_dreambench(evaluation: PictureEvaluation, subjects: Sequence[Any], seed: int, pictures: int) -> None:
-    """Edit and score DreamBench in a folder that this process holds."""
+def _score_dreambench(
+    evaluation: PictureEvaluation, subjects: Sequence[Any], seed: int, pictures: int
+) -> tuple[int, dict[str, Any]]:
+    """Edit and score DreamBench in a folder that this process holds; returns the number of items and the summary."""
     from npedit.benchmarks import dreambench as bench
 
     baseline = bench.real_image_baseline(subjects, *evaluation.encoders)
@@ -117,7 +139,7 @@ def _score_dreambench(evaluation: PictureEvaluation, subjects: Sequence[Any], se
     evaluation.edit_pictures(bench.edit_jobs(subjects, seed, pictures), DREAMBENCH_LONGEST_SIDE)
     with ProgressBar("scoring") as report_progress:
         scored = bench.score_pictures(subjects, evaluation.pictures, *evaluation.encoders, report_progress, pictures)
-    evaluation.write_results(scored, baseline)
+    return len(scored), evaluation.write_results(scored, baseline)
 
 
 BENCHMARKS: dict[str, Callable[..., None]] = {"own": own, "dreambench": dreambench}
@@ -210,8 +232,8 @@ class PictureEvaluation:
         with ProgressBar("editing") as report_progress:
             edit_missing_pictures(jobs, edit, self.pictures, report_progress, longest_side, facts)
 
-    def write_results(self, rows: Sequence[Any], extra: dict[str, Any]) -> None:
-        """Write the results and print the headline figures; `extra` holds further headlines.
+    def write_results(self, rows: Sequence[Any], extra: dict[str, Any]) -> dict[str, Any]:
+        """Write the results, print the headline figures and return them; `extra` holds further headlines.
 
         Raises:
             UserError: no row has a score.
@@ -219,12 +241,14 @@ class PictureEvaluation:
         from npedit.benchmarks._outputs import results_table
         from npedit.scoring.results import write_results
 
-        out.print(results_table(write_results(self.folder, rows, extra), f"{self.name}: {len(rows)} rows"))
+        summary = write_results(self.folder, rows, extra)
+        out.print(results_table(summary, f"{self.name}: {len(rows)} rows"))
         print_reasons(failure_reasons(rows), len(rows))
         out.print(f"Results: {escape(str(self.folder))}")
         scores = [value for row in rows for name, value in row.scores.items() if "/" not in name]  # without baselines
         if rows and not any(value is not None for value in scores):
             raise UserError(f"expected scores; got none for any of {len(rows)} rows; correct what the notes above name")
+        return summary
 
 
 def failure_reasons(rows: Sequence[Any]) -> list[tuple[str, str]]:

@@ -15,12 +15,13 @@ from npedit.data._rows import Rows
 from npedit.errors import UserError, did_you_mean
 
 Pair = tuple[int, str]  # bucket, edit type
+OTHER_FORMS = {"data.held_out": "a number of rows", "--held-out": "a run"}  # beside a file, by setting
 SUGGESTED = 10_000  # ids among which the nearest one is looked for
 
 
-def read_held_out_ids(name: str, folder: Path) -> list[str]:
+def read_held_out_ids(name: str, folder: Path, setting: str = "data.held_out") -> list[str]:
     """The row ids in a text file, one a line; blank lines are left out. `name` is a path, or is relative to the data
-    folder.
+    folder. `setting` is what messages name: the recipe's key, or an option.
 
     Raises:
         UserError: the file is missing, cannot be read, or is empty.
@@ -29,16 +30,18 @@ def read_held_out_ids(name: str, folder: Path) -> list[str]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise UserError(
-            f"data.held_out: expected a number of rows or a file with one row id a line; got {name!r}, which is "
-            f"neither a file nor one in {folder}; correct it"
+            f"{setting}: expected {OTHER_FORMS[setting]} or a file with one row id a line; got {name!r}, which is "
+            f"neither; a file's path is relative to {folder} or to the current folder; correct it"
         )
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.held_out: expected a text file; got {path} ({error}); correct it") from None
+        raise UserError(f"{setting}: expected a text file; got {path} ({error}); correct it") from None
     ids = [i for i in dict.fromkeys(ids) if i]
     if not ids:
-        raise UserError(f"data.held_out: expected at least one row id; got an empty {path}; set data.held_out to 0")
+        raise UserError(
+            f"{setting}: expected at least one row id; got an empty {path}; name another file, or leave it out"
+        )
     return ids
 
 
