@@ -39,6 +39,7 @@ PLACES = {
     "peft": ("nets", "export"),
     "datasets": ("data",),
     "matplotlib": ("report",),
+    "ray": ("prepare",),
     "typer": ("cli",),
     "torchvision": (),  # beside a CPU-only torch it does not import
     "accelerate": (),  # sharding is the learner's own

@@ -14,7 +14,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.cli.judged import read_parameters
+from npedit.cli.writers import (
+    EngineOption,
+    JpegQualityOption,
+    ParametersOption,
+    RayAddressOption,
+    VerifierModelOption,
+    VerifierOption,
+    VerifyOption,
+    WorkersOption,
+    WriterModelOption,
+    WriterOption,
+    open_engine,
+    open_models,
+)
 from npedit.errors import UserError, npedit_command
 
 if TYPE_CHECKING:
@@ -30,23 +43,6 @@ WordsArgument = Annotated[
     list[str], typer.Argument(metavar="PHOTOS", help="A folder of photos; with --merge: SET SHARD [SHARD]...")
 ]
 FolderOption = Annotated[Path | None, typer.Option("--out", help="The set's folder. The same command resumes in it.")]
-WriterOption = Annotated[
-    str,
-    typer.Option(
-        help="The model that looks and writes: the address of an OpenAI-compatible server "
-        "(http://localhost:8000/v1; its key in NPEDIT_WRITER_KEY), or the folder or Hub id of a critic family."
-    ),
-]
-WriterModelOption = Annotated[str, typer.Option("--writer-model", help="The model's name on the server.")]
-VerifierOption = Annotated[
-    str,
-    typer.Option(help="Another model that verifies (key in NPEDIT_VERIFIER_KEY). If not given: the writer."),
-]
-VerifierModelOption = Annotated[str, typer.Option("--verifier-model", help="Its name on the server.")]
-VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check each edit in a further pass.")]
-ParametersOption = Annotated[
-    str, typer.Option("--writer-parameters", help='JSON that is added to each request: {"temperature": null}.')
-]
 TypesOption = Annotated[
     str, typer.Option(help="Wanted edit types with shares: add=0.2,remove=0.3. If not given: ten types, equal.")
 ]
@@ -54,11 +50,7 @@ PerPhotoOption = Annotated[int, typer.Option(help="Wanted edits of each photo.",
 RoundsOption = Annotated[
     int, typer.Option(help="Rounds of asking. After the first, only photos that lack edits are asked.", min=1)
 ]
-WorkersOption = Annotated[int, typer.Option(help="Concurrent requests to the server.", min=1, max=1024)]
 SideOption = Annotated[int, typer.Option(help="Longest side in pixels of the pictures that are sent.", min=16)]
-JpegQualityOption = Annotated[
-    int, typer.Option("--jpeg-quality", help="Of the pictures that are sent; 0: PNG.", min=0, max=100)
-]
 LanguageOption = Annotated[str, typer.Option(help="Language of the instructions; captions are English.")]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="A folder with look.yaml, write.yaml, verify.yaml in place of the package's.")
@@ -88,9 +80,9 @@ MergeOption = Annotated[bool, typer.Option("--merge", help="Merge finished shard
 def prepare(
     words: WordsArgument,
     folder: FolderOption = None,
-    writer: WriterOption = "",
+    writer: WriterOption = None,
     writer_model: WriterModelOption = "",
-    verifier: VerifierOption = "",
+    verifier: VerifierOption = None,
     verifier_model: VerifierModelOption = "",
     verify: VerifyOption = True,
     parameters: ParametersOption = "",
@@ -114,6 +106,8 @@ def prepare(
     seed: SeedOption = 0,
     shard: ShardOption = "",
     merge: MergeOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = "",
 ) -> None:
     """Write a training set for a folder of photos: a vision-language model looks, writes edits, and verifies them.
 
@@ -128,12 +122,15 @@ def prepare(
             )
         merge_shards([Path(word) for word in words])
         return
-    photos, target = check_options(words, folder, writer, duplicates, max_cost, price_in + price_out)
+    photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
     choices = {"subjects": subjects, "held_out": held_out, "shard": parse_shard(shard)}
-    models = open_models(writer, writer_model, verifier, verifier_model, verify, workers, jpeg_quality, parameters)
+    models = open_models(
+        writer or [], writer_model, verifier or [], verifier_model, verify, workers, jpeg_quality, parameters
+    )
     job = Job(
-        photos, target, loaded, models, licences, (price_in, price_out, max_cost),
+        photos, target, loaded, models, open_engine(engine, ray_address, models), licences,
+        (price_in, price_out, max_cost),
         {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds,
          "duplicates": duplicates, **choices},
     )  # fmt: skip
@@ -142,13 +139,14 @@ def prepare(
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `npedit prepare`: `models` are (writer, verifier or None), `prices` are (in, out, ceiling),
-    `settings` are those of `PrepareSettings`."""
+    """One call of `npedit prepare`: `models` are (writer, verifier or None), `engine` None is the threads of this
+    process, `prices` are (in, out, ceiling), `settings` are those of `PrepareSettings`."""
 
     photos: Path
     target: Path
     prompts: Prompts
     models: tuple[Any, Any]
+    engine: Any
     licences: Path | None
     prices: tuple[float, float, float]
     settings: dict[str, Any]
@@ -168,7 +166,7 @@ def run_job(job: Job) -> None:
     table = read_rights_table(job.licences) if job.licences else {}
     settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
     with progress_display(any(job.prices)) as report:
-        facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report)
+        facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report, job.engine)
     print_summary(job.target, facts)
 
 
@@ -187,7 +185,7 @@ def load_wishes(
 
 
 def check_options(
-    words: list[str], folder: Path | None, writer: str, duplicates: str, max_cost: float, prices: float
+    words: list[str], folder: Path | None, writers: list[str], duplicates: str, max_cost: float, prices: float
 ) -> tuple[Path, Path]:
     """(folder of photos, folder of the set).
 
@@ -198,7 +196,7 @@ def check_options(
         raise UserError(f"expected one folder of photos; got {len(words)}; put the others into sub-folders of one")
     if not folder:
         raise UserError("expected --out SET; got none; give a new folder")
-    if not writer:
+    if not writers:
         raise UserError(
             "expected --writer; got none; give a server's address (http://localhost:8000/v1) with --writer-model, or "
             "the folder or Hub id of a vision-language model"
@@ -222,36 +220,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"--shard: expected i/n with i from 0 to n - 1; got {text!r}")
     return int(number), int(count)
-
-
-def open_models(
-    writer: str,
-    writer_model: str,
-    verifier: str,
-    verifier_model: str,
-    verify: bool,
-    workers: int,
-    jpeg_quality: int,
-    parameters: str,
-) -> tuple[Any, Any]:
-    """(writer, verifier or None); the writer verifies too if no other model is given.
-
-    Raises:
-        UserError: a model cannot be opened.
-    """
-    from npedit.prepare.writer import VERIFIER, WRITER, open_writer
-
-    def on_retry(line: str) -> None:
-        err.print(f"[yellow]note[/] {escape(line)}")
-
-    extra = read_parameters(parameters)
-    first = open_writer(writer, writer_model, WRITER, workers, jpeg_quality, extra, on_retry)
-    if verifier_model and not verifier:
-        verifier = writer
-    if not verify or not verifier:
-        return first, first if verify else None
-    names = WRITER if verifier == writer else VERIFIER
-    return first, open_writer(verifier, verifier_model, names, workers, jpeg_quality, extra, on_retry)
 
 
 @contextmanager

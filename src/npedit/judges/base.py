@@ -54,6 +54,7 @@ class Reply:
     usage: Mapping[str, int] = field(default_factory=dict)
     detail: str = ""
     served_by: str = ""  # the model's name in the server's answer
+    address: str = ""  # the server that answered, where there are several
 
 
 class JudgeUnavailable(UserError):

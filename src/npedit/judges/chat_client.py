@@ -22,6 +22,7 @@ import email.utils
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import socket
@@ -40,6 +41,8 @@ from PIL import Image
 
 from npedit.errors import UserError
 from npedit.judges.base import OK, REFUSED, REJECTED, TRANSPORT_ERROR, JudgeUnavailable, Reply
+
+log = logging.getLogger(__name__)
 
 CONTENT_FILTER_MARKERS = (
     "content_filter",
@@ -135,6 +138,11 @@ class ChatClient:
         self.parameters, self.on_retry = dict(parameters or {}), on_retry
         self._stopping = threading.Event()
         self._open_url = urllib.request.build_opener(_NoRedirectHandler).open
+
+    def __reduce__(self) -> Any:
+        """In another process, the same client reports its retries to the log."""
+        limits = (self.timeout, self.max_attempts, self.initial_backoff)
+        return ChatClient, (self.url, self.model, self.names, *limits, self.parameters, log.warning)
 
     def complete(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
         """The reply to a chat; see the module's head for outcomes. An option of None is not sent.

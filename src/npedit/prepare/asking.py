@@ -59,6 +59,9 @@ class Meter:
         self._reserved, self._longest = 0.0, 0
         self._lock = threading.Lock()
 
+    def refresh(self) -> None:
+        """Fetch the counts if another process holds them."""
+
     @property
     def cost(self) -> float:
         """The cost of all answers so far, those of earlier runs included."""
@@ -83,18 +86,31 @@ class Meter:
             CostCeiling: the ceiling could be passed.
         """
         assumed = IMAGE_TOKENS + (len(request.system) + len(request.user)) // 2
-        with self._lock:
-            prompt = max(self._longest, assumed)
-            most = self.cost_of({PROMPT_TOKENS: prompt, ANSWER_TOKENS: request.max_tokens})
-            if self.max_cost and self.cost_of(self.usage) + self._reserved + most > self.max_cost:
-                raise CostCeiling
-            self._reserved += most
-            self.requests[request.name] += 1
+        most = self.set_aside(request.name, assumed, request.max_tokens)
         try:
             yield
         finally:
-            with self._lock:
-                self._reserved -= most
+            self.release(most)
+
+    def set_aside(self, name: str, prompt_tokens: int, answer_tokens: int) -> float:
+        """Set aside the most that a request of the pass `name` may cost; returns the amount, which `release` frees.
+
+        Raises:
+            CostCeiling: the ceiling could be passed.
+        """
+        with self._lock:
+            prompt = max(self._longest, prompt_tokens)
+            most = self.cost_of({PROMPT_TOKENS: prompt, ANSWER_TOKENS: answer_tokens})
+            if self.max_cost and self.cost_of(self.usage) + self._reserved + most > self.max_cost:
+                raise CostCeiling
+            self._reserved += most
+            self.requests[name] += 1
+        return most
+
+    def release(self, amount: float) -> None:
+        """Free an amount that was set aside."""
+        with self._lock:
+            self._reserved -= amount
 
 
 @dataclass
@@ -143,7 +159,8 @@ class Asker:
             )
         record = {
             "key": key, "pass": request.name, "outcome": reply.outcome, "text": reply.text, "usage": dict(reply.usage),
-            "detail": reply.detail, "model": reply.served_by or self.writer.name, "address": self.writer.address,
+            "detail": reply.detail, "model": reply.served_by or self.writer.name,
+            "address": reply.address or self.writer.address,
         }  # fmt: skip
         self.cache.put(record)
         self.on_answer(request, record, False)

@@ -82,6 +82,9 @@ class ServerWriter(Writer):
         self.name = client.model
         self._takes_schema = True
 
+    def __reduce__(self) -> Any:
+        return ServerWriter, (self.client, self.workers, self.jpeg_quality, self.revision)
+
     @property
     def identity(self) -> dict[str, Any]:
         """See `Writer.identity`. The address is not part of it, so that a server can move."""
