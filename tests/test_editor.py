@@ -12,7 +12,8 @@ from PIL import Image
 
 import npedit
 from npedit.benchmarks import toy
-from npedit.editor import Editor, nearest_size, pair_up, resize, to_pil, to_tensor
+from npedit.data._photos import to_pil
+from npedit.editor import Editor, nearest_size, pair_up, resize, to_tensor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.input_pictures import open_picture, to_rgb
@@ -72,6 +73,16 @@ def test_a_batch_equals_its_pictures_one_by_one(editor):
     together = editor.edit(images, words, seed=5)
     for image, word, edited in zip(images, words, together):
         (alone,) = editor.edit(image, word, seed=5)
+        assert np.abs(np.asarray(alone, int) - np.asarray(edited, int)).max() <= 1
+
+
+def test_pictures_with_seeds_of_their_own_equal_edits_one_by_one(editor):
+    """As a server asks for them, in one batch."""
+    pictures = [noise("RGB", (40, 56), 1), noise("RGB", (56, 40), 2), noise("RGB", (40, 56), 3)]
+    texts = ["paint it red", "paint it blue", "remove it"]
+    together = editor.edit_each(pictures, texts, seed=[3, 1, 2])
+    for image, text, seed, edited in zip(pictures, texts, [3, 1, 2], together):
+        (alone,) = editor.edit(image, text, seed=seed)
         assert np.abs(np.asarray(alone, int) - np.asarray(edited, int)).max() <= 1
 
 

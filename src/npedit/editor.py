@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from npedit import generator
-from npedit.data._photos import crop_to_fill, nearest_size, resize, to_pil, to_tensor
+from npedit.data._photos import crop_to_fill, nearest_size, resize, to_tensor
 from npedit.errors import UserError
 from npedit.families._decode import check_tile
 from npedit.families.base import Family
+from npedit.full_size import Finish, keep_unchanged, scale_back
 from npedit.input_pictures import to_rgb
 from npedit.nets.device import offload_device, pick_device
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
@@ -200,12 +201,15 @@ class Editor:
         seed: int = 0,
         steps: int | None = None,
         references: Sequence[Image.Image] = (),
+        keep_resolution: bool = False,
     ) -> list[Image.Image]:
         """Edit pictures of any mode, size and orientation; each comes back as RGB in its upright size. `references` are
         further pictures that the editor sees beside each of them.
 
         Images and instructions pair up; one of either goes with all of the other. Each picture is scaled to the size
-        nearest to its own among those trained, edited there, and scaled back.
+        nearest to its own among those trained, edited there, and scaled back. With `keep_resolution` only what the edit
+        changed is scaled back, and the rest is the picture's own at full size: see `full_size.py`. Where most of a
+        picture changed, all of it is scaled back, and a warning is logged.
 
         Raises:
             UserError: their numbers do not match, an instruction is empty, or a picture cannot be used.
@@ -213,20 +217,25 @@ class Editor:
         images = [images] if isinstance(images, Image.Image) else list(images)
         instructions = [instructions] if isinstance(instructions, str) else list(instructions)
         pairs = pair_up(images, instructions)
-        return list(self.edit_each((im for im, _ in pairs), [text for _, text in pairs], seed, steps, references))
+        finish = _finish_at_full_size if keep_resolution else scale_back
+        texts = [text for _, text in pairs]
+        return list(self.edit_each((im for im, _ in pairs), texts, seed, steps, references, finish))
 
     def edit_each(
         self,
         images: Iterable[Image.Image],
         instructions: Sequence[str],
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int | None = None,
         references: Sequence[Image.Image] = (),
+        finish: Finish = scale_back,
     ) -> Iterator[Image.Image]:
         """Edit pictures one after the other in bounded memory: yields each result in order, as soon as it is ready.
 
         `images` is read a few at a time (`BATCH_ITEMS`, `WINDOW_PIXELS`), so it may open files when asked for them.
-        It has one picture for each instruction. Errors are those of `edit`.
+        It has one picture for each instruction. A list of seeds has one for each picture.
+        `finish(picture, reference, edited)` makes each result, in order, from the upright RGB picture and its edit at
+        working size. Errors are those of `edit`.
         """
         steps = self.steps if steps is None else steps
         if steps < 1:
@@ -236,15 +245,16 @@ class Editor:
             raise UserError(f"expected at most {most - 1} further references; got {len(references)}; give fewer")
         extra = [to_rgb(image) for image in references]
         self._warn_of_truncation(instructions)
-        window: list[tuple[Image.Image, str]] = []
-        for image, text in zip(images, instructions, strict=True):
+        seeds = [seed] * len(instructions) if isinstance(seed, int) else seed
+        window: list[tuple[Image.Image, str, int]] = []
+        for image, text, number in zip(images, instructions, seeds, strict=True):
             image = to_rgb(image)
-            pixels = sum(im.width * im.height for im, _ in window) + image.width * image.height
+            pixels = sum(im.width * im.height for im, *_ in window) + image.width * image.height
             if window and (len(window) == BATCH_ITEMS or pixels > WINDOW_PIXELS):
-                yield from self._edit_window(window, seed, steps, extra)
+                yield from self._edit_window(window, steps, extra, finish)
                 window = []
-            window.append((image, text))
-        yield from self._edit_window(window, seed, steps, extra)
+            window.append((image, text, number))
+        yield from self._edit_window(window, steps, extra, finish)
 
     def _warn_of_truncation(self, instructions: Sequence[str]) -> None:
         """Report, once for each instruction, the part that the text encoder does not read."""
@@ -257,20 +267,33 @@ class Editor:
                 )
 
     def _edit_window(
-        self, window: Sequence[tuple[Image.Image, str]], seed: int, steps: int, extra: Sequence[Image.Image]
-    ) -> list[Image.Image]:
-        """Edit upright RGB pictures, those of one working size together; returns the results in their order."""
-        sizes = [nearest_size((image.height, image.width), self.sizes) for image, _ in window]
-        edited: dict[int, Image.Image] = {}
+        self,
+        window: Sequence[tuple[Image.Image, str, int]],
+        steps: int,
+        extra: Sequence[Image.Image],
+        finish: Finish,
+    ) -> Iterator[Image.Image]:
+        """Edit (upright RGB picture, instruction, seed), those of one working size together; yields the results in
+        their order."""
+        sizes = [nearest_size((image.height, image.width), self.sizes) for image, *_ in window]
+        edited: dict[int, tuple[Tensor, Tensor]] = {}
         for size in sorted(set(sizes)):
             members = [i for i, s in enumerate(sizes) if s == size]
             references = torch.stack([to_tensor(resize(window[i][0], size)) for i in members])
             more = [to_tensor(crop_to_fill(image, size)) for image in extra]
             extra_references = torch.stack(more).expand(len(members), -1, -1, -1, -1) if more else None
-            out = self.edit_tensor(references, [window[i][1] for i in members], seed, steps, extra_references)
-            for i, picture in zip(members, out):
-                edited[i] = resize(to_pil(picture), (window[i][0].height, window[i][0].width))
-        return [edited[i] for i in range(len(window))]
+            texts, seeds = [window[i][1] for i in members], [window[i][2] for i in members]
+            out = self.edit_tensor(references, texts, seeds, steps, extra_references)
+            edited |= {i: (before, after) for i, before, after in zip(members, references, out)}
+        for i, (image, *_) in enumerate(window):
+            yield finish(image, *edited.pop(i))
+
+
+def _finish_at_full_size(original: Image.Image, reference: Tensor, edited: Tensor) -> Image.Image:
+    picture, change = keep_unchanged(original, reference, edited)
+    if warning := change.warning("the picture"):
+        log.warning("%s", warning)
+    return picture
 
 
 @contextmanager
