@@ -26,7 +26,7 @@ from npedit.generator import generate_few_step, seeded_noise
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import find_class
 
-FAMILIES = ("flux",)
+FAMILIES = ("flux", "sana", "sd3")
 SIZES = ((32, 32), (32, 64))  # (height, width)
 WORDS = ["paint the circle red", "make it night"]
 STEPS = 3
@@ -152,7 +152,8 @@ def test_the_written_file_imports_nothing_of_npedit(family: str) -> None:
     tree = ast.parse(pipeline_source(family))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    known = {"__future__", "contextlib", "diffusers", "io", "math", "PIL", "torch", "transformers", "typing"}
+    known = {"__future__", "collections", "contextlib", "inspect", "io", "math", "typing"}
+    known |= {"diffusers", "PIL", "torch", "transformers"}
     assert {name.split(".")[0] for name in names} <= known
 
 

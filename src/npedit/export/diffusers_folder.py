@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 
 from npedit.errors import UserError
 from npedit.families._published import find_published
@@ -26,17 +27,17 @@ from npedit.runs.files import write_text
 PIPELINES = Path(__file__).parent / "pipelines"
 CLASS_NAME = "NPEditPipeline"  # of every family, see pipelines/few_step.py
 PART_FILE = "base_part"
+WIDENED_LAYER = "transformer.patch_embed.proj.lora_A.weight"
 SCHEDULE_KEYS = (
     "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
     "time_shift_type",
 )  # fmt: skip
 
 
-def write_pipeline(folder: Path, read_base_from: str = "", in_channels: int = 0) -> None:
+def write_pipeline(folder: Path, read_base_from: str = "") -> None:
     """Add the pipeline to an editor's folder, which holds npedit.json, `scheduler/`, and `transformer/` or a LoRA file.
 
-    `read_base_from` is where the base model's index is read, "" for the base in npedit.json. `in_channels` is given for
-    an adapter of a net whose input is wider than the base's.
+    `read_base_from` is where the base model's index is read, "" for the base in npedit.json.
 
     Raises:
         UserError: the base model's index cannot be read.
@@ -45,7 +46,7 @@ def write_pipeline(folder: Path, read_base_from: str = "", in_channels: int = 0)
     source = read_base_from or facts.base
     index = _read_base_json(source, "model_index.json")
     parts = {name: value for name, value in index.items() if _is_part(value)}
-    written = {name: _write_part(folder, facts.base, name, value, in_channels) for name, value in parts.items()}
+    written = {name: _write_part(folder, facts.base, name, value) for name, value in parts.items()}
     settings = {name: value for name, value in index.items() if name not in parts and not name.startswith("_")}
     editor = {"sizes": facts.sizes, "steps": facts.steps, "schedule": _read_schedule(source)}
     known = find_published(facts.base)
@@ -64,7 +65,7 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
 
 
-def _write_part(folder: Path, base: str, name: str, declared: list[Any], in_channels: int) -> list[Any]:
+def _write_part(folder: Path, base: str, name: str, declared: list[Any]) -> list[Any]:
     """Write one part of the pipeline into its folder; returns its entry in model_index.json."""
     if declared[1] is None:
         return declared
@@ -80,10 +81,19 @@ def _write_part(folder: Path, base: str, name: str, declared: list[Any], in_chan
             return declared
         facts["base"] = ""
     (folder / name).mkdir(exist_ok=True)
-    more = {"lora": LORA_FILE, **({"in_channels": in_channels} if in_channels else {})} if has_lora else {}
+    more = {"lora": LORA_FILE, **_wider_input(folder / LORA_FILE)} if has_lora else {}
     write_text(folder / name / f"{PART_FILE}.json", json.dumps({**facts, **more}, indent=2) + "\n")
     shutil.copyfile(PIPELINES / f"{PART_FILE}.py", folder / name / f"{PART_FILE}.py")
     return [PART_FILE, "BasePart"]
+
+
+def _wider_input(lora: Path) -> dict[str, int]:
+    """{"in_channels": channels of the net's input} where an adapter belongs to a net that may have more than the base
+    (Sana), else nothing."""
+    with safe_open(lora, "pt") as file:
+        if WIDENED_LAYER not in file.keys():  # noqa: SIM118 - not a dict
+            return {}
+        return {"in_channels": file.get_slice(WIDENED_LAYER).get_shape()[1]}
 
 
 def _read_schedule(base: str) -> dict[str, Any]:
