@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
+from exported import SIZES, STEPS, load, noise, seeds, write_editor
 from PIL import Image
-from torch import nn
 
 from npedit import flow
 from npedit.editor import Editor
@@ -23,67 +20,9 @@ from npedit.export.diffusers_folder import pipeline_source
 from npedit.export.export import export_editor
 from npedit.families.flux import Flux
 from npedit.generator import generate_few_step, seeded_noise
-from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import find_class
 
-FAMILIES = ("flux", "sana", "sd3")
-SIZES = ((32, 32), (32, 64))  # (height, width)
+FAMILIES = ("flux", "krea2", "qwen_image", "sana", "sd3", "z_image")
 WORDS = ["paint the circle red", "make it night"]
-STEPS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """diffusers copies a pipeline's file to a folder before it runs it: not to the one of this computer's user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture of random pixels; `size` is (height, width)."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-def nudge(net: nn.Module) -> None:
-    """Move what is trained away from where training starts."""
-    stream = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=stream)
-
-
-def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1) -> Path:
-    """A tiny editor with random weights as training leaves it, and its base model beside it."""
-    family = find_class("families", kind).tiny(seed)
-    family.pipe.save_pretrained(folder / "base")
-    final = folder / "run" / "final"
-    final.mkdir(parents=True)
-    if lora:
-        net = LoraAdapter.create(family.lora_base(), "student", 2, 6.0, 0)
-        nudge(net)
-        net.save(final)
-    else:
-        net = family.trainable_net()
-        nudge(net)
-        net.save_pretrained(final / "transformer")
-    shift = family.noise_shift(*SIZES[0])
-    family.few_step_scheduler(shift).save_pretrained(final / "scheduler")
-    times = flow.few_step_times(STEPS, shift).tolist()
-    facts = {"format": 1, "family": kind, "base": str(folder / "base"), "steps": STEPS, "times": times, "sizes": SIZES}
-    (final / "npedit.json").write_text(json.dumps(facts))
-    return final
-
-
-def load(folder: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator("cpu").manual_seed(n) for n in numbers]
 
 
 @pytest.fixture(scope="module", params=[(f, lora) for f in FAMILIES for lora in (False, True)], ids=str)
