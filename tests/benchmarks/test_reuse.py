@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from npedit.benchmarks import dreambench as dreambench_benchmark
 from npedit.cli import main as cli
@@ -83,14 +83,20 @@ def write_data(name: str, folder: Path, prompt: str = "paint it red", seed: int 
     return folder
 
 
-def call(name: str, here: Path, out: Path, *words: object, url: str = "") -> tuple[int, str]:
-    """The exit code and the output of the command on the data in `here`."""
+def invoke(name: str, here: Path, out: Path, *words: object, url: str = "") -> Result:
+    """What the command on the data in `here` gives."""
     data = ("--data", here / "data") if name in JUDGED else (here / "data",)
     judge = ("--judge", url, "--judge-model", "m", "--workers", 1) if name in JUDGED else ()
     pictures = ("--pictures", 1) if name == "dreambench" else ()
     command = ("evaluate", name, *data, *judge, *pictures, *encoders(name), "--out", out, *words)
     done = CliRunner().invoke(cli.app, [str(word) for word in command], env={"COLUMNS": "240"})
     assert "Traceback" not in done.output and done.exit_code in (0, 2), (done.output, done.exception)
+    return done
+
+
+def call(*arguments: object, **more: str) -> tuple[int, str]:
+    """The exit code and the output of the command."""
+    done = invoke(*arguments, **more)
     return done.exit_code, " ".join(done.output.split())
 
 
@@ -338,3 +344,21 @@ def test_without_any_edited_picture_both_rows_are_named(name, here):
         assert f"no edited picture {Path(file).name}: no such file" in said
     assert "scores are missing in 2 of 2 rows" in said and "got none" in said
     assert {row["id"] for row in rows_of(here / "r")} == set(re.findall(r"(\S+): no edited picture", said))
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_json_is_the_summary_and_alone_on_standard_output(name, here):
+    write_data(name, here / "data")
+    copies = ("--model", "copy") if name in JUDGED else ("--copy",)
+    with serving(lambda *_: ANSWERS[name]) as server:
+        done = invoke(name, here, here / "r", *copies, "--json", url=server.url)
+    found = json.loads(done.stdout)
+    assert found["benchmark"] == name and found["folder"] == str(here / "r") and found["items"] == 2
+    assert found["scores"] == json.loads((here / "r" / "summary.json").read_text())
+    assert str(here / "r") in done.stderr
+    if name in JUDGED:
+        assert found["preservation"] == json.loads((here / "r" / "preservation" / "summary.json").read_text())
+    assert ("preservation" in found) == (name in JUDGED)

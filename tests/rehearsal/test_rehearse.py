@@ -127,8 +127,9 @@ def test_memory_of_a_part_leaves_out_the_parts_inside_it() -> None:
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capfd) -> None:
     place = tmp_path / "rehearsal"
-    said = run("rehearse", recipe_file, "--layers", 1, "--processes", processes, "--out", place)
-    said += capfd.readouterr().out
+    said = run("rehearse", recipe_file, "--layers", 1, "--processes", processes, "--out", place, "--json")
+    printed = capfd.readouterr()  # by the processes that were started
+    said += printed.err
     lines = (place / "rehearsal.txt").read_text().splitlines()
     assert "Saved, stopped by SIGTERM, resumed, exported, and edited one picture." in lines
     assert "Stopped after update 3 of 4" in said and "Resuming from" in said
@@ -142,6 +143,8 @@ def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capf
     assert (place / "edited.png").is_file()
     assert sorted(p.name for p in place.iterdir()) == ["edited.png", "rehearsal.json", "rehearsal.txt"]
     values = json.loads((place / "rehearsal.json").read_text())
+    if processes == 2:
+        assert json.loads(printed.out) == values | {"folder": str(place)}
     update = values["updates"]["np_edit"]
     assert values["processes"] == processes and update["seconds"] == values["seconds"]["np_edit: update"] > 0
     assert update["flops"] == sum(

@@ -27,7 +27,7 @@ from npedit.training.estimate import (
     estimate,
     open_without_weights,
 )
-from npedit.training.estimate_table import estimate_table, fit_message
+from npedit.training.estimate_table import estimate_table, estimate_values, fit_message
 from npedit.training.parts import build_parts
 
 SIDE, ITEMS = 32, 4
@@ -178,6 +178,8 @@ def test_the_table_and_whether_a_gpu_is_large_enough(plain) -> None:
     assert fit_message(plain, "24GB").startswith("fits 24 GB")
     assert fit_message(plain, f"{peak * 1.05}").startswith("tight")
     assert fit_message(plain, f"{peak / 2}GiB").startswith("does not fit")
+    verdicts = [estimate_values(plain, size)["fit"]["verdict"] for size in ("24GB", f"{peak * 1.05}", f"{peak / 2}GiB")]
+    assert verdicts == ["fits", "tight", "does not fit"] and estimate_values(plain)["fit"] is None
     for bad in ("", "large", "-3GB", "0"):
         with pytest.raises(UserError, match="expected --gpu as in 24GB"):
             fit_message(plain, bad)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.json_output import JsonOption, print_json
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -38,6 +39,7 @@ def import_set(
         int, typer.Option("--held-out", help="Rows to list in held_out.txt, for data.held_out.", min=0)
     ] = 0,
     licence: Annotated[str, typer.Option(help="The licence to note in every row and on the data card.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Import references, instructions and captions of a public data set of edits. Edited images are never opened.
 
@@ -48,6 +50,9 @@ def import_set(
 
     named = dict(_split_column(text) for text in columns or [])
     report = run_import(form, source, folder, photos, named, first, held_out, licence)
+    if as_json:
+        print_json({"folder": folder} | vars(report))
+        return
     for line in report_lines(report):
         out.print(escape(line))
     out.print(f"Data set: {escape(str(folder))}")

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.json_output import JsonOption, print_json
 from npedit.cli.options import FreshOption, SeedOption
 from npedit.cli.train import move_aside
 from npedit.errors import UserError
@@ -100,11 +101,15 @@ def toy_writer(
 @app.command("grade")
 def toy_grade(
     folder: Annotated[Path, typer.Argument(help="A data set of toy pictures: a folder with metadata.jsonl.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Count the rows of a data set of toy pictures whose words are wrong: object, edit, captions."""
     from npedit.toy.grade import grade_dataset
 
     rows, wrong, faults = grade_dataset(folder)
+    if as_json:
+        print_json({"rows": rows, "wrong": wrong, "faults": faults})
+        return
     out.print(f"{rows} rows, {wrong} wrong ({wrong / rows:.1%})")
     for fault, count in sorted(faults.items()):
         out.print(f"  {fault}: {count}")
