@@ -65,7 +65,7 @@ def write_final(
             diffusers_net: Any = net
             diffusers_net.save_pretrained(aside / "transformer")
         scheduler.save_pretrained(aside / "scheduler")
-        _drop_source_paths(aside)
+        drop_source_paths(aside)
         write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
         write_text(aside / "README.md", model_card(recipe, facts))
         if folder.exists():
@@ -74,7 +74,7 @@ def write_final(
     return folder
 
 
-def _drop_source_paths(folder: Path) -> None:
+def drop_source_paths(folder: Path) -> None:
     """Delete the path that diffusers notes in each config file: where the model was loaded from."""
     for path in folder.glob("*/*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -140,17 +140,26 @@ as in training). The times of the steps, 1 being noise: {", ".join(f"{t:.4f}" fo
 
 
 def _rights_text(recipe: Recipe) -> str:
-    """Licences and sources of the training photos, as a line of Markdown each, from the prepare.json that `npedit
-    prepare` and `npedit import` write; "" if there is none."""
+    lines = rights_lines(read_set_facts(recipe))
+    return "\n".join(["", *lines]) if lines else ""
+
+
+def read_set_facts(recipe: Recipe) -> dict[str, Any]:
+    """The facts about the training photos in the prepare.json that `npedit prepare` and `npedit import` write; {} if
+    there is none."""
     path = getattr(recipe.data.settings, "path", "")
     try:
-        facts = read_json_object(Path(path).expanduser() / SET_FACTS) if path else {}
+        return read_json_object(Path(path).expanduser() / SET_FACTS) if path else {}
     except ValueError:
-        return ""
+        return {}
+
+
+def rights_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Licences and sources of the training photos, as a line of Markdown each; [] if prepare.json says nothing."""
     lines = []
     for title, plural, single in (("Licences", "licences", "licence"), ("Sources", "sources", "source")):
         found = facts.get(plural) or facts.get(single)
         counts = [f"{value} ({n} photos)" for value, n in found.items()] if isinstance(found, dict) else [found]
         if found:
             lines.append(f"{title} of the training photos: {', '.join(map(str, counts))}.\n")
-    return "\n".join(["", *lines]) if lines else ""
+    return lines

@@ -35,9 +35,14 @@ class EditorSource:
     run: Path | None
     is_checkpoint: bool = False
 
+    @property
+    def update(self) -> int | None:
+        """The update after which a checkpoint was written; None for another editor."""
+        return int(self.folder.name.removeprefix("checkpoint-")) if self.is_checkpoint else None
+
     def __str__(self) -> str:
         if self.is_checkpoint:
-            return f"{self.folder} (EMA weights after update {int(self.folder.name[11:])})"
+            return f"{self.folder} (EMA weights after update {self.update})"
         return str(self.folder)
 
 

@@ -1,0 +1,232 @@
+"""The model card of an exported editor: README.md, whose head the Hugging Face Hub reads.
+
+Every statement comes from a file: the folder's npedit.json, the recipe of the run, the prepare.json of its data, the
+results of evaluations. What no file says, the card says to be unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from npedit.export.base_licences import BaseLicence, find_licence
+from npedit.export.measured_scores import MeasuredScore, find_scores, last_evaluation, read_scores
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.recipe.config import Recipe
+from npedit.runs.checkpoint import is_trained_without_pairs
+from npedit.runs.editor_facts import FACTS_FILE
+from npedit.runs.editor_weights import read_recipe
+from npedit.runs.files import read_json_object
+from npedit.runs.final import public_name, read_set_facts, rights_lines
+from npedit.runs.resolve import EditorSource
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WIDER_INPUT = {"sana"}  # families whose editors have a wider input than their base: see families/sana.py
+UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from. `folder` is the exported folder, `editor` its npedit.json; `recipe` is None for an
+    editor without a run; `repository` is its place on the Hub, "" for none."""
+
+    folder: Path
+    editor: Mapping[str, Any]
+    recipe: Recipe | None
+    without_pairs: bool | None  # None: not known
+    scores: Sequence[MeasuredScore]
+    repository: str = ""
+
+    @property
+    def base(self) -> str:
+        """The base model's Hub id, "embedded", or the last part of its folder's path."""
+        return public_name(str(self.editor["base"]))
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the editor is a LoRA file."""
+        return (self.folder / LORA_FILE).is_file()
+
+    @property
+    def title(self) -> str:
+        """The editor's name."""
+        return self.repository.split("/")[-1] or (self.recipe.name if self.recipe else self.folder.name)
+
+
+def model_card(folder: Path, source: EditorSource, scores: Sequence[Path] = (), repository: str = "") -> str:
+    """The text of README.md for an exported folder. `source` is where the editor was found; `scores` are further
+    folders of results and files of the toy benchmark. `repository` is USER/NAME on the Hub, "" for none.
+
+    Raises:
+        UserError: one of `scores` holds no results.
+    """
+    editor = read_json_object(folder / FACTS_FILE)
+    recipe = read_recipe(source) if source.run else None
+    without_pairs = is_trained_without_pairs(recipe) if recipe else None
+    measured = read_scores([*find_scores(source), *scores])
+    if recipe and source.run:
+        measured += last_evaluation(source.run, recipe, source.update)
+    return write_card(CardFacts(folder, editor, recipe, without_pairs, measured, repository))
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card as text."""
+    parts = (_head, _intro, _use_text, _training_text, _score_text, _limit_text, _licence_text)
+    return "\n".join(part(facts) for part in parts)
+
+
+def _head(facts: CardFacts) -> str:
+    """The YAML block that the Hub reads."""
+    licence = find_licence(facts.base)
+    head: dict[str, Any] = {"license": licence.licence if licence else UNKNOWN}
+    if licence and licence.name:
+        head |= {"license_name": licence.name, "license_link": licence.link}
+    if _is_hub_id(str(facts.editor["base"])):
+        head |= {"base_model": facts.base, "base_model_relation": "adapter" if facts.has_lora else "finetune"}
+    tags = ["image-editing", "npedit", str(facts.editor["family"])]
+    tags += (["lora"] if facts.has_lora else []) + (["no-pairs"] if facts.without_pairs else [])
+    head |= {"library_name": "diffusers" if _has_pipeline(facts) else "npedit"}
+    head |= {"pipeline_tag": "image-to-image", "tags": tags}
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(HUB_ID.fullmatch(base)) and not Path(base).is_dir()
+
+
+def _has_pipeline(facts: CardFacts) -> bool:
+    return (facts.folder / "pipeline.py").is_file()
+
+
+def _intro(facts: CardFacts) -> str:
+    kind = "a LoRA adapter of" if facts.has_lora else "a transformer that was trained from"
+    sizes = ", ".join(f"{w}x{h}" for h, w in facts.editor["sizes"])
+    return (
+        f"# {facts.title}: an image editor\n\n"
+        f"A {facts.editor['steps']}-step image editor of the family `{facts.editor['family']}`: {kind} "
+        f"`{facts.base}`. It takes a picture and an instruction. Working sizes (width x height): {sizes}.\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- use
+
+
+def _use_text(facts: CardFacts) -> str:
+    place = facts.repository or str(facts.folder.name)
+    return (
+        "## Use\n\n### npedit\n\n"
+        f'```sh\nhf download {place} --local-dir editor\nnpedit edit picture.png "INSTRUCTION" --model editor\n```\n\n'
+        f"### diffusers\n\n{_diffusers_text(facts, place)}\n### ComfyUI\n\n{_comfyui_text(facts)}"
+    )
+
+
+def _diffusers_text(facts: CardFacts, place: str) -> str:
+    if _has_pipeline(facts):
+        return (
+            "```python\nimport torch\nfrom diffusers import DiffusionPipeline\nfrom PIL import Image\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}", trust_remote_code=True)\n'
+            'generator = torch.Generator("cpu").manual_seed(0)\n'
+            'image = Image.open("picture.png")\n'
+            f'pipe(image=image, prompt="INSTRUCTION", num_inference_steps={facts.editor["steps"]}, '
+            "generator=generator).images[0]\n```\n"
+        )
+    if facts.has_lora and facts.editor["family"] in WIDER_INPUT:
+        return (
+            f"`{LORA_FILE}` is for a transformer with a wider input than the base model's. The base's own pipeline "
+            "cannot load it. Export the editor with `npedit export --as diffusers`.\n"
+        )
+    weights = f"`load_lora_weights` opens `{LORA_FILE}`" if facts.has_lora else "`transformer/` opens"
+    return (
+        f"{weights} in the base model's own pipeline, but that pipeline takes no reference picture. "
+        "`npedit export --as diffusers` writes a pipeline that does.\n"
+    )
+
+
+def _comfyui_text(facts: CardFacts) -> str:
+    workflows = sorted(path.name for path in facts.folder.glob("*workflow*.json"))
+    if workflows:
+        return f"Load {', '.join(f'`{name}`' for name in workflows)}.\n"
+    return "This folder has no files for ComfyUI; `npedit export --as comfyui` writes them.\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def _training_text(facts: CardFacts) -> str:
+    return f"## Training\n\n{_pairs_text(facts)}\n{_recipe_text(facts.recipe)}{_data_text(facts.recipe)}"
+
+
+def _pairs_text(facts: CardFacts) -> str:
+    if facts.without_pairs:
+        return "No pairs were used: training saw no edited image.\n"
+    if facts.recipe is None or not facts.recipe.is_trained_with_pairs():
+        return "Whether training saw edited images (pairs) is not known from the files of this editor.\n"
+    return "Training saw edited images (pairs).\n"
+
+
+def _recipe_text(recipe: Recipe | None) -> str:
+    if recipe is None:
+        return "The run of this editor is not at hand, so its recipe is not stated here.\n"
+    critic = recipe.critic
+    judged = f"`{critic.name}`, `{public_name(critic.weights)}`" if critic else "none"
+    stages = "".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}\n" for s in recipe.stages)
+    start = f"Started from: `{public_name(recipe.start)}`.\n" if recipe.start else ""
+    return f"Critic (a vision-language model that judged the edits): {judged}. Seed: {recipe.seed}.\n{start}\n{stages}"
+
+
+def _data_text(recipe: Recipe | None) -> str:
+    """Licences and sources of the photos, and the models that wrote the instructions, from prepare.json."""
+    if recipe is None:
+        return ""
+    facts = read_set_facts(recipe)
+    lines = [f"\nData source: `{recipe.data.name}`.\n"]
+    lines += rights_lines(facts) or ["Licences and sources of the training photos are not stated in the data.\n"]
+    for title, key in (("Instructions were written by", "writer"), ("They were verified by", "verifier")):
+        model = facts.get(key)
+        if isinstance(model, dict) and model.get("name"):
+            lines.append(f"{title} `{public_name(str(model['name']))}`.\n")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- scores, limits, licence
+
+
+def _score_text(facts: CardFacts) -> str:
+    if not facts.scores:
+        return "## Scores\n\nNo measured scores were found with this editor.\n"
+    rows = [
+        f"| {s.benchmark} | {s.metric} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} | {s.items} |"
+        for s in facts.scores
+    ]
+    head = "| benchmark | metric | value | 95 % interval | items |\n| --- | --- | --- | --- | --- |"
+    return "\n".join(["## Scores\n", head, *rows, ""])
+
+
+def _limit_text(facts: CardFacts) -> str:
+    return (
+        "## Limits\n\n"
+        "- The editor works at the sizes above. A picture of another size is scaled; fine detail is lost.\n"
+        f"- It was trained for {facts.editor['steps']} steps. Other numbers of steps were not trained.\n"
+        "- It can do what its training instructions asked for, as far as the base model can draw it. A critic that is "
+        "a model makes mistakes, and the editor may have learnt them.\n"
+        "- Nobody measured here how it treats people, brands or harmful instructions.\n"
+    )
+
+
+def _licence_text(facts: CardFacts) -> str:
+    licence: BaseLicence | None = find_licence(facts.base)
+    if licence is None:
+        return (
+            f"## Licence\n\nnpedit does not know the licence of the base model `{facts.base}`. The editor is derived "
+            "from that model: look its licence up before you share or use the editor.\n"
+        )
+    name = f"[{licence.name}]({licence.link})" if licence.link else licence.licence
+    return (
+        f"## Licence\n\nBase model: {name} (read in: {licence.source}). {licence.consequence}\n"
+        "\nThe licences of the training photos are a separate matter: see above.\n"
+    )
