@@ -23,6 +23,7 @@ from npedit.prepare.duplicates import similarity_facts
 from npedit.runs.files import append_row, repair_rows, write_rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_SIDE_RATIO = 64  # of a photo; a longer one shows nothing when it is scaled down
 COPYRIGHT = 0x8298  # EXIF 2.3
 TEXT_KEYS = {"copyright": "licence", "license": "licence", "licence": "licence", "source": "source"}  # PNG texts
 XMP_LICENCE = re.compile(rb"cc:license[^>]*rdf:resource=[\"']([^\"']+)|xmpRights:WebStatement[>=\"']+([^<\"']+)")
@@ -111,8 +112,11 @@ def _part_usable(folder: Path, rows: Sequence[Photo], min_side: int) -> tuple[li
 
 
 def _size_fault(row: Mapping[str, Any], min_side: int) -> str:
-    short = min(row["width"], row["height"])
-    return f"{row['width']} x {row['height']} pixels: the shorter side is below {min_side}" if short < min_side else ""
+    short, long = sorted((row["width"], row["height"]))
+    size = f"{row['width']} x {row['height']} pixels"
+    if short < min_side:
+        return f"{size}: the shorter side is below {min_side}"
+    return f"{size}: the sides are not within 1:{MAX_SIDE_RATIO}; crop it" if long > MAX_SIDE_RATIO * short else ""
 
 
 def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min_side: int) -> Photo:
