@@ -1,4 +1,4 @@
-"""`npedit export`: the lines that are printed about an exported editor."""
+"""`npedit export`: its options, and the lines that it prints about an exported editor."""
 
 from __future__ import annotations
 
@@ -6,24 +6,50 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
 
 from npedit.errors import npedit_command
-from npedit.export.export import export_editor
-from npedit.runs.editor_facts import EditorFacts
-from npedit.runs.resolve import EditorSource
+
+out = Console(highlight=False, soft_wrap=True)
+LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True)"
 
 
-def run_export(name: str, folder: Path, base: str = "") -> list[str]:
+def export(
+    run: Annotated[str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded'.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    form: Annotated[
+        str, typer.Option("--as", help="'diffusers' adds a pipeline for diffusers; 'comfyui' writes ComfyUI's files.")
+    ] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Write a LoRA editor as a whole transformer.")] = False,
+    base: Annotated[str, typer.Option(help="Base model that OUT names: a Hub id or a folder.")] = "",
+) -> None:
+    """Write an editor to a new folder: weights, scheduler, model card. Of a checkpoint, the EMA weights."""
+    for line in run_export(run, folder, base, form, merge):
+        out.print(escape(line))
+
+
+def run_export(name: str, folder: Path, base: str = "", form: str = "", merge: bool = False) -> list[str]:
     """Lines about the export of an editor to a new folder. Arguments and errors as in `export_editor`."""
-    return list(_describe(export_editor(name, folder, base=base), folder))
+    from npedit.export.export import export_editor
+
+    done = export_editor(name, folder, form, base, merge)
+    head = f"Exported {done.source} to {folder}. Its base model: {done.base}."
+    return [head, *_base_warning(done.base), *(done.notes or _use_lines(folder, form))]
 
 
-def _describe(source: EditorSource, folder: Path) -> Iterator[str]:
-    facts = EditorFacts.read(folder)
-    yield f"Exported {source} to {folder}. Its base model: {facts.base}."
-    if os.path.isabs(facts.base):
+def _base_warning(base: str) -> Iterator[str]:
+    if os.path.isabs(base):
         yield (
             "The base model is named by its place on this computer. For use elsewhere name a Hub id or another folder: "
             f"{npedit_command()} export ... --base ID, or edit ... --base FOLDER."
         )
+
+
+def _use_lines(folder: Path, form: str) -> Iterator[str]:
     yield f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"
+    if form == "diffusers":
+        yield f"In diffusers: {LOAD.format(str(folder))}"

@@ -4,72 +4,136 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npedit.editor import Editor
 from npedit.errors import UserError
+from npedit.export.card import model_card
+from npedit.export.comfyui import write_comfyui
 from npedit.export.diffusers_folder import write_pipeline
+from npedit.export.lora_file import fold_alpha, merged_transformer
 from npedit.flow import few_step_times
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.nets.lora import LoraAdapter
+from npedit.recipe.config import EMBEDDED
+from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
 from npedit.runs.editor_weights import read_recipe, require_finite_files
-from npedit.runs.final import set_base, write_final
+from npedit.runs.files import read_json_object, write_text
+from npedit.runs.final import drop_source_paths, set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
+CARD = "README.md"
 FORMS = ("diffusers", "comfyui")
 
 
-def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge: bool = False) -> EditorSource:
-    """Write an editor to a new folder; returns where the editor was found. `name` is what `resolve_editor` takes; of a
-    checkpoint the EMA weights are written.
+@dataclass(frozen=True)
+class Exported:
+    """Where an editor was found, the base model that the export names, and lines about what was written."""
 
-    `form` is "" for a copy that npedit opens, or one of `FORMS`: "diffusers" adds a pipeline, and npedit opens the
-    folder too. `base` is what the folder will name as the base model, "" for what the editor names now. With `merge` an
-    adapter is added to the base's weights, and the folder holds a whole transformer.
+    source: EditorSource
+    base: str
+    notes: tuple[str, ...] = ()
+
+
+def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge: bool = False) -> Exported:
+    """Write an editor to a new folder; returns facts about it. `name` is what `resolve_editor` takes; of a checkpoint
+    the EMA weights are written.
+
+    `form` is "" for a copy that npedit opens, or one of `FORMS`. "diffusers" adds a pipeline, and npedit opens the
+    folder too; "comfyui" writes ComfyUI's files alone. `base` is what the folder will name as the base model, a Hub id
+    or a folder; "" for what the editor names now. With `merge` an adapter is added to the base's weights, and a whole
+    transformer is written; an editor that was fully fine-tuned is one already.
 
     Raises:
-        UserError: there is no editor, a weight is NaN or infinite, the form is unknown, or the folder is not new or
-            cannot be written.
+        UserError: there is no editor, a weight is NaN or infinite, the form is unknown, the base model is not found
+            where it is needed, or the folder is not new or cannot be written.
     """
     if form and form not in FORMS:
-        raise UserError(f"expected the form {' or '.join(FORMS)}; got {form!r}")
+        raise UserError(f"expected the form {' or '.join(FORMS)}; got {form!r}; choose one of them")
     source = resolve_editor(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
-    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_editor(source, base, aside)
-        if form == "diffusers":
-            write_pipeline(aside)
-        _open_permissions(aside)
-        os.replace(aside, folder)
+        work.mkdir(parents=True)
+        done = _write_form(source, work / folder.name, form, _absolute(base), merge)
+        _open_permissions(work / folder.name)
+        os.replace(work / folder.name, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return source
+        shutil.rmtree(work, ignore_errors=True)
+    return done
 
 
-def _write_editor(source: EditorSource, base: str, aside: Path) -> None:
-    """Write the folder that `Editor.open` opens."""
-    if source.is_checkpoint:
-        _write_checkpoint(source, base, aside)
+def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge: bool) -> Exported:
+    """Write the editor to a folder that does not exist yet, in one of the forms."""
+    copy = folder.with_name("editor") if form == "comfyui" else folder
+    where = _write_editor(source, copy, base)
+    facts = read_json_object(copy / FACTS_FILE)
+    if (copy / LORA_FILE).is_file() and merge:
+        _merge(copy, where)
+    elif (copy / LORA_FILE).is_file():
+        fold_alpha(copy / LORA_FILE, facts)
+    if form == "diffusers":
+        write_pipeline(copy, where)
+    notes: tuple[str, ...] = ()
+    if form == "comfyui":
+        folder.mkdir()
+        notes = tuple(write_comfyui(Editor.open(copy, base=where), facts, folder))
+    if source.run or base or not (folder / CARD).is_file():  # the card of an editor without a run knows more than we do
+        write_text(folder / CARD, model_card(folder, source, facts))
+    return Exported(source, facts["base"], notes)
+
+
+def _write_editor(source: EditorSource, folder: Path, base: str) -> str:
+    """Write the folder that `Editor.open` opens; returns where its base model can be read."""
+    recipe = read_recipe(source) if source.is_checkpoint else None
+    named = EditorFacts.from_recipe(recipe).base if recipe else EditorFacts.read(source.folder).base
+    where = _readable_base(named, base)
+    if recipe:
+        _write_checkpoint(source, where, folder)
     else:
         require_finite_files(source.folder)
-        shutil.copytree(source.folder, aside)
+        shutil.copytree(source.folder, folder)
     if base:
-        set_base(aside, base)
+        set_base(folder, base)
+    return where
 
 
-def _write_checkpoint(source: EditorSource, base: str, aside: Path) -> None:
+def _readable_base(named: str, chosen: str) -> str:
+    """Where the base model is read: of the place that the editor names and the one that the export will name, the one
+    on this computer, else the latter."""
+    for place in (named, chosen):
+        if place == EMBEDDED or os.path.isdir(place):
+            return place
+    return chosen or named
+
+
+def _absolute(base: str) -> str:
+    """A folder's path from the root; a Hub id as it is."""
+    return str(Path(base).resolve()) if base and os.path.isdir(base) else base
+
+
+def _write_checkpoint(source: EditorSource, base: str, folder: Path) -> None:
     """Write a checkpoint's editor as training writes `final/`."""
     editor, recipe = Editor.open(source.folder, base=base), read_recipe(source)
     shift = editor.family.noise_shift(*editor.sizes[0])
     times, scheduler = few_step_times(editor.steps, shift).tolist(), editor.family.few_step_scheduler(shift)
-    aside.mkdir()
-    final = write_final(aside, recipe, editor.net, scheduler, times, editor.sizes)
-    for path in list(final.iterdir()):
-        path.rename(aside / path.name)
-    final.rmdir()
+    final = write_final(folder.parent, recipe, editor.net, scheduler, times, editor.sizes)
+    final.rename(folder)
+
+
+def _merge(folder: Path, base: str) -> None:
+    """Replace an adapter by the whole transformer that it makes of the base model."""
+    net = Editor.open(folder, base=base).net
+    assert isinstance(net, LoraAdapter), f"expected an adapter in {folder}; got {type(net).__name__}"
+    whole: Any = merged_transformer(net)
+    whole.save_pretrained(folder / "transformer")
+    drop_source_paths(folder)
+    (folder / LORA_FILE).unlink()
 
 
 def _open_permissions(folder: Path) -> None:

@@ -1,0 +1,66 @@
+"""Tiny editors on disk as training leaves them, and their exports as diffusers opens them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from npedit import flow
+from npedit.nets.lora import LoraAdapter
+from npedit.recipe.config import find_class
+
+SIZES = ((32, 32), (32, 64))  # (height, width)
+STEPS = 3
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture of random pixels; `size` is (height, width)."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def nudge(net: nn.Module) -> None:
+    """Move what is trained away from where training starts."""
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=stream)
+
+
+def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1) -> Path:
+    """A tiny editor with random weights as training leaves it, and its base model beside it."""
+    family = find_class("families", kind).tiny(seed)
+    family.pipe.save_pretrained(folder / "base")
+    final = folder / "run" / "final"
+    final.mkdir(parents=True)
+    if lora:
+        net = LoraAdapter.create(family.lora_base(), "student", 2, 6.0, 0)
+        nudge(net)
+        net.save(final)
+    else:
+        net = family.trainable_net()
+        nudge(net)
+        net.save_pretrained(final / "transformer")
+    shift = family.noise_shift(*SIZES[0])
+    family.few_step_scheduler(shift).save_pretrained(final / "scheduler")
+    times = flow.few_step_times(STEPS, shift).tolist()
+    facts = {"format": 1, "family": kind, "base": str(folder / "base"), "steps": STEPS, "times": times, "sizes": SIZES}
+    (final / "npedit.json").write_text(json.dumps(facts))
+    return final
+
+
+def load(folder: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator("cpu").manual_seed(n) for n in numbers]
