@@ -145,9 +145,9 @@ def test_large_pictures_are_held_few_at_a_time(parts):
     class Counting(Editor):
         held: list[int] = []
 
-        def _edit_window(self, window, seed, steps, extra):
-            self.held.append(sum(im.width * im.height for im, _ in window))
-            return [im for im, _ in window]
+        def _edit_window(self, window, *rest):
+            self.held.append(sum(im.width * im.height for im, *_ in window))
+            return [im for im, *_ in window]
 
     family = Flux.tiny(0)
     editor = Counting(family, family.trainable_net(), 1, [(32, 32)])
@@ -212,3 +212,42 @@ def test_weights_that_are_not_finite_are_an_error(here, parts, command):
     )
     assert "expected finite weights" in run(*words, code=2)
     assert names(here) == ["a.png", "bad"]
+
+
+def test_keep_resolution_is_used_and_masks_are_written(here, monkeypatch):
+    """The parts are random weights, so that everything changes: this is said, and the masks are white. An edit of a
+    corner keeps the rest of the picture."""
+    picture(here / "a.png", (300, 200)), picture(here / "b.png", (300, 200), seed=1)
+    said = run("edit", "a.png", "b.png", "make it night", "-o", "out/", "--keep-resolution", "--mask", "masks/")
+    assert "of a.png changed" in said and "of b.png changed" in said and "detail will be lost" not in said
+    assert names(here / "masks") == ["a-mask.png", "b-mask.png"]
+    assert np.asarray(Image.open(here / "masks" / "a-mask.png")).min() == 255
+
+    def paint_a_corner(self, references, *rest):
+        out = references.clone()
+        out[:, :, :10, :10] = 1 - out[:, :, :10, :10].round()
+        return out
+
+    monkeypatch.setattr(Editor, "edit_tensor", paint_a_corner)
+    smooth = Image.effect_noise((300, 200), 5).convert("RGB")
+    smooth.save(here / "c.png")
+    run("edit", "c.png", "make it night", "-o", "c-out.png", "--keep-resolution", "--mask", "m.png")
+    mask, result = np.asarray(Image.open(here / "m.png"))[..., 0], np.asarray(Image.open(here / "c-out.png"))
+    assert mask.shape == (200, 300) and mask[:40, :60].min() == 255 and (mask[100:, 150:] == 0).all()
+    assert (result[mask == 0] == np.asarray(smooth)[mask == 0]).all()
+
+
+BAD_MASKS = {
+    "alone": (["--mask", "m.png"], "--keep-resolution with --mask"),
+    "of the result": (["--mask", "out.png", "--keep-resolution"], "another file for the mask"),
+    "of the picture": (["--mask", "a.png", "--keep-resolution"], "other than the picture itself"),
+    "suffix": (["--mask", "m.gif", "--keep-resolution"], "expected an output name"),
+    "exists": (["--mask", "b.png", "--keep-resolution"], "b.png exist already"),
+}
+
+
+@pytest.mark.parametrize("words,message", BAD_MASKS.values(), ids=BAD_MASKS)
+def test_a_mask_that_cannot_be_written_is_said_before_any_work(here, words, message):
+    picture(here / "a.png"), picture(here / "b.png")
+    assert message in run("edit", "a.png", "x", "-o", "out.png", *words, code=2)
+    assert names(here) == ["a.png", "b.png"]

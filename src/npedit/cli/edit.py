@@ -13,11 +13,13 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.full_size import FullSize
 from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
 from npedit.cli.provenance import provenance_packet, require_choice
 from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
+from npedit.full_size import scale_back
 from npedit.input_pictures import open_picture, to_rgb
 from npedit.runs.resolve import resolve_editor
 
@@ -52,14 +54,17 @@ def run_edit(
     bits: int = 0,
     references: Sequence[str] = (),
     provenance: str = "editor",
+    keep_resolution: bool = False,
+    mask: str = "",
 ) -> Iterator[Job]:
     """Edit the named pictures; yields the job of each result that is written to a file.
 
     `words` are pictures and, where `instructions` is empty, one instruction at the end. `target` is a file, a folder,
     "-" for standard output, or "" for a free name beside each picture; `tile`, `base`, `offload` and
     `bits` are those of `Editor.open`. `references` are files of further pictures that the editor sees beside each one.
-    `provenance` is what the metadata of the results say, one of `provenance.CHOICES`. All pictures are read and all
-    targets checked before the first is edited.
+    `provenance` is what the metadata of the results say, one of `provenance.CHOICES`. With
+    `keep_resolution` what an edit left unchanged is the picture's own at full size; `mask` is then a file or a folder
+    for pictures of what changed. All pictures are read and all targets checked before the first is edited.
 
     Raises:
         UserError: bad pictures, instructions, output or model. Results written until then stay.
@@ -67,17 +72,19 @@ def run_edit(
     require_choice(provenance)
     paths, texts = split_arguments(words, instructions)
     jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
+    masks = plan_masks(jobs, mask, keep_resolution, overwrite)
     _check_pictures(jobs, err)
     further = [to_rgb(open_picture(Path(name))) for name in references]
-    for job in jobs:
-        if job.target is not None:
-            check_writable(job.target)
+    for path in (*(job.target for job in jobs), *masks):
+        if path is not None:
+            check_writable(path)
     if (source := resolve_editor(model)).is_checkpoint:
         _note(err, f"using {source}")
     editor = Editor.open(model, tile=tile, base=base, offload=offload, bits=bits)
     _note_unknown_words(model, texts, err)
-    reader = _Reader(jobs, editor, err)
-    edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps, further)
+    reader = _Reader(jobs, () if keep_resolution else editor.sizes, err)
+    finish = FullSize([str(job.source) for job in jobs], masks, overwrite, err) if keep_resolution else scale_back
+    edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps, further, finish)
     for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
         if alpha := reader.alpha.pop(number, None):
             picture.putalpha(alpha)
@@ -118,23 +125,42 @@ def plan_outputs(pairs: Sequence[tuple[Path, str]], target: str, overwrite: bool
         UserError: one file for several results, an unknown suffix, a picture that would be overwritten, or a file that
             exists and may not be replaced.
     """
-    given = Path(target)
-    is_file = bool(given.suffix) and not target.endswith(("/", os.sep)) and not os.path.isdir(given)
     if target == STDOUT:
         _require_pipe(pairs)
         return [Job(path, text, None) for path, text in pairs]
-    if target and is_file:
-        if given.suffix.lower() not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise UserError(f"expected an output name ending in {known}, or a folder; got {target}. Change the ending.")
-        if len(pairs) > 1:
-            raise UserError(f"expected a folder for {len(pairs)} results; got the file {target}. Name a folder: out/")
+    targets = _plan_files([path for path, _ in pairs], target, overwrite, "edited")
+    return [Job(path, text, to) for (path, text), to in zip(pairs, targets, strict=True)]
+
+
+def plan_masks(jobs: Sequence[Job], target: str, keep_resolution: bool, overwrite: bool = False) -> list[Path]:
+    """Decide where the picture of each mask goes: the file `target`, or names in the folder `target`; none if it is "".
+
+    Raises:
+        UserError: a mask without `keep_resolution`, a file that is a result too, and the reasons of `plan_outputs`.
+    """
+    if not target:
+        return []
+    if not keep_resolution:
+        raise UserError(f"expected --keep-resolution with --mask; got --mask {target} alone. Give both.")
+    masks = _plan_files([job.source.with_suffix(".png") for job in jobs], target, overwrite, "mask")
+    results = {os.path.realpath(job.target) for job in jobs if job.target is not None}
+    sources = {os.path.realpath(job.source) for job in jobs}
+    if taken := [path for path in masks if os.path.realpath(path) in results | sources]:
+        raise UserError(f"expected another file for the mask than picture and result; got {taken[0]} for both.")
+    return masks
+
+
+def _plan_files(sources: Sequence[Path], target: str, overwrite: bool, ending: str) -> list[Path]:
+    """A file for each source: `target`, or a name with this ending in the folder `target`, or beside the source."""
+    given = Path(target)
+    if target and given.suffix and not target.endswith(("/", os.sep)) and not os.path.isdir(given):
+        _require_one_file(given, len(sources))
         targets = [given]
     else:
-        targets = _name_outputs([path for path, _ in pairs], given if target else None)
-    sources = {path.resolve() for path, _ in pairs}
+        targets = _name_outputs(sources, given if target else None, ending)
+    taken = {os.path.realpath(path) for path in sources}  # unlike Path.resolve, it takes a link that leads to itself
     for path in targets:
-        if path.resolve() in sources:
+        if os.path.realpath(path) in taken:
             raise UserError(f"expected an output other than the picture itself; got {path}. Choose another name.")
     existing = [str(path) for path in targets if os.path.isfile(path)]
     if existing and not overwrite:
@@ -143,19 +169,27 @@ def plan_outputs(pairs: Sequence[tuple[Path, str]], target: str, overwrite: bool
             f"expected new files for the results; {', '.join(existing[:3])}{more} exist already. "
             "Choose another place, or replace them with --overwrite."
         )
-    return [Job(path, text, to) for (path, text), to in zip(pairs, targets, strict=True)]
+    return targets
 
 
-def _name_outputs(sources: Sequence[Path], folder: Path | None) -> list[Path]:
-    """PICTURE-edited.EXT for each source, in `folder`. With None the files go beside the sources, under names that no
+def _require_one_file(target: Path, count: int) -> None:
+    if target.suffix.lower() not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"expected an output name ending in {known}, or a folder; got {target}. Change the ending.")
+    if count > 1:
+        raise UserError(f"expected a folder for {count} results; got the file {target}. Name a folder: out/")
+
+
+def _name_outputs(sources: Sequence[Path], folder: Path | None, ending: str) -> list[Path]:
+    """PICTURE-ENDING.EXT for each source, in `folder`. With None the files go beside the sources, under names that no
     file has yet."""
     names: list[Path] = []
     for source in sources:
         suffix = source.suffix if source.suffix.lower() in FORMATS else ".png"
         place = folder if folder is not None else source.parent
-        k, name = 1, place / f"{source.stem}-edited{suffix}"
+        k, name = 1, place / f"{source.stem}-{ending}{suffix}"
         while name in names or (folder is None and os.path.lexists(name)):
-            k, name = k + 1, place / f"{source.stem}-edited-{k + 1}{suffix}"
+            k, name = k + 1, place / f"{source.stem}-{ending}-{k + 1}{suffix}"
         names.append(name)
     return names
 
@@ -188,11 +222,11 @@ def _check_pictures(jobs: Sequence[Job], err: Console) -> None:
 
 
 class _Reader:
-    """Reads the jobs' pictures one by one. `alpha` has the transparency of those that are read and not yet written,
-    by the job's number."""
+    """Reads the jobs' pictures one by one, and notes those that an editor of these sizes (H, W) loses detail of.
+    `alpha` has the transparency of those that are read and not yet written, by the job's number."""
 
-    def __init__(self, jobs: Sequence[Job], editor: Editor, err: Console) -> None:
-        self.jobs, self.editor, self.err = jobs, editor, err
+    def __init__(self, jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], err: Console) -> None:
+        self.jobs, self.sizes, self.err = jobs, sizes, err
         self.alpha: dict[int, Image.Image] = {}
 
     def read_each(self) -> Iterator[Image.Image]:
@@ -204,8 +238,8 @@ class _Reader:
                 if job.target is None or job.target.suffix.lower() in ALPHA:
                     self.alpha[number] = picture.getchannel("A")
                 picture = composite_on_white(picture)
-            if job.source not in noted and _loses_detail(picture, self.editor.sizes):
-                sizes = ", ".join(f"{w}x{h}" for h, w in self.editor.sizes)
+            if self.sizes and job.source not in noted and _loses_detail(picture, self.sizes):
+                sizes = ", ".join(f"{w}x{h}" for h, w in self.sizes)
                 size = f"{picture.width}x{picture.height}"
                 _note(self.err, f"{job.source} is {size}, but this editor works at {sizes}: detail will be lost.")
             noted.add(job.source)

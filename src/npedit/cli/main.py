@@ -23,12 +23,15 @@ from npedit.cli.compare import compare
 from npedit.cli.doctor import doctor
 from npedit.cli.estimate import estimate_memory
 from npedit.cli.evaluate import app as evaluate_app
+from npedit.cli.export import export
 from npedit.cli.import_set import import_set
 from npedit.cli.json_output import JsonOption, print_json
 from npedit.cli.options import BaseOption, ModelOption, ProvenanceOption, SeedOption, StepsOption
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.prepare import prepare
+from npedit.cli.push import push
 from npedit.cli.rehearse import rehearse
+from npedit.cli.serve import serve
 from npedit.cli.toy import app as toy_app
 from npedit.cli.train import move_aside
 from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
@@ -79,8 +82,11 @@ app.command()(exit_on_user_error(check))
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
 app.command()(exit_on_user_error(prepare))
+app.command()(exit_on_user_error(serve))
 app.command()(exit_on_user_error(doctor))
 app.command("estimate")(exit_on_user_error(estimate_memory))
+app.command()(exit_on_user_error(export))
+app.command()(exit_on_user_error(push))
 app.command("import")(exit_on_user_error(import_set))
 
 
@@ -213,6 +219,12 @@ def edit(
     ] = False,
     bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits to save memory; 0: as trained.")] = 0,
     provenance: ProvenanceOption = "editor",
+    keep_resolution: Annotated[
+        bool, typer.Option("--keep-resolution", help="Keep what the edit left unchanged at the picture's full size.")
+    ] = False,
+    mask: Annotated[
+        str, typer.Option(help="With --keep-resolution: a file or folder for pictures that show in white what changed.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Edit pictures of any size.
@@ -228,7 +240,7 @@ def edit(
     written = []
     for job in run_edit(
         words, instructions or [], target, seed, steps, model, err, tile, overwrite, base, offload, bits,
-        references=references or [], provenance=provenance,
+        references=references or [], provenance=provenance, keep_resolution=keep_resolution, mask=mask,
     ):  # fmt: skip
         written.append(job)
         (err if as_json else out).print(escape(str(job)))
@@ -293,20 +305,6 @@ def curves(
     with explain_write_errors(picture):
         picture.write_bytes(plot_runs(rows))
     out.print(f"Curves: {escape(str(picture.resolve()))}")
-
-
-@app.command()
-@exit_on_user_error
-def export(
-    run: Annotated[str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded'.")],
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    base: Annotated[str, typer.Option(help="Base model to name in npedit.json: a Hub id or a folder.")] = "",
-) -> None:
-    """Copy an editor to a new folder: weights, scheduler, model card. Of a checkpoint, the EMA weights."""
-    from npedit.cli.export import run_export
-
-    for line in run_export(run, folder, base):
-        out.print(escape(line))
 
 
 # ---------------------------------------------------------------------------------------------------------- convert
