@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 from npedit.errors import UserError
 from npedit.export.base_licences import LICENCES
-from npedit.export.card import CardFacts, model_card, write_card
-from npedit.export.measured_scores import MeasuredScore, last_evaluation, read_scores
+from npedit.export.card import CardFacts, model_card, set_repository, write_card
+from npedit.export.measured_scores import last_evaluation, read_scores
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs.resolve import resolve_editor
@@ -131,5 +131,5 @@ def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:
     assert "load_lora_weights" in card(tmp_path).text
     assert "load_lora_weights" not in card(tmp_path, family="sana").text
     (tmp_path / "pipeline.py").touch()
-    facts = CardFacts(tmp_path, editor(), None, None, [MeasuredScore("b", "m", 0, 0, 0, 1)], "me/mine")
-    assert 'from_pretrained("me/mine", custom_pipeline="me/mine"' in write_card(facts)
+    text = set_repository(card(tmp_path).text, "me/mine")
+    assert 'from_pretrained("me/mine", custom_pipeline="me/mine"' in text and "USER/NAME" not in text

@@ -25,6 +25,7 @@ from npedit.runs.files import read_json_object
 from npedit.runs.final import public_name, read_set_facts, rights_lines
 from npedit.runs.resolve import EditorSource
 
+PLACE = "USER/NAME"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WIDER_INPUT = {"sana"}  # families whose editors have a wider input than their base: see families/sana.py
 UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
@@ -33,14 +34,13 @@ UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is written from. `folder` is the exported folder, `editor` its npedit.json; `recipe` is None for an
-    editor without a run; `repository` is its place on the Hub, "" for none."""
+    editor without a run."""
 
     folder: Path
     editor: Mapping[str, Any]
     recipe: Recipe | None
     without_pairs: bool | None  # None: not known
     scores: Sequence[MeasuredScore]
-    repository: str = ""
 
     @property
     def base(self) -> str:
@@ -55,23 +55,31 @@ class CardFacts:
     @property
     def title(self) -> str:
         """The editor's name."""
-        return self.repository.split("/")[-1] or (self.recipe.name if self.recipe else self.folder.name)
+        return self.recipe.name if self.recipe else str(self.editor.get("recipe") or self.folder.name)
 
 
-def model_card(folder: Path, source: EditorSource, scores: Sequence[Path] = (), repository: str = "") -> str:
-    """The text of README.md for an exported folder. `source` is where the editor was found; `scores` are further
-    folders of results and files of the toy benchmark. `repository` is USER/NAME on the Hub, "" for none.
+def model_card(
+    folder: Path, source: EditorSource, editor: Mapping[str, Any] | None = None, scores: Sequence[Path] = ()
+) -> str:
+    """The text of README.md for an exported folder. `source` is where the editor was found; `editor` are the facts of
+    npedit.json if the folder has no such file; `scores` are further folders of results and files of the toy benchmark.
+    The place on the Hub is `PLACE` until `set_repository` fills it in.
 
     Raises:
-        UserError: one of `scores` holds no results.
+        UserError: one of `scores` holds no results, or the run's recipe is damaged.
     """
-    editor = read_json_object(folder / FACTS_FILE)
+    editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
     without_pairs = is_trained_without_pairs(recipe) if recipe else None
     measured = read_scores([*find_scores(source), *scores])
     if recipe and source.run:
         measured += last_evaluation(source.run, recipe, source.update)
-    return write_card(CardFacts(folder, editor, recipe, without_pairs, measured, repository))
+    return write_card(CardFacts(folder, editor, recipe, without_pairs, measured))
+
+
+def set_repository(card: str, repository: str) -> str:
+    """The card with the editor's place on the Hub, USER/NAME, in its examples."""
+    return card.replace(PLACE, repository)
 
 
 def write_card(facts: CardFacts) -> str:
@@ -117,19 +125,18 @@ def _intro(facts: CardFacts) -> str:
 
 
 def _use_text(facts: CardFacts) -> str:
-    place = facts.repository or str(facts.folder.name)
     return (
         "## Use\n\n### npedit\n\n"
-        f'```sh\nhf download {place} --local-dir editor\nnpedit edit picture.png "INSTRUCTION" --model editor\n```\n\n'
-        f"### diffusers\n\n{_diffusers_text(facts, place)}\n### ComfyUI\n\n{_comfyui_text(facts)}"
+        f'```sh\nhf download {PLACE} --local-dir editor\nnpedit edit picture.png "INSTRUCTION" --model editor\n```\n\n'
+        f"### diffusers\n\n{_diffusers_text(facts)}\n### ComfyUI\n\n{_comfyui_text(facts)}"
     )
 
 
-def _diffusers_text(facts: CardFacts, place: str) -> str:
+def _diffusers_text(facts: CardFacts) -> str:
     if _has_pipeline(facts):
         return (
             "```python\nimport torch\nfrom diffusers import DiffusionPipeline\nfrom PIL import Image\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}", trust_remote_code=True)\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{PLACE}", custom_pipeline="{PLACE}", trust_remote_code=True)\n'
             'generator = torch.Generator("cpu").manual_seed(0)\n'
             'image = Image.open("picture.png")\n'
             f'pipe(image=image, prompt="INSTRUCTION", num_inference_steps={facts.editor["steps"]}, '

@@ -1,0 +1,80 @@
+"""`npedit push`: an editor to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.errors import UserError
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="RUN, RUN/checkpoint-N, 'embedded', or what npedit export wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    form: Annotated[
+        str, typer.Option("--as", help="'diffusers' or 'comfyui': export so first; see npedit export.")
+    ] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Push a LoRA editor as a whole transformer.")] = False,
+    base: Annotated[str, typer.Option(help="Hub id of the base model, if the editor names a local folder.")] = "",
+) -> None:
+    """Upload an editor with its model card to the Hugging Face Hub. Log in first: hf auth login."""
+    out.print(escape(run_push(run, repository, private, form, merge, base)))
+
+
+def run_push(
+    name: str, repository: str, private: bool = False, form: str = "", merge: bool = False, base: str = ""
+) -> str:
+    """Export an editor and upload it; returns a line about it. A folder that `npedit export` wrote is uploaded as it
+    is, if neither form nor base are asked for.
+
+    Raises:
+        UserError: a bad id, no token, no editor, a base model that is named by a local path, or what the Hub answers.
+    """
+    from npedit.export.hub import push_to_hub, require_pushable
+
+    require_pushable(repository)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(name)
+        if form or merge or base or not _is_exported(folder):
+            folder = _export(name, Path(place) / "editor", form, merge, base)
+        _require_public_base(folder)
+        address = push_to_hub(folder, repository, private)
+    return f"Pushed {name} to {address}"
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether this is a finished folder, in any form, that belongs to no run."""
+    from npedit.export.hub import CARD
+    from npedit.runs.resolve import CONFIG
+
+    return (folder / CARD).is_file() and not (folder / CONFIG).exists() and not (folder.parent / CONFIG).exists()
+
+
+def _export(name: str, folder: Path, form: str, merge: bool, base: str) -> Path:
+    from npedit.export.export import export_editor
+
+    export_editor(name, folder, form, base, merge)
+    return folder
+
+
+def _require_public_base(folder: Path) -> None:
+    """Refuse an editor whose base model is named by its place on this computer."""
+    from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+
+    if not (folder / FACTS_FILE).is_file():
+        return
+    base = EditorFacts.read(folder).base
+    if os.path.isabs(base) or os.path.isdir(base):
+        raise UserError(
+            f"expected an editor whose base model has a Hub id; got the folder {base}, which nobody else has; say "
+            "which model it is with --base USER/MODEL"
+        )

@@ -1,0 +1,70 @@
+"""`npedit push`: what a Hub receives, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.support.command_line import run
+from tests.support.hub_server import TOKEN, Hub, serve_hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serve_hub(monkeypatch) as served:
+        yield served
+
+
+def test_an_editor_is_pushed_as_one_commit_with_its_card(here: Path, hub: Hub) -> None:
+    told = run("push", "embedded", "me/my-editor", "--private")
+    assert "commit/1" in told and TOKEN not in told and hub.tokens == {TOKEN}
+    assert hub.commits == 1 and hub.created[0]["name"] == "my-editor" and hub.created[0]["organization"] == "me"
+    assert hub.created[0].get("private") is True or hub.created[0].get("visibility") == "private"
+    weights = next(name for name in hub.files if name.endswith(".safetensors"))
+    assert hub.files[weights] and json.loads(hub.files["npedit.json"])["family"] == "flux"
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.license == "apache-2.0" and "me/my-editor" in card.text and "USER/NAME" not in card.text
+
+
+def test_an_exported_folder_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
+    run("export", "embedded", "mine")
+    run("push", "mine", "me/mine")
+    assert {p.relative_to("mine").as_posix() for p in Path("mine").rglob("*") if p.is_file()} == set(hub.files)
+    assert hub.files["npedit.json"] == Path("mine/npedit.json").read_bytes()
+    run("push", "mine", "me/mine")
+    assert hub.commits == 2
+
+
+def test_a_base_that_nobody_else_has_is_refused(here: Path, hub: Hub) -> None:
+    run("export", "embedded", "mine", "--base", str(here / "elsewhere"))
+    assert "--base USER/MODEL" in run("push", "mine", "me/mine", code=2)
+    assert not hub.commits and not hub.created
+
+
+@pytest.mark.parametrize("name", ["mine", "me/my editor", "me/a/b", "me/-x-"])
+def test_a_bad_id_is_refused_before_any_request(here: Path, hub: Hub, name: str) -> None:
+    assert "expected a repository USER/NAME" in run("push", "embedded", name, code=2)
+    assert not hub.tokens
+
+
+def test_without_a_token_it_says_how_to_log_in(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(here / "none"))
+    assert "hf auth login" in run("push", "embedded", "me/mine", code=2)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_is_told_without_the_token(here: Path, hub: Hub, status: int) -> None:
+    hub.refuse = status
+    told = run("push", "embedded", "me/mine", code=2)
+    assert "expected to write to me/mine" in told and TOKEN not in told
+
+
+def test_an_unreachable_hub_is_told(here: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "expected to write to me/mine" in run("push", "embedded", "me/mine", code=2)
