@@ -106,7 +106,7 @@ def test_a_long_instruction_is_followed(here):
 
 def test_export_makes_a_folder_that_opens_and_never_overwrites(here):
     run("export", "embedded", "mine")
-    assert names(here / "mine") == ["npedit.json", "transformer"]
+    assert names(here / "mine") == ["README.md", "npedit.json", "transformer"]
     mask = os.umask(0)
     os.umask(mask)
     assert {p.stat().st_mode & 0o777 for p in (here / "mine").rglob("*") if p.is_file()} == {0o666 & ~mask}
