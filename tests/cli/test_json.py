@@ -13,6 +13,7 @@ from npedit.cli.doctor import PACKAGES
 from npedit.cli.json_output import print_json
 from tests.support.command_line import names, picture, run
 from tests.support.edit_sets import photo, write_parquet
+from tests.support.toy_writer_server import serving_writer
 
 
 def call(*words, code=0):
@@ -22,15 +23,25 @@ def call(*words, code=0):
     return json.loads(done.stdout) if done.stdout else None, done.stderr
 
 
+RECIPE = """
+name: small
+family: {name: flux}
+data: {name: toy}
+stages: [{step: reference_copy, updates: 1, batch_size: 1, settings: {steps: 4}}]
+trainer: {sample_items: 1}
+"""
+
+
 def test_estimate(here):
-    found, _ = call("estimate", "demo", "--gpu", "24GB")
+    (here / "small.yaml").write_text(RECIPE)
+    found, _ = call("estimate", "small.yaml", "--gpu", "24GB")
     assert set(found) == {"recipe", "processes", "warnings", "phases", "peak", "disk_bytes", "fit"}
     totals = {phase["name"]: sum(phase["bytes"].values()) for phase in found["phases"]}
     assert totals == {phase["name"]: phase["total_bytes"] for phase in found["phases"]}
     assert totals[found["peak"]["phase"]] == found["peak"]["bytes"] == max(totals.values())
     assert set(found["disk_bytes"]) == {"models", "checkpoints", "final"}
     assert found["fit"]["verdict"] == "fits" and found["fit"]["free_gib"] == 24 - found["peak"]["bytes"] / 2**30
-    assert call("estimate", "demo", "--gpu", "many", code=2)[0] is None
+    assert call("estimate", "small.yaml", "--gpu", "many", code=2)[0] is None
 
 
 def test_doctor(here):
@@ -106,6 +117,20 @@ def test_import(here):
     found, _ = call("import", "omniedit", "omni", "--out", "set")
     assert (found["folder"], found["rows"], found["photos"], found["types"]) == ("set", 1, 1, {"add": 1})
     assert found["missing"] == {"target_caption": 1, "source_caption": 1} and found["skipped"] == {}
+
+
+def test_prepare(here, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    run("toy", "data", "photos", "--items", 4, "--bare")
+    with serving_writer() as (url, _):
+        words = ("prepare", "photos", "--writer", url, "--writer-model", "toy", "--held-out", 0)
+        found, said = call(*words, "--out", "set")
+        prices = ("--price-in", 1e6, "--price-out", 1e6, "--max-cost", 1e-9, "--workers", 1)
+        stopped, why = call(*words, "--out", "dear", *prices, code=2)
+        assert "leave one out" in call(*words, "--out", "set", "--dry-run", 1, code=2)[1]
+    assert found == json.loads((here / "set" / "prepare.json").read_text()) | {"folder": "set"}
+    assert found["counts"]["rows"] > 0 and found["stopped"] == "" and "Train on it" in said
+    assert stopped is None and "expected edits; got none" in why
 
 
 def test_toy_grade(here):

@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.captions import run_captions
+from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.writers import (
     EngineOption,
     JpegQualityOption,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_SECONDS = 30.0  # between two lines about the progress, where there is no terminal
-STAGES = {"photos": "reading photos", "edits": "writing edits"}
+STAGES = {"photos": "reading photos", "edits": "writing edits", "captions": "writing captions"}
 
 WordsArgument = Annotated[
     list[str], typer.Argument(metavar="PHOTOS", help="A folder of photos; with --merge: SET SHARD [SHARD]...")
@@ -74,6 +76,10 @@ PriceInOption = Annotated[float, typer.Option("--price-in", help="Of a million p
 PriceOutOption = Annotated[float, typer.Option("--price-out", help="Of a million answer tokens.", min=0)]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed and answers give the same set.")]
 ShardOption = Annotated[str, typer.Option(help="Work on part i of n of the photos, as i/n with i from 0.")]
+CaptionsOption = Annotated[
+    bool,
+    typer.Option("--captions", help="PHOTOS is a set with instructions: fill the captions that its rows lack."),
+]
 MergeOption = Annotated[bool, typer.Option("--merge", help="Merge finished shards into one set.")]
 
 
@@ -106,12 +112,16 @@ def prepare(
     seed: SeedOption = 0,
     shard: ShardOption = "",
     merge: MergeOption = False,
+    captions: CaptionsOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Write a training set for a folder of photos: a vision-language model looks, writes edits, and verifies them.
 
     npedit prepare photos/ --out set/ --writer http://localhost:8000/v1 --writer-model NAME
+
+    npedit prepare imported/ --captions --out set/ --writer http://localhost:8000/v1 --writer-model NAME
 
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
@@ -120,8 +130,10 @@ def prepare(
             raise UserError(
                 "--merge: expected SET SHARD... and no --out or --writer: no model is asked; leave them out"
             )
-        merge_shards([Path(word) for word in words])
+        merge_shards([Path(word) for word in words], as_json)
         return
+    if as_json and dry_run:
+        raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
     choices = {"subjects": subjects, "held_out": held_out, "shard": parse_shard(shard)}
@@ -134,7 +146,12 @@ def prepare(
         {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds,
          "duplicates": duplicates, **choices},
     )  # fmt: skip
-    show_dry_run(job, dry_run) if dry_run else run_job(job)
+    if captions:
+        unused = {"--dry-run": dry_run, "--types": types, "--custom": custom, "--language": language,
+                  "--licences": licences, "--subjects": subjects, "--shard": shard}  # fmt: skip
+        run_captions(job, [name for name, value in unused.items() if value], progress_display, as_json)
+    else:
+        show_dry_run(job, dry_run) if dry_run else run_job(job, as_json)
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ class Job:
     settings: dict[str, Any]
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, as_json: bool = False) -> None:
     """Make the set and print what was made.
 
     Raises:
@@ -167,7 +184,7 @@ def run_job(job: Job) -> None:
     settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
     with progress_display(any(job.prices)) as report:
         facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report, job.engine)
-    print_summary(job.target, facts)
+    print_summary(job.target, facts, as_json)
 
 
 def load_wishes(
@@ -267,12 +284,24 @@ def progress_words(progress: Progress, priced: bool) -> str:
     return f"{counts} | rejected {progress.rejected}" + (f" | cost {progress.cost:.2f}" if priced else "")
 
 
-def print_summary(folder: Path, facts: dict[str, Any]) -> None:
-    """What was made, what it cost, and how to train on it.
+def print_summary(folder: Path, facts: dict[str, Any], as_json: bool = False) -> None:
+    """What was made, what it cost, and how to train on it; with `as_json` the facts as they are in prepare.json.
 
     Raises:
         UserError: the run stopped at the cost ceiling.
     """
+    if as_json:
+        print_json({"folder": folder} | facts)
+    with text_on_stderr(as_json):
+        _print_facts(folder, facts)
+    if facts["stopped"]:
+        raise UserError(
+            f"expected to finish all photos; stopped: {facts['stopped']}. The set holds the photos that are finished. "
+            "To go on, raise the ceiling and run the same command: no answered question is asked again"
+        )
+
+
+def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
     from npedit.prepare.prompts import SCENE
 
     counts, photos = facts["counts"], facts["photos"]
@@ -296,11 +325,6 @@ def print_summary(folder: Path, facts: dict[str, Any]) -> None:
             f"[bold]{scenes} rows have the type {SCENE}, which training does not know yet: it refuses this set.[/] "
             f"Prepare it without {SCENE} in --types, or remove these rows from metadata.jsonl."
         )
-    if facts["stopped"]:
-        raise UserError(
-            f"expected to finish all photos; stopped: {facts['stopped']}. The set holds the photos that are finished. "
-            "To go on, raise the ceiling and run the same command: no answered question is asked again"
-        )
 
 
 def show_dry_run(job: Job, count: int) -> None:
@@ -319,11 +343,11 @@ def show_dry_run(job: Job, count: int) -> None:
         out.print(escape(line))
 
 
-def merge_shards(folders: list[Path]) -> None:
+def merge_shards(folders: list[Path], as_json: bool = False) -> None:
     """Merge finished shards into one set."""
     from npedit.prepare.merge import merge
 
     if len(folders) < 2:
         raise UserError("--merge: expected SET and at least one SHARD; got too few; npedit prepare --merge set s0 s1")
     facts = merge(folders[0], folders[1:])
-    print_summary(folders[0], facts)
+    print_summary(folders[0], facts, as_json)
