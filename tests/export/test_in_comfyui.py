@@ -262,7 +262,7 @@ def add_second_reference(graph: dict[str, Any], name: str) -> None:
 def assert_near(ours: Tensor, theirs: Tensor) -> None:
     """Equal up to the rounding of float32 through four steps; logs the difference (--log-cli-level=INFO)."""
     log.info("largest difference %.1e of %.2f", (ours - theirs).abs().max(), ours.abs().max())
-    torch.testing.assert_close(theirs, ours, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(theirs, ours, atol=4e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [True, False])

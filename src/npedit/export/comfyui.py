@@ -190,8 +190,9 @@ def _note(editor: Editor, name: str) -> str:
     node = "npedit reference" if not FAMILY_NODES[name].method else "Set Reference Latent"
     return "\n".join(
         [
-            "**A few-step image editor.** Choose a picture in *Load Image*, write the instruction, and run. The editor was "
-            f"trained with {editor.steps} steps, without a negative prompt. Choose the files that you have in the loaders.",
+            "**A few-step image editor.** Choose a picture in *Load Image*, write the instruction, and run. The editor "
+            + f"was trained with {editor.steps} steps, without a negative prompt. "
+            + "Choose the files that you have in the loaders.",
             "",
             "Set width and height in *Upscale Image* to the size of the same shape as your picture, and copy its "
             "sigmas to *ManualSigmas*.",
