@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 import huggingface_hub.constants
@@ -26,6 +28,7 @@ class Hub:
     created: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # large files, by sha256
+    stored: dict[str, bytes] = field(default_factory=dict)  # what can be downloaded from any repository
     commits: int = 0
     tokens: set[str] = field(default_factory=set)
 
@@ -39,7 +42,7 @@ class Hub:
         if path.endswith("/objects/batch"):
             return {"transfer": "basic", "objects": [self._place(o) for o in json.loads(body)["objects"]]}
         if "/commit/" in path:
-            return self._commit(body)
+            return self._commit(body, path.split("/api/models/")[1].split("/commit/")[0])
         return {}
 
     def _mode(self, name: str) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class Hub:
     def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return {**wanted, "actions": {"upload": {"href": f"{self.address}/objects/{wanted['oid']}"}}}
 
-    def _commit(self, body: bytes) -> dict[str, Any]:
+    def _commit(self, body: bytes, repository: str) -> dict[str, Any]:
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -57,19 +60,27 @@ class Hub:
             elif line["key"] == "lfsFile":
                 self.files[value["path"]] = self.objects[value["oid"]]
         self.commits += 1
-        return {"success": True, "commitUrl": f"{self.address}/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
+        return {
+            "success": True,
+            "commitUrl": f"{self.address}/{repository}/commit/1",
+            "commitOid": "1" * 40,
+            "hookOutput": "",
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
-    def _reply(self, status: int, body: dict[str, Any]) -> None:
+    def _reply(self, status: int, body: dict[str, Any], headers: Mapping[str, str] = MappingProxyType({})) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -94,7 +105,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {})
 
     def do_GET(self) -> None:
-        self._reply(200, {})
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        if not self.hub.refuse and name in self.hub.stored and "/resolve/" in self.path:
+            return self._send_file(self.hub.stored[name])
+        return self._reply(self.hub.refuse or 404, {"error": "not here"}, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def _send_file(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "1" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         pass

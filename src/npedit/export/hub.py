@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npedit.errors import UserError
 from npedit.export.card import HUB_ID, set_repository
+from npedit.runs.start import CLIENT_ERROR
 
 CARD = "README.md"
-CLIENT_ERROR: Any = (
-    HfHubHTTPError.__base__
-)  # of all errors of the HTTP client, httpx or httpx2, whichever the Hub's uses
 
 
 def require_pushable(repository: str) -> None:

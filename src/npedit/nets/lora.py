@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,10 +22,13 @@ import safetensors.torch
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from npedit.errors import UserError
 from npedit.nets.distributed import compute_dtype
+from npedit.nets.lora_layers import LoraLayer, read_layers
 from npedit.nets.master_weights import add_master_weights, master_weight, set_weight
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # this name, the prefix and the key are diffusers' own
@@ -91,16 +94,44 @@ class LoraAdapter(nn.Module):
         metadata = {"format": "pt", METADATA_KEY: json.dumps(chosen, indent=2, sort_keys=True)}
         safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, metadata)
 
-    @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
-        """Copy the weights that an adapter of the same shape saved to this folder.
+        """Copy the weights that an adapter of the same layers and rank saved to this folder. Its alpha may differ.
 
         Raises:
-            KeyError, RuntimeError: the saved adapter has other layers or another rank.
+            UserError: the saved adapter has other layers or another rank.
         """
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-        for name, p in self.lora_layers.named_parameters():
-            set_weight(p, tensors[_file_key(name)])
+        self.load_layers(read_layers(tensors, json.loads(metadata) if metadata else None, {}, KEY_PREFIX))
+
+    @torch.no_grad()
+    def load_layers(self, layers: Mapping[str, LoraLayer]) -> None:
+        """Copy layers, by the names of their modules. Their scale is kept: weights are multiplied by it where this
+        adapter's alpha / rank differs.
+
+        Raises:
+            UserError: there are other layers than this adapter's, or one of another shape or rank.
+        """
+        own = {name.replace("/", "."): p for name, p in self.lora_layers.named_parameters()}
+        modules = {name.removesuffix(".lora_A.weight") for name in own if name.endswith(".lora_A.weight")}
+        if modules != layers.keys():
+            missing, more = sorted(modules - layers.keys()), sorted(layers.keys() - modules)
+            raise UserError(
+                f"expected a LoRA of the same {len(modules)} layers as this one; got one that lacks {len(missing)} "
+                f"({', '.join(missing[:3])}) and has {len(more)} others ({', '.join(more[:3])}); npedit trains every "
+                "linear layer"
+            )
+        for name, layer in layers.items():
+            down, up = own[f"{name}.lora_A.weight"], own[f"{name}.lora_B.weight"]
+            if (down.shape, up.shape) != (layer.down.shape, layer.up.shape):
+                raise UserError(
+                    f"expected a LoRA of rank {self.settings.r} and shapes {tuple(down.shape)}, {tuple(up.shape)} in "
+                    f"{name}; got {tuple(layer.down.shape)}, {tuple(layer.up.shape)}; set lora.rank to the LoRA's, or "
+                    "choose another"
+                )
+            set_weight(down, layer.down)
+            set_weight(up, layer.up * (layer.scale / (self.settings.lora_alpha / self.settings.r)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the base with this adapter active.

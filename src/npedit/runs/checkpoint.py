@@ -39,6 +39,7 @@ from npedit.runs.resolve import COMPLETE, resolve_editor
 from npedit.runs.resolve import CONFIG as CONFIG
 from npedit.runs.resolve import complete_checkpoints as complete_checkpoints
 from npedit.runs.resolve import latest_complete_checkpoint as latest_complete_checkpoint
+from npedit.runs.start import is_foreign
 
 MANIFEST, METRICS, BAD_ROWS, FAILURES = "manifest.json", "metrics.jsonl", "bad_rows.jsonl", "blame.json"
 PHOTOS = "photos.json"  # the training photos, their sizes in bytes, and which rows are held out
@@ -218,14 +219,16 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
 
 
 def is_trained_without_pairs(recipe: Recipe) -> bool:
-    """Whether neither this training nor the one that it starts from uses edited images. An exported editor does not say
-    so; it counts as trained with pairs.
+    """Whether neither this training nor the one that it starts from uses edited images. An exported editor and a model
+    of others do not say so; they count as trained with pairs.
 
     Raises:
         UserError: there is no editor at `start`.
     """
     if recipe.is_trained_with_pairs() or not recipe.start or recipe.start == EMBEDDED:
         return not recipe.is_trained_with_pairs()
+    if is_foreign(recipe.start):
+        return False
     run = resolve_editor(recipe.start).run
     return run is not None and bool(read_manifest(run)["no_pairs"])
 

@@ -24,9 +24,11 @@ from npedit.recipe.config import CriticChoice, Recipe, find_class, find_module, 
 from npedit.runs.checkpoint import read_config
 from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.editor_weights import load_ema_weights, require_finite_weights
-from npedit.runs.resolve import EditorSource, resolve_editor
+from npedit.runs.resolve import EditorSource
+from npedit.runs.start import DiffusersStart, resolve_start
 from npedit.steps.base import Judge, Parts
 from npedit.training.checkpoint_warnings import checkpoint_warnings
+from npedit.training.diffusers_start import load_diffusers_start
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +72,31 @@ def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Criti
 
 
 def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
-    """Load the weights of the editor that the recipe starts from, if it names one, into a new student.
+    """Load the weights that the recipe starts from, if it names any, into a new student: those of an editor, or of a
+    LoRA or transformer of diffusers.
 
     Raises:
-        UserError: there is no editor there, or it is one of another family or has other adapters.
+        UserError: there is nothing to start from, or it is of another family or has other adapters.
     """
     if not recipe.start:
         return
-    source = resolve_editor(recipe.start)
+    source = resolve_start(recipe.start)
+    if isinstance(source, DiffusersStart):
+        with explain_loading_errors("start", recipe.start):
+            load_diffusers_start(source, parts.family, student)
+    else:
+        _load_editor(source, recipe, parts, student)
+    require_finite_weights(student, source)
+    if distributed.is_main_process():
+        Console(highlight=False, soft_wrap=True).print(f"Starting from {source}", markup=False)
+
+
+def _load_editor(source: EditorSource, recipe: Recipe, parts: Parts, student: nn.Module) -> None:
+    """Load the weights of an editor of npedit.
+
+    Raises:
+        UserError: it is of another kind than the recipe's, or damaged.
+    """
     found, expected = _editor_kind(source, recipe), {"family": recipe.family.name, "lora": recipe.as_dict().get("lora")}
     if found != expected:
         raise UserError(
@@ -91,9 +110,6 @@ def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None
             student.load_weights(source.folder)
         else:
             student.load_state_dict(parts.family.open_net(source.folder / "transformer").state_dict())
-    require_finite_weights(student, source.folder)
-    if distributed.is_main_process():
-        Console(highlight=False, soft_wrap=True).print(f"Starting from {source}", markup=False)
 
 
 def _editor_kind(source: EditorSource, recipe: Recipe) -> dict[str, Any]:
@@ -147,6 +163,8 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         UserError: names what is missing or of the wrong size.
     """
     check_processes(recipe, distributed.world_size())
+    if recipe.start:
+        resolve_start(recipe.start)
     if distributed.world_size() > 1 and distributed.world_size() > len(data):
         raise UserError(
             f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} "

@@ -1,0 +1,57 @@
+"""Begin training from a LoRA or a transformer that diffusers opens, of whoever trained it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from npedit.errors import UserError
+from npedit.families.base import Family
+from npedit.nets.lora import KEY_PREFIX, LoraAdapter
+from npedit.nets.lora_layers import LoraLayer, read_layers
+from npedit.runs.start import DiffusersStart, transformer_class
+
+
+def load_diffusers_start(start: DiffusersStart, family: Family, student: nn.Module) -> None:
+    """Load a LoRA into an adapter, or a transformer into a model that is trained completely.
+
+    Raises:
+        UserError: it is the other of the two, or it is of another family, rank or set of layers.
+        OSError, ValueError, RuntimeError: the file is damaged, or is none of these.
+    """
+    if start.is_lora and not isinstance(student, LoraAdapter):
+        raise UserError(
+            f"start: expected a transformer, as this recipe trains all weights; got {start}; add lora: {{rank: ..., "
+            "alpha: ...}} to the recipe"
+        )
+    if not start.is_lora and isinstance(student, LoraAdapter):
+        raise UserError(
+            f"start: expected a LoRA, as this recipe trains one; got {start}; use it as family.weights, or leave lora "
+            "out of the recipe"
+        )
+    if isinstance(student, LoraAdapter):
+        student.load_layers(_read_lora(start, family))
+    else:
+        _load_transformer(start, family, student)
+
+
+def _read_lora(start: DiffusersStart, family: Family) -> dict[str, LoraLayer]:
+    """The layers of a LoRA file in any form that the family's pipeline loads."""
+    read: Any = family.pipeline.lora_state_dict
+    more = {"return_alphas": True} if "return_alphas" in inspect.signature(read).parameters else {}
+    state, *alphas, metadata = read(
+        str(start.path.parent), weight_name=start.path.name, return_lora_metadata=True, **more
+    )
+    try:
+        return read_layers(state, metadata, (alphas[0] if alphas else None) or {}, KEY_PREFIX)
+    except ValueError as error:
+        raise UserError(f"start: {error}; got {start}; choose another LoRA") from None
+
+
+def _load_transformer(start: DiffusersStart, family: Family, student: nn.Module) -> None:
+    found, expected = transformer_class(start), family.denoiser.__name__
+    if found != expected:
+        raise UserError(f"start: expected a {expected}; got {found or 'no class'} in {start}; correct the recipe")
+    student.load_state_dict(family.open_net(start.path).state_dict())
