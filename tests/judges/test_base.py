@@ -109,6 +109,16 @@ def test_the_cache_returns_only_answers_and_refusals(tmp_path):
         assert again.total_token_usage() == {"prompt_tokens": 4}
 
 
+def test_answers_of_any_length_are_read_from_the_file(tmp_path):
+    texts = {"a": "x" * 200_000, "b": "é\n", "c": "y" * (1 << 16)}
+    with AnswerCache(tmp_path / "answers.jsonl") as cache:
+        for key, text in texts.items():
+            cache.put({"key": key, "outcome": "ok", "text": text})
+        assert {key: cache.get(key)["text"] for key in texts} == texts
+    with AnswerCache(tmp_path / "answers.jsonl") as again:
+        assert {key: again.get(key)["text"] for key in texts} == texts and again.get("d") is None
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_cut_last_line_loses_only_that_answer(tmp_path, cut):
     path = tmp_path / "answers.jsonl"
