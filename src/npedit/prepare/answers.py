@@ -52,6 +52,12 @@ def write_schema(edit_types: Sequence[str]) -> Schema:
     return _object(proposals=_list(proposal))
 
 
+def caption_schema() -> Schema:
+    """The schema of the pass that completes a row."""
+    questions = _list(_object(question=TEXT, answer=YES_NO))
+    return _object(edit_possible={"type": "boolean"}, object=TEXT, target_caption=TEXT, questions=questions)
+
+
 def verify_schema() -> Schema:
     """The schema of the third pass."""
     flag = {"type": "boolean"}
@@ -105,16 +111,34 @@ def _parse_proposal(item: Any, edit_types: Sequence[str]) -> dict[str, Any]:
     try:
         if not isinstance(item, Mapping):
             raise UnreadableAnswer(f"expected an object in 'proposals'; got {_short(item)}")
-        questions = [
-            {"question": _read_text(q, "question"), "answer": _yes_no(q.get("answer"))}
-            for q in _read_list(item, "questions")
-            if isinstance(q, Mapping)
-        ]
+        questions = _read_questions(item)
         fields = {name: _read_text(item, name) for name in ("instruction", "object", "target_caption")}
         return {"edit_type": _match_type(_read_text(item, "edit_type"), edit_types), **fields, "questions": questions}
     except UnreadableAnswer as error:
         kind = item.get("edit_type") if isinstance(item, Mapping) else ""
         return {"edit_type": _clean(kind) if isinstance(kind, str) else "", "unreadable": str(error)}
+
+
+def _read_questions(item: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"question": _read_text(q, "question"), "answer": _yes_no(q.get("answer"))}
+        for q in _read_list(item, "questions")
+        if isinstance(q, Mapping)
+    ]
+
+
+def parse_caption(text: str) -> dict[str, Any]:
+    """{"edit_possible", "object", "target_caption", "questions"} from a model's text. If the edit is not possible, the
+    texts are empty.
+
+    Raises:
+        UnreadableAnswer: a field is missing or of another kind.
+    """
+    found = read_object(text, "edit_possible")
+    if not _boolean(found, "edit_possible"):
+        return {"edit_possible": False, "object": "", "target_caption": "", "questions": []}
+    texts = {name: _read_text(found, name) for name in ("object", "target_caption")}
+    return {"edit_possible": True, **texts, "questions": _read_questions(found)}
 
 
 def _match_type(word: str, edit_types: Sequence[str]) -> str:

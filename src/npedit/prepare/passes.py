@@ -168,14 +168,20 @@ def write_request(
 
 def find_fault(row: Mapping[str, Any], kind: EditType) -> str:
     """What is wrong with a proposal as far as its words tell; "" if nothing is."""
-    plain = {name: _plain(row[name]) for name in ("instruction", "object", "source_caption", "target_caption")}
     if len(row["instruction"].split()) > MAX_WORDS:
         return f"the instruction has more than {MAX_WORDS} words"
+    return find_caption_fault(row, kind.trained_as)
+
+
+def find_caption_fault(row: Mapping[str, Any], edit_type: str) -> str:
+    """What is wrong with the captions, the object and the questions of a row, as far as its words tell; "" if nothing
+    is. `edit_type` is the one that the row is trained as."""
+    plain = {name: _plain(row[name]) for name in ("instruction", "object", "source_caption", "target_caption")}
     if plain["target_caption"] == plain["source_caption"]:
         return "the target caption repeats the source caption"
     if plain["instruction"] == plain["target_caption"]:
         return "the target caption repeats the instruction"
-    if kind.trained_as == "remove" and re.search(rf"\b{re.escape(plain['object'])}\b", plain["target_caption"]):
+    if edit_type == "remove" and re.search(rf"\b{re.escape(plain['object'])}\b", plain["target_caption"]):
         return "the target caption mentions the object that is removed"
     if not 1 <= len(row["questions"]) <= MAX_QUESTIONS:
         return f"expected 1 to {MAX_QUESTIONS} questions; got {len(row['questions'])}"

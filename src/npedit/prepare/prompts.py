@@ -1,8 +1,9 @@
-"""The prompts of the three passes: YAML data files with a version, replaceable by a folder of the user's own files.
+"""The prompts of the passes: YAML data files with a version, replaceable by a folder of the user's own files.
 
-`look.yaml`, `write.yaml` and `verify.yaml` each hold `version`, `system`, `user` (a template with $names),
-`temperature` and `max_tokens`. `write.yaml` also holds the edit types with their descriptions, the ways of wording,
-examples, and the language of the instructions. A small YAML of the user's own can add to these four (`--custom`).
+`look.yaml`, `write.yaml`, `verify.yaml` and `caption.yaml` (for `--captions`) each hold `version`, `system`, `user` (a
+template with $names), `temperature` and `max_tokens`. `write.yaml` also holds the edit types with their descriptions,
+the ways of wording, examples, and the language of the instructions. A small YAML of the user's own can add to these
+four (`--custom`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, OTHER
 from npedit.recipe.yaml_file import parse_yaml
 
 PASSES = ("look", "write", "verify")
+CAPTION = "caption"  # completes rows that have an instruction; a user's folder may leave it out
 PACKAGED = Path(__file__).with_name("prompts")
 SCENE = "scene"  # the named subject of the photo in another place; not trained on yet
 LOCAL_TYPES = ("add", "remove", "replace", "shape", "action", "style", "text", "recolour", "material", "background")
@@ -27,6 +29,7 @@ CUSTOM_KEYS = ("language", "edit_types", "styles", "examples")
 TEMPLATE_NAMES = {
     "look": (),
     "write": ("photo", "wanted", "examples", "language"),
+    CAPTION: ("edit_type", "instruction", "object", "source_caption"),
     "verify": ("edit_type", "instruction", "object", "source_caption", "target_caption", "questions"),
 }
 
@@ -62,15 +65,16 @@ class Prompts:
     look: Prompt
     write: Prompt
     verify: Prompt
+    caption: Prompt
     edit_types: Mapping[str, EditType]
     styles: tuple[str, ...]
     examples: tuple[str, ...]
     language: str
     hashes: Mapping[str, str]
 
-    def to_record(self) -> dict[str, Any]:
+    def to_record(self, passes: Sequence[str] = PASSES) -> dict[str, Any]:
         """Version and hash of each prompt, for prepare.json and the data card."""
-        return {name: {"version": getattr(self, name).version, "sha256": self.hashes[name]} for name in PASSES} | {
+        return {name: {"version": getattr(self, name).version, "sha256": self.hashes[name]} for name in passes} | {
             "language": self.language
         }
 
@@ -82,6 +86,8 @@ def load_prompts(folder: Path | None = None, custom: Path | None = None, languag
         UserError: a file is missing, a key is missing or unknown, or a template has an unknown name.
     """
     found = {name: _read_prompt(folder or PACKAGED, name) for name in PASSES}
+    has_caption = folder is not None and (folder / f"{CAPTION}.yaml").is_file()
+    found[CAPTION] = _read_prompt(folder if folder is not None and has_caption else PACKAGED, CAPTION)
     write = found["write"]
     if custom is not None:
         write = _add_custom(write, custom)

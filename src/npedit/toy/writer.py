@@ -1,8 +1,8 @@
 """A writer of training rows for the toy world, in place of a vision-language model (`npedit toy writer`).
 
-The writer answers the three requests of `npedit prepare`: `look`, `write` and `verify`. It reads the scene in the photo
-by analysis by synthesis (`oracle.py`), so it knows the right answer, and makes mistakes at chosen rates. The truth of
-every row can be checked afterwards (`row_faults`), which no vision-language model allows.
+The writer answers the requests of `npedit prepare`: `look`, `write`, `verify` and `caption`. It reads the scene in the
+photo by analysis by synthesis (`oracle.py`), so it knows the right answer, and makes mistakes at chosen rates. The
+truth of every row can be checked afterwards (`row_faults`), which no vision-language model allows.
 
 The answer to a request depends on the seed and on the request alone, so answers in any order are the same answers.
 """
@@ -130,6 +130,45 @@ def verify(scene: Scene, proposal: Mapping[str, Any], rng: random.Random, rates:
         "answers": list(found.answers),
         "reason": reason or "all is right",
     }
+
+
+def caption(scene: Scene, asked: Mapping[str, Any], rng: random.Random, rates: ErrorRates) -> dict[str, Any]:
+    """The answer of the `caption` pass to an edit type, an instruction and a source caption; with a false caption in a
+    share `rates.mistakes`."""
+    edit_type, instruction = str(asked.get("edit_type", "")), str(asked.get("instruction", ""))
+    request = read_instruction(edit_type, instruction) if edit_type in EDIT_TYPES else None
+    targets = possible_results(scene, request) if request else []
+    if not request or not targets:
+        return {"edit_possible": False, "object": "", "target_caption": "", "questions": []}
+    edit = edit_to(scene, rng.choice(targets), request, instruction)
+    is_mistake = rng.random() < rates.mistakes
+    words = (
+        _false_caption(edit, rng) if is_mistake else _true_caption(edit, request, str(asked.get("source_caption")), rng)
+    )
+    proposal = as_proposal(replace(edit, target_caption=words))
+    return {"edit_possible": True, **{name: proposal[name] for name in ("object", "target_caption", "questions")}}
+
+
+def edit_to(scene: Scene, target: Scene, request: Request, instruction: str) -> Edit:
+    """The edit from a scene to one of the results of a request, without captions."""
+    is_whole = request.edit_type in WHOLE
+    added = [c for c in target.filled if c not in scene.filled]
+    cell = -1 if is_whole else added[0] if request.edit_type == "add" else find_things(scene, request.name)[0]
+    to_cell = PLACES.index(request.value) if request.edit_type == "move" else -1
+    return Edit(request.edit_type, scene, target, cell, to_cell, request.value, instruction, request.name, "", "")
+
+
+def _true_caption(edit: Edit, request: Request, source_caption: str, rng: random.Random) -> str:
+    """A caption of the edit's result that does not repeat the source caption and, where the toy's captions do, states
+    what the edit changed."""
+    cells = tuple(c for c in edit.changed_cells if c in edit.target.filled and edit.edit_type not in WHOLE)
+    facts = {"background": ("background",), "style": ("style",), "pattern": ("pattern",), "resize": ("size",),
+             "move": ("place",)}  # fmt: skip
+    for _ in range(100):
+        made = sample_caption(edit.target, rng, cells, facts.get(edit.edit_type, ()))
+        if made != source_caption and is_target_caption(made, edit.reference, request):
+            break
+    return made
 
 
 def as_proposal(edit: Edit) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The toy's writer behind HTTP, with OpenAI's chat completions API (`npedit toy writer`).
 
-A request has one picture as a data URL, and names its pass in `response_format` (`json_schema.name`: look, write or
-verify). Without `response_format`, as for a server that has no structured output, the pass is recognised by the keys
-that the text asks for. The answer is one chat completion whose content is JSON.
+A request has one picture as a data URL, and names its pass in `response_format` (`json_schema.name`: look, write,
+verify or caption). Without `response_format`, as for a server that has no structured output, the pass is recognised by
+the keys that the text asks for. The answer is one chat completion whose content is JSON.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from PIL import Image, UnidentifiedImageError
 from npedit.errors import UserError
 from npedit.toy.edits import EDIT_TYPES
 from npedit.toy.world import Scene
-from npedit.toy.writer import ErrorRates, look, read_photo, verify, write
+from npedit.toy.writer import ErrorRates, caption, look, read_photo, verify, write
 
 MODEL = "toy-writer"
-PASS_KEYS = {"verify": "object_present", "write": "proposals", "look": "objects"}  # the first key in the text decides
+PASS_KEYS = {  # the first key in the text decides
+    "verify": "object_present", "write": "proposals", "caption": "target_caption", "look": "objects",
+}  # fmt: skip
 MAX_BODY_BYTES = 8_000_000
 LINE = re.compile(r"(?m)^\s*(?:[-*]\s*|\d+[.)]\s*)?([a-z]+):")
 
@@ -85,8 +87,10 @@ class Writer:
         if name == "look":
             found = look(scene, rng)
         elif name == "write":
-            caption = re.search(r'"caption": "([^"]*)"', text)  # in the answer of the first pass
-            found = write(scene, _wanted_types(schema, text), rng, self.rates, caption[1] if caption else "")
+            seen = re.search(r'"caption": "([^"]*)"', text)  # in the answer of the first pass
+            found = write(scene, _wanted_types(schema, text), rng, self.rates, seen[1] if seen else "")
+        elif name == "caption":
+            found = caption(scene, _read_proposal(text), rng, self.rates)
         else:
             found = verify(scene, _read_proposal(text), rng, self.rates)
         content = json.dumps(found)
@@ -145,7 +149,7 @@ def _find_pass(body: Mapping[str, Any], text: str) -> tuple[str, Mapping[str, An
     if not form:
         name = next((n for n, key in PASS_KEYS.items() if key in text), "")
     if name not in PASS_KEYS:
-        raise BadRequest(f"expected json_schema.name among look, write, verify; got {name!r}")
+        raise BadRequest(f"expected json_schema.name among look, write, verify, caption; got {name!r}")
     return name, asked.get("schema") or {}
 
 
@@ -178,6 +182,7 @@ def _read_proposal_lines(text: str) -> dict[str, Any]:
         "type": "edit_type",
         "instruction": "instruction",
         "object": "object",
+        "caption of this photo": "source_caption",
         "caption of the photo after the edit": "target_caption",
     }
     found: dict[str, Any] = {"questions": []}
