@@ -34,6 +34,7 @@ def check_data(subject: Subject) -> Section:
     rows = read_texts(subject)
     _report_photos(section, subject)
     _report_crops(section, subject.data)
+    _report_ids(section, subject.data)
     _report_types(section, rows)
     _report_objects(section, rows)
     needs_target = _needs_target_caption(subject)
@@ -119,6 +120,20 @@ def _report_crops(section: Section, data: Any) -> None:
         )  # fmt: skip
     if cut <= 0.2 * len(crops) and enlarged <= 0.2 * len(crops):
         section.add("crops", "ok", f"{len(crops)} photos fit the training sizes.")
+
+
+def _report_ids(section: Section, data: Any) -> None:
+    """Ids that several rows have, for sources whose rows are known."""
+    rows: Any = getattr(data, "rows", None)
+    if not hasattr(rows, "values"):
+        return
+    counts = Counter(key for (key,) in rows.values("id"))
+    if repeated := [key for key, n in counts.items() if n > 1]:
+        section.add(
+            "duplicate-ids", "warning", f"{len(repeated)} ids belong to several rows: {_some(repeated)}.",
+            "An id in a file for data.held_out holds out all rows that have this id, and logs name rows by their ids.",
+            "Give each row an id of its own, or leave the column 'id' out.",
+        )  # fmt: skip
 
 
 def _rows_with_files(data: Any) -> Sequence[Any]:
