@@ -1,12 +1,16 @@
 """A large set of photos: time and memory of a start, and how fast batches are read.
 
     python -m benchmarks.data_loading [--rows 3000000] [--folder FOLDER] [--step-seconds 1.0]
+    python -m benchmarks.data_loading --run RUN
 
 It generates an imagefolder of so many rows in FOLDER (kept if it is there already; by default in a temporary folder).
 The photos are 64 JPEG files of random pictures under many names (hard links), so that a large set needs little space.
 Each start is a process of its own. Seconds are those of the clock and, in brackets, of the processor: where other
 programs run, the second number tells more. Memory is what the process holds for itself (RssAnon): pages of mapped files
 are left out, as all processes share them in the page cache.
+
+With --run it generates nothing: it reads the metrics of a run and says which share of an update its loop waited for
+batches (with the prefetch that the run had), by stage.
 """
 
 from __future__ import annotations
@@ -174,13 +178,44 @@ def loading_table(folder: Path, rows: int, step_seconds: float = 0.0) -> str:
     return "\n".join(lines) + "."
 
 
+def waiting_table(run: Path) -> str:
+    """A Markdown table of a run's stages: seconds of an update, seconds of waiting for batches, the share of it. The
+    first update of each stage is left out: it starts the threads that read ahead.
+
+    Raises:
+        UserError: there are fewer than two updates in each stage.
+    """
+    from npedit.errors import UserError
+    from npedit.runs.checkpoint import METRICS, read_rows
+
+    by_stage: dict[str, list[tuple[float, float]]] = {}
+    for row in read_rows(run / METRICS):
+        if "time/data" in row and "time/update" in row:
+            name = f"{row.get('stage')}, {row.get('stage_name')}"
+            by_stage.setdefault(name, []).append((row["time/data"], row["time/update"]))
+    lines = ["| stage | updates | median update | mean wait for batches | share |", "| --- | --- | --- | --- | --- |"]
+    for name, pairs in by_stage.items():
+        waits, updates = np.array(pairs[1:]).reshape(-1, 2).T
+        if len(waits):
+            share = waits.sum() / updates.sum()
+            cells = (name, len(waits), f"{np.median(updates):.3f} s", f"{waits.mean() * 1000:.1f} ms", f"{share:.2%}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    if len(lines) == 2:
+        raise UserError(f"expected a run with two updates or more; got {run}; train longer")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """See the module's head."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_loading")
     parser.add_argument("--rows", type=int, default=3_000_000)
     parser.add_argument("--folder", default="", help="where the generated set is, or will be")
     parser.add_argument("--step-seconds", type=float, default=0.0, help="seconds of an update, to compare with")
+    parser.add_argument("--run", default="", help="a run's folder: which share of its updates waited for batches")
     chosen = parser.parse_args()
+    if chosen.run:
+        Console(soft_wrap=True).print(waiting_table(Path(chosen.run)), markup=False, highlight=False)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(chosen.folder or temporary) / f"rows-{chosen.rows}"
         table = loading_table(folder, chosen.rows, chosen.step_seconds)
