@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit import flow, generator
+from npedit.cli.export import run_export
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.export import comfyui_node
@@ -24,11 +25,12 @@ from npedit.export.lora_file import merged_transformer
 from npedit.families import sd3
 from npedit.nets.lora import LoraAdapter, linear_layer_names
 from npedit.recipe.config import find_class
-from tests.support.comfyui_editors import SIZE, facts, open_editor, open_family
+from tests.support.comfyui_editors import ALPHA, RANK, SIZE, facts, open_editor, open_family
 from tests.support.parts import nudge
 
 FAMILIES = sorted(LAYOUTS)
 BOTH = ("weight", "bias")
+LORA_LAYER = "lora_layers.x_embedder/lora_B.weight"
 
 
 def tiny(name: str) -> Any:
@@ -253,6 +255,25 @@ def test_a_fully_fine_tuned_editor_as_files(tmp_path: Path) -> None:
     assert torch.equal(saved["pos_embed"], editor.net.state_dict()["pos_embed.pos_embed"])
     everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert b"/somewhere" not in everything
+
+
+def test_the_export_command_writes_the_files(tmp_path: Path) -> None:
+    editor, base, made = open_editor("flux", lora=True), tmp_path / "base", tmp_path / "editor"
+    assert isinstance(editor.net, LoraAdapter)
+    open_family("flux").pipe.save_pretrained(base)
+    made.mkdir()
+    editor.net.save(made)
+    about = {"format": 1, "steps": 4, "sizes": [list(SIZE)], **facts("flux", str(base))}
+    (made / "npedit.json").write_text(json.dumps(about))
+    printed = run_export(str(made), tmp_path / "out", base="black-forest-labs/FLUX.1-dev", form="comfyui")
+    assert any("ComfyUI/models/loras" in line for line in printed)
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    weights = "loras/npedit-a-recipe.safetensors"
+    assert names >= {weights, "workflow.json", "workflow_api.json", f"custom_nodes/{NODE_FILE}"}
+    assert "flux1-dev.safetensors" in (tmp_path / "out" / "workflow_api.json").read_text()
+    saved = safetensors.torch.load_file(tmp_path / "out" / weights)
+    name, scale = "transformer.x_embedder.lora_B.weight", ALPHA / RANK
+    torch.testing.assert_close(saved[name], editor.net.state_dict()[LORA_LAYER] * scale)
 
 
 @pytest.mark.parametrize(("name", "told"), [("sana", "family that ComfyUI has"), ("flux", "attention_head_dim 16")])

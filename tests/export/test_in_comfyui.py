@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the sources of ComfyU
 FAMILIES = sorted(FAMILY_NODES)
 EXTRAS = ("nodes_custom_sampler", "nodes_flux", "nodes_edit_model", "nodes_cond", "nodes_sd3")
 SEED = 7
+EMBEDDED_CHANNELS = 8
 Outputs = dict[str, tuple[Any, ...]]
 
 
@@ -62,7 +63,8 @@ def nodes() -> Any:
 
 @pytest.fixture(autouse=True)
 def _models_of_other_widths(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ComfyUI recognise Z-Image and Qwen-Image at less than their real width, which it takes for granted."""
+    """Let ComfyUI recognise Z-Image, Qwen-Image and the embedded editor, whose sizes differ from what it takes for
+    granted."""
     import comfy.model_detection
 
     real = comfy.model_detection.detect_unet_config
@@ -78,6 +80,9 @@ def _models_of_other_widths(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None
         elif found and found.get("image_model") == "qwen_image":
             found["num_attention_heads"] = state["img_in.weight"].shape[0] // 128
             found["joint_attention_dim"] = state["txt_norm.weight"].shape[0]
+        elif found and found.get("image_model") == "flux" and found["in_channels"] == EMBEDDED_CHANNELS:
+            found |= {"axes_dim": [8, 16, 16], "num_heads": found["hidden_size"] // 40}
+            found["out_channels"] = EMBEDDED_CHANNELS
         return found
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect)
@@ -326,3 +331,21 @@ def test_pictures_with_fluxs_real_vae(nodes: Any, tmp_path: Path) -> None:
     (number,) = [n for n, node in graph.items() if node["class_type"] == "VAEDecode"]
     ours = generator.edit_images(editor.family, editor.net, picture(), ["make it night"], SEED)
     assert_near(ours, done[number][0].permute(0, 3, 1, 2))
+
+
+def test_the_embedded_editor(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained toy editor, whose sizes ComfyUI does not know: its denoiser and its steps run in ComfyUI, its text
+    encoders and VAE here. The picture equals that of `Editor.edit`."""
+    monkeypatch.setitem(comfyui.FIXED_SETTINGS, "flux", {})
+    monkeypatch.setattr(comfyui, "_different_latents", lambda *_: [])
+    editor = Editor.open("embedded", "cpu")
+    scene = torch.rand(1, 3, *editor.sizes[0], generator=torch.Generator().manual_seed(4))
+    instruction = "paint the circle red"
+    text, latent = editor.family.encode_text([instruction]), editor.family.encode(scene)
+    graph = exported_graph(nodes, editor, "flux", tmp_path)
+    set_seed(graph)
+    use_sampler_of_npedit(graph)
+    found = sampled(graph, run(nodes, graph, replaced_nodes(nodes, "flux", text, latent)))
+    scale, shift = LATENT_SCALES["flux"]
+    shown = editor.family.decode((found - shift) * scale).clamp(0, 1)
+    assert_near(editor.edit_tensor(scene, [instruction], SEED), shown)
