@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from exported import SIZES, STEPS, load, noise, seeds, write_editor
+from hub_downloads import serve_repositories
 from PIL import Image
 
 from npedit import flow
@@ -179,9 +183,9 @@ def test_what_does_not_fit_together_is_refused(flux: tuple[Any, Editor]) -> None
             pipe(**{"image": picture, "prompt": "x", **wrong})
 
 
-def test_parts_work_in_the_order_in_which_offloading_loads_them(flux: tuple[Any, Editor]) -> None:
+def test_parts_work_in_the_order_in_which_offloading_loads_them(exported: tuple[Any, Editor]) -> None:
     """With `enable_model_cpu_offload` a part leaves the GPU when the next one of `model_cpu_offload_seq` is called."""
-    pipe, called = flux[0], []
+    pipe, called = exported[0], []
     order = [name for name in pipe.model_cpu_offload_seq.split("->") if getattr(pipe, name) is not None]
     hooks = []
     for name in order:
@@ -191,6 +195,44 @@ def test_parts_work_in_the_order_in_which_offloading_loads_them(flux: tuple[Any,
     for hook in hooks:
         hook.remove()
     assert list(dict.fromkeys(called)) == order
+
+
+def test_a_number_type_is_that_of_all_parts(tmp_path: Path) -> None:
+    """Also of the parts that come from the base model; the latents stay in float32."""
+    final = write_editor("flux", tmp_path, True)
+    export_editor(str(final), tmp_path / "out", "diffusers")
+    pipe = load(tmp_path / "out", torch.bfloat16)
+    assert {m.dtype for m in pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
+    given = {"image": noise(SIZES[0]), "prompt": WORDS[0], "generator": seeds(3)}
+    assert pipe(**given, output_type="latent").images.dtype is torch.float32
+    facts = json.loads((final / "npedit.json").read_text())
+    (final / "npedit.json").write_text(json.dumps({**facts, "dtype": "bfloat16"}))
+    (wanted,) = Editor.open(final, device="cpu").edit(noise(SIZES[0]), WORDS[0], seed=3)
+    assert largest_difference(pipe(**{**given, "generator": seeds(3)}).images[0], wanted) <= 8
+
+
+def test_sd3_without_t5(tmp_path: Path) -> None:
+    final = write_editor("sd3", tmp_path, False)
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / "base" / part)
+        index[part] = [None, None]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    export_editor(str(final), tmp_path / "out", "diffusers")
+    (wanted,) = Editor.open(final, device="cpu").edit(noise(SIZES[0]), WORDS[0], seed=3)
+    made = load(tmp_path / "out")(image=noise(SIZES[0]), prompt=WORDS[0], generator=seeds(3)).images[0]
+    assert largest_difference(made, wanted) <= 1
+
+
+def test_attention_of_a_base_of_float16_is_clipped(tmp_path: Path) -> None:
+    """Sana's checkpoints that were trained in float16, as in `families/sana.py`."""
+    final = write_editor("sana", tmp_path, False, base_name="Sana_1600M_512px_diffusers")
+    export_editor(str(final), tmp_path / "out", "diffusers")
+    pipe = load(tmp_path / "out")
+    block = pipe.transformer.transformer_blocks[0].attn1
+    torch.nn.init.constant_(block.to_out[0].bias, 1e6)
+    states = torch.zeros(1, 64, block.to_out[0].out_features)
+    assert float(block(states).detach().max()) == 65504.0
 
 
 def test_dynamic_shift_follows_the_size(tmp_path: Path) -> None:
@@ -224,16 +266,34 @@ assert not [name for name in sys.modules if name.split(".")[0] == "npedit"]
 """
 
 
-def test_the_embedded_editor_in_a_process_without_npedit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_script(folder: str, place: Path, **environment: str) -> Image.Image:
+    """The picture that the script makes in a process of its own, from `in.png` in the folder `place`."""
+    names = [folder, str(place / "in.png"), str(place / "edited.png")]
+    known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and "proxy" not in name.lower()}
+    subprocess.run([sys.executable, "-c", SCRIPT, *names], cwd=place, env=known | environment, check=True)
+    return Image.open(place / "edited.png")
+
+
+def test_the_embedded_editor_in_a_process_without_npedit(tmp_path: Path) -> None:
     """The export names no folder of this package, and nothing imports it: same picture as `npedit edit --seed 7`."""
     export_editor("embedded", tmp_path / "out", "diffusers")
     texts = [p.read_text(encoding="utf-8") for p in (tmp_path / "out").rglob("*.json")]
     assert not any(str(Path(__file__).parents[2]) in text for text in texts)
     noise((32, 32)).save(tmp_path / "in.png")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    names = [str(tmp_path / name) for name in ("out", "in.png", "edited.png")]
-    subprocess.run([sys.executable, "-c", SCRIPT, *names], cwd=tmp_path, check=True, capture_output=True)
+    made = run_script(str(tmp_path / "out"), tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     for model in ("embedded", tmp_path / "out"):
         (wanted,) = Editor.open(model, device="cpu").edit(noise((32, 32)), "make it night", seed=7)
-        assert largest_difference(Image.open(tmp_path / "edited.png"), wanted) <= 1
+        assert largest_difference(made, wanted) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_editor_on_the_hub_loads_its_base_from_the_hub(tmp_path: Path, lora: bool) -> None:
+    """diffusers downloads what it knows; the LoRA file and the base's parts are downloaded by `base_part.py`."""
+    final = write_editor("flux", tmp_path, lora)
+    export_editor(str(final), tmp_path / "out", "diffusers", base="someone/base")
+    noise((32, 32)).save(tmp_path / "in.png")
+    with serve_repositories({"me/mine": tmp_path / "out", "someone/base": tmp_path / "base"}) as address:
+        made = run_script("me/mine", tmp_path, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0")
+    (wanted,) = Editor.open(final, device="cpu").edit(noise((32, 32)), "make it night", seed=7, steps=4)
+    assert largest_difference(made, wanted) <= 1

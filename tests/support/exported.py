@@ -34,10 +34,10 @@ def nudge(net: nn.Module) -> None:
                 p += 0.05 * torch.randn(p.shape, generator=stream)
 
 
-def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1) -> Path:
+def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1, base_name: str = "base") -> Path:
     """A tiny editor with random weights as training leaves it, and its base model beside it."""
     family = find_class("families", kind).tiny(seed)
-    family.pipe.save_pretrained(folder / "base")
+    family.pipe.save_pretrained(folder / base_name)
     final = folder / "run" / "final"
     final.mkdir(parents=True)
     if lora:
@@ -51,13 +51,16 @@ def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1) -> Path:
     shift = family.noise_shift(*SIZES[0])
     family.few_step_scheduler(shift).save_pretrained(final / "scheduler")
     times = flow.few_step_times(STEPS, shift).tolist()
-    facts = {"format": 1, "family": kind, "base": str(folder / "base"), "steps": STEPS, "times": times, "sizes": SIZES}
-    (final / "npedit.json").write_text(json.dumps(facts))
+    facts = {"format": 1, "family": kind, "base": str(folder / base_name), "steps": STEPS, "sizes": SIZES}
+    (final / "npedit.json").write_text(json.dumps({**facts, "times": times}))
     return final
 
 
-def load(folder: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline of an export as diffusers opens it."""
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(folder), trust_remote_code=True, torch_dtype=dtype
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
