@@ -26,7 +26,16 @@ from npedit.cli.evaluate import app as evaluate_app
 from npedit.cli.export import export
 from npedit.cli.import_set import import_set
 from npedit.cli.json_output import JsonOption, print_json
-from npedit.cli.options import BaseOption, ModelOption, ProvenanceOption, SeedOption, StepsOption
+from npedit.cli.options import (
+    BaseOption,
+    BitsOption,
+    ModelOption,
+    OffloadOption,
+    ProvenanceOption,
+    SeedOption,
+    StepsOption,
+    TileOption,
+)
 from npedit.cli.own import BENCHMARKS
 from npedit.cli.prepare import prepare
 from npedit.cli.push import push
@@ -206,18 +215,11 @@ def edit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     model: ModelOption = "embedded",
-    tile: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Decode in tiles of this many pixels to save memory; 0: whole. If not given: as in training."
-        ),
-    ] = None,
+    tile: TileOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")] = False,
     base: BaseOption = "",
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep each model in the CPU's memory while it does not work.")
-    ] = False,
-    bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits to save memory; 0: as trained.")] = 0,
+    offload: OffloadOption = False,
+    bits: BitsOption = 0,
     provenance: ProvenanceOption = "editor",
     keep_resolution: Annotated[
         bool, typer.Option("--keep-resolution", help="Keep what the edit left unchanged at the picture's full size.")

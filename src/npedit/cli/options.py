@@ -20,6 +20,16 @@ BaseOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option("--seed", "-s", help="The same seed gives the same result.", min=0, max=2**64 - 1)
 ]
+TileOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Decode in tiles of this many pixels to save memory; 0: whole. If not given: as in training."
+    ),
+]
+OffloadOption = Annotated[
+    bool, typer.Option("--offload", help="Keep each model in the CPU's memory while it does not work.")
+]
+BitsOption = Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits to save memory; 0: as trained.")]
 ProvenanceOption = Annotated[
     str,
     typer.Option(
