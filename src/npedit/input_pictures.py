@@ -30,7 +30,7 @@ def open_picture(path: Path) -> Image.Image:
             if path.stat().st_size == 0:
                 raise UserError(f"expected a picture; {path} is empty (0 bytes).")
             with Image.open(path) as image:
-                _check_size(image, str(path))
+                check_size(image, str(path))
                 refuse_animation(image)
                 return to_srgb(image, keep_alpha=True)
     except BadImage as error:
@@ -46,7 +46,7 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"expected a readable picture; {path} {fault}: {error}.") from None
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def check_size(image: Image.Image, name: str) -> None:
     w, h = image.size
     if w < 1 or h < 1:
         raise UserError(f"expected a picture with pixels; {name} is {w}x{h}.")
@@ -62,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UserError: it has no pixels, is too large, or holds floating-point values.
     """
-    _check_size(image, "the picture")
+    check_size(image, "the picture")
     try:
         return to_srgb(image)
     except BadImage as error:

@@ -1,0 +1,151 @@
+"""`npedit serve`: an editor behind an HTTP interface and a page."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from npedit.cli.options import BaseOption
+from npedit.errors import UserError
+
+if TYPE_CHECKING:
+    from npedit.editor import Editor
+    from npedit.serve.limits import Limits
+
+TOKEN_VARIABLE = "NPEDIT_SERVE_TOKEN"
+LEAST_TOKEN = 16  # characters
+DRAIN_SECONDS = 120
+
+
+def is_local(host: str) -> bool:
+    """Whether only programs on this machine reach a server at this address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_token(host: str, file: Path | None) -> str:
+    """The token that clients must send, from a file or the environment; "" for none.
+
+    Raises:
+        UserError: the file cannot be read, the token is short, or other machines reach the server and there is none.
+    """
+    try:
+        token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE, "").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--token-file: expected a text file; got {file}: {error}") from None
+    if token and len(token) < LEAST_TOKEN:
+        raise UserError(f"expected a token of at least {LEAST_TOKEN} characters; got {len(token)}; make a longer one")
+    if not token and not is_local(host):
+        raise UserError(
+            f"--host {host}: expected a token, because other machines can reach this server; got none. "
+            f"Set the environment variable {TOKEN_VARIABLE}, or give --token-file."
+        )
+    return token
+
+
+def serve(
+    run: Annotated[str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded'.")] = "embedded",
+    host: Annotated[str, typer.Option(help="The address to listen on. Others than localhost need a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 7860,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"A file with the token that clients must send. Else {TOKEN_VARIABLE}.")
+    ] = None,
+    waiting: Annotated[int, typer.Option(help="How many edits may wait.", min=1)] = 64,
+    seconds: Annotated[float, typer.Option(help="How long an edit may wait before it begins.", min=0.1)] = 120.0,
+    most_mib: Annotated[float, typer.Option("--max-mib", help="Largest request, in MiB.", min=0.01)] = 32.0,
+    most_megapixels: Annotated[
+        float, typer.Option("--max-megapixels", help="Largest picture, in megapixels.", min=0.01, max=100)
+    ] = 50.0,
+    base: BaseOption = "",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep the models in the CPU's memory between uses.")] = (
+        False
+    ),
+    bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits; 0: as trained.")] = 0,
+    tile: Annotated[int | None, typer.Option(help="Side of the decoder's tiles, in pixels; 0: none.", min=0)] = None,
+) -> None:
+    """Put an editor behind an HTTP interface: /docs describes it. Ctrl-C or SIGTERM finishes the waiting edits."""
+    from npedit.editor import Editor
+    from npedit.serve.limits import Limits
+
+    token = read_token(host, token_file)
+    limits = Limits(bytes=int(most_mib * 2**20), pixels=int(most_megapixels * 1e6))
+
+    def open_editor() -> Editor:
+        return Editor.open(run, tile=tile, base=base, offload=offload, bits=bits)
+
+    run_server(run, open_editor, host, port, token, limits, waiting, seconds, Console(soft_wrap=True))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(kind)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host.strip("[]"), port))
+    except OSError as error:
+        made.close()
+        raise UserError(
+            f"expected an address to listen on; got {host}, port {port}: {error.strerror or error}. "
+            "Choose another --port (0 takes a free one), or another --host."
+        ) from None
+    return made
+
+
+def address(listening: socket.socket) -> str:
+    """HOST:PORT of a listening socket, as in a URL."""
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def run_server(
+    name: str, open_editor: Callable[[], Editor], host: str, port: int, token: str, limits: Limits, waiting: int,
+    seconds: float, out: Console,
+) -> None:  # fmt: skip
+    """Open the editor, then listen until a signal comes.
+
+    Raises:
+        UserError: a package is missing, the editor cannot be opened, or the address is taken.
+    """
+    try:
+        import uvicorn
+
+        from npedit.serve.api import LOCAL_HOSTS, ServerSettings, make_app
+        from npedit.serve.queue import EditQueue
+    except ImportError as error:
+        raise UserError(
+            f"expected the packages of the extra 'serve'; got none named {error.name}; install them: "
+            "pip install 'npedit[serve]'"
+        ) from None
+    queue = EditQueue(open_editor, waiting, seconds)
+    queue.editor.result()
+    hosts = LOCAL_HOSTS if is_local(host) else ()
+    app = make_app(queue, ServerSettings(name, token, hosts, limits))
+    sock = listen(host, port)
+    out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
+    try:
+        uvicorn.Server(config).run([sock])
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        out.print("Stopped. The edits that waited are done.")

@@ -1,0 +1,286 @@
+"""The HTTP interface: `/v1/edits` (a picture comes back), `/v1/images/edits` (the form of OpenAI's interface, for
+existing clients), `/v1/models`, `/health`, `/metrics`, and `/openapi.json`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from npedit import __version__
+from npedit.errors import UserError
+from npedit.serve.body_limit import BodyLimit
+from npedit.serve.limits import BadRequest, Limits, read_instruction, read_int, read_picture
+from npedit.serve.metrics import Metrics
+from npedit.serve.pictures import MEDIA_TYPES, encode_picture
+from npedit.serve.queue import Draining, EditQueue, EditRequest, QueueFull, TooLate
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "testserver")
+OPEN_PATHS = ("/health",)  # without the token: what a load balancer asks
+MOST_SEED = 2**63 - 1
+SECONDS_BETWEEN_LOOKS = 0.25  # at whether the client is still there
+
+
+@dataclass
+class ServerSettings:
+    """How a server is reached. `token` "" asks for none. `hosts` are the names that requests may address, so that a
+    page of another site cannot reach a server on this machine through a name of its own; empty allows all."""
+
+    name: str = "embedded"
+    token: str = ""
+    hosts: Sequence[str] = LOCAL_HOSTS
+    limits: Limits = field(default_factory=Limits)
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its edit was ready."""
+
+
+def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
+    """The app of one editor; `queue` is closed when the app ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> Any:
+        yield
+        await asyncio.to_thread(queue.close)
+
+    app = FastAPI(title="npedit", version=__version__, lifespan=lifespan)
+    metrics = Metrics(lambda: len(queue))
+    queue.on_batch = metrics.note_batch
+    app.state.queue, app.state.settings, app.state.metrics = queue, settings, metrics
+    _add_errors(app)
+    _add_state(app)
+    _add_edits(app)
+    _add_openai(app)
+    app.middleware("http")(_guard(settings, metrics))
+    app.add_middleware(BodyLimit, most=settings.limits.bytes)
+    if settings.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
+    return app
+
+
+# --------------------------------------------------------------------------------------------------- guard and errors
+
+
+def _guard(settings: ServerSettings, metrics: Metrics) -> Any:
+    """Ask for the token, and count the request."""
+
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        begun = time.monotonic()
+        if _is_allowed(request, settings.token):
+            response = await call_next(request)
+        else:
+            response = _error("expected the server's token as 'Authorization: Bearer TOKEN'", 401)
+        route = getattr(request.scope.get("route"), "path", "other")
+        metrics.requests.labels(route, response.status_code).inc()
+        metrics.seconds.labels(route).observe(time.monotonic() - begun)
+        return response
+
+    return guard
+
+
+def _is_allowed(request: Request, token: str) -> bool:
+    """Whether no token is needed, or the request has it."""
+    if not token or request.url.path in OPEN_PATHS or not request.url.path.startswith(("/v1/", "/metrics")):
+        return True
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), token.encode())
+
+
+def _error(message: str, status: int, param: str = "") -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": param or None, "code": None}}
+    headers = {"Retry-After": "5"} if status in (429, 503) else {}
+    return JSONResponse(body, status, headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """What each error becomes."""
+    answers: dict[type[Exception], tuple[int, str]] = {
+        QueueFull: (429, "too many edits wait; try again later"),
+        TooLate: (503, "the edit waited too long and was not begun; try again later"),
+        Draining: (503, "the server stops and takes no new edits"),
+        ClientGone: (499, "the client closed the connection"),
+    }
+    for kind, (status, words) in answers.items():
+        app.exception_handler(kind)(_answer(words, status))
+
+    @app.exception_handler(BadRequest)
+    async def bad(_: Request, error: BadRequest) -> Response:
+        return _error(str(error), error.status, error.param)
+
+    @app.exception_handler(UserError)
+    async def refused(_: Request, error: UserError) -> Response:
+        return _error(str(error), 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field_name = str(first["loc"][-1])
+        return _error(f"expected a right value in {field_name!r}; got: {first['msg']}", 400, field_name)
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        return _error(str(error.detail), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        return _error(f"the editor failed: {type(error).__name__}", 500)
+
+
+def _answer(words: str, status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_: Request, error: Exception) -> Response:
+        return _error(words, status)
+
+    return answer
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+
+
+def _add_state(app: FastAPI) -> None:
+    queue, settings, metrics = app.state.queue, app.state.settings, app.state.metrics
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 once the editor is open; 503 before, and while the server stops."""
+        is_open = queue.editor.done() and not queue.editor.exception()
+        state = "stopping" if queue.is_draining else "ok" if is_open else "starting"
+        return JSONResponse({"status": state, "waiting": len(queue)}, 200 if state == "ok" else 503)
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The editor's name, as OpenAI's clients ask for it."""
+        return {"object": "list", "data": [{"id": settings.name, "object": "model", "owned_by": "npedit"}]}
+
+
+# -------------------------------------------------------------------------------------------------------------- edits
+
+
+async def _edited(request: Request, queue: EditQueue, wanted: Sequence[EditRequest]) -> list[Image.Image]:
+    """The pictures, in order. If the client goes away, those not begun are not edited."""
+    results = [queue.submit(one) for one in wanted]
+    futures = [asyncio.wrap_future(one) for one in results]
+    try:
+        while pending := [f for f in futures if not f.done()]:
+            await asyncio.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
+            if await request.is_disconnected():
+                raise ClientGone
+        return [f.result() for f in futures]
+    finally:
+        for one in results:
+            one.cancel()
+        await asyncio.gather(*futures, return_exceptions=True)
+
+
+def _add_edits(app: FastAPI) -> None:
+    queue, limits, name = app.state.queue, app.state.settings.limits, app.state.settings.name
+
+    @app.post("/v1/edits", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    async def edit(
+        request: Request,
+        image: Annotated[UploadFile, File(description="The photo.")],
+        instruction: Annotated[str, Form(description="What to change.")],
+        reference: Annotated[
+            list[UploadFile] | None, File(description="Further pictures that the editor sees.")
+        ] = None,
+        seed: Annotated[str, Form(description="A whole number; the same seed gives the same picture.")] = "0",
+        steps: Annotated[str, Form(description="Sampling steps; empty: as in training.")] = "",
+        output_format: Annotated[str, Form(description="png, jpeg or webp.")] = "png",
+    ) -> Response:
+        """Edit one picture; the answer is the edited picture's file."""
+        media = _media_type(output_format)
+        further = await _references(reference or [], limits)
+        wanted = EditRequest(
+            await _picture(image, limits, "image"),
+            read_instruction(instruction, limits, "instruction"),
+            read_int(seed, "seed", 0, 0, MOST_SEED) or 0,
+            read_int(steps, "steps", None, 1, limits.steps),
+            further,
+        )
+        (picture,) = await _edited(request, queue, [wanted])
+        data = await asyncio.to_thread(encode_picture, picture, output_format, name)
+        return Response(data, media_type=media, headers={"X-Seed": str(wanted.seed)})
+
+
+def _media_type(output_format: str) -> str:
+    if output_format not in MEDIA_TYPES:
+        raise BadRequest(
+            f"expected {', '.join(MEDIA_TYPES)} in 'output_format'; got {output_format[:40]!r}", "output_format"
+        )
+    return MEDIA_TYPES[output_format]
+
+
+async def _picture(upload: UploadFile, limits: Limits, param: str) -> Image.Image:
+    return await asyncio.to_thread(read_picture, await upload.read(), limits, param)
+
+
+async def _references(uploads: Sequence[UploadFile], limits: Limits) -> tuple[Image.Image, ...]:
+    if len(uploads) > limits.references:
+        raise BadRequest(f"expected at most {limits.references} further pictures; got {len(uploads)}", "reference")
+    return tuple([await _picture(upload, limits, "reference") for upload in uploads])
+
+
+# ------------------------------------------------------------------------------------------------------- OpenAI's form
+
+
+def _add_openai(app: FastAPI) -> None:
+    queue, limits, name = app.state.queue, app.state.settings.limits, app.state.settings.name
+
+    @app.post("/v1/images/edits")
+    async def openai_edit(
+        request: Request,
+        prompt: Annotated[str, Form(description="What to change.")],
+        image: Annotated[list[UploadFile] | None, File(description="The photo, then further pictures.")] = None,
+        images: Annotated[list[UploadFile] | None, File(alias="image[]", description="The same, as a list.")] = None,
+        mask: Annotated[UploadFile | None, File(description="Not supported.")] = None,
+        n: Annotated[str, Form(description="How many results, each with a seed of its own.")] = "1",
+        seed: Annotated[str, Form(description="The first result's seed; not in OpenAI's interface.")] = "0",
+        size: Annotated[str, Form(description="Only 'auto': a result has its photo's size.")] = "auto",
+        response_format: Annotated[str, Form(description="Only 'b64_json'.")] = "b64_json",
+        output_format: Annotated[str, Form(description="png, jpeg or webp.")] = "png",
+    ) -> dict[str, Any]:
+        """Edit a picture, in the form of OpenAI's `images.edit`. Fields that are not named here have no effect."""
+        _refuse_unsupported(mask, size, response_format)
+        _media_type(output_format)
+        uploads = [*(image or []), *(images or [])]
+        if not uploads:
+            raise BadRequest("expected a picture in 'image'; got none", "image")
+        photo = await _picture(uploads[0], limits, "image")
+        further = await _references(uploads[1:], limits)
+        text = read_instruction(prompt, limits, "prompt")
+        count = read_int(n, "n", 1, 1, limits.results) or 1
+        first = read_int(seed, "seed", 0, 0, MOST_SEED - count) or 0
+        wanted = [EditRequest(photo, text, first + i, None, further) for i in range(count)]
+        pictures = await _edited(request, queue, wanted)
+        files = [await asyncio.to_thread(encode_picture, p, output_format, name) for p in pictures]
+        data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
+        return {"created": int(time.time()), "output_format": output_format, "data": data}
+
+
+def _refuse_unsupported(mask: UploadFile | None, size: str, response_format: str) -> None:
+    """What OpenAI's interface has and this server has not is refused, and not passed over."""
+    if mask is not None:
+        raise BadRequest("expected no 'mask': the editor finds the place from the instruction", "mask")
+    if size not in ("", "auto"):
+        raise BadRequest("expected size 'auto': a result has its photo's size", "size")
+    if response_format != "b64_json":
+        raise BadRequest("expected response_format 'b64_json': the server keeps no files to link to", "response_format")

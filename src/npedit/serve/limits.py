@@ -1,0 +1,99 @@
+"""What a request may be: bytes, formats, pixels, lengths. Bad input is refused before it reaches the queue."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from npedit.data._photos import BadImage, decoding, refuse_animation
+from npedit.errors import UserError
+from npedit.input_pictures import check_size, to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # that are decoded; Pillow is not asked for any other
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest request: bytes of its body, pixels of one picture, characters of an instruction, steps, results of
+    one request, further references."""
+
+    bytes: int = 32 * 2**20
+    pixels: int = 50_000_000
+    characters: int = 2000
+    steps: int = 16
+    results: int = 4
+    references: int = 3
+
+
+class BadRequest(UserError):
+    """A request that cannot be served: `status` is the HTTP status, `param` the field that is wrong."""
+
+    def __init__(self, message: str, param: str = "", status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.status = param, status
+
+
+def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Image:
+    """The upright RGB picture in a file's bytes. The size is read from the file's head, and the pixels are decoded only
+    if they are few enough.
+
+    Raises:
+        BadRequest: it is no picture of `FORMATS`, broken, an animation, or too large.
+    """
+    if not data:
+        raise BadRequest(f"expected a picture in {param!r}; got an empty file", param)
+    try:
+        with decoding():
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            refuse_animation(image)
+            _check_pixels(image, limits, param)
+            image.load()
+            return to_rgb(image)
+    except BadRequest:
+        raise
+    except (BadImage, UserError) as error:
+        raise BadRequest(f"expected a picture ({', '.join(FORMATS)}) in {param!r}; got: {error}", param) from None
+
+
+def _check_pixels(image: Image.Image, limits: Limits, param: str) -> None:
+    pixels = image.width * image.height
+    if pixels > limits.pixels:
+        found = f"{image.width}x{image.height}"
+        raise BadRequest(
+            f"expected at most {limits.pixels / 1e6:g} megapixels in {param!r}; got {found}; scale it down", param, 413
+        )
+    check_size(image, f"the picture in {param!r}")
+
+
+def read_instruction(text: str | None, limits: Limits, param: str) -> str:
+    """The instruction without spaces around it.
+
+    Raises:
+        BadRequest: it is missing, empty or too long.
+    """
+    text = (text or "").strip()
+    if not text:
+        raise BadRequest(f"expected an instruction in {param!r}; got none", param)
+    if len(text) > limits.characters:
+        got = f"expected at most {limits.characters} characters in {param!r}; got {len(text)}"
+        raise BadRequest(got, param)
+    return text
+
+
+def read_int(value: str | None, param: str, default: int | None, least: int, most: int) -> int | None:
+    """The whole number in a field; `default` if the field is missing or empty.
+
+    Raises:
+        BadRequest: it is no whole number, or outside [least, most].
+    """
+    if value is None or not value.strip():
+        return default
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise BadRequest(f"expected a whole number from {least} to {most} in {param!r}; got {value[:40]!r}", param)
+    return number
