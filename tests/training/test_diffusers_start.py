@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from npedit.errors import UserError
 from npedit.families.base import Family
 from npedit.nets.lora import LoraAdapter, linear_layer_names
-from npedit.recipe.config import find_class
+from npedit.recipe.config import Recipe, find_class, make_recipe
+from npedit.runs.checkpoint import read_manifest
 from npedit.runs.start import DiffusersStart, is_foreign, resolve_start
+from npedit.steps.base import Parts
 from npedit.training.diffusers_start import load_diffusers_start
+from npedit.training.trainer import train
 from tests.support.hub_server import Hub, serve_hub
 from tests.support.parts import nudge
 
@@ -130,6 +133,26 @@ def test_a_model_begins_from_a_transformer(name: str, tmp_path: Path) -> None:
     lora = DiffusersStart(save_lora(name, tmp_path / "lora"), True)
     with pytest.raises(UserError, match="add lora:"):
         load_diffusers_start(lora, family, family.trainable_net())
+
+
+def tiny_parts(made: Recipe) -> Parts:
+    return Parts(open_tiny(made.family.name), None, "plain", torch.device("cpu"), made.lora)
+
+
+def test_a_run_trains_from_a_lora_and_is_not_called_without_pairs(tmp_path: Path) -> None:
+    path, lora = save_lora("flux", tmp_path / "lora"), {"rank": RANK, "alpha": 6.0}
+    wanted = loaded_by_diffusers("flux", path)
+    stage = {"step": "reference_copy", "updates": 1, "batch_size": 2, "settings": {"steps": 1, "student": {"lr": 1e-9}}}
+    raw = {"name": "small", "family": {"name": "flux"}, "data": {"name": "toy"}, "stages": [stage], "lora": lora}
+    more = {"sample_items": 1, "steps": 1, "sample_every": 0, "evaluate_every": 0}
+    made = make_recipe(raw | {"start": str(path), "trainer": more})
+    run = train(made, tmp_path / "run", parts=tiny_parts)
+    assert read_manifest(run)["no_pairs"] is False
+    card = (run / "final" / "README.md").read_text()
+    assert "no-pairs" not in card and "is not known" in card and "trained on pairs" not in card
+    other = open_tiny("flux")
+    editor = LoraAdapter.open(other.lora_base(), "student", run / "final")
+    torch.testing.assert_close(velocity(other, editor), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import yaml
 from npedit.export.base_licences import BaseLicence, find_licence
 from npedit.export.measured_scores import MeasuredScore, find_scores, last_evaluation, read_scores
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
-from npedit.recipe.config import Recipe
+from npedit.recipe.config import Recipe, find_class
 from npedit.runs.checkpoint import is_trained_without_pairs
 from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.editor_weights import read_recipe
@@ -27,7 +27,6 @@ from npedit.runs.resolve import EditorSource
 
 PLACE = "USER/NAME"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WIDER_INPUT = {"sana"}  # families whose editors have a wider input than their base: see families/sana.py
 UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
 
 
@@ -58,20 +57,17 @@ class CardFacts:
         return self.recipe.name if self.recipe else str(self.editor.get("recipe") or self.folder.name)
 
 
-def model_card(
-    folder: Path, source: EditorSource, editor: Mapping[str, Any] | None = None, scores: Sequence[Path] = ()
-) -> str:
+def model_card(folder: Path, source: EditorSource, editor: Mapping[str, Any] | None = None) -> str:
     """The text of README.md for an exported folder. `source` is where the editor was found; `editor` are the facts of
-    npedit.json if the folder has no such file; `scores` are further folders of results and files of the toy benchmark.
-    The place on the Hub is `PLACE` until `set_repository` fills it in.
+    npedit.json if the folder has no such file. The place on the Hub is `PLACE` until `set_repository` fills it in.
 
     Raises:
-        UserError: one of `scores` holds no results, or the run's recipe is damaged.
+        UserError: the run's recipe is damaged.
     """
     editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
     without_pairs = is_trained_without_pairs(recipe) if recipe else None
-    measured = read_scores([*find_scores(source), *scores])
+    measured = read_scores(find_scores(source))
     if recipe and source.run:
         measured += last_evaluation(source.run, recipe, source.update)
     return write_card(CardFacts(folder, editor, recipe, without_pairs, measured))
@@ -142,7 +138,7 @@ def _diffusers_text(facts: CardFacts) -> str:
             f'pipe(image=image, prompt="INSTRUCTION", num_inference_steps={facts.editor["steps"]}, '
             "generator=generator).images[0]\n```\n"
         )
-    if facts.has_lora and facts.editor["family"] in WIDER_INPUT:
+    if facts.has_lora and find_class("families", str(facts.editor["family"])).has_wider_input:
         return (
             f"`{LORA_FILE}` is for a transformer with a wider input than the base model's. The base's own pipeline "
             "cannot load it. Export the editor with `npedit export --as diffusers`.\n"

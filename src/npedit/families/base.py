@@ -64,6 +64,8 @@ class Family(ABC):
     part_names: ClassVar[tuple[str, ...]]  # the parts that a folder must have
     optional_part_names: ClassVar[tuple[str, ...]] = ()  # parts that the folder's index may declare absent
 
+    has_wider_input: ClassVar[bool] = False  # whether `lora_base` has more input channels than the base
+
     most_references: int = 16  # of one edit. Each adds as many tokens as the picture; more has not been tried
 
     facts: ModelProperties

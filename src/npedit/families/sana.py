@@ -54,7 +54,7 @@ REFERENCES = 4  # slots of a net that `trainable_net()` makes
 class Sana(Family):
     """One Sana pipeline, opened once; `families/base.py` describes the interface."""
 
-    most_references = REFERENCES
+    most_references, has_wider_input = REFERENCES, True
     pipeline, denoiser = SanaPipeline, SanaTransformer2DModel
     part_names = PARTS
 

@@ -18,10 +18,12 @@ import torch
 from npedit.errors import explain_write_errors
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import Recipe
+from npedit.recipe.config import Recipe, find_class
 from npedit.runs.checkpoint import is_trained_without_pairs
 from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.files import read_json_object, write_text
+from npedit.runs.resolve import resolve_editor
+from npedit.runs.start import is_foreign
 
 SET_FACTS = "prepare.json"  # facts about a data set, beside its metadata
 
@@ -112,16 +114,15 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         )
     unpaired = is_trained_without_pairs(recipe)
     if not unpaired and not recipe.is_trained_with_pairs():
-        start = public_name(recipe.start)
-        how = f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
+        how = _start_text(recipe)
     if recipe.is_trained_with_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
-    weights = f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)" if recipe.lora else "`transformer/`"
+    trained = " trained without pairs" if unpaired else " trained on pairs" if _has_seen_pairs(recipe) else ""
     return f"""---
 library_name: npedit
 tags: [image-editing{", no-pairs" if unpaired else ""}]
 ---
-# {recipe.name}: an image editor trained {"without" if unpaired else "on"} pairs
+# {recipe.name}: an image editor{trained}
 
 A {facts["steps"]}-step editor of the family `{facts["family"]}`, started from `{public_name(facts["base"])}`.
 {how}
@@ -134,9 +135,32 @@ Training data: `{recipe.data.name}`. Sizes (width x height): {sizes}. Seed: {rec
 
     npedit edit --run PATH_OF_THIS_RUN picture.png "paint the circle red" -o out.png
 
-{weights} and `scheduler/` are as diffusers wants them (the averaged weights; the scheduler re-noises with fresh noise,
-as in training). The times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"])}.
+{_weights_text(recipe)} and `scheduler/` are as diffusers wants them (the averaged
+weights; the scheduler re-noises with fresh noise, as in training). The
+times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"])}.
 """
+
+
+def _has_seen_pairs(recipe: Recipe) -> bool:
+    """Whether this training, or the run that it starts from, is known to have used edited images."""
+    has_run = bool(recipe.start) and not is_foreign(recipe.start) and resolve_editor(recipe.start).run is not None
+    return recipe.is_trained_with_pairs() or (has_run and not is_trained_without_pairs(recipe))
+
+
+def _start_text(recipe: Recipe) -> str:
+    start = public_name(recipe.start)
+    if _has_seen_pairs(recipe):
+        return f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
+    return f"It starts from `{start}`. Whether that was shown edited images is not known; it was shown none itself."
+
+
+def _weights_text(recipe: Recipe) -> str:
+    """The file or folder of the weights, and what opens it."""
+    if not recipe.lora:
+        return "`transformer/`"
+    if find_class("families", recipe.family.name).has_wider_input:
+        return f"`{LORA_FILE}` (for a net with a wider input than the base's, whose own pipeline refuses it)"
+    return f"`{LORA_FILE}` (for `load_lora_weights` of the base's pipeline)"
 
 
 def _rights_text(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from npedit.errors import UserError
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
@@ -107,8 +107,8 @@ def _download_from(repository: str, file: str | None) -> DiffusersStart | None:
     """The named file of a repository, else its LoRA file of the usual name, else its transformer."""
     try:
         return DiffusersStart(Path(hf_hub_download(repository, file or LORA_FILE)), True)
-    except EntryNotFoundError:
-        if file:
+    except EntryNotFoundError as error:
+        if file or isinstance(error, LocalEntryNotFoundError):  # the latter: the Hub was not reached
             raise
     folder = Path(snapshot_download(repository, allow_patterns=["transformer/*", MODEL_CONFIG, "diffusion_pytorch_*"]))
     return _find_in(folder)
