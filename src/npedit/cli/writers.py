@@ -100,4 +100,5 @@ def open_engine(name: str, ray_address: str, models: tuple[Any, Any]) -> Any:
     from npedit.prepare.ray_engine import RayEngine
     from npedit.prepare.writer import VERIFIER_KEY, WRITER_KEY
 
-    return RayEngine(ray_address, (WRITER_KEY, VERIFIER_KEY))
+    writer, verifier = models
+    return RayEngine(ray_address, (WRITER_KEY, *([VERIFIER_KEY] if verifier not in (None, writer) else [])))
