@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import fill_tables
+from benchmarks.critic_bits import bits_table
 from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
 from benchmarks.measure import peak_bytes_by_part, storage_bytes, table
@@ -147,3 +148,9 @@ def test_the_benchmarks_page_has_the_markers_of_every_table() -> None:
         "small models",
     )
     assert fill_tables(page, dict.fromkeys(names, "x")) != page
+
+
+def test_fewer_bits_change_answers_and_gradients_more() -> None:
+    """The table of the toy's critic: 4 bits differ more than 8 bits, and 8 bits differ."""
+    eight, four = (list(map(float, re.findall(r"0\.\d+", row))) for row in bits_table(2).splitlines()[2:])
+    assert all(0 <= a < b for a, b in zip(eight, four)) and eight[1] > 0
