@@ -46,7 +46,7 @@ def test_two_servers_and_three_workers_make_the_set_of_one_process(cluster, tmp_
     rates = ErrorRates(mistakes=0.3, broken=0.1, verifier=0.2)
     with serving_writer(rates) as (first, one), serving_writer(rates) as (second, two):
         words = ["--writer", first, "--writer", second, "--writer-model", "toy", "--jpeg-quality", 0, "--workers", 2]
-        words += ["--types", "remove,add,recolour", "--held-out", 0.2]
+        words += ["--types", "remove,add,recolour", "--held-out", 0.2, "--rounds", 1]
         run("prepare", source, "--out", tmp_path / "local", *words)
         local = one.counts + two.counts
         assert min(one.counts["look"], two.counts["look"]) >= 3  # both were asked

@@ -29,11 +29,7 @@ SCAN_BLOCK = 64  # photos in one task of reading
 HASHES = ("phash", "colours")
 CONNECT_SECONDS = 5.0
 # Ray reads these when it is imported.
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it calls every restartable worker of Ray Data an error
-}
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 class RayEngine(Engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from npedit.errors import UserError
 from npedit.judges.base import JudgeUnavailable, Reply
 from npedit.judges.chat_client import ServerNames
 from npedit.prepare.writer import Request, Writer, open_writer
+
+log = logging.getLogger(__name__)
 
 
 class ServerPool(Writer):
@@ -30,7 +33,8 @@ class ServerPool(Writer):
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return ServerPool, (self.writers,)
+        """In another process, the same pool reports to the log."""
+        return ServerPool, (self.writers, log.warning)
 
     @property
     def identity(self) -> dict[str, Any]:
