@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from npedit.errors import UserError
 from npedit.export.base_licences import LICENCES
 from npedit.export.card import CardFacts, model_card, set_repository, write_card
-from npedit.export.measured_scores import last_evaluation, read_scores
+from npedit.export.measured_scores import MeasuredScore, last_evaluation, read_scores
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs.resolve import resolve_editor
@@ -124,6 +124,24 @@ def test_results_in_the_runs_folder_count_if_they_are_of_this_editor(tmp_path: P
     text = model_card(tmp_path / "final", resolve_editor(tmp_path))
     assert "| 90 |" in text and "| 91 |" not in text and "| 92 |" not in text
     assert "No pairs were used" in text
+
+
+def test_an_editor_without_a_run_keeps_what_its_card_said(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "npedit.json").write_text(json.dumps(editor()))
+    score = MeasuredScore("toy benchmark", "both", 0.4, 0.3, 0.5, 90)
+    facts = CardFacts(first, editor(), recipe(), True, [score])
+    (first / "README.md").write_text(write_card(facts))
+    (second / "pipeline.py").touch()
+    again = ModelCard(model_card(second, resolve_editor(first)))
+    assert "No pairs were used" in again.text and "0.300 to 0.500" in again.text and "no-pairs" in again.data.tags
+    assert "trust_remote_code" in again.text and "trust_remote_code" not in write_card(facts)
+    short = "---\ntags: [x]\n---\n# mine: an editor\n\nSaid of its training.\n\n## Use\n\nold use\n"
+    (first / "README.md").write_text(short)
+    again = ModelCard(model_card(second, resolve_editor(first)))
+    assert "Said of its training." in again.text and "old use" not in again.text and "no-pairs" not in again.data.tags
 
 
 def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:

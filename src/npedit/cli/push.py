@@ -53,7 +53,7 @@ def run_push(
 
 def _is_exported(folder: Path) -> bool:
     """Whether this is a finished folder, in any form, that belongs to no run."""
-    from npedit.export.hub import CARD
+    from npedit.export.card import CARD
     from npedit.runs.resolve import CONFIG
 
     return (folder / CARD).is_file() and not (folder / CONFIG).exists() and not (folder.parent / CONFIG).exists()

@@ -25,7 +25,9 @@ from npedit.runs.files import read_json_object
 from npedit.runs.final import public_name, read_set_facts, rights_lines
 from npedit.runs.resolve import EditorSource
 
+CARD = "README.md"
 PLACE = "USER/NAME"
+NO_PAIRS = "no-pairs"  # a tag
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
 
@@ -33,13 +35,14 @@ UNKNOWN = "unknown"  # the Hub's id for a licence that is not stated
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is written from. `folder` is the exported folder, `editor` its npedit.json; `recipe` is None for an
-    editor without a run."""
+    editor without a run. `earlier` is the card that came with such an editor, "" if there was none."""
 
     folder: Path
     editor: Mapping[str, Any]
     recipe: Recipe | None
     without_pairs: bool | None  # None: not known
     scores: Sequence[MeasuredScore]
+    earlier: str = ""
 
     @property
     def base(self) -> str:
@@ -61,16 +64,34 @@ def model_card(folder: Path, source: EditorSource, editor: Mapping[str, Any] | N
     """The text of README.md for an exported folder. `source` is where the editor was found; `editor` are the facts of
     npedit.json if the folder has no such file. The place on the Hub is `PLACE` until `set_repository` fills it in.
 
+    The card of an editor without a run keeps what the card that came with it said about training and scores.
+
     Raises:
         UserError: the run's recipe is damaged.
     """
     editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
     without_pairs = is_trained_without_pairs(recipe) if recipe else None
-    measured = read_scores(find_scores(source))
+    measured, earlier = read_scores(find_scores(source)), ""
+    if recipe is None and (source.folder / CARD).is_file():
+        earlier = (source.folder / CARD).read_text(encoding="utf-8")
+        without_pairs = True if NO_PAIRS in (_read_head(earlier).get("tags") or []) else None
     if recipe and source.run:
         measured += last_evaluation(source.run, recipe, source.update)
-    return write_card(CardFacts(folder, editor, recipe, without_pairs, measured))
+    return write_card(CardFacts(folder, editor, recipe, without_pairs, measured, earlier))
+
+
+def _read_head(card: str) -> dict[str, Any]:
+    """The YAML block of a card; {} if it has none."""
+    match = re.match(r"---\n(.*?)\n---\n", card, re.S)
+    found = yaml.safe_load(match[1]) if match else None
+    return found if isinstance(found, dict) else {}
+
+
+def _section(card: str, title: str) -> str:
+    """The text below a heading of the second level, "" if there is none."""
+    match = re.search(rf"^## {title}\n+(.*?)(?=^## |\Z)", card, re.M | re.S)
+    return match[1].rstrip() + "\n" if match else ""
 
 
 def set_repository(card: str, repository: str) -> str:
@@ -93,7 +114,7 @@ def _head(facts: CardFacts) -> str:
     if _is_hub_id(str(facts.editor["base"])):
         head |= {"base_model": facts.base, "base_model_relation": "adapter" if facts.has_lora else "finetune"}
     tags = ["image-editing", "npedit", str(facts.editor["family"])]
-    tags += (["lora"] if facts.has_lora else []) + (["no-pairs"] if facts.without_pairs else [])
+    tags += (["lora"] if facts.has_lora else []) + ([NO_PAIRS] if facts.without_pairs else [])
     head |= {"library_name": "diffusers" if _has_pipeline(facts) else "npedit"}
     head |= {"pipeline_tag": "image-to-image", "tags": tags}
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
@@ -161,7 +182,15 @@ def _comfyui_text(facts: CardFacts) -> str:
 
 
 def _training_text(facts: CardFacts) -> str:
+    if facts.earlier:
+        return f"## Training\n\n{_section(facts.earlier, 'Training') or _short_card_text(facts.earlier)}"
     return f"## Training\n\n{_pairs_text(facts)}\n{_recipe_text(facts.recipe)}{_data_text(facts.recipe)}"
+
+
+def _short_card_text(card: str) -> str:
+    """What the short card of `runs/final.py` says about training: its text between the title and "Use"."""
+    match = re.search(r"^# [^\n]*\n+(.*?)(?=^## |\Z)", card, re.M | re.S)
+    return match[1].rstrip() + "\n" if match else ""
 
 
 def _pairs_text(facts: CardFacts) -> str:
@@ -200,6 +229,8 @@ def _data_text(recipe: Recipe | None) -> str:
 
 
 def _score_text(facts: CardFacts) -> str:
+    if not facts.scores and (kept := _section(facts.earlier, "Scores")):
+        return f"## Scores\n\n{kept}"
     if not facts.scores:
         return "## Scores\n\nNo measured scores were found with this editor.\n"
     rows = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from npedit.editor import Editor
 from npedit.errors import UserError
-from npedit.export.card import model_card
+from npedit.export.card import CARD, model_card
 from npedit.export.comfyui import write_comfyui
 from npedit.export.diffusers_folder import write_pipeline
 from npedit.export.lora_file import fold_alpha, merged_transformer
@@ -24,7 +24,6 @@ from npedit.runs.files import read_json_object, write_text
 from npedit.runs.final import drop_source_paths, set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
-CARD = "README.md"
 FORMS = ("diffusers", "comfyui")
 
 
@@ -83,8 +82,7 @@ def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge:
     if form == "comfyui":
         folder.mkdir()
         notes = tuple(write_comfyui(Editor.open(copy, base=where), facts, folder))
-    if source.run or base or not (folder / CARD).is_file():  # the card of an editor without a run knows more than we do
-        write_text(folder / CARD, model_card(folder, source, facts))
+    write_text(folder / CARD, model_card(folder, source, facts))
     return Exported(source, facts["base"], notes)
 
 

@@ -11,10 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npedit.errors import UserError
-from npedit.export.card import HUB_ID, set_repository
+from npedit.export.card import CARD, HUB_ID, set_repository
 from npedit.runs.start import CLIENT_ERROR
-
-CARD = "README.md"
 
 
 def require_pushable(repository: str) -> None:
