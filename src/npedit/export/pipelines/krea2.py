@@ -9,6 +9,7 @@ references is dropped.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline
@@ -25,32 +26,32 @@ class NPEditPipeline(FewStepEditing, Krea2Pipeline):
 
     def __init__(
         self,
-        scheduler,
-        vae,
-        text_encoder,
-        tokenizer,
-        transformer,
-        text_encoder_select_layers=None,
-        is_distilled=False,
-        patch_size=2,
-        editor=None,
-    ):
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Any,
+        text_encoder_select_layers: Any = None,
+        is_distilled: bool = False,
+        patch_size: int = 2,
+        editor: Any = None,
+    ) -> None:
         super().__init__(
             scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers, is_distilled, patch_size
         )
         self.register_to_config(editor=editor)
 
     @property
-    def _multiple(self):
+    def _multiple(self) -> int:
         return self.patch_size * self.vae_scale_factor
 
-    def _noise_shift(self, height, width):
+    def _noise_shift(self, height: int, width: int) -> float:
         """The base model's noise shift; a distilled model has one for all sizes."""
         if self.config.editor["schedule"].get("use_dynamic_shifting") and self.config.is_distilled:
             return math.exp(self._distilled_mu)
         return super()._noise_shift(height, width)
 
-    def _encode_text(self, prompts, device):
+    def _encode_text(self, prompts: list[str], device: torch.device) -> Any:
         """Qwen3-VL's states (b, length, layers, d) without what is padding in all prompts, and their mask (b, length),
         None where no padding is left."""
         length = min(self._text_length, self.tokenizer.model_max_length)
@@ -59,25 +60,25 @@ class NPEditPipeline(FewStepEditing, Krea2Pipeline):
         states, mask = states[:, kept], mask[:, kept]
         return states, None if bool(mask.all()) else mask
 
-    def _encode_images(self, images):
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean, normalised per channel."""
         frames = (images * 2 - 1).to(self.vae.dtype).unsqueeze(2)
         latents = self.vae.encode(frames).latent_dist.mean[:, :, 0].float()
         middle, deviation = self._latent_statistics(latents)
         return (latents - middle) / deviation
 
-    def _decode_latents(self, latents):
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, c, h, w) -> (b, 3, H, W) in [-1, 1]."""
         middle, deviation = self._latent_statistics(latents)
         frames = (latents * deviation + middle).to(self.vae.dtype).unsqueeze(2)
         return self.vae.decode(frames).sample[:, :, 0]
 
-    def _latent_statistics(self, like):
+    def _latent_statistics(self, like: torch.Tensor) -> list[torch.Tensor]:
         """The mean and standard deviation of the latents in the data, each (1, c, 1, 1)."""
         config = self.vae.config
         return [torch.tensor(s).to(like).view(1, -1, 1, 1) for s in (config.latents_mean, config.latents_std)]
 
-    def _velocity(self, x, t, text, references):
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
         (states, mask), planes, dtype = text, [x, *references], self.transformer.dtype
         tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
@@ -93,7 +94,7 @@ class NPEditPipeline(FewStepEditing, Krea2Pipeline):
         size = [side * self.vae_scale_factor for side in x.shape[2:]]
         return self._unpack_latents(out[:, : rows * columns], *size).squeeze(2)
 
-    def _position_ids(self, text_length, planes):
+    def _position_ids(self, text_length: int, planes: list[torch.Tensor]) -> torch.Tensor:
         """(tokens, 3): zeros for text; for each image its number, then row and column."""
         text, device = torch.zeros(text_length, 3, device=planes[0].device), planes[0].device
         ids = [self.prepare_position_ids(0, p.shape[2] // 2, p.shape[3] // 2, device) for p in planes]

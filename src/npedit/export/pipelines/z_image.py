@@ -10,7 +10,9 @@ ends in an empty thought.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
@@ -26,23 +28,25 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
     _block = SEQ_MULTI_OF  # the net pads captions and images to multiples of it
     _omni_image_ids = 4  # where `patchify_and_embed_omni` returns the position ids of all images
 
-    def __init__(self, scheduler, vae, text_encoder, tokenizer, transformer, editor=None):
+    def __init__(
+        self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, editor: Any = None
+    ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_to_config(editor=editor)
 
     @property
-    def _multiple(self):
+    def _multiple(self) -> int:
         return 2 * self.vae_scale_factor
 
     @property
-    def _takes_frames(self):
+    def _takes_frames(self) -> bool:
         return self.transformer.config.get("_references") == "frames"
 
     @property
-    def _most_references(self):
+    def _most_references(self) -> int:
         return 1 if self._takes_frames else 16
 
-    def _encode_text(self, prompts, device):
+    def _encode_text(self, prompts: list[str], device: torch.device) -> Any:
         """The states (length, d) of each prompt, without padding."""
         if self._takes_frames:
             return self._encode_without_thinking(prompts, device)
@@ -51,7 +55,7 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
             0
         ]
 
-    def _encode_without_thinking(self, prompts, device):
+    def _encode_without_thinking(self, prompts: list[str], device: torch.device) -> list[torch.Tensor]:
         turn = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         texts = [self.tokenizer.apply_chat_template([{"role": "user", "content": p}], **turn) for p in prompts]
         found = self.tokenizer(
@@ -61,17 +65,17 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         out = self.text_encoder(input_ids=found.input_ids, attention_mask=mask, output_hidden_states=True)
         return [states[kept] for states, kept in zip(out.hidden_states[-2], mask)]
 
-    def _encode_images(self, images):
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean."""
         mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
         return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def _decode_latents(self, latents):
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, c, h, w) -> (b, 3, H, W), about [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample
 
-    def _velocity(self, x, t, text, references):
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]. The net's time is 1 - t, and its output is -v."""
         dtype = self.transformer.dtype
         captions = [states.to(dtype) for states in text]
@@ -79,7 +83,9 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         run = self._run_frames if self._takes_frames else self._run_omni
         return -torch.stack(run(planes, t.float(), captions)).squeeze(2)
 
-    def _run_omni(self, planes, t, captions):
+    def _run_omni(
+        self, planes: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """The net's outputs, each (c, 1, h, w); the last of the planes (b, c, 1, h, w) is the picture."""
         count = len(planes) - 1
         tokens = planes[-1].shape[3] * planes[-1].shape[4] // 4
@@ -94,13 +100,13 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
             )[0]
 
     @contextmanager
-    def _picture_after_padded_caption(self, tokens, lengths):
+    def _picture_after_padded_caption(self, tokens: int, lengths: list[int]) -> Iterator[None]:
         """Inside the block, the net gives the picture the frame after the padded caption. `tokens` is the picture's
         number of tokens, `lengths` are those of the captions without padding."""
         net = self.transformer
         unchanged, block = net.patchify_and_embed_omni, self._block
 
-        def patchify(*args, **kwargs):
+        def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             parts = list(unchanged(*args, **kwargs))
             places = []
             for ids, length in zip(parts[self._omni_image_ids], lengths):
@@ -116,7 +122,9 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         finally:
             del net.patchify_and_embed_omni
 
-    def _run_frames(self, planes, t, captions):
+    def _run_frames(
+        self, planes: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """The net's outputs, each (c, 1, h, w), for films of the reference and the picture."""
         films = list(torch.cat(planes, 2))
         with self._modulate_frames(planes[0].shape[3] * planes[0].shape[4] // 4, t):
@@ -124,20 +132,20 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         return [film[:, 1:] for film in out]
 
     @contextmanager
-    def _modulate_frames(self, tokens, t):
+    def _modulate_frames(self, tokens: int, t: torch.Tensor) -> Iterator[None]:
         """Inside the block, the net modulates the first `tokens` tokens of each film with the clean time."""
         net = self.transformer
         clean = net.t_embedder(torch.ones_like(t) * net.t_scale)
 
-        def modulation(x, noisy_time):
+        def modulation(x: torch.Tensor, noisy_time: torch.Tensor) -> tuple[torch.Tensor, ...]:
             noisy = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
             noisy[:, :tokens] = 0
             return noisy, noisy_time, clean.to(noisy_time)
 
-        def before_block(_, args):
+        def before_block(_: Any, args: Any) -> tuple[Any, ...]:
             return *args[:4], *modulation(args[0], args[3])
 
-        def before_last(_, args, kwargs):
+        def before_last(_: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
             mask, noisy_time, clean_time = modulation(args[0], kwargs["c"])
             return args, {"noise_mask": mask, "c_noisy": noisy_time, "c_clean": clean_time}
 
