@@ -125,6 +125,7 @@ class TrainerSettings(Settings):
     save_seconds: float = Field(60.0, gt=0)  # a run that is killed loses at most this much work
     keep: int = Field(2, ge=1)  # checkpoints
     steps: int = Field(4, ge=1, le=64)  # of the few-step editor
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # services that metrics are sent to as well
     shard: Literal["none", "full", "hybrid"] = "none"  # of trained models: over all processes, or within each machine
 
 

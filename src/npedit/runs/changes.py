@@ -58,7 +58,7 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("stages*", "refused", "another method, or other settings of it"),
     Decision("trainer.steps", "refused", "another few-step editor"),
     Decision("trainer.shard", "recorded", "sums change by rounding"),
-    Decision("trainer.*", "free", "how often the run samples, evaluates and saves"),
+    Decision("trainer.*", "free", "how often the run samples, evaluates and saves, and where it logs"),
     Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
     Decision("memory.packed_questions", "recorded", "the critic's answers change by rounding"),
     Decision("memory.*", "free", "memory against time"),

@@ -27,7 +27,7 @@ from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
 from npedit.steps.base import Parts, Step
-from npedit.training.samples import evaluation_batches, write_samples
+from npedit.training.samples import evaluation_batches, samples_folder, write_samples
 
 CHUNK = 16  # pictures that are edited at a time
 TEACHER_STEPS = 20  # sampling steps of the base model, where a wrong edit is attributed
@@ -101,7 +101,7 @@ class Evaluation:
         if distributed.is_main_process():
             references = [image for batch in self.sample_batches for image in batch.references]
             instructions = [text for batch in self.sample_batches for text in batch.instructions]
-            write_samples(self.run / "samples" / f"step-{n:06d}", references, instructions, edited)
+            write_samples(samples_folder(self.run, n), references, instructions, edited)
 
     def _edit_batches(self, net: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
         """The edited images of each batch; the items of all batches are numbered on, and item i has the seed i."""

@@ -15,7 +15,7 @@ from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import explain_write_errors
 
-SIDE = 128  # pixels of the longer side of a picture in grid.png
+LEAST_SIDE = 128  # pixels of the longer side of a picture in grid.png; smaller pictures are enlarged
 
 
 def evaluation_batches(recipe: Recipe, data: Any, count: int) -> list[Batch]:
@@ -36,6 +36,11 @@ def _toy_benchmark_batch(count: int, seed: int) -> Batch:
     texts = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
     pictures = render([e.reference for e in edits])
     return collate([Example(str(i), picture, *text) for i, (picture, text) in enumerate(zip(pictures, texts))])
+
+
+def samples_folder(run: Path, step: int) -> Path:
+    """The folder of the samples after update `step`."""
+    return run / "samples" / f"step-{step:06d}"
 
 
 def write_samples(
@@ -62,22 +67,26 @@ def write_samples(
 
 
 def _draw_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequence[str]) -> Image.Image:
-    columns = 2
-    cell = (2 * SIDE + 24, SIDE + 36)
+    """All pairs at full size, with their instructions."""
+    columns, side = 2, max(LEAST_SIDE, *(max(picture.size) for pair in pairs for picture in pair))
+    cell = (2 * side + 24, side + 36)
     sheet = Image.new("RGB", (columns * cell[0], -(-len(pairs) // columns) * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (pair, instruction) in enumerate(zip(pairs, instructions, strict=True)):
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         for k, picture in enumerate(pair):
-            thumbnail = picture.copy().resize(_thumbnail_size(picture.size), Image.Resampling.LANCZOS)
-            sheet.paste(thumbnail, (x + k * (SIDE + 8), y))
-        draw.text((x, y + SIDE + 4), instruction if len(instruction) < 46 else instruction[:43] + "...", fill="black")
+            sheet.paste(_enlarge_small(picture), (x + k * (side + 8), y))
+        most = side * 46 // LEAST_SIDE  # letters
+        draw.text(
+            (x, y + side + 4), instruction if len(instruction) < most else instruction[: most - 3] + "...", fill="black"
+        )
     return sheet
 
 
-def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
-    scale = SIDE / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def _enlarge_small(picture: Image.Image) -> Image.Image:
+    scale = max(1, LEAST_SIDE / max(picture.size))
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS) if scale > 1 else picture
 
 
 def _to_image(image: Tensor) -> Image.Image:

@@ -41,6 +41,7 @@ from npedit.training.out_of_memory import Progress, explain_out_of_memory
 from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
 from npedit.training.signals import catch_stop_signals, exit_code
 from npedit.training.step_state import collect_state, restore_state
+from npedit.training.trackers import Trackers, open_trackers
 
 PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
@@ -76,6 +77,7 @@ def train(
         _list_bad_rows(run),
         catch_stop_signals() as caught,
         explain_out_of_memory(recipe, run, progress),
+        open_trackers(recipe, run) as trackers,
     ):
         data = source(recipe)
         _restore_held_out_rows(run, data)
@@ -90,7 +92,7 @@ def train(
         distributed.set_sharding_plan(
             recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device
         )
-        TrainingLoop(recipe, run, made, data, on_event, caught, progress, lock).run_stages()
+        TrainingLoop(recipe, run, made, data, on_event, caught, progress, lock, trackers).run_stages()
     return run
 
 
@@ -157,9 +159,11 @@ class TrainingLoop:
         caught: list[int],
         progress: Progress,
         lock: Lock | None,
+        trackers: Trackers,
     ) -> None:
         self.recipe, self.run, self.parts, self.data = recipe, run, parts, data
         self.on_event, self.caught, self.progress, self.lock = on_event, caught, progress, lock
+        self.trackers = trackers
         self.total = recipe.total_updates()
         self.first = distributed.is_main_process()
         self.console = Console(quiet=not self.first)
@@ -271,6 +275,7 @@ class TrainingLoop:
     def _log(self, row: dict[str, Any]) -> None:
         if self.first:
             checkpoint.append_row(self.run / checkpoint.METRICS, row)
+            self.trackers.log(row)
             self._report_alarms(row)
 
     def _batch(self, index: int, size: int) -> Any:
@@ -333,6 +338,7 @@ class TrainingLoop:
         if rows and metrics:
             rows[-1] |= metrics
             checkpoint.write_rows(self.run / checkpoint.METRICS, rows)
+            self.trackers.log({"step": n, **metrics}, is_late=True)
             self._report_alarms({"step": n, **metrics})
 
     def _save(self, i: int, step: Step, update: int, n: int, is_evaluated: bool = True) -> None:
