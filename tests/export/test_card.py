@@ -34,8 +34,9 @@ def recipe(data: dict[str, Any] | None = None, step: str = "reference_copy", **c
 
 
 def card(folder: Path, made: Recipe | None = None, without_pairs: bool | None = None, **changes: Any) -> ModelCard:
-    facts = CardFacts(folder, editor(**changes), made, without_pairs, [])
-    return ModelCard(write_card(facts))
+    """The card of a folder that npedit opens."""
+    (folder / "npedit.json").touch()
+    return ModelCard(write_card(CardFacts(folder, editor(**changes), made, without_pairs, [])))
 
 
 def test_the_head_names_base_licence_and_kind(tmp_path: Path) -> None:
@@ -150,4 +151,13 @@ def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:
     assert "load_lora_weights" not in card(tmp_path, family="sana").text
     (tmp_path / "pipeline.py").touch()
     text = set_repository(card(tmp_path).text, "me/mine")
+    assert "### npedit" in text and "no files for ComfyUI" in text
     assert 'from_pretrained("me/mine", custom_pipeline="me/mine"' in text and "USER/NAME" not in text
+
+
+def test_a_folder_for_comfyui_names_no_other_tool(tmp_path: Path) -> None:
+    (tmp_path / "workflow.json").touch()
+    (tmp_path / "loras").mkdir()
+    found = ModelCard(write_card(CardFacts(tmp_path, editor(), None, None, [])))
+    assert "open `workflow.json`" in found.text and "### npedit" not in found.text and "### diffusers" not in found.text
+    assert found.data.base_model_relation == "adapter"

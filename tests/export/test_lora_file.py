@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from npedit.errors import UserError
 from npedit.export.lora_file import fold_alpha, merged_transformer, write_lora
 from npedit.families.base import Family
 from npedit.families.sana import Sana
@@ -105,6 +106,20 @@ def test_the_editor_opens_an_exported_file_as_before(tmp_path: Path) -> None:
     opened = LoraAdapter.open(other.lora_base(), "student", tmp_path)
     torch.testing.assert_close(velocity(other, opened), wanted, atol=2e-6, rtol=1e-5)
     assert (tmp_path / WEIGHTS_FILE).is_file()
+
+
+def test_training_starts_from_an_exported_file_with_the_same_output(tmp_path: Path) -> None:
+    """Its alpha is its rank; that of the new adapter is not."""
+    family = open_tiny("flux")
+    adapter = train_adapter(family)
+    wanted = velocity(family, adapter)
+    write_lora(adapter, tmp_path, facts("flux"))
+    other = open_tiny("flux")
+    student = LoraAdapter.create(other.lora_base(), "student", RANK, ALPHA, 1)
+    student.load_weights(tmp_path)
+    torch.testing.assert_close(velocity(other, student), wanted, atol=2e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="of rank 3"):
+        LoraAdapter.create(other.lora_base(), "fake", 3, 3.0, 1).load_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -52,7 +52,7 @@ class CardFacts:
     @property
     def has_lora(self) -> bool:
         """Whether the editor is a LoRA file."""
-        return (self.folder / LORA_FILE).is_file()
+        return (self.folder / LORA_FILE).is_file() or (self.folder / "loras").is_dir()  # the latter for ComfyUI
 
     @property
     def title(self) -> str:
@@ -142,6 +142,8 @@ def _intro(facts: CardFacts) -> str:
 
 
 def _use_text(facts: CardFacts) -> str:
+    if not (facts.folder / FACTS_FILE).is_file():
+        return f"## Use\n\n### ComfyUI\n\n{_comfyui_text(facts)}"
     return (
         "## Use\n\n### npedit\n\n"
         f'```sh\nhf download {PLACE} --local-dir editor\nnpedit edit picture.png "INSTRUCTION" --model editor\n```\n\n'
@@ -172,9 +174,11 @@ def _diffusers_text(facts: CardFacts) -> str:
 
 
 def _comfyui_text(facts: CardFacts) -> str:
-    workflows = sorted(path.name for path in facts.folder.glob("*workflow*.json"))
-    if workflows:
-        return f"Load {', '.join(f'`{name}`' for name in workflows)}.\n"
+    if (facts.folder / "workflow.json").is_file():
+        return (
+            "Copy `custom_nodes` into ComfyUI's folder and `loras` or `diffusion_models` into its folder `models`, then "
+            "open `workflow.json`.\n"
+        )
     return "This folder has no files for ComfyUI; `npedit export --as comfyui` writes them.\n"
 
 
