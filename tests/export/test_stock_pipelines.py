@@ -6,12 +6,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
+    FluxTransformer2DModel,
     Krea2Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -22,6 +25,7 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from exported import SIZES, write_editor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
@@ -29,6 +33,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from npedit import flow, generator
 from npedit.data._photos import to_pil, to_tensor
+from npedit.editor import Editor
+from npedit.export.export import export_editor
 from npedit.families._shared import unpack_latents
 from npedit.families.base import EncodedText, Family
 from npedit.families.flux import Flux
@@ -113,6 +119,26 @@ def test_kontext_gives_the_editors_pictures(seed: int, size: tuple[int, int]) ->
     x0 = edited(family, net, family.encode_text(PROMPTS), [reference], size, packed=True)
     torch.testing.assert_close(theirs, family.decode(x0).clamp(0, 1), atol=1e-4, rtol=0)
     assert (family.decode(x0).clamp(0, 1) - torch.stack([to_tensor(i) for i in images])).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_kontext_opens_an_exported_editor(lora: bool, tmp_path: Path) -> None:
+    """As docs/export.md does it: on the base model's folder, with the export's scheduler and weights."""
+    out, size = tmp_path / "out", SIZES[0]
+    export_editor(str(write_editor("flux", tmp_path, lora)), out, "diffusers")
+    editor = Editor.open(out, device="cpu")
+    assert isinstance(editor.family, Flux)
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")}
+    if not lora:
+        parts["transformer"] = FluxTransformer2DModel.from_pretrained(out, subfolder="transformer")
+    pipe = FluxKontextPipeline.from_pretrained(tmp_path / "base", **parts)
+    if lora:
+        pipe.load_lora_weights(out)
+    images = photos(2, *size)
+    theirs = run_seeded(pipe, image=images, prompt=PROMPTS, output_type="pt", **kontext_arguments(editor.family, *size))
+    reference = editor.family.encode(torch.stack([to_tensor(image) for image in images]))
+    x0 = edited(editor.family, editor.net, editor.family.encode_text(PROMPTS), [reference], size, packed=True)
+    torch.testing.assert_close(theirs, editor.family.decode(x0).clamp(0, 1), atol=1e-4, rtol=0)
 
 
 def test_kontexts_generator_does_not_repeat_a_picture() -> None:
