@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,32 +126,21 @@ def prepare(
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
     if merge:
-        if folder or writer:
-            raise UserError(
-                "--merge: expected SET SHARD... and no --out or --writer: no model is asked; leave them out"
-            )
-        merge_shards([Path(word) for word in words], as_json)
+        merge_shards(words, folder, writer, as_json)
         return
-    if as_json and dry_run:
-        raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
-    choices = {"subjects": subjects, "held_out": held_out, "shard": parse_shard(shard)}
-    models = open_models(
-        writer or [], writer_model, verifier or [], verifier_model, verify, workers, jpeg_quality, parameters
-    )
+    served = (writer or [], writer_model, verifier or [], verifier_model)
+    models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
         photos, target, loaded, models, open_engine(engine, ray_address, models), licences,
         (price_in, price_out, max_cost),
-        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds,
-         "duplicates": duplicates, **choices},
+        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "subjects": subjects,
+         "duplicates": duplicates, "held_out": held_out, "shard": parse_shard(shard)},
     )  # fmt: skip
-    if captions:
-        unused = {"--dry-run": dry_run, "--types": types, "--custom": custom, "--language": language,
-                  "--licences": licences, "--subjects": subjects, "--shard": shard}  # fmt: skip
-        run_captions(job, [name for name, value in unused.items() if value], progress_display, as_json)
-    else:
-        show_dry_run(job, dry_run) if dry_run else run_job(job, as_json)
+    of_new_edits = given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
+                         shard=shard, dry_run=dry_run)  # fmt: skip
+    run(job, of_new_edits, captions, dry_run, as_json)
 
 
 @dataclass(frozen=True)
@@ -167,6 +156,27 @@ class Job:
     licences: Path | None
     prices: tuple[float, float, float]
     settings: dict[str, Any]
+
+
+def given(**options: Any) -> list[str]:
+    """The names of the options, as on the command line, that are not empty."""
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+
+
+def run(job: Job, of_new_edits: Sequence[str], captions: bool, dry_run: int, as_json: bool) -> None:
+    """Fill captions, try some photos, or make the set. `of_new_edits` are the options given that captions do not have.
+
+    Raises:
+        UserError: options that do not go together, or whatever stops the run.
+    """
+    if captions:
+        run_captions(job, of_new_edits, progress_display, as_json)
+    elif dry_run and as_json:
+        raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
+    elif dry_run:
+        show_dry_run(job, dry_run)
+    else:
+        run_job(job, as_json)
 
 
 def run_job(job: Job, as_json: bool = False) -> None:
@@ -343,10 +353,17 @@ def show_dry_run(job: Job, count: int) -> None:
         out.print(escape(line))
 
 
-def merge_shards(folders: list[Path], as_json: bool = False) -> None:
-    """Merge finished shards into one set."""
+def merge_shards(words: list[str], folder: Path | None, writers: list[str] | None, as_json: bool = False) -> None:
+    """Merge finished shards into one set: `words` are SET SHARD...
+
+    Raises:
+        UserError: --out or --writer is given, or there are too few words.
+    """
     from npedit.prepare.merge import merge
 
+    if folder or writers:
+        raise UserError("--merge: expected SET SHARD... and no --out or --writer: no model is asked; leave them out")
+    folders = [Path(word) for word in words]
     if len(folders) < 2:
         raise UserError("--merge: expected SET and at least one SHARD; got too few; npedit prepare --merge set s0 s1")
     facts = merge(folders[0], folders[1:])
