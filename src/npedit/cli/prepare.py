@@ -130,13 +130,14 @@ def prepare(
         return
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
+    part = parse_shard(shard)
     served = (writer or [], writer_model, verifier or [], verifier_model)
     models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
         photos, target, loaded, models, open_engine(engine, ray_address, models), licences,
         (price_in, price_out, max_cost),
         {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "subjects": subjects,
-         "duplicates": duplicates, "held_out": held_out, "shard": parse_shard(shard)},
+         "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
     of_new_edits = given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
                          shard=shard, dry_run=dry_run)  # fmt: skip
