@@ -17,7 +17,8 @@ from pathlib import Path
 
 MEGAPIXELS = (4, 12, 24)
 SHORT = 1024  # pixels of the working size's short side
-PANEL = (1290, 900, 1850, 1480)  # the part of the original that the picture shows
+DRAWN_SHORT = 144  # pixels of the working size's short side in the picture; the photograph has 400
+PANEL = (260, 170, 470, 388)  # the part of the photograph that the picture shows
 PANEL_SIZE = (280, 290)
 
 
@@ -46,13 +47,14 @@ def measure(megapixels: int) -> str:
 
 def draw(path: Path) -> None:
     """Write four panels: the original, the edit scaled back, the edit with the rest kept at full size, the mask."""
+    import skimage.data
     from PIL import Image
 
     from npedit.full_size import keep_unchanged, mask_image, scale_back
-    from tests.support.imitated_edits import at_working_size, decoded, edited, photograph
+    from tests.support.imitated_edits import at_working_size, decoded, edited
 
-    original = photograph("coffee", 6)
-    reference = at_working_size(original)
+    original = Image.fromarray(skimage.data.coffee())
+    reference = at_working_size(original, DRAWN_SHORT)
     after = decoded(edited(reference, "recolour")[0], "loss")
     kept, change = keep_unchanged(original, reference, after)
     panels = (original, scale_back(original, reference, after), kept, mask_image(change, original.size))

@@ -7,7 +7,8 @@ A pixel counts as changed by the difference between the reference and the edited
 difference is nowhere zero: the VAE shifts all colours a little, and it loses detail where the picture has much. So
 
 1. the shift, which is the same everywhere, is subtracted;
-2. the local difference is divided by the error expected from the VAE, a constant plus a share of the local contrast;
+2. detail of single pixels is left out, since a VAE loses it, and the local difference of the rest is divided by the
+   error expected from a VAE, a constant plus a share of the local contrast;
 3. the threshold of this ratio depends on its own distribution in this picture;
 4. a weak difference counts as changed where it touches a strong one, and small isolated spots do not count;
 5. a weak difference over a wide area (a tone) counts as changed too.
@@ -34,8 +35,9 @@ Bools = NDArray[np.bool_]
 
 MOST_CHANGED = 0.7  # the largest changed share of a picture for which the rest is taken from the original
 LARGEST_SHIFT = 4 / 255  # of all colours together; a larger one is an edit
-FLAT_ERROR = 3 / 255  # root mean square error expected from a VAE where the picture is flat
-CONTRAST_ERROR = 0.5  # the share of the local contrast that is added to it
+FINEST = 1.0  # pixels: what is finer is not compared, since a VAE loses it
+FLAT_ERROR = 2.5 / 255  # root mean square error expected from a VAE where the picture is flat
+CONTRAST_ERROR = 0.4  # the share of the local contrast that is added to it
 STRONG = 1.2, 2.0  # the least and the largest threshold of the ratio; between them it is ...
 UNCHANGED_QUANTILE, ABOVE_QUANTILE = 0.25, 2.5  # ... this multiple of this quantile, which the unchanged part has
 WEAK = 0.65  # a ratio above this share of the threshold is changed where it touches a strong one
@@ -120,7 +122,7 @@ def _changed_pixels(before: Floats, difference: Floats, unit: float) -> Bools:
 
 def _error_ratio(before: Floats, difference: Floats, unit: float) -> Floats:
     """The local difference (h, w) in units of the error that is expected of a VAE."""
-    size = np.sqrt(_blur((difference**2).mean(-1), unit))
+    size = np.sqrt(_blur((_blur(difference, FINEST) ** 2).mean(-1), unit))
     contrast = np.sqrt(_blur(((before - _blur(before, unit)) ** 2).mean(-1), unit))
     return (size / (FLAT_ERROR + CONTRAST_ERROR * contrast)).astype(np.float32)
 

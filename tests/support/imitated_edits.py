@@ -13,9 +13,11 @@ PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
 SHIFT = np.array([1.5, -1.0, 2.0]) / 255  # of an imitated VAE's colours
 
 
-def photograph(name, megapixels=1.5):
-    """One of scikit-image's photographs, enlarged, with a grain that is finer than any working size shows."""
+def photograph(name, megapixels=1.5, enlarged=True):
+    """One of scikit-image's photographs. Enlarged, it gets a grain that is finer than any working size shows."""
     image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    if not enlarged:
+        return image
     scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     grain = np.random.default_rng(0).integers(-3, 4, (image.height, image.width, 1))
