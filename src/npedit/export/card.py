@@ -176,8 +176,8 @@ def _diffusers_text(facts: CardFacts) -> str:
 def _comfyui_text(facts: CardFacts) -> str:
     if (facts.folder / "workflow.json").is_file():
         return (
-            "Copy `custom_nodes` into ComfyUI's folder and `loras` or `diffusion_models` into its folder `models`, then "
-            "open `workflow.json`.\n"
+            "Copy `custom_nodes` into ComfyUI's folder and `loras` or `diffusion_models` into its folder `models`. "
+            "Then open `workflow.json`.\n"
         )
     return "This folder has no files for ComfyUI; `npedit export --as comfyui` writes them.\n"
 
