@@ -159,5 +159,5 @@ def test_a_folder_for_comfyui_names_no_other_tool(tmp_path: Path) -> None:
     (tmp_path / "workflow.json").touch()
     (tmp_path / "loras").mkdir()
     found = ModelCard(write_card(CardFacts(tmp_path, editor(), None, None, [])))
-    assert "Then open `workflow.json`" in found.text and "### npedit" not in found.text and "### diffusers" not in found.text
+    assert "open `workflow.json`" in found.text and "### npedit" not in found.text and "### diffusers" not in found.text
     assert found.data.base_model_relation == "adapter"
