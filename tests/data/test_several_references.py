@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from npedit.data import collate, imagefolder
-from npedit.editor import Editor, to_pil
+from npedit.data._photos import to_pil
+from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.generator import edit_images

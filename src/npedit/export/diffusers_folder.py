@@ -125,19 +125,8 @@ def pipeline_source(family: str) -> str:
     ends = [max(n.end_lineno or 0 for n in t.body if isinstance(n, (ast.Import, ast.ImportFrom))) for t in trees]
     bodies = ["\n".join(text.splitlines()[end:]).strip("\n") for text, end in zip(files, ends)]
     head = f'"""{ast.get_docstring(trees[0], clean=False)}"""\n\nfrom __future__ import annotations\n'
-    return (
-        "\n".join(
-            [
-                head,
-                *sorted(set(imports), key=lambda line: (line.split()[1].lower(), line)),
-                "\n",
-                bodies[1],
-                "\n",
-                bodies[0],
-            ]
-        )
-        + "\n"
-    )
+    lines = sorted(set(imports), key=lambda line: (line.split()[1].lower(), line))
+    return "\n".join([head, *lines, "\n", bodies[1], "\n", bodies[0]]) + "\n"
 
 
 def _is_outside_import(node: ast.stmt) -> bool:
