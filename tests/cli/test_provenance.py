@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from npedit.cli.provenance import EDITED_BY_AI, MOST_CHARACTERS, xmp_packet
+from npedit.provenance import EDITED_BY_AI, MOST_CHARACTERS, xmp_packet
 from tests.support.command_line import picture, run
 
 EXTENSION = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
@@ -68,7 +68,7 @@ def test_a_long_instruction_and_control_characters_fit_in_a_jpeg() -> None:
 
 
 def test_standard_output_carries_the_same_metadata(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npedit.cli.pictures import write_to_stdout
+    from npedit.output_pictures import write_to_stdout
 
     stream = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", stream)

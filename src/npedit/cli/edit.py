@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.cli.full_size import FullSize
-from npedit.cli.pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
-from npedit.cli.provenance import provenance_packet, require_choice
 from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
 from npedit.full_size import scale_back
 from npedit.input_pictures import open_picture, to_rgb
+from npedit.output_pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
+from npedit.provenance import provenance_packet, require_choice
 from npedit.runs.resolve import resolve_editor
 
 PICTURES = {*FORMATS, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}  # no instruction ends like this

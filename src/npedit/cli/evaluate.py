@@ -77,7 +77,7 @@ def toy(
     import tempfile
 
     from npedit.benchmarks import toy as bench
-    from npedit.cli.pictures import check_writable, save_picture
+    from npedit.output_pictures import check_writable, save_picture
     from npedit.report.report import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from npedit.cli.pictures import save_picture
 from npedit.full_size import keep_unchanged, mask_image
+from npedit.output_pictures import save_picture
 
 
 class FullSize:

@@ -53,7 +53,7 @@ def toy_sheet(
     seed: SeedOption = 0,
 ) -> None:
     """Write a picture with one random scene of every edit type, its instruction and the true result."""
-    from npedit.cli.pictures import save_picture
+    from npedit.output_pictures import save_picture
     from npedit.report.report import draw_toy_sheet
 
     save_picture(draw_toy_sheet(seed), picture)

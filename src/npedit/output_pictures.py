@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, PngImagePlugin
 
@@ -16,7 +16,7 @@ from npedit.errors import UserError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ALPHA = {".png", ".webp"}  # the suffixes of formats with transparency
-OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}  # of Pillow, by format
 LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # in pixels, by the formats' own specifications
 
 
@@ -65,7 +65,7 @@ def save_picture(picture: Image.Image, path: Path, overwrite: bool = True, xmp: 
     aside = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, kind, icc_profile=srgb_profile(), **OPTIONS.get(kind, {}), **_xmp_options(kind, xmp))
+        _save(picture, aside, kind, xmp)
         if not overwrite and os.path.lexists(path):
             raise UserError(
                 f"expected a new file; {path} was made meanwhile. Choose another place, or use --overwrite."
@@ -77,12 +77,21 @@ def save_picture(picture: Image.Image, path: Path, overwrite: bool = True, xmp: 
         aside.unlink(missing_ok=True)
 
 
+def encode_picture(picture: Image.Image, kind: str, xmp: bytes = b"") -> bytes:
+    """The bytes of a picture's file; `kind` is one of the values of `FORMATS`."""
+    buffer = io.BytesIO()
+    _save(picture, buffer, kind, xmp)
+    return buffer.getvalue()
+
+
 def write_to_stdout(picture: Image.Image, xmp: bytes = b"") -> None:
     """Write a picture to standard output as PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", icc_profile=srgb_profile(), **_xmp_options("PNG", xmp))
-    sys.stdout.buffer.write(buffer.getvalue())
+    sys.stdout.buffer.write(encode_picture(picture, "PNG", xmp))
     sys.stdout.buffer.flush()
+
+
+def _save(picture: Image.Image, target: Path | IO[bytes], kind: str, xmp: bytes) -> None:
+    picture.save(target, kind, icc_profile=srgb_profile(), **OPTIONS.get(kind, {}), **_xmp_options(kind, xmp))
 
 
 def _xmp_options(kind: str, xmp: bytes) -> dict[str, Any]:
