@@ -139,7 +139,7 @@ def test_a_body_without_a_stated_size_is_limited_too(client):
     assert answer.status_code == 413
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1/edits"])
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/edits"])
 def test_other_paths_and_methods(client, path):
     answer = client.get(path)
     assert answer.status_code in (404, 405) and answer.json()["error"]["type"] == "invalid_request_error"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "NPEDIT_SERVE_TOKEN"
 LEAST_TOKEN = 16  # characters
-DRAIN_SECONDS = 120
 
 
 def is_local(host: str) -> bool:
@@ -70,6 +69,9 @@ def serve(
     most_megapixels: Annotated[
         float, typer.Option("--max-megapixels", help="Largest picture, in megapixels.", min=0.01, max=100)
     ] = 50.0,
+    critic: Annotated[
+        bool, typer.Option("--critic", help="Load the critic of the run's recipe, so that the page can ask it.")
+    ] = False,
     base: BaseOption = "",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the models in the CPU's memory between uses.")] = (
         False
@@ -77,7 +79,7 @@ def serve(
     bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits; 0: as trained.")] = 0,
     tile: Annotated[int | None, typer.Option(help="Side of the decoder's tiles, in pixels; 0: none.", min=0)] = None,
 ) -> None:
-    """Put an editor behind an HTTP interface: /docs describes it. Ctrl-C or SIGTERM finishes the waiting edits."""
+    """Put an editor behind a page and an HTTP interface (/docs). Ctrl-C or SIGTERM finishes the waiting edits."""
     from npedit.editor import Editor
     from npedit.serve.limits import Limits
 
@@ -87,7 +89,7 @@ def serve(
     def open_editor() -> Editor:
         return Editor.open(run, tile=tile, base=base, offload=offload, bits=bits)
 
-    run_server(run, open_editor, host, port, token, limits, waiting, seconds, Console(soft_wrap=True))
+    run_server(run, open_editor, host, port, token, limits, waiting, seconds, critic, Console(soft_wrap=True))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,7 +120,7 @@ def address(listening: socket.socket) -> str:
 
 def run_server(
     name: str, open_editor: Callable[[], Editor], host: str, port: int, token: str, limits: Limits, waiting: int,
-    seconds: float, out: Console,
+    seconds: float, with_critic: bool, out: Console,
 ) -> None:  # fmt: skip
     """Open the editor, then listen until a signal comes.
 
@@ -126,25 +128,28 @@ def run_server(
         UserError: a package is missing, the editor cannot be opened, or the address is taken.
     """
     try:
-        import uvicorn
-
         from npedit.serve.api import LOCAL_HOSTS, ServerSettings, make_app
+        from npedit.serve.http_server import HttpServer
+        from npedit.serve.page import add_page
         from npedit.serve.queue import EditQueue
+        from npedit.serve.verdict import find_critic, find_recipe
     except ImportError as error:
         raise UserError(
             f"expected the packages of the extra 'serve'; got none named {error.name}; install them: "
             "pip install 'npedit[serve]'"
         ) from None
+    recipe = find_recipe(name)
+    critic = find_critic(name, recipe, with_critic)
     queue = EditQueue(open_editor, waiting, seconds)
     queue.editor.result()
     hosts = LOCAL_HOSTS if is_local(host) else ()
     app = make_app(queue, ServerSettings(name, token, hosts, limits))
+    add_page(app, critic, is_toy=recipe is not None and recipe.family.weights == "embedded")
     sock = listen(host, port)
     out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
     try:
-        uvicorn.Server(config).run([sock])
+        HttpServer(app).run([sock])
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:

@@ -25,7 +25,7 @@ from npedit.serve.body_limit import BodyLimit
 from npedit.serve.limits import BadRequest, Limits, read_instruction, read_int, read_picture
 from npedit.serve.metrics import Metrics
 from npedit.serve.pictures import MEDIA_TYPES, encode_picture
-from npedit.serve.queue import Draining, EditQueue, EditRequest, QueueFull, TooLate
+from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "testserver")
 OPEN_PATHS = ("/health",)  # without the token: what a load balancer asks
@@ -64,6 +64,7 @@ def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
     _add_state(app)
     _add_edits(app)
     _add_openai(app)
+    _add_rest(app)
     app.middleware("http")(_guard(settings, metrics))
     app.add_middleware(BodyLimit, most=settings.limits.bytes)
     if settings.hosts:
@@ -110,9 +111,9 @@ def _error(message: str, status: int, param: str = "") -> JSONResponse:
 def _add_errors(app: FastAPI) -> None:
     """What each error becomes."""
     answers: dict[type[Exception], tuple[int, str]] = {
-        QueueFull: (429, "too many edits wait; try again later"),
-        TooLate: (503, "the edit waited too long and was not begun; try again later"),
-        Draining: (503, "the server stops and takes no new edits"),
+        QueueFull: (429, REFUSALS[QueueFull]),
+        TooLate: (503, REFUSALS[TooLate]),
+        Draining: (503, REFUSALS[Draining]),
         ClientGone: (499, "the client closed the connection"),
     }
     for kind, (status, words) in answers.items():
@@ -237,6 +238,14 @@ async def _references(uploads: Sequence[UploadFile], limits: Limits) -> tuple[Im
     if len(uploads) > limits.references:
         raise BadRequest(f"expected at most {limits.references} further pictures; got {len(uploads)}", "reference")
     return tuple([await _picture(upload, limits, "reference") for upload in uploads])
+
+
+def _add_rest(app: FastAPI) -> None:
+    """An answer in JSON for what `/v1/` does not have; other paths are the page's."""
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def rest(request: Request, rest: str) -> Response:
+        return _error("expected a path and a method of /openapi.json; there is none of this name", 404)
 
 
 # ------------------------------------------------------------------------------------------------------- OpenAI's form

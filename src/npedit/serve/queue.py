@@ -31,6 +31,18 @@ class Draining(Exception):
     """The server stops, and takes no new request."""
 
 
+REFUSALS: dict[type[Exception], str] = {
+    QueueFull: "too many edits wait; try again later",
+    TooLate: "the edit waited too long and was not begun; try again later",
+    Draining: "the server stops and takes no new edits",
+}
+
+
+def words_for(error: Exception) -> str:
+    """What a client is told about a request that was not taken or not begun; "" for any other error."""
+    return next((words for kind, words in REFUSALS.items() if isinstance(error, kind)), "")
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One edit: an upright RGB picture, further references, an instruction, and the sampling settings. `steps` None is
