@@ -42,6 +42,17 @@ MOST_RESULTS = 4
 KEPT_SECONDS = 6 * 3600  # how long the page's files stay on disk
 LOOKS_EVERY = 600  # seconds between two looks for older files
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the reader's own fonts
+GALLERY: dict[str, Any] = {
+    "height": "auto", "allow_preview": False, "interactive": False, "fit_columns": False, "object_fit": "contain",
+    "buttons": [],
+}  # fmt: skip
+CSS = """
+#results .grid-wrap, #history .grid-wrap { height: auto; min-height: 8rem; padding-top: 2.2rem; overflow: visible; }
+#results .caption-label, #history .caption-label {
+  inset: auto 0 0 0; max-width: none; white-space: normal; font-size: 0.7rem; line-height: 1.2; text-align: center;
+}
+#history .caption-label { max-height: 2.6rem; overflow: hidden; }
+"""  # captions in full, and no room for pictures that are not there
 THEME = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONO)
 
 
@@ -66,7 +77,7 @@ def add_page(app: FastAPI, critic: CriticQueue | None, is_toy: bool) -> None:
     blocks = make_page(PageParts(queue, settings, critic, folder, is_toy))
     gr.mount_gradio_app(
         app, blocks, "/", footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
-        max_file_size=settings.limits.bytes, theme=THEME, auth=_check_token(settings.token),
+        max_file_size=settings.limits.bytes, theme=THEME, css=CSS, auth=_check_token(settings.token),
         auth_message="Any user name will do. The password is the server's token.",
     )  # fmt: skip
     app.state.page = next(route.app for route in reversed(app.routes) if isinstance(route, Mount))
@@ -156,18 +167,12 @@ def _add_inputs(parts: PageParts) -> Inputs:
 def _add_outputs() -> Outputs:
     slider = gr.ImageSlider(label="Before and after", interactive=False, max_height=420, elem_id="slider")
     caption = gr.Markdown("", elem_id="caption")
-    results = gr.Gallery(
-        label="Results (click one)", columns=4, height="auto", allow_preview=False, interactive=False, fit_columns=False,
-        object_fit="contain", buttons=[], elem_id="results",
-    )  # fmt: skip
+    results = gr.Gallery(label="Results (click one)", columns=4, elem_id="results", **GALLERY)
     with gr.Row():
         further = gr.Button("Edit further", interactive=False, elem_id="further")
         undo = gr.Button("Undo", interactive=False, elem_id="undo")
         download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
-    history = gr.Gallery(
-        label="History (click one)", columns=6, height="auto", allow_preview=False, interactive=False, fit_columns=False,
-        object_fit="contain", buttons=[], elem_id="history",
-    )  # fmt: skip
+    history = gr.Gallery(label="History (click one)", columns=6, elem_id="history", **GALLERY)
     return Outputs(slider, caption, results, further, undo, download, history)
 
 
@@ -310,7 +315,7 @@ def _write_pictures(parts: PageParts, before: Image.Image, edited: Sequence[Imag
     """Write the visitor's picture and its edits as PNG files of the page; only the edits have metadata of an edit."""
     own = io.BytesIO()
     before.save(own, "PNG", compress_level=1)
-    edits = (encode_picture(picture, "png", parts.settings.name) for picture in edited)
+    edits = (encode_picture(picture, "png", parts.settings.editor) for picture in edited)
     return [_write_file(parts.folder, data) for data in (own.getvalue(), *edits)]
 
 
