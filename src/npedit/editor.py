@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 BATCH_PIXELS = 1024 * 1024  # of one pass through the editor, counted at the size that it works at
 BATCH_ITEMS = 16  # the most pictures in one pass
 WINDOW_PIXELS = 64_000_000  # of the pictures that `edit_each` holds at a time, at their full size
+MOST_WARNED = 1000  # instructions that are remembered, so that each is reported once
 NOT_QUANTISED = ("lm_head", "visual")  # parts of text encoders that editing does not call
 
 
@@ -261,6 +262,8 @@ class Editor:
         for text in dict.fromkeys(instructions):
             (lost,) = self.family.truncated_part([text])
             if lost and text not in self._warned:
+                if len(self._warned) >= MOST_WARNED:
+                    self._warned.clear()
                 self._warned.add(text)
                 log.warning(
                     "the instruction is longer than the text encoder takes; this part of it is not read: %r", lost

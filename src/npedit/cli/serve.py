@@ -69,6 +69,9 @@ def serve(
     most_megapixels: Annotated[
         float, typer.Option("--max-megapixels", help="Largest picture, in megapixels.", min=0.01, max=100)
     ] = 50.0,
+    most_gib: Annotated[
+        float, typer.Option("--max-memory-gib", help="Memory of all requests' pictures together, in GiB.", min=0.01)
+    ] = 4.0,
     critic: Annotated[
         bool, typer.Option("--critic", help="Load the critic of the run's recipe, so that the page can ask it.")
     ] = False,
@@ -81,15 +84,42 @@ def serve(
 ) -> None:
     """Put an editor behind a page and an HTTP interface (/docs). Ctrl-C or SIGTERM finishes the waiting edits."""
     from npedit.editor import Editor
-    from npedit.serve.limits import Limits
 
     token = read_token(host, token_file)
-    limits = Limits(bytes=int(most_mib * 2**20), pixels=int(most_megapixels * 1e6))
+    limits = make_limits(most_mib, most_megapixels, most_gib)
 
     def open_editor() -> Editor:
         return Editor.open(run, tile=tile, base=base, offload=offload, bits=bits)
 
     run_server(run, open_editor, host, port, token, limits, waiting, seconds, critic, Console(soft_wrap=True))
+
+
+def make_limits(mib: float, megapixels: float, memory_gib: float) -> Limits:
+    """The limits of requests.
+
+    Raises:
+        UserError: the memory is less than one picture may need.
+    """
+    from npedit.serve.limits import Limits
+    from npedit.serve.memory import BYTES_PER_PIXEL, PictureMemory
+
+    pixels, memory = int(megapixels * 1e6), int(memory_gib * 2**30)
+    if memory < pixels * BYTES_PER_PIXEL:
+        raise UserError(
+            f"expected --max-memory-gib of at least {pixels * BYTES_PER_PIXEL / 2**30:.2f}, which one picture of "
+            f"{megapixels:g} megapixels needs; got {memory_gib:g}. Or give a smaller --max-megapixels."
+        )
+    return Limits(bytes=int(mib * 2**20), pixels=pixels, memory=PictureMemory(memory))
+
+
+def public_names(run: str) -> tuple[str, str]:
+    """The names of an editor as a model of the interface, and in the metadata of its results; without its place on this
+    computer."""
+    from npedit.provenance import editor_name
+    from npedit.runs.resolve import resolve_editor
+
+    name = editor_name(run, resolve_editor(run))
+    return (run if run == "embedded" else name), name
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -143,7 +173,8 @@ def run_server(
     queue = EditQueue(open_editor, waiting, seconds)
     queue.editor.result()
     hosts = LOCAL_HOSTS if is_local(host) else ()
-    app = make_app(queue, ServerSettings(name, token, hosts, limits))
+    shown_name, editor = public_names(name)
+    app = make_app(queue, ServerSettings(shown_name, token, hosts, limits, editor))
     add_page(app, critic, is_toy=recipe is not None and recipe.family.weights == "embedded")
     sock = listen(host, port)
     out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)

@@ -8,6 +8,7 @@ import base64
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from npedit import __version__
 from npedit.errors import UserError
 from npedit.serve.body_limit import BodyLimit
-from npedit.serve.limits import BadRequest, Limits, read_instruction, read_int, read_picture
+from npedit.serve.limits import BadRequest, Limits, read_bool, read_instruction, read_int, read_picture
 from npedit.serve.metrics import Metrics
 from npedit.serve.pictures import MEDIA_TYPES, encode_picture
 from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
@@ -35,13 +36,15 @@ SECONDS_BETWEEN_LOOKS = 0.25  # at whether the client is still there
 
 @dataclass
 class ServerSettings:
-    """How a server is reached. `token` "" asks for none. `hosts` are the names that requests may address, so that a
+    """How a server is reached. `name` is that of its model, and `editor` is the name in the results' metadata.
+    `token` "" asks for none. `hosts` are the names that requests may address, so that a
     page of another site cannot reach a server on this machine through a name of its own; empty allows all."""
 
     name: str = "embedded"
     token: str = ""
     hosts: Sequence[str] = LOCAL_HOSTS
     limits: Limits = field(default_factory=Limits)
+    editor: str = "npedit"
 
 
 class ClientGone(Exception):
@@ -79,22 +82,40 @@ def _guard(settings: ServerSettings, metrics: Metrics) -> Any:
     """Ask for the token, and count the request."""
 
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begun = time.monotonic()
-        if _is_allowed(request, settings.token):
-            response = await call_next(request)
-        else:
-            response = _error("expected the server's token as 'Authorization: Bearer TOKEN'", 401)
-        route = getattr(request.scope.get("route"), "path", "other")
-        metrics.requests.labels(route, response.status_code).inc()
-        metrics.seconds.labels(route).observe(time.monotonic() - begun)
-        return response
+        begun, status = time.monotonic(), 500
+        try:
+            response = _refusal(request, settings) or await call_next(request)
+            status = response.status_code
+            return response
+        finally:
+            route = getattr(request.scope.get("route"), "path", "other")
+            metrics.requests.labels(route, status).inc()
+            metrics.seconds.labels(route).observe(time.monotonic() - begun)
 
     return guard
 
 
+def _refusal(request: Request, settings: ServerSettings) -> Response | None:
+    """The answer to a request that may not be made, before its body is read; None if it may."""
+    if not _is_allowed(request, settings.token):
+        return _error("expected the server's token as 'Authorization: Bearer TOKEN'", 401)
+    if settings.hosts and _is_from_another_site(request):
+        return _error("expected a request of this server's own page or of a program; got one of another site", 403)
+    return None
+
+
+def _is_from_another_site(request: Request) -> bool:
+    """Whether a page of another site makes the browser change something here. Only browsers send `Origin`."""
+    origin = request.headers.get("origin")
+    if origin is None or request.method in ("GET", "HEAD"):
+        return False
+    return origin.partition("://")[2] != request.headers.get("host", "")
+
+
 def _is_allowed(request: Request, token: str) -> bool:
     """Whether no token is needed, or the request has it."""
-    if not token or request.url.path in OPEN_PATHS or not request.url.path.startswith(("/v1/", "/metrics")):
+    path = request.scope["path"]  # not that of `request.url`, in which the client's header Host has a part
+    if not token or path in OPEN_PATHS or not path.startswith(("/v1/", "/metrics")):
         return True
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), token.encode())
@@ -178,22 +199,26 @@ def _add_state(app: FastAPI) -> None:
 
 async def _edited(request: Request, queue: EditQueue, wanted: Sequence[EditRequest]) -> list[Image.Image]:
     """The pictures, in order. If the client goes away, those not begun are not edited."""
-    results = [queue.submit(one) for one in wanted]
-    futures = [asyncio.wrap_future(one) for one in results]
+    results: list[Future[Image.Image]] = []
+    futures: list[asyncio.Future[Image.Image]] = []
     try:
+        for one in wanted:
+            results.append(queue.submit(one))
+        futures = [asyncio.wrap_future(one) for one in results]
         while pending := [f for f in futures if not f.done()]:
             await asyncio.wait(pending, timeout=SECONDS_BETWEEN_LOOKS)
             if await request.is_disconnected():
                 raise ClientGone
         return [f.result() for f in futures]
     finally:
-        for one in results:
-            one.cancel()
+        for result in results:
+            result.cancel()
         await asyncio.gather(*futures, return_exceptions=True)
 
 
 def _add_edits(app: FastAPI) -> None:
-    queue, limits, name = app.state.queue, app.state.settings.limits, app.state.settings.name
+    queue, settings = app.state.queue, app.state.settings
+    limits = settings.limits
 
     @app.post("/v1/edits", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def edit(
@@ -206,19 +231,23 @@ def _add_edits(app: FastAPI) -> None:
         seed: Annotated[str, Form(description="A whole number; the same seed gives the same picture.")] = "0",
         steps: Annotated[str, Form(description="Sampling steps; empty: as in training.")] = "",
         output_format: Annotated[str, Form(description="png, jpeg or webp.")] = "png",
+        keep_resolution: Annotated[
+            str, Form(description="true: what the edit left unchanged is the photo's own at full size.")
+        ] = "false",
     ) -> Response:
         """Edit one picture; the answer is the edited picture's file."""
         media = _media_type(output_format)
-        further = await _references(reference or [], limits)
+        further = await _references(reference or [], limits, queue)
         wanted = EditRequest(
             await _picture(image, limits, "image"),
             read_instruction(instruction, limits, "instruction"),
             read_int(seed, "seed", 0, 0, MOST_SEED) or 0,
             read_int(steps, "steps", None, 1, limits.steps),
             further,
+            read_bool(keep_resolution, "keep_resolution"),
         )
         (picture,) = await _edited(request, queue, [wanted])
-        data = await asyncio.to_thread(encode_picture, picture, output_format, name)
+        data = await asyncio.to_thread(encode_picture, picture, output_format, settings.editor)
         return Response(data, media_type=media, headers={"X-Seed": str(wanted.seed)})
 
 
@@ -234,9 +263,10 @@ async def _picture(upload: UploadFile, limits: Limits, param: str) -> Image.Imag
     return await asyncio.to_thread(read_picture, await upload.read(), limits, param)
 
 
-async def _references(uploads: Sequence[UploadFile], limits: Limits) -> tuple[Image.Image, ...]:
-    if len(uploads) > limits.references:
-        raise BadRequest(f"expected at most {limits.references} further pictures; got {len(uploads)}", "reference")
+async def _references(uploads: Sequence[UploadFile], limits: Limits, queue: EditQueue) -> tuple[Image.Image, ...]:
+    most = min(limits.references, queue.most_references)
+    if len(uploads) > most:
+        raise BadRequest(f"expected at most {most} further pictures; got {len(uploads)}", "reference")
     return tuple([await _picture(upload, limits, "reference") for upload in uploads])
 
 
@@ -252,7 +282,8 @@ def _add_rest(app: FastAPI) -> None:
 
 
 def _add_openai(app: FastAPI) -> None:
-    queue, limits, name = app.state.queue, app.state.settings.limits, app.state.settings.name
+    queue, settings = app.state.queue, app.state.settings
+    limits = settings.limits
 
     @app.post("/v1/images/edits")
     async def openai_edit(
@@ -274,13 +305,13 @@ def _add_openai(app: FastAPI) -> None:
         if not uploads:
             raise BadRequest("expected a picture in 'image'; got none", "image")
         photo = await _picture(uploads[0], limits, "image")
-        further = await _references(uploads[1:], limits)
+        further = await _references(uploads[1:], limits, queue)
         text = read_instruction(prompt, limits, "prompt")
         count = read_int(n, "n", 1, 1, limits.results) or 1
         first = read_int(seed, "seed", 0, 0, MOST_SEED - count) or 0
         wanted = [EditRequest(photo, text, first + i, None, further) for i in range(count)]
         pictures = await _edited(request, queue, wanted)
-        files = [await asyncio.to_thread(encode_picture, p, output_format, name) for p in pictures]
+        files = [await asyncio.to_thread(encode_picture, p, output_format, settings.editor) for p in pictures]
         data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
         return {"created": int(time.time()), "output_format": output_format, "data": data}
 

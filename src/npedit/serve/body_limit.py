@@ -7,57 +7,71 @@ import json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DISCARDED = 4  # times the limit: how much of a body is read and thrown away, so that the client reads the answer
+TOGETHER = 32  # times the limit: bytes of the bodies of all requests that are not answered yet
 
 
-class BodyTooLarge(Exception):
-    """More bytes came than a request may have."""
+class BodyRefused(Exception):
+    """More bytes came than this request, or all requests together, may have."""
 
 
 class BodyLimit:
     """An ASGI middleware: status 413 for a body of more than `most` bytes, by its `Content-Length`, or once more have
-    come."""
+    come; status 429 once the bodies of all requests together have more than `TOGETHER` times as many."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         if _declared_bytes(scope) > self.most:
-            await _discard(receive, DISCARDED * self.most)
-            await self._refuse(send)
+            await self._refuse(receive, send, 413)
             return
-        count, is_refused = 0, False
+        count = status = 0
+        is_refused = False
 
         async def counted() -> Message:
-            nonlocal count
+            nonlocal count, status
             message = await receive()
-            count += len(message.get("body", b""))
-            if count > self.most:
-                raise BodyTooLarge
+            size = len(message.get("body", b""))
+            count, self._held = count + size, self._held + size
+            status = status or self._status(count)
+            if status:
+                raise BodyRefused
             return message
 
         async def replaced(message: Message) -> None:
-            """The app's own answer, or 413 in its place, as frameworks make another error of `BodyTooLarge`."""
+            """The app's own answer, or a refusal in its place: frameworks make another error of `BodyRefused`."""
             nonlocal is_refused
-            if count <= self.most:
+            if not status:
                 await send(message)
             elif not is_refused:
                 is_refused = True
-                await _discard(receive, DISCARDED * self.most)
-                await self._refuse(send)
+                await self._refuse(receive, send, status)
 
         try:
             await self.app(scope, counted, replaced)
-        except BodyTooLarge:
+        except BodyRefused:
             await replaced({"type": "http.response.start"})
+        finally:
+            self._held -= count
 
-    async def _refuse(self, send: Send) -> None:
+    def _status(self, count: int) -> int:
+        """The HTTP status for a body of which `count` bytes have come, 0 if it is not too large."""
+        if count > self.most:
+            return 413
+        return 429 if self._held > TOGETHER * self.most else 0
+
+    async def _refuse(self, receive: Receive, send: Send, status: int) -> None:
+        await _discard(receive, DISCARDED * self.most)
         words = f"expected at most {self.most / 2**20:g} MiB in one request; got more; send a smaller picture"
+        if status == 429:
+            words = "too many requests are being sent; try again later"
         body = json.dumps({"error": {"message": words, "type": "invalid_request_error", "param": None, "code": None}})
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body.encode()})
 
 

@@ -7,6 +7,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
+from npedit.serve.connections import TimedConnection
 from npedit.serve.page import stop_page
 
 DRAIN_SECONDS = 120
@@ -17,8 +18,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False)
-        )
+            uvicorn.Config(
+                app, http=TimedConnection, ws="none", log_level="warning", server_header=False,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+            )
+        )  # fmt: skip
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

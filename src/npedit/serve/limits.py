@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
 from npedit.data._photos import BadImage, decoding, refuse_animation
 from npedit.errors import UserError
 from npedit.input_pictures import check_size, to_rgb
+from npedit.serve.memory import MemoryFull, PictureMemory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # that are decoded; Pillow is not asked for any other
+MOST_PROFILE_BYTES = 4 * 2**20  # of a colour profile; profiles are kept in a cache
+MOST_SCANS = (
+    100  # of a JPEG file. Each scan goes over all pixels, and needs few bytes; cameras and tools write up to 15
+)
+START_OF_SCAN = b"\xff\xda"
 
 
 @dataclass(frozen=True)
 class Limits:
     """The largest request: bytes of its body, pixels of one picture, characters of an instruction, steps, results of
-    one request, further references."""
+    one request, further references. `memory` counts the pictures of all requests."""
 
     bytes: int = 32 * 2**20
     pixels: int = 50_000_000
@@ -25,6 +31,7 @@ class Limits:
     steps: int = 16
     results: int = 4
     references: int = 3
+    memory: PictureMemory = field(default_factory=PictureMemory)
 
 
 class BadRequest(UserError):
@@ -40,7 +47,8 @@ def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Ima
     if they are few enough.
 
     Raises:
-        BadRequest: it is no picture of `FORMATS`, broken, an animation, or too large.
+        BadRequest: it is no picture of `FORMATS`, broken, an animation, or too large; or the pictures of other requests
+            need the memory.
     """
     if not data:
         raise BadRequest(f"expected a picture in {param!r}; got an empty file", param)
@@ -49,10 +57,12 @@ def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Ima
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             refuse_animation(image)
             _check_pixels(image, limits, param)
-            image.load()
-            return to_rgb(image)
+            _check_cost(image, data, param)
+            return limits.memory.decode(lambda: to_rgb(image), image.width * image.height)
     except BadRequest:
         raise
+    except MemoryFull:
+        raise BadRequest("too many large pictures wait; try again later", param, 429) from None
     except (BadImage, UserError) as error:
         raise BadRequest(f"expected a picture ({', '.join(FORMATS)}) in {param!r}; got: {error}", param) from None
 
@@ -65,6 +75,18 @@ def _check_pixels(image: Image.Image, limits: Limits, param: str) -> None:
             f"expected at most {limits.pixels / 1e6:g} megapixels in {param!r}; got {found}; scale it down", param, 413
         )
     check_size(image, f"the picture in {param!r}")
+
+
+def _check_cost(image: Image.Image, data: bytes, param: str) -> None:
+    """Refuse a file that needs far more time or memory than its pixels do."""
+    if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
+        raise BadRequest(f"expected at most {MOST_SCANS} scans in {param!r}; got more; save it as a plain JPEG", param)
+    if len(image.info.get("icc_profile") or b"") > MOST_PROFILE_BYTES:
+        raise BadRequest(
+            f"expected a colour profile of at most {MOST_PROFILE_BYTES / 2**20:g} MiB in {param!r}; got a larger one; "
+            "convert the picture to sRGB",
+            param,
+        )
 
 
 def read_instruction(text: str | None, limits: Limits, param: str) -> str:
@@ -97,3 +119,14 @@ def read_int(value: str | None, param: str, default: int | None, least: int, mos
     if not least <= number <= most:
         raise BadRequest(f"expected a whole number from {least} to {most} in {param!r}; got {value[:40]!r}", param)
     return number
+
+
+def read_bool(value: str, param: str) -> bool:
+    """The truth value in a field.
+
+    Raises:
+        BadRequest: it is neither "true" nor "false".
+    """
+    if value not in ("true", "false"):
+        raise BadRequest(f"expected true or false in {param!r}; got {value[:40]!r}", param)
+    return value == "true"

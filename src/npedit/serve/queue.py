@@ -14,9 +14,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from PIL import Image
+from torch import Tensor
 
 from npedit.editor import BATCH_ITEMS, Editor
 from npedit.errors import UserError
+from npedit.full_size import keep_unchanged, scale_back
 
 
 class QueueFull(Exception):
@@ -46,13 +48,14 @@ def words_for(error: Exception) -> str:
 @dataclass(frozen=True)
 class EditRequest:
     """One edit: an upright RGB picture, further references, an instruction, and the sampling settings. `steps` None is
-    the editor's own number."""
+    the editor's own number. `keep_resolution` is that of `Editor.edit`."""
 
     picture: Image.Image
     instruction: str
     seed: int = 0
     steps: int | None = None
     references: tuple[Image.Image, ...] = ()
+    keep_resolution: bool = False
 
 
 @dataclass
@@ -91,6 +94,11 @@ class EditQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def most_references(self) -> int:
+        """How many further references the editor takes; the editor must be open."""
+        return self.editor.result().family.most_references - 1
 
     @property
     def is_draining(self) -> bool:
@@ -153,7 +161,9 @@ class EditQueue:
 def _fits(request: EditRequest, other: EditRequest) -> bool:
     """Whether one call of the editor can make both. References are those of all pictures of a call, so requests with
     references are edited alone."""
-    return request is other or (request.steps == other.steps and not request.references and not other.references)
+    if request.references or other.references:
+        return request is other
+    return request.steps == other.steps and request.keep_resolution == other.keep_resolution
 
 
 def _begin(chosen: Sequence[Waiting]) -> Iterator[Waiting]:
@@ -193,5 +203,10 @@ def _edit(editor: Editor, batch: Sequence[Waiting]) -> Iterator[Image.Image]:
     first = requests[0]
     yield from editor.edit_each(
         (r.picture for r in requests), [r.instruction for r in requests], [r.seed for r in requests], first.steps,
-        first.references,
+        first.references, _keep_unchanged if first.keep_resolution else scale_back,
     )  # fmt: skip
+
+
+def _keep_unchanged(original: Image.Image, reference: Tensor, edited: Tensor) -> Image.Image:
+    picture, _ = keep_unchanged(original, reference, edited)
+    return picture
