@@ -21,9 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from npedit.benchmarks import _outputs
 from npedit.benchmarks import dreambench as dreambench_benchmark
+from npedit.benchmarks._outputs import EditJob, edit_missing_pictures, save_png
 from npedit.cli import main as cli
 from npedit.cli.own import hash_editor
+from npedit.judges.cache import answer_cache_key, hash_json
 from npedit.recipe import config
 from npedit.runs.lock import hold
 from tests.support.encoder_sets import clip, dino
@@ -203,6 +206,28 @@ def test_pictures_are_not_reused_after_a_change(evaluated, change, here):
         code, said = call(name, here, here / "r", *words, url=server.url)
     found = edited_pictures(here / "r")
     assert is_same(found, expected) if code == 0 else is_same(found, old) and "choose another" in said, said
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_pictures_of_another_noise_are_made_anew(version, here, monkeypatch):
+    """Version 1 is the noise of pictures whose keys name no version."""
+    picture(0, (32, 32)).save(here / "a.png")
+    job, edited = EditJob("out.png", here / "a.png", "paint it red", seed=3), []
+
+    def edit(pictures, instructions, seed):
+        edited.append(seed)
+        return list(pictures)
+
+    monkeypatch.setattr(_outputs, "NOISE_VERSION", 2)
+    edit_missing_pictures([job], edit, here, lambda *_: None, editor={"files": "abc"})
+    if version == 1:
+        facts = {"files": "abc", "seed": 3, "longest": 0}
+        source = answer_cache_key([Image.open(here / "a.png").convert("RGB")])
+        key = hash_json({"source": source, "instruction": "paint it red", "editor": facts})
+        save_png(picture(1, (32, 32)), here / "out.png", key)
+    monkeypatch.setattr(_outputs, "NOISE_VERSION", max(2, version))
+    edit_missing_pictures([job], edit, here, lambda *_: None, editor={"files": "abc"})
+    assert edited == ([3] if version == 2 else [3, 3])
 
 
 def test_the_hash_of_an_editor_covers_its_local_base_model(tmp_path):

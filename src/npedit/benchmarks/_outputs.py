@@ -15,6 +15,7 @@ from rich.table import Table
 
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
+from npedit.generator import NOISE_VERSION
 from npedit.judges.cache import answer_cache_key, hash_json
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
@@ -88,13 +89,14 @@ def _edit_chunk(chunk: Sequence[EditJob], edit: Edit, folder: Path, longest: int
 
 
 def edit_cache_key(source: Image.Image, instruction: str, editor: Mapping[str, Any]) -> str:
-    """A hash of everything that an edited picture depends on: the source's pixels, the instruction, and the editor's
-    facts (weights, seed, steps)."""
+    """A hash of everything that an edited picture depends on: the source's pixels, the instruction, the editor's facts
+    (weights, seed, steps), and how a seed becomes noise."""
     return _hash_inputs(answer_cache_key([source]), instruction, editor)
 
 
 def _hash_inputs(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:
-    return hash_json({"source": source_digest, "instruction": instruction, "editor": dict(editor)})
+    editing = {"instruction": instruction, "editor": dict(editor), "noise": NOISE_VERSION}
+    return hash_json({"source": source_digest, **editing})
 
 
 def _hash_photo(path: Path) -> str:
