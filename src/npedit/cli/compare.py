@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
+from npedit.cli.local_page import PagePortOption
+from npedit.cli.people import AnswersOption, DataOption, is_answers, rate_results, read_answers
 from npedit.errors import UserError, did_you_mean, explain_write_errors
 
 if TYPE_CHECKING:
@@ -43,11 +45,16 @@ def compare(
     people: Annotated[
         Path | None,
         typer.Option(
-            help='File of human labels, one JSON object a line: {"result": a folder\'s name, "id": ..., "score": ...}'
+            metavar="FILE|A",
+            help='File of human labels, an object a line ({"result": a folder\'s name, "id": ..., "score": ...}), '
+            "or of people's answers. Or, as --people A B: open a page on which people compare A and B blindly.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of intervals and tests.", min=0)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compare results of different protocols or judges.")] = False,
+    answers: AnswersOption = Path("people.jsonl"),
+    data: DataOption = None,
+    port: PagePortOption = 7862,
     as_json: JsonOption = False,
 ) -> None:
     """Compare editors item by item: means, paired differences, win rates; of three or more a ranking.
@@ -56,7 +63,11 @@ def compare(
     correction for the number of tests printed.
     """
     with text_on_stderr(as_json):
-        values = _compare(folders, wanted or [], margin, plot, people, seed, force)
+        if people and people.is_dir():
+            results = open_results([people, *folders], force)
+            values = {"people": rate_results([people, *folders], results, data, answers, port, seed)}
+        else:
+            values = _compare(folders, wanted or [], margin, plot, people, seed, force)
     if as_json:
         print_json(values)
 
@@ -85,7 +96,9 @@ def _compare(
     if len(results) > 2:
         values["ranking"] = rank_editors(results, measures, margin, seed)
         out.print(ranking_table(values["ranking"]))
-    if people:
+    if people and is_answers(people):
+        values["people"] = read_answers(results, people, seed)
+    elif people:
         values["agreement"], labels = measure_agreement(results, measures, people, seed)
         out.print(agreement_table(values["agreement"], labels))
     _write_plot(results, measures, plot, seed)

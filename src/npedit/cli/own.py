@@ -82,7 +82,7 @@ def own(
     rows = rows[:items]
     lpips_model, source = open_lpips(lpips), PictureSource(model, edited, copy, base, seed, steps)
     with text_on_stderr(as_json), hold(folder, "evaluate own"):
-        evaluation = PictureEvaluation.prepare("own", folder, facts, source, (dino, clip), lpips_model)
+        evaluation = PictureEvaluation.prepare("own", folder, facts, source, (dino, clip), lpips_model, data)
         evaluation.edit_pictures(bench.edit_jobs(rows, seed))
         with ProgressBar("scoring") as report_progress:
             scored = bench.score_pictures(rows, evaluation.pictures, *evaluation.encoders, report_progress, lpips_model)
@@ -199,8 +199,10 @@ class PictureEvaluation:
         source: PictureSource,
         encoder_weights: tuple[str, str],
         lpips: Any = None,
+        data: str = "",
     ) -> PictureEvaluation:
-        """Check all options, open the encoders and write settings.json, before any picture is edited.
+        """Check all options, open the encoders and write settings.json, before any picture is edited. `data` is where
+        the photos lie, for `compare --people`.
 
         Raises:
             UserError: options do not fit together, or the folder holds results of other settings.
@@ -213,7 +215,7 @@ class PictureEvaluation:
         source_facts = source.facts()
         protocol = {"benchmark": name, "measures": METRICS_VERSION, **facts}
         settings = {"npedit": __version__, "source": source_facts, "encoders": used, "protocol": protocol}
-        results.prepare_folder(folder, settings)
+        results.prepare_folder(folder, settings | ({"data": str(Path(data).expanduser().resolve())} if data else {}))
         return cls(name, folder, source.edited or folder / EDITED, source, source_facts, encoders)
 
     def edit_pictures(self, jobs: Sequence[Any], longest_side: int = 0) -> None:

@@ -16,6 +16,8 @@ from rich.markup import escape
 
 from npedit.cli.captions import run_captions
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
+from npedit.cli.local_page import PagePortOption
+from npedit.cli.review import run_review
 from npedit.cli.writers import (
     EngineOption,
     JpegQualityOption,
@@ -81,6 +83,9 @@ CaptionsOption = Annotated[
     typer.Option("--captions", help="PHOTOS is a set with instructions: fill the captions that its rows lack."),
 ]
 MergeOption = Annotated[bool, typer.Option("--merge", help="Merge finished shards into one set.")]
+ReviewOption = Annotated[
+    bool, typer.Option("--review", help="PHOTOS is a set: open a page on which a person accepts, mends, rejects rows.")
+]
 
 
 def prepare(
@@ -112,6 +117,8 @@ def prepare(
     seed: SeedOption = 0,
     shard: ShardOption = "",
     merge: MergeOption = False,
+    review: ReviewOption = False,
+    port: PagePortOption = 7861,
     captions: CaptionsOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = "",
@@ -125,8 +132,9 @@ def prepare(
 
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
-    if merge:
-        merge_shards(words, folder, writer, as_json)
+    if merge or review:
+        others = given(out=folder, writer=writer, captions=captions, dry_run=dry_run, json=as_json, merge=merge)
+        merge_shards(words, folder, writer, as_json) if not review else run_review(words, others, port)
         return
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
@@ -135,13 +143,11 @@ def prepare(
     models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
         photos, target, loaded, models, open_engine(engine, ray_address, models), licences,
-        (price_in, price_out, max_cost),
-        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "subjects": subjects,
-         "duplicates": duplicates, "held_out": held_out, "shard": part},
+        (price_in, price_out, max_cost), {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed,
+        "rounds": rounds, "subjects": subjects, "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
-    of_new_edits = given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
-                         shard=shard, dry_run=dry_run)  # fmt: skip
-    run(job, of_new_edits, captions, dry_run, as_json)
+    run(job, given(types=types, custom=custom, language=language, licences=licences, subjects=subjects, shard=shard,
+                   dry_run=dry_run), captions, dry_run, as_json)  # fmt: skip
 
 
 @dataclass(frozen=True)

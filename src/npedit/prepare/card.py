@@ -21,7 +21,7 @@ def write_card(facts: Mapping[str, Any]) -> str:
         "# Photos with edit instructions\n",
         f"{counts['rows']} edits of {counts['photos_with_rows']} photos. There are no edited images: each row has a "
         "photo, an instruction, and a caption of the wanted result. `npedit prepare` wrote the texts with the models "
-        "below. No person has read them.\n",
+        f"below.{'' if facts.get('review') else ' No person has read them.'}\n",
         _table("Edits by type", ("type", "wanted share", "rows", "share"), _type_rows(facts)),
         _table("Models", ("pass", "model", "prompt version", "prompt sha256"), _model_rows(facts)),
         _rejected_text(counts),

@@ -4,7 +4,7 @@ metadata.jsonl   one row an edit        images/          the photos, unchanged (
 held_out.txt     ids for data.held_out  rejected.jsonl   rejected rows with pass and reason
 bad_photos.jsonl photos not used        prepare.json     models, prompts, settings, counts
 answers.jsonl    every answer           photos.jsonl     what was read from each photo
-README.md        the data card
+README.md        the data card               review.jsonl     decisions of a person, see serve/review_set.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from npedit.runs.files import fsync_file, fsync_folder, write_text
 
 METADATA, REJECTED, BAD_PHOTOS = "metadata.jsonl", "rejected.jsonl", "bad_photos.jsonl"
 HELD_OUT, FACTS, CARD, IMAGES = "held_out.txt", "prepare.json", "README.md", "images"
-ANSWERS, PHOTOS = "answers.jsonl", "photos.jsonl"
+ANSWERS, PHOTOS, REVIEW = "answers.jsonl", "photos.jsonl", "review.jsonl"
 MAX_REFERENCES = 4  # further photos of one subject in a row
 
 Row = dict[str, Any]
@@ -159,6 +159,11 @@ def require_folder(folder: Path, photos: Path | None = None) -> None:
         raise UserError(f"expected --out outside the folder of photos; got {folder}; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder as --out; got the file {folder}; choose another name")
+    if (folder / REVIEW).exists():
+        raise UserError(
+            f"expected a set that no person has reviewed; got {folder}, whose {REVIEW} holds decisions that would be "
+            "lost; choose another folder"
+        )
     known = any((folder / name).exists() for name in (ANSWERS, PHOTOS, FACTS))
     hidden = (".lock", ".holder.json")
     if folder.is_dir() and not known and any(path.name not in hidden for path in folder.iterdir()):

@@ -1,0 +1,114 @@
+"""`npedit compare --people A B`: a page on which people compare two editors blindly, and what their answers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from npedit.cli.local_page import require_page_packages, run_page
+from npedit.errors import UserError
+
+if TYPE_CHECKING:
+    from npedit.scoring.results import Results
+
+out = Console(highlight=False, soft_wrap=True)
+AnswersOption = Annotated[Path, typer.Option("--answers", help="With --people A B: the file of people's answers.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="With --people A B: the evaluated data, if the results do not name their place."),
+]
+
+
+def rate_results(
+    folders: Sequence[Path], results: Sequence[Results], data: Path | None, answers: Path, port: int, seed: int
+) -> dict[str, Any]:
+    """Open the page until Ctrl-C, then print and return what people say ({} before the first answer).
+
+    Raises:
+        UserError: other than two folders, or folders without pictures.
+    """
+    if len(folders) != 2:
+        raise UserError(f"--people: expected two folders of results; got {len(folders)}; compare two editors at a time")
+    require_page_packages()
+    from npedit.runs.files import read_rows
+    from npedit.serve.people import Comparison, hold_answers, preferences, summarise
+    from npedit.serve.people_page import make_people_app
+    from npedit.serve.people_pairs import read_pairs
+
+    names = results[0].name, results[1].name
+    pairs, missing = read_pairs(folders, results, data)
+    if missing:
+        out.print(f"[yellow]note[/] {missing} items lack a picture in one of the results and are left out")
+    with hold_answers(answers):
+        words = f"Comparing {len(pairs)} items, answers in {answers},"
+        run_page(make_people_app(Comparison(names, pairs, answers, seed)), port, words)
+        rows = read_rows(answers)
+    if not preferences(rows, names):
+        return {}
+    found = summarise(results, rows, seed)
+    print_summary(found)
+    return found
+
+
+def is_answers(path: Path) -> bool:
+    """Whether a file holds answers of people about two editors, and not scores of pictures."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(next((line for line in file if line.strip()), "null"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and {"rater", "answer"} <= set(first)
+
+
+def read_answers(results: Sequence[Results], answers: Path, seed: int) -> dict[str, Any]:
+    """What the answers in a file say about two editors, which is printed too.
+
+    Raises:
+        UserError: other than two editors, or no answer about them.
+    """
+    from npedit.runs.files import read_rows
+    from npedit.serve.people import summarise
+
+    if len(results) != 2:
+        raise UserError(
+            f"--people: expected two folders of results with the answers of {answers}; got {len(results)}; compare the "
+            "two that people have seen"
+        )
+    found = summarise(results, read_rows(answers), seed)
+    print_summary(found)
+    return found
+
+
+def print_summary(found: Mapping[str, Any]) -> None:
+    """Print the win rate, and how well each metric agrees with people."""
+    rate = _format(found["win_rate"], found["ci95"])
+    out.print(
+        escape(
+            f"People: {found['editor']} against {found['baseline']}: win rate {rate}, p {found['p']:.4f}; "
+            f"{found['wins']}/{found['ties']}/{found['losses']} wins/ties/losses in {found['answers']} answers of "
+            f"{found['raters']} raters about {found['items']} items"
+        )
+    )
+    if found["left_share"] is not None:
+        out.print(f"The left result was preferred in {found['left_share']:.1%} of the answers that are no tie.")
+    shown = Table(title="Do metrics order the two pictures as people do?")
+    for column in ("metric", "items", "pairwise accuracy", "with calibrated ties"):
+        shown.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    for row in found["agreement"]:
+        shown.add_row(row["metric"], str(row["n"]), escape(_format(*row["accuracy"])), escape(_cell(row["with_ties"])))
+    out.print(shown)
+
+
+def _cell(estimate: Any) -> str:
+    return _format(*estimate) if estimate else "-"
+
+
+def _format(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else f"{value:.3f}"
