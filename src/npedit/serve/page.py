@@ -14,7 +14,7 @@ import secrets
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ GALLERY: dict[str, Any] = {
     "buttons": [],
 }  # fmt: skip
 CSS = """
-#results .grid-wrap, #history .grid-wrap { height: auto; min-height: 8rem; padding-top: 2.2rem; overflow: visible; }
+#results .grid-wrap, #history .grid-wrap { height: auto; min-height: 8rem; padding-top: 2.2rem; overflow: auto; }
 #results .caption-label, #history .caption-label {
   inset: auto 0 0 0; max-width: none; white-space: normal; font-size: 0.7rem; line-height: 1.2; text-align: center;
 }
-#history .caption-label { max-height: 2.6rem; overflow: hidden; }
+#history .caption-label { max-height: 2.9rem; overflow: hidden; }
 """  # captions in full, and no room for pictures that are not there
 THEME = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONO)
 
@@ -123,6 +123,7 @@ class Inputs:
     instruction: gr.Textbox
     seed: gr.Number
     count: gr.Slider
+    keep_resolution: gr.Checkbox
     ask_critic: gr.Checkbox
     edit: gr.Button
 
@@ -154,14 +155,15 @@ def _add_inputs(parts: PageParts) -> Inputs:
     )
     with gr.Row():
         seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-        count = gr.Slider(1, most, 1, step=1, label="Seeds side by side", min_width=160, elem_id="count")
+        count = gr.Slider(1, most, 1, step=1, label="Number of seeds", min_width=160, elem_id="count")
+    keep = gr.Checkbox(False, label="Keep the full resolution of what did not change", elem_id="keep")
     has_critic = parts.critic is not None
     ask_critic = gr.Checkbox(has_critic, label="Ask the critic about each result", visible=has_critic, elem_id="critic")
     edit = gr.Button("Edit", variant="primary", elem_id="edit")
     if parts.is_toy:
         rows = write_examples(parts.folder)
         gr.Examples(rows, [photo, instruction], label="Examples", cache_examples=False, api_visibility="private")
-    return Inputs(photo, instruction, seed, count, ask_critic, edit)
+    return Inputs(photo, instruction, seed, count, keep, ask_critic, edit)
 
 
 def _add_outputs() -> Outputs:
@@ -205,9 +207,10 @@ def _connect(parts: PageParts, state: gr.State, asked: Inputs, shown: Outputs) -
     """Say what each click does."""
     outputs = [state, *shown.as_list()]
 
-    async def edit(photo: Any, instruction: Any, seed: Any, count: Any, ask: Any, session: Session) -> list[Any]:
+    async def edit(*values: Any) -> list[Any]:
+        *given, session = values
         try:
-            session = session.with_turn(await _make_turn(parts, photo, instruction, seed, count, bool(ask)))
+            session = session.with_turn(await _make_turn(parts, *given))
         except Exception as error:  # noqa: BLE001 - the visitor is told, without a traceback
             raise _page_error(error) from None
         return [session, *_show(session)]
@@ -229,7 +232,7 @@ def _connect(parts: PageParts, state: gr.State, asked: Inputs, shown: Outputs) -
     def go_further(session: Session) -> list[Any]:
         return [session.shown[1].file if session.shown else gr.skip(), ""]
 
-    given = [asked.photo, asked.instruction, asked.seed, asked.count, asked.ask_critic, state]
+    given = [asked.photo, asked.instruction, asked.seed, asked.count, asked.keep_resolution, asked.ask_critic, state]
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
     for begin in (asked.edit.click, asked.instruction.submit):  # raw values: `_make_turn` checks them, and not Gradio
         begin(edit, given, outputs, preprocess=False, trigger_mode="once", **hidden)
@@ -254,7 +257,9 @@ def _page_error(error: Exception) -> gr.Error:
 # ----------------------------------------------------------------------------------------------------------- one edit
 
 
-async def _make_turn(parts: PageParts, photo: Any, instruction: Any, seed: Any, count: Any, ask: bool) -> Turn:
+async def _make_turn(
+    parts: PageParts, photo: Any, instruction: Any, seed: Any, count: Any, keep: Any, ask: Any
+) -> Turn:
     """Edit the visitor's picture. The values are what the browser sent.
 
     Raises:
@@ -263,9 +268,10 @@ async def _make_turn(parts: PageParts, photo: Any, instruction: Any, seed: Any, 
     limits = parts.settings.limits
     picture = await asyncio.to_thread(_read_upload, photo, limits)
     text = read_instruction(str(instruction or ""), limits, "Instruction")
-    results = read_int(_digits(count), "Seeds side by side", 1, 1, min(MOST_RESULTS, limits.results)) or 1
+    results = read_int(_digits(count), "Number of seeds", 1, 1, min(MOST_RESULTS, limits.results)) or 1
     first = read_int(_digits(seed), "First seed", 0, 0, MOST_SEED - results) or 0
-    edited = await _edited(parts.queue, [EditRequest(picture, text, first + i) for i in range(results)])
+    request = EditRequest(picture, text, first, keep_resolution=bool(keep))
+    edited = await _edited(parts.queue, [replace(request, seed=first + i) for i in range(results)])
     verdicts = await asyncio.to_thread(_verdicts, parts, picture, edited, text) if ask else [None] * results
     before, *files = await asyncio.to_thread(_write_pictures, parts, picture, edited)
     made = [Result(file, first + i, verdict) for i, (file, verdict) in enumerate(zip(files, verdicts, strict=True))]
