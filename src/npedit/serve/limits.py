@@ -58,7 +58,7 @@ def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Ima
             refuse_animation(image)
             _check_pixels(image, limits, param)
             _check_cost(image, data, param)
-            return limits.memory.decode(lambda: to_rgb(image), image.width * image.height)
+        return limits.memory.decode(lambda: to_rgb(image), image.width * image.height)
     except BadRequest:
         raise
     except MemoryFull:
