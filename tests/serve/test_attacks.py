@@ -1,5 +1,5 @@
-"""What an attacker or a broken client sends to `npedit serve`: slow and half-open connections, files that need more time or
-memory than their size says, requests of other sites."""
+"""What an attacker or a broken client sends to `npedit serve`: slow and half-open connections, files that need more
+time or memory than their size says, requests of other sites."""
 
 import asyncio
 import gc
