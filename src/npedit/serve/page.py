@@ -105,7 +105,7 @@ def make_page(parts: PageParts) -> gr.Blocks:
     blocks = gr.Blocks(title=title, analytics_enabled=False, delete_cache=(LOOKS_EVERY, KEPT_SECONDS))
     with blocks:
         session = gr.State(Session())
-        gr.Markdown(f"## npedit\nEditor: `{parts.settings.name}`. The interface for programs: [/openapi.json](/openapi.json).")
+        gr.Markdown(f"## npedit\nEditor: `{parts.settings.name}`. For programs: [/openapi.json](/openapi.json).")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 asked = _add_inputs(parts)
