@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from npedit.critics._bits import freeze_on, quantisation_arguments
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
+from npedit.hub_access import is_local_only
 from npedit.questions import WORDINGS
 
 TINY_TEXTS = (
@@ -72,11 +73,11 @@ class ChatCritic(Critic):
     ) -> Self:
         """Open a Hub id or a local folder. Errors as in `Critic.load`."""
         how = quantisation_arguments(bits, dtype, device)
-        kind = read_model_type(weights, cls.kinds)
-        tokenizer = AutoTokenizer.from_pretrained(weights)
-        processor = cls.image_processor.from_pretrained(weights)
+        kind, local = read_model_type(weights, cls.kinds), is_local_only(weights)
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=local)
+        processor = cls.image_processor.from_pretrained(weights, local_files_only=local)
         template = chat_template(weights, tokenizer)
-        model = cls.kinds[kind].from_pretrained(weights, dtype=dtype, **how)
+        model = cls.kinds[kind].from_pretrained(weights, dtype=dtype, **how, local_files_only=local)
         return cls(model, tokenizer, processor, template, device, resolution)
 
     @abstractmethod
@@ -228,7 +229,8 @@ def read_model_type(weights: str | Path, known: Mapping[str, Any]) -> str:
     """
     if Path(weights).is_dir() and not (Path(weights) / "config.json").is_file():
         raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
-    kind = PreTrainedConfig.get_config_dict(weights)[0].get("model_type")
+    config, _ = PreTrainedConfig.get_config_dict(weights, local_files_only=is_local_only(weights))
+    kind = config.get("model_type")
     if kind not in known:
         raise ValueError(
             f"expected a model of {' or '.join(known)} in {weights}; got {kind}. Choose that critic instead, or the "
@@ -239,8 +241,9 @@ def read_model_type(weights: str | Path, known: Mapping[str, Any]) -> str:
 
 def chat_template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """The processor's chat template, which knows images, before the tokenizer's own."""
+    local = is_local_only(weights)
     for name in ("chat_template.jinja", "chat_template.json"):
-        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False, local_files_only=local)
         if path is not None:
             text = Path(path).read_text(encoding="utf-8")
             return json.loads(text)["chat_template"] if name.endswith(".json") else text

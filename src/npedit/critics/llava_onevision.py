@@ -26,11 +26,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.utils import cached_file
 
 from npedit.critics._bits import freeze_on, quantisation_arguments
+from npedit.critics._chat import chat_template
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
+from npedit.hub_access import is_local_only
 from npedit.questions import WORDINGS
 
 TINY_WORDS = (
@@ -85,10 +86,12 @@ class LlavaOnevision(Critic):
                 raise ValueError(
                     f"expected a llava_onevision model in {weights}; got {kind}. Choose that critic instead."
                 )
-        model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, dtype=dtype, **how)
-        tokenizer = AutoTokenizer.from_pretrained(weights)
-        processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights)
-        return cls(model, tokenizer, processor, _load_chat_template(weights, tokenizer), device, resolution)
+        local = is_local_only(weights)
+        how |= {"dtype": dtype, "local_files_only": local}
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(weights, **how)
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=local)
+        processor = LlavaOnevisionImageProcessorPil.from_pretrained(weights, local_files_only=local)
+        return cls(model, tokenizer, processor, chat_template(weights, tokenizer), device, resolution)
 
     @classmethod
     def tiny(cls, seed: int) -> Self:
@@ -256,15 +259,3 @@ class LlavaOnevision(Critic):
             else:
                 ids.append(token)
         return ids
-
-
-def _load_chat_template(weights: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The processor's chat template, which knows images, before the tokenizer's own."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            text = Path(path).read_text()
-            return json.loads(text)["chat_template"] if name.endswith(".json") else text
-    if tokenizer.chat_template is None:
-        raise FileNotFoundError(f"expected a chat template (chat_template.jinja) in {weights}; found none")
-    return tokenizer.chat_template

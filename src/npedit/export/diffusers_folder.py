@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from npedit.errors import UserError
 from npedit.families._published import find_published
+from npedit.hub_access import hub_error_text, is_local_only
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import EMBEDDED, embedded_weights
 from npedit.runs.editor_facts import EditorFacts
@@ -108,12 +109,15 @@ def _read_base_json(base: str, name: str) -> dict[str, Any]:
     """A JSON file of the base model, in its folder or on the Hub."""
     folder = embedded_weights("base") if base == EMBEDDED else Path(base)
     try:
-        path = folder / name if folder.is_dir() else Path(hf_hub_download(base, name))
+        if folder.is_dir():
+            path = folder / name
+        else:
+            path = Path(hf_hub_download(base, name, local_files_only=is_local_only(base)))
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"expected {name} of the base model {base!r}, which tells the parts of its pipeline; got: {error}. "
-            "Say with --base where the base model is: a Hub id or a folder."
+            f"expected {name} of the base model {base!r}, which tells the parts of its pipeline; got: "
+            f"{hub_error_text(error)}. Say with --base where the base model is: a Hub id or a folder."
         ) from None
 
 

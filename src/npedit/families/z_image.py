@@ -40,6 +40,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Q
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, schedule_shift
 from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.hub_access import is_local_only
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -218,15 +219,17 @@ def empty_frames_net(base: str | Path) -> nn.Module:
     """A net like that of the base (a Hub id or a folder), without weights, on the meta device; its config says that it
     takes frames. Errors as in `Family.load`."""
     check_pipeline_folder(base, "z_image", "ZImagePipeline", ("scheduler", "transformer"))
+    config = ZImageTransformer2DModel.load_config(base, subfolder="transformer", local_files_only=is_local_only(base))
     with torch.device("meta"):
-        net = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(base, subfolder="transformer"))
+        net = ZImageTransformer2DModel.from_config(config)
     net.register_to_config(**FRAMES)
     return net
 
 
 def load_base_scheduler(base: str | Path) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of the base model (a Hub id or a folder)."""
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
+    local = is_local_only(base)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler", local_files_only=local)
 
 
 def _takes_frames(net: Any) -> bool:

@@ -15,12 +15,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 
 from npedit.errors import UserError
+from npedit.hub_access import CLIENT_ERROR, hub_error_text, is_local_only
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import EMBEDDED
 from npedit.runs.editor_facts import FACTS_FILE
@@ -29,7 +29,6 @@ from npedit.runs.resolve import CHECKPOINT_NAME, CONFIG, EditorSource, resolve_e
 
 HUB_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<file>.+\.safetensors))?")
 MODEL_CONFIG = "config.json"
-CLIENT_ERROR: Any = HfHubHTTPError.__mro__[1]  # the class of all errors of the HTTP client that huggingface_hub uses
 FORMS = "a run, an editor's folder, or a LoRA (.safetensors) or transformer of diffusers: file, folder or Hub id"
 
 
@@ -93,7 +92,7 @@ def _download(name: str) -> DiffusersStart:
     except (CLIENT_ERROR, OSError, ValueError) as error:
         raise UserError(
             f"start: expected {FORMS}; there is no {name} on this computer, and as a Hub id it does not load: "
-            f"{' '.join(str(error).split())}; correct the recipe"
+            f"{hub_error_text(error)}; correct the recipe"
         ) from None
     if found is None:
         raise UserError(
@@ -105,13 +104,14 @@ def _download(name: str) -> DiffusersStart:
 
 def _download_from(repository: str, file: str | None) -> DiffusersStart | None:
     """The named file of a repository, else its LoRA file of the usual name, else its transformer."""
+    local = is_local_only(repository)
     try:
-        return DiffusersStart(Path(hf_hub_download(repository, file or LORA_FILE)), True)
-    except EntryNotFoundError as error:
-        if file or isinstance(error, LocalEntryNotFoundError):  # the latter: the Hub was not reached
+        return DiffusersStart(Path(hf_hub_download(repository, file or LORA_FILE, local_files_only=local)), True)
+    except EntryNotFoundError:
+        if file:
             raise
-    folder = Path(snapshot_download(repository, allow_patterns=["transformer/*", MODEL_CONFIG, "diffusion_pytorch_*"]))
-    return _find_in(folder)
+    patterns = ["transformer/*", MODEL_CONFIG, "diffusion_pytorch_*"]
+    return _find_in(Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local)))
 
 
 def transformer_class(start: DiffusersStart) -> str:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ViTModel
 
 from npedit.errors import UserError
+from npedit.hub_access import is_local_only
 from npedit.nets.device import pick_device
 from npedit.scoring.results import MissingScore
 
@@ -75,7 +76,9 @@ class Clip:
     @classmethod
     def load(cls, weights: str, device: torch.device) -> Self:
         """Open a Hub id or a local folder. Errors as in `Dino.load`."""
-        return cls(_load_model(CLIPModel, "clip", weights), AutoTokenizer.from_pretrained(weights), device)
+        model = _load_model(CLIPModel, "clip", weights)
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=is_local_only(weights))
+        return cls(model, tokenizer, device)
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "n d"]:
         """Unit features of RGB pictures, on the CPU."""
@@ -142,7 +145,8 @@ def _load_model(kind: Any, expected: str, weights: str, **options: Any) -> Any:
     """Open a model in float32 and refuse one of another type, or with weights missing, which would be random."""
     if Path(weights).is_dir() and not (Path(weights) / "config.json").is_file():
         raise FileNotFoundError(f"expected a transformers folder with config.json; {weights} has none")
-    found = AutoConfig.from_pretrained(weights).model_type
+    options["local_files_only"] = local = is_local_only(weights)
+    found = AutoConfig.from_pretrained(weights, local_files_only=local).model_type
     if found != expected:
         raise ValueError(f"expected a model of type {expected!r}; got {found!r}")
     model, loading_info = kind.from_pretrained(weights, dtype=torch.float32, output_loading_info=True, **options)
