@@ -114,8 +114,8 @@ def _common_shift(difference: Floats) -> Floats:
 def _changed_pixels(before: Floats, difference: Floats, unit: float) -> Bools:
     ratio = _error_ratio(before, difference, unit)
     threshold = float(np.clip(ABOVE_QUANTILE * np.quantile(ratio, UNCHANGED_QUANTILE), *STRONG))
-    changed = _grow(ratio > threshold, ratio > WEAK * threshold)
-    changed = _without_spots(changed, ratio / threshold, unit)
+    changed = _strong_regions(ratio > threshold, ratio > WEAK * threshold)
+    changed = _remove_spots(changed, ratio / threshold, unit)
     changed |= _wide_difference(difference, ~changed, unit) > TONE
     return _close_gaps(changed, max(2, round(2 * unit)))
 
@@ -127,12 +127,12 @@ def _error_ratio(before: Floats, difference: Floats, unit: float) -> Floats:
     return (size / (FLAT_ERROR + CONTRAST_ERROR * contrast)).astype(np.float32)
 
 
-def _grow(strong: Bools, weak: Bools) -> Bools:
+def _strong_regions(strong: Bools, weak: Bools) -> Bools:
     """The connected parts of `weak` in which a pixel is strong."""
     return ndimage.binary_propagation(strong, np.ones((3, 3)), mask=weak)
 
 
-def _without_spots(changed: Bools, weight: Floats, unit: float) -> Bools:
+def _remove_spots(changed: Bools, weight: Floats, unit: float) -> Bools:
     """The connected parts whose summed weight is more than that of a spot just above the threshold."""
     labels, count = ndimage.label(changed, np.ones((3, 3)))
     sums = ndimage.sum_labels(weight, labels, np.arange(count + 1))

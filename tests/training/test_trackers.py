@@ -46,7 +46,7 @@ def test_a_service_that_cannot_forget_is_sent_each_update_once(tmp_path, monkeyp
 
     class Service:
         def __init__(self, recipe, run, first_step):
-            self.name = trackers._series(run)
+            self.name = trackers._tracking_id(run)
 
         def log(self, step, values, pictures):
             sent.setdefault(self.name, []).append((step, len(values) > 1, sorted(pictures)))

@@ -132,10 +132,11 @@ def prepare(
 
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
-    if merge or review:
-        others = given(out=folder, writer=writer, captions=captions, dry_run=dry_run, json=as_json, merge=merge)
-        merge_shards(words, folder, writer, as_json) if not review else run_review(words, others, port)
-        return
+    if review:
+        others = options_given(out=folder, writer=writer, captions=captions, dry_run=dry_run, json=as_json, merge=merge)
+        return run_review(words, others, port)
+    if merge:
+        return merge_shards(words, folder, writer, as_json)
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
     loaded, shares = load_wishes(prompts, custom, language, types)
     part = parse_shard(shard)
@@ -146,8 +147,9 @@ def prepare(
         (price_in, price_out, max_cost), {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed,
         "rounds": rounds, "subjects": subjects, "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
-    run(job, given(types=types, custom=custom, language=language, licences=licences, subjects=subjects, shard=shard,
-                   dry_run=dry_run), captions, dry_run, as_json)  # fmt: skip
+    of_new_edits = options_given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
+                                 shard=shard, dry_run=dry_run)  # fmt: skip
+    return run(job, of_new_edits, captions, dry_run, as_json)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Job:
     settings: dict[str, Any]
 
 
-def given(**options: Any) -> list[str]:
+def options_given(**options: Any) -> list[str]:
     """The names of the options, as on the command line, that are not empty."""
     return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
 

@@ -77,14 +77,14 @@ def write_comfyui(editor: Editor, facts: Mapping[str, Any], folder: Path) -> lis
     name = str(facts["family"])
     require_known_model(name, editor.family, editor.net)
     layout = find_layout(name, _count_layers(editor.net))
-    own = _write_weights(editor, facts, layout, folder)
-    settings = workflow_settings(editor, facts, own.name)
-    flow = build_workflow(settings)
-    _write_json(folder / "workflow.json", flow.for_browser())
-    _write_json(folder / "workflow_api.json", flow.for_api())
+    weights = _write_weights(editor, facts, layout, folder)
+    settings = workflow_settings(editor, facts, weights.name)
+    workflow = build_workflow(settings)
+    _write_json(folder / "workflow.json", workflow.for_browser())
+    _write_json(folder / "workflow_api.json", workflow.for_api())
     (folder / "custom_nodes").mkdir()
     shutil.copyfile(comfyui_node.__file__, folder / "custom_nodes" / NODE_FILE)
-    return _describe(settings, own.relative_to(folder))
+    return _usage_lines(settings, weights.relative_to(folder))
 
 
 def require_known_model(name: str, family: Family, net: nn.Module) -> None:
@@ -161,7 +161,7 @@ def _require_known_keys(path: Path, layout: Layout) -> None:
         )
 
 
-def workflow_settings(editor: Editor, facts: Mapping[str, Any], own_file: str) -> WorkflowSettings:
+def workflow_settings(editor: Editor, facts: Mapping[str, Any], editor_file: str) -> WorkflowSettings:
     """What the workflow needs to know of an editor; the size is the first of the editor's sizes."""
     name, base = str(facts["family"]), str(facts["base"])
     config: Any = editor.net.config
@@ -170,7 +170,7 @@ def workflow_settings(editor: Editor, facts: Mapping[str, Any], own_file: str) -
     return WorkflowSettings(
         family=name,
         base_file=BASE_FILES.get(base, f"{public_name(base).rpartition('/')[2]}.safetensors"),
-        own_file=own_file,
+        editor_file=editor_file,
         is_lora=isinstance(editor.net, LoraAdapter),
         size=editor.sizes[0],
         times=_times(editor, editor.sizes[0]),
@@ -206,13 +206,13 @@ def _note(editor: Editor, name: str) -> str:
     )
 
 
-def _describe(settings: WorkflowSettings, own: Path) -> list[str]:
+def _usage_lines(settings: WorkflowSettings, weights: Path) -> list[str]:
     needs_node = not FAMILY_NODES[settings.family].method
     nodes = (
         f"custom_nodes/{NODE_FILE} (needed by the workflow)" if needs_node else f"custom_nodes/{NODE_FILE} (optional)"
     )
     lines = [
-        f"Copy {own} to ComfyUI/models/{own.parent}, and {nodes} to ComfyUI/custom_nodes.",
+        f"Copy {weights} to ComfyUI/models/{weights.parent}, and {nodes} to ComfyUI/custom_nodes.",
         "Open workflow.json in ComfyUI; workflow_api.json is the same for scripts.",
     ]
     if settings.is_lora:

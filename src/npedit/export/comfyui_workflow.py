@@ -197,13 +197,13 @@ FAMILY_NODES = {
 
 @dataclass(frozen=True)
 class WorkflowSettings:
-    """`base_file` is the base model's file in ComfyUI, `own_file` the editor's; `size` is (H, W) in pixels; `times` are
-    the few-step times from 1 down, without the 0 at the end. `guidance` is the scale that FLUX.1-dev takes as an input,
-    and `t5_length` is the length that texts are padded to for T5; 0 for none."""
+    """`base_file` is the base model's file in ComfyUI, `editor_file` the editor's; `size` is (H, W) in pixels; `times`
+    are the few-step times from 1 down, without the 0 at the end. `guidance` is the scale that FLUX.1-dev takes as an
+    input, and `t5_length` is the length that texts are padded to for T5; 0 for none."""
 
     family: str
     base_file: str
-    own_file: str
+    editor_file: str
     is_lora: bool
     size: tuple[int, int]
     times: Sequence[float]
@@ -215,69 +215,71 @@ class WorkflowSettings:
 
 def build_workflow(settings: WorkflowSettings) -> Workflow:
     """The workflow that loads the models, encodes a picture as the reference, and edits it."""
-    flow = Workflow(settings.note)
-    model, text, vae = _add_models(flow, settings)
-    picture = flow.add("LoadImage", image="example.png")
+    workflow = Workflow(settings.note)
+    model, text, vae = _add_models(workflow, settings)
+    picture = workflow.add("LoadImage", image="example.png")
     height, width = settings.size
-    scaled = flow.add(
+    scaled = workflow.add(
         "ImageScale", image=picture, upscale_method="lanczos", width=width, height=height, crop="disabled"
     )
-    latent = flow.add("VAEEncode", pixels=scaled, vae=vae)
-    model, text = _add_reference(flow, settings, model, text, latent)
-    sampled = flow.add(
+    latent = workflow.add("VAEEncode", pixels=scaled, vae=vae)
+    model, text = _add_reference(workflow, settings, model, text, latent)
+    sampled = workflow.add(
         "SamplerCustomAdvanced",
-        noise=flow.add("RandomNoise", noise_seed=0),
-        guider=flow.add("BasicGuider", model=model, conditioning=text),
-        sampler=flow.add("KSamplerSelect", sampler_name="lcm"),
-        sigmas=flow.add("ManualSigmas", sigmas=format_sigmas(settings.times)),
+        noise=workflow.add("RandomNoise", noise_seed=0),
+        guider=workflow.add("BasicGuider", model=model, conditioning=text),
+        sampler=workflow.add("KSamplerSelect", sampler_name="lcm"),
+        sigmas=workflow.add("ManualSigmas", sigmas=format_sigmas(settings.times)),
         latent_image=latent,
     )
-    edited = flow.add("VAEDecode", samples=sampled, vae=vae)
-    flow.add("SaveImage", images=edited, filename_prefix="npedit")
-    return flow
+    edited = workflow.add("VAEDecode", samples=sampled, vae=vae)
+    workflow.add("SaveImage", images=edited, filename_prefix="npedit")
+    return workflow
 
 
-def _add_models(flow: Workflow, settings: WorkflowSettings) -> tuple[Output, Output, Output]:
+def _add_models(workflow: Workflow, settings: WorkflowSettings) -> tuple[Output, Output, Output]:
     """(the editor's denoiser, the encoded instruction, the VAE)."""
     needs = FAMILY_NODES[settings.family]
-    whole = None
+    checkpoint = None
     if not needs.vae:
-        whole = flow.add("CheckpointLoaderSimple", ckpt_name=settings.base_file)
+        checkpoint = workflow.add("CheckpointLoaderSimple", ckpt_name=settings.base_file)
     if settings.is_lora:
-        base = whole or flow.add("UNETLoader", unet_name=settings.base_file, weight_dtype="default")
-        model = flow.add("LoraLoaderModelOnly", model=base, lora_name=settings.own_file, strength_model=1.0)
+        base = checkpoint or workflow.add("UNETLoader", unet_name=settings.base_file, weight_dtype="default")
+        model = workflow.add("LoraLoaderModelOnly", model=base, lora_name=settings.editor_file, strength_model=1.0)
     else:
-        model = flow.add("UNETLoader", unet_name=settings.own_file, weight_dtype="default")
-    clip = _add_text_encoder(flow, needs)
+        model = workflow.add("UNETLoader", unet_name=settings.editor_file, weight_dtype="default")
+    clip = _add_text_encoder(workflow, needs)
     if settings.t5_length:
-        clip = flow.add("T5TokenizerOptions", clip=clip, min_padding=0, min_length=settings.t5_length)
-    text = flow.add("CLIPTextEncode", clip=clip, text=settings.instruction)
+        clip = workflow.add("T5TokenizerOptions", clip=clip, min_padding=0, min_length=settings.t5_length)
+    text = workflow.add("CLIPTextEncode", clip=clip, text=settings.instruction)
     if settings.guidance:
-        text = flow.add("FluxGuidance", conditioning=text, guidance=settings.guidance)
-    vae = Output(whole.node, 2) if whole else flow.add("VAELoader", vae_name=needs.vae)
+        text = workflow.add("FluxGuidance", conditioning=text, guidance=settings.guidance)
+    vae = Output(checkpoint.node, 2) if checkpoint else workflow.add("VAELoader", vae_name=needs.vae)
     return model, text, vae
 
 
-def _add_text_encoder(flow: Workflow, needs: FamilyNodes) -> Output:
+def _add_text_encoder(workflow: Workflow, needs: FamilyNodes) -> Output:
     names = needs.text_files
     if len(names) == 3:
-        return flow.add("TripleCLIPLoader", clip_name1=names[0], clip_name2=names[1], clip_name3=names[2])
+        return workflow.add("TripleCLIPLoader", clip_name1=names[0], clip_name2=names[1], clip_name3=names[2])
     if len(names) == 2:
-        return flow.add(
+        return workflow.add(
             "DualCLIPLoader", clip_name1=names[0], clip_name2=names[1], type=needs.text_type, device="default"
         )
-    return flow.add("CLIPLoader", clip_name=names[0], type=needs.text_type, device="default")
+    return workflow.add("CLIPLoader", clip_name=names[0], type=needs.text_type, device="default")
 
 
 def _add_reference(
-    flow: Workflow, settings: WorkflowSettings, model: Output, text: Output, latent: Output
+    workflow: Workflow, settings: WorkflowSettings, model: Output, text: Output, latent: Output
 ) -> tuple[Output, Output]:
     """The denoiser and the instruction, one of which knows the reference."""
     method = FAMILY_NODES[settings.family].method
     if not method:
-        return flow.add("NpeditReference", model=model, latent=latent), text
-    text = flow.add("ReferenceLatent", conditioning=text, latent=latent)
-    return model, flow.add("FluxKontextMultiReferenceLatentMethod", conditioning=text, reference_latents_method=method)
+        return workflow.add("NpeditReference", model=model, latent=latent), text
+    text = workflow.add("ReferenceLatent", conditioning=text, latent=latent)
+    return model, workflow.add(
+        "FluxKontextMultiReferenceLatentMethod", conditioning=text, reference_latents_method=method
+    )
 
 
 def format_sigmas(times: Sequence[float]) -> str:

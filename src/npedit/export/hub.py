@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from npedit.errors import UserError
 from npedit.export.card import CARD, HUB_ID, set_repository
-from npedit.runs.start import CLIENT_ERROR
+from npedit.hub_access import CLIENT_ERROR
 
 
 def require_pushable(repository: str) -> None:

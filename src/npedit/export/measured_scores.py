@@ -64,7 +64,7 @@ def find_scores(source: EditorSource) -> list[Path]:
         return []
     folders = [path.parent for path in sorted(source.run.rglob(SUMMARY)) if (path.parent / SETTINGS).is_file()]
     files = [path for path in sorted(source.run.rglob("*.json")) if _is_toy_file(path)]
-    return [path for path in folders + files if _is_of(source, _scored_editor(path))]
+    return [path for path in folders + files if _is_same_editor(source, _scored_editor(path))]
 
 
 def _scored_editor(path: Path) -> str:
@@ -74,7 +74,7 @@ def _scored_editor(path: Path) -> str:
     return str(editor.get("editor", "")) if isinstance(editor, dict) else str(found.get("model", ""))
 
 
-def _is_of(source: EditorSource, name: str) -> bool:
+def _is_same_editor(source: EditorSource, name: str) -> bool:
     try:
         return bool(name) and resolve_editor(name).folder.resolve() == source.folder.resolve()
     except UserError:

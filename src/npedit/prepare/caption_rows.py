@@ -54,10 +54,10 @@ def caption_photo(photo: Mapping[str, Any], rows: Sequence[Row], passes: Passes)
 
 def is_complete(row: Mapping[str, Any]) -> bool:
     """Whether a row has all that training can need of it."""
-    return bool(row["source_caption"]) and not lacks_target(row)
+    return bool(row["source_caption"]) and not is_target_missing(row)
 
 
-def lacks_target(row: Mapping[str, Any]) -> bool:
+def is_target_missing(row: Mapping[str, Any]) -> bool:
     """Whether a row has no target caption, or is a removal that does not name its object."""
     return not row["target_caption"] or (row["edit_type"] == "remove" and not row["object"])
 
@@ -74,9 +74,9 @@ def complete_row(photo: Mapping[str, Any], image: Image.Image, row: Row, passes:
             row = {**row, "source_caption": look(photo, image, passes)["caption"]}
         except Unanswered as error:
             raise Rejected("look", str(error)) from None
-    if not lacks_target(row):
+    if not is_target_missing(row):
         return row
-    row = _keep_filled(row, _ask(image, row, passes))
+    row = _fill_missing(row, _ask(image, row, passes))
     if reason := find_caption_fault(row, row["edit_type"]):
         raise Rejected("caption", reason)
     if reason := verify(photo, image, {**row, "asked_type": row["edit_type"]}, passes):
@@ -101,6 +101,6 @@ def _ask(image: Image.Image, row: Mapping[str, Any], passes: Passes) -> Row:
     return found
 
 
-def _keep_filled(row: Row, found: Mapping[str, Any]) -> Row:
+def _fill_missing(row: Row, found: Mapping[str, Any]) -> Row:
     """A row with what was found for the columns that it does not have. Questions come with a target caption."""
     return {**row, **{name: value for name, value in found.items() if not row[name]}}

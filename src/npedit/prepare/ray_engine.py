@@ -50,7 +50,7 @@ class RayEngine(Engine):
     def open_answers(self, path: Path, meter: Meter) -> Iterator[tuple[Answers, Meter]]:
         """See `Engine.open_answers`. The connection to the cluster lasts as long."""
         ray = _import_ray()
-        with connected(self.address):
+        with cluster_connection(self.address):
             from npedit.prepare.ray_answers import RemoteAnswers, RemoteMeter, start_store
 
             self._processes = max(1, int(ray.available_resources().get("CPU", 1)))
@@ -77,7 +77,7 @@ class RayEngine(Engine):
             size=processes, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,
         )  # fmt: skip
-        rows = [json.dumps([_as_sent(photo), wanted]) for photo, wanted in jobs]
+        rows = [json.dumps([_without_hashes(photo), wanted]) for photo, wanted in jobs]
         block = max(1, min(4 * threads, math.ceil(len(jobs) / (4 * processes))))
         options = {"compute": pool, "fn_constructor_args": (work, passes, threads, self.keys)}
         stopped: tuple[Row, str] | None = None
@@ -91,7 +91,7 @@ class RayEngine(Engine):
             yield stopped
 
 
-def _as_sent(photo: Mapping[str, Any]) -> Row:
+def _without_hashes(photo: Mapping[str, Any]) -> Row:
     """A photo as workers need it: with an absolute path, without hashes."""
     kept = {name: value for name, value in photo.items() if name not in HASHES}
     return {**kept, "path": os.path.abspath(photo["path"])}
@@ -114,7 +114,7 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def cluster_connection(address: str) -> Iterator[None]:
     """A connection to a cluster for the time of the block.
 
     Raises:
@@ -130,7 +130,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, logging_level=logging.ERROR, **local)
     except (OSError, RuntimeError, ValueError) as error:
-        raise _out_of_reach(address, " ".join(str(error).split())[:300]) from None
+        raise _unreachable_cluster(address, " ".join(str(error).split())[:300]) from None
     try:
         yield
     finally:
@@ -150,10 +150,10 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise _out_of_reach(address, f"{type(error).__name__}: {error}") from None
+        raise _unreachable_cluster(address, f"{type(error).__name__}: {error}") from None
 
 
-def _out_of_reach(address: str, reason: str) -> UserError:
+def _unreachable_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"--ray-address: expected a Ray cluster at {address}; got: {reason}; start one with ray start --head, or "
         "correct the address"

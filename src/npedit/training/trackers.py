@@ -24,7 +24,7 @@ from npedit.recipe.config import Recipe
 from npedit.runs.checkpoint import METRICS, read_rows, write_text
 from npedit.training.samples import samples_folder
 
-SERIES = "tracking.json"  # the name under which the services know this run
+TRACKING_FILE = "tracking.json"  # the name under which the services know this run
 PROJECT = "npedit"
 
 
@@ -68,7 +68,7 @@ class Wandb:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.wandb = wandb
         self.run = wandb.init(
-            project=project, name=run.name, id=_series(run), resume="allow", dir=str(run), config=recipe.as_dict()
+            project=project, name=run.name, id=_tracking_id(run), resume="allow", dir=str(run), config=recipe.as_dict()
         )
         self.run.define_metric("*", step_metric="update")
 
@@ -88,7 +88,7 @@ class Trackio:
         import trackio
 
         self.trackio = trackio
-        trackio.init(project=PROJECT, name=_series(run), resume="allow", config=recipe.as_dict())
+        trackio.init(project=PROJECT, name=_tracking_id(run), resume="allow", config=recipe.as_dict())
 
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
         """See `Tracker`."""
@@ -113,8 +113,8 @@ class Trackers:
         self.recipe, self.run = recipe, run
         self.names = recipe.trainer.log if distributed.is_main_process() else ()
         self.opened: dict[str, Tracker] = {}
-        is_known = (run / SERIES).is_file()
-        self.sent = max((int(row["step"]) for row in read_rows(run / METRICS)), default=-1) if is_known else -1
+        rows = read_rows(run / METRICS) if (run / TRACKING_FILE).is_file() else []
+        self.last_sent_step = max((int(row["step"]) for row in rows), default=-1)
 
     def log(self, row: Mapping[str, Any], is_late: bool = False) -> None:
         """Send a row of metrics, with the samples of its update if there are any. A late one adds to a row that was
@@ -123,8 +123,8 @@ class Trackers:
         for name in self.names:
             if name not in self.opened:
                 self.opened[name] = KINDS[name](self.recipe, self.run, step if not is_late else step + 1)
-            if name == "tensorboard" or is_late or step > self.sent:
-                self.opened[name].log(step, _numbers(row), self._samples(step))
+            if name == "tensorboard" or is_late or step > self.last_sent_step:
+                self.opened[name].log(step, _numeric_metrics(row), self._samples(step))
 
     def _samples(self, step: int) -> dict[str, Image.Image]:
         """Reference and edited image of each sample, side by side at full size."""
@@ -160,15 +160,15 @@ def open_trackers(recipe: Recipe, run: Path) -> Iterator[Trackers]:
         trackers.close()
 
 
-def _series(run: Path) -> str:
+def _tracking_id(run: Path) -> str:
     """The name under which the services know this run; the same after a resume and in a moved folder."""
-    path = run / SERIES
+    path = run / TRACKING_FILE
     if not path.is_file():
         write_text(path, json.dumps({"id": f"{run.name}-{uuid.uuid4().hex[:8]}"}) + "\n")
     return str(json.loads(path.read_text())["id"])
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+def _numeric_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     skipped = ("step", "time")
     return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k not in skipped}
 
