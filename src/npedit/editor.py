@@ -209,7 +209,7 @@ class Editor:
 
         Images and instructions pair up; one of either goes with all of the other. Each picture is scaled to the size
         nearest to its own among those trained, edited there, and scaled back. With `keep_resolution` only what the edit
-        changed is scaled back, and the rest is the picture's own at full size: see `full_size.py`. Where most of a
+        changed is scaled back, and the rest comes from the picture at full size: see `full_size.py`. Where most of a
         picture changed, all of it is scaled back, and a warning is logged.
 
         Raises:

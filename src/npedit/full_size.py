@@ -4,7 +4,7 @@ An editor works at 512 to 1024 pixels a side. Its result, scaled up, is blurred 
 comes from the original, and only the changed part from the edited image.
 
 A pixel counts as changed by the difference between the reference and the edited image, both at working size. That
-difference is nowhere zero: the VAE shifts all colours a little, and it loses detail where the picture has much. So
+difference is zero nowhere: the VAE shifts all colours a little, and loses detail where the picture has much. So
 
 1. the shift, which is the same everywhere, is subtracted;
 2. detail of single pixels is left out, since a VAE loses it, and the local difference of the rest is divided by the
@@ -60,7 +60,7 @@ class Change:
         return self.share > MOST_CHANGED
 
     def warning(self, name: str) -> str:
-        """A sentence that says why the picture `name` was scaled up, "" if it was not."""
+        """A sentence that says why the edit of the picture `name` was scaled up; "" if it was not."""
         if not self.is_most():
             return ""
         return f"{self.share:.0%} of {name} changed, so no part is kept at full size: the edit is scaled up"

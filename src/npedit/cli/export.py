@@ -24,7 +24,7 @@ def export(
     form: Annotated[
         str, typer.Option("--as", help="'diffusers' adds a pipeline for diffusers; 'comfyui' writes ComfyUI's files.")
     ] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="Write a LoRA editor as a whole transformer.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA into the base model's transformer.")] = False,
     base: Annotated[str, typer.Option(help="Base model that OUT names: a Hub id or a folder.")] = "",
 ) -> None:
     """Write an editor to a new folder: weights, scheduler, model card. Of a checkpoint, the EMA weights."""

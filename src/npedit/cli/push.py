@@ -23,7 +23,7 @@ def push(
     form: Annotated[
         str, typer.Option("--as", help="'diffusers' or 'comfyui': export so first; see npedit export.")
     ] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="Push a LoRA editor as a whole transformer.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA into the base model's transformer.")] = False,
     base: Annotated[str, typer.Option(help="Hub id of the base model, if the editor names a local folder.")] = "",
 ) -> None:
     """Upload an editor with its model card to the Hugging Face Hub. Log in first: hf auth login."""

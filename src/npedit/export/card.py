@@ -164,7 +164,7 @@ def _diffusers_text(facts: CardFacts) -> str:
     if facts.has_lora and find_class("families", str(facts.editor["family"])).has_wider_input:
         return (
             f"`{LORA_FILE}` is for a transformer with a wider input than the base model's. The base's own pipeline "
-            "cannot load it. Export the editor with `npedit export --as diffusers`.\n"
+            "cannot load this file. Export the editor with `npedit export --as diffusers`.\n"
         )
     weights = f"`load_lora_weights` opens `{LORA_FILE}`" if facts.has_lora else "`transformer/` opens"
     return (
@@ -207,7 +207,7 @@ def _pairs_text(facts: CardFacts) -> str:
 
 def _recipe_text(recipe: Recipe | None) -> str:
     if recipe is None:
-        return "The run of this editor is not at hand, so its recipe is not stated here.\n"
+        return "The run of this editor was not found, so its recipe is not stated here.\n"
     critic = recipe.critic
     judged = f"`{critic.name}`, `{public_name(critic.weights)}`" if critic else "none"
     stages = "".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}\n" for s in recipe.stages)
@@ -261,7 +261,7 @@ def _licence_text(facts: CardFacts) -> str:
     if licence is None:
         return (
             f"## Licence\n\nnpedit does not know the licence of the base model `{facts.base}`. The editor is derived "
-            "from that model: look its licence up before you share or use the editor.\n"
+            "from that model: look up the licence of that model before you share or use the editor.\n"
         )
     name = f"[{licence.name}]({licence.link})" if licence.link else licence.licence
     return (

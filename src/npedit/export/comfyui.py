@@ -1,8 +1,8 @@
 """An editor as ComfyUI opens it: the weights, a workflow, and a file of nodes for the families that need them.
 
-ComfyUI recognises a model by the names and shapes of its weights. The number of heads, the position code and the
-scale of the latents are fixed there for each family. An editor with others, such as the embedded toy, would be opened
-as another model than it is, so it is refused here.
+ComfyUI recognises a model by the names and shapes of its weights. In ComfyUI the number of heads, the position code and
+the scale of the latents are fixed for each family. An editor with other values, such as the embedded toy, would be
+opened as the wrong model, so the export refuses it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from npedit.runs.final import public_name
 
 CHANNELS, STRIDE = 16, 8  # of the latents of every family that ComfyUI has
 NODE_FILE = "npedit_comfyui.py"
-# What ComfyUI 0.33.0 takes for granted (comfy/model_detection.py), as the settings of diffusers' models.
+# What ComfyUI 0.33.0 assumes (comfy/model_detection.py), as the settings of diffusers' models.
 FIXED_SETTINGS: dict[str, dict[str, Any]] = {
     "flux": {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "in_channels": 64},
     "sd3": {"attention_head_dim": 64, "in_channels": 16, "patch_size": 2},
@@ -69,7 +69,7 @@ BASE_FILES = {  # the file that ComfyUI's users have of a published model
 
 def write_comfyui(editor: Editor, facts: Mapping[str, Any], folder: Path) -> list[str]:
     """Write the editor to an existing folder, with ComfyUI's names of folders; returns lines that say where the files
-    go. `facts` are those of npedit.json. Of an adapter a LoRA file is written, of another net the whole transformer.
+    go. `facts` are those of npedit.json. For an adapter a LoRA file is written, for another net the transformer.
 
     Raises:
         UserError: ComfyUI has no such model.
@@ -88,10 +88,10 @@ def write_comfyui(editor: Editor, facts: Mapping[str, Any], folder: Path) -> lis
 
 
 def require_known_model(name: str, family: Family, net: nn.Module) -> None:
-    """Check that ComfyUI would open this net, with this family's VAE, as the model that it is.
+    """Check that ComfyUI would open this net, with this family's VAE, as the right model.
 
     Raises:
-        UserError: it would not; the message says what differs.
+        UserError: ComfyUI would not; the message says what differs.
     """
     if name not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
@@ -138,7 +138,7 @@ def _count_layers(net: nn.Module) -> int:
 
 
 def _write_weights(editor: Editor, facts: Mapping[str, Any], layout: Layout, folder: Path) -> Path:
-    """Write the LoRA file, or the whole transformer under ComfyUI's keys; returns its path."""
+    """Write the LoRA file, or the transformer under ComfyUI's keys; returns the path of the file."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"npedit-{facts.get('recipe') or facts['family']}") + ".safetensors"
     if isinstance(editor.net, LoraAdapter):
         (folder / "loras").mkdir()

@@ -89,8 +89,8 @@ def _write_part(folder: Path, base: str, name: str, declared: list[Any]) -> list
 
 
 def _wider_input(lora: Path) -> dict[str, int]:
-    """{"in_channels": channels of the net's input} where an adapter belongs to a net that may have more than the base
-    (Sana), else nothing."""
+    """{"in_channels": channels of the net's input} of an adapter for a net that may have more input channels than the
+    base model (Sana), else {}."""
     with safe_open(lora, "pt") as file:
         if WIDENED_LAYER not in file.keys():  # noqa: SIM118 - not a dict
             return {}

@@ -41,7 +41,7 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
     the EMA weights are written.
 
     `form` is "" for a copy that npedit opens, or one of `FORMS`. "diffusers" adds a pipeline, and npedit opens the
-    folder too; "comfyui" writes ComfyUI's files alone. `base` is what the folder will name as the base model, a Hub id
+    folder too; "comfyui" writes ComfyUI's files only. `base` is what the folder will name as the base model, a Hub id
     or a folder; "" for what the editor names now. With `merge` an adapter is added to the base's weights, and a whole
     transformer is written; an editor that was fully fine-tuned is one already.
 
@@ -125,7 +125,7 @@ def _write_checkpoint(source: EditorSource, base: str, folder: Path) -> None:
 
 
 def _merge(folder: Path, base: str) -> None:
-    """Replace an adapter by the whole transformer that it makes of the base model."""
+    """Replace an adapter by the base model's transformer with the adapter merged into the weights."""
     net = Editor.open(folder, base=base).net
     assert isinstance(net, LoraAdapter), f"expected an adapter in {folder}; got {type(net).__name__}"
     whole: Any = merged_transformer(net)

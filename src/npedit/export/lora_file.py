@@ -1,9 +1,9 @@
-"""A LoRA editor for other tools: its file, and the whole transformer that it makes of the base.
+"""A LoRA editor for other tools: the LoRA file, or a transformer with the LoRA merged into the base model's weights.
 
 A run's `final/` keeps alpha and rank as they were in training, because training may resume or start from there. Some
 loaders read alpha from the metadata of the file, some from `.alpha` tensors, some from neither; and diffusers refuses a
 file that has both metadata and `.alpha` tensors. In an exported file alpha / rank is therefore part of the weights, and
-the metadata say alpha = rank, so that all of them apply the same.
+the metadata say alpha = rank, so that all loaders apply the same weights.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _metadata(settings: Mapping[str, Any], rank: int, facts: Mapping[str, Any]) 
 def merged_transformer(net: LoraAdapter) -> nn.Module:
     """The base of an adapter with this adapter added to its weights, as a model without LoRA layers.
 
-    The base itself is changed, in its own number type: it is no teacher afterwards, and its adapters are gone. In
-    bfloat16 the sum is rounded, and changes that are small beside a weight are lost.
+    The base model is changed in place, in its number type: it can no longer serve as a teacher, and its adapters are
+    removed. In bfloat16 the sum is rounded, and changes that are small compared with a weight are lost.
     """
     base: Any = net.base
     for layer in base.modules():

@@ -1,8 +1,8 @@
 """The kept answers and the cost of a run whose workers are other processes: one Ray actor holds both.
 
 The actor `AnswerStore` runs on the machine of the command and is the only process that writes answers.jsonl. A worker
-puts each answer there before it uses it, and the call returns when the answer is on the disk. So a worker that is
-killed loses only answers that it had not received, or was just handing over.
+sends each answer to the actor before using the answer, and the call returns when the answer is on the disk. So a worker
+that is killed loses only answers that it had not received, or was just sending.
 """
 
 from __future__ import annotations

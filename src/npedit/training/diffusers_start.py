@@ -1,4 +1,4 @@
-"""Begin training from a LoRA or a transformer that diffusers opens, of whoever trained it."""
+"""Begin training from a LoRA or a transformer that diffusers opens, whether npedit trained the model or not."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def load_diffusers_start(start: DiffusersStart, family: Family, student: nn.Modu
     """Load a LoRA into an adapter, or a transformer into a model that is trained completely.
 
     Raises:
-        UserError: it is the other of the two, or it is of another family, rank or set of layers.
-        OSError, ValueError, RuntimeError: the file is damaged, or is none of these.
+        UserError: a LoRA for a model or a transformer for an adapter, or another family, rank or set of layers.
+        OSError, ValueError, RuntimeError: the file is damaged, or holds neither.
     """
     if start.is_lora and not isinstance(student, LoraAdapter):
         raise UserError(

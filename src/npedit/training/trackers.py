@@ -1,7 +1,8 @@
 """Send what a run logs to TensorBoard, Weights & Biases or Trackio too, through their own libraries (`trainer.log`).
 
-`metrics.jsonl` stays the record of a run. A run that resumes from a checkpoint repeats the updates after it. They are
-not sent twice: TensorBoard hides its older events, and the others are sent only what `metrics.jsonl` did not have.
+`metrics.jsonl` stays the record of a run. A run that resumes from a checkpoint repeats the updates after it. These
+updates do not appear twice: TensorBoard hides its older events, and the other services get only the updates that were
+not yet in `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class Trackers:
         self.last_sent_step = max((int(row["step"]) for row in rows), default=-1)
 
     def log(self, row: Mapping[str, Any], is_late: bool = False) -> None:
-        """Send a row of metrics, with the samples of its update if there are any. A late one adds to a row that was
-        sent."""
+        """Send a row of metrics, with the samples of its update if there are any. A late row adds to a row of the same
+        update that was sent before."""
         step = int(row["step"])
         for name in self.names:
             if name not in self.opened:
