@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -31,8 +32,8 @@ kbd { border: 1px solid #8888; border-radius: 3px; padding: 0 4px; }
 SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select");
-  const leaves = event.key === "Escape" || (event.key === "Enter" && event.target.closest(".submits"));
-  if (typing && leaves) { setTimeout(() => event.target.blur()); return; }
+  if (typing && event.key === "Escape") { event.target.blur(); return; }
+  if (typing && event.key === "Enter" && event.target.closest(".submits")) setTimeout(() => event.target.blur());
   const target = KEYS[event.key];
   if (typing || !target || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const found = document.getElementById(target);
@@ -42,7 +43,7 @@ document.addEventListener("keydown", (event) => {
   if (field) field.focus(); else found.click();
 });
 </script>"""
-HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}  # arguments of all events
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # arguments of all events
 
 
 def make_local_app(blocks: gr.Blocks, keys: Mapping[str, str]) -> FastAPI:

@@ -121,7 +121,7 @@ class Comparison:
         left, right = self.names[::-1] if shown.swapped else self.names
         preferred = {LEFT: left, RIGHT: right, TIE: None}[answer]
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"rater": rater, "id": shown.pair.id, "left": left, "right": right, "answer": answer}
+        row: Row = {"rater": rater, "id": shown.pair.id, "left": left, "right": right, "answer": answer}
         row |= {"preferred": preferred, "number": shown.number, "seed": self.seed, "time": now}
         with self._lock:
             append_row(self.file, row)
