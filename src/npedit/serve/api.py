@@ -28,7 +28,7 @@ from npedit.serve.metrics import Metrics
 from npedit.serve.pictures import MEDIA_TYPES, encode_picture
 from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "testserver")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 OPEN_PATHS = ("/health",)  # without the token: what a load balancer asks
 MOST_SEED = 2**63 - 1
 SECONDS_BETWEEN_LOOKS = 0.25  # at whether the client is still there
