@@ -264,6 +264,8 @@ async def _picture(upload: UploadFile, limits: Limits, param: str) -> Image.Imag
 
 
 async def _references(uploads: Sequence[UploadFile], limits: Limits, queue: EditQueue) -> tuple[Image.Image, ...]:
+    if not uploads:
+        return ()
     most = min(limits.references, queue.most_references)
     if len(uploads) > most:
         raise BadRequest(f"expected at most {most} further pictures; got {len(uploads)}", "reference")
