@@ -20,14 +20,16 @@ from PIL import Image, ImageCms, ImageOps
 class FewStepEditing:
     """Few-step editing for a pipeline of diffusers: x_t = (1 - t) x0 + t eps with fresh noise at each step.
 
-    A family's class adds the methods that fail here. Its argument `editor`, which `model_index.json` holds, has the
-    trained `sizes` as [height, width], the number of `steps`, and `schedule`, the settings of the base model's
-    scheduler that give the noise shift.
+    A family's class adds the methods that fail here, and replaces others where the family differs. Its argument
+    `editor`, which `model_index.json` holds, has the trained `sizes` as [height, width], the number of `steps`, and
+    `schedule`, the settings of the base model's scheduler that give the noise shift.
     """
 
     # Members of diffusers' pipelines:
     config: Any
     scheduler: Any
+    vae: Any
+    vae_scale_factor: int
     image_processor: Any
     progress_bar: Any
     maybe_free_model_hooks: Any
@@ -40,20 +42,23 @@ class FewStepEditing:
 
     @property
     def _multiple(self) -> int:
-        """Heights and widths are multiples of this number of pixels."""
-        raise NotImplementedError
+        """Heights and widths are multiples of this number of pixels. Here: 2 x 2 latents are one token."""
+        return 2 * self.vae_scale_factor
 
     def _encode_text(self, prompts: list[str], device: torch.device) -> Any:
         """The encoded prompts, as `_velocity` takes them."""
         raise NotImplementedError
 
     def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(b, 3, H, W) in [0, 1] -> normalised latents (b, c, h, w) in float32, the posterior's mean."""
-        raise NotImplementedError
+        """(b, 3, H, W) in [0, 1] -> normalised latents (b, c, h, w) in float32, the posterior's mean. Here: one shift
+        and one scale for all channels."""
+        mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, c, h, w) -> (b, 3, H, W), about [-1, 1]."""
-        raise NotImplementedError
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1], where 1 is noise; references are latents."""
@@ -174,6 +179,37 @@ class FewStepEditing:
             raise ValueError(f"expected at most {self._most_references - 1} references; got {len(references)}")
         if set(tensor_inputs) - {"latents"}:
             raise ValueError(f"expected callback_on_step_end_tensor_inputs ['latents']; got {list(tensor_inputs)}")
+
+
+class VideoVaeEditing(FewStepEditing):
+    """For a VAE of videos with a mean and a standard deviation of each channel (Qwen-Image, Krea 2). A picture is a
+    video of one frame."""
+
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean, normalised per channel."""
+        frames = (images * 2 - 1).to(self.vae.dtype).unsqueeze(2)
+        latents = self.vae.encode(frames).latent_dist.mean[:, :, 0].float()
+        mean, deviation = self._latent_statistics(latents)
+        return (latents - mean) / deviation
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, c, h, w) -> (b, 3, H, W) in [-1, 1]."""
+        mean, deviation = self._latent_statistics(latents)
+        frames = (latents * deviation + mean).to(self.vae.dtype).unsqueeze(2)
+        return self.vae.decode(frames).sample[:, :, 0]
+
+    def _latent_statistics(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """The mean and standard deviation of the latents in the data, each (1, c, 1, 1)."""
+        config = self.vae.config
+        return [torch.tensor(s).to(like).view(1, -1, 1, 1) for s in (config.latents_mean, config.latents_std)]
+
+
+def _unpack_tokens(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Tokens (b, n, 4c) of 2 x 2 latents, of which the first are the picture's -> the picture's latents (b, c, h, w),
+    with the shape of `like`."""
+    b, c, rows, columns = len(like), like.shape[1], like.shape[2] // 2, like.shape[3] // 2
+    latents = tokens[:, : rows * columns].view(b, rows, columns, c, 2, 2)
+    return latents.permute(0, 3, 1, 4, 2, 5).reshape(like.shape)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from npedit.export.pipelines.few_step import FewStepEditing
+from npedit.export.pipelines.few_step import FewStepEditing, _unpack_tokens
 
 
 class NPEditPipeline(FewStepEditing, FluxPipeline):
@@ -40,25 +40,11 @@ class NPEditPipeline(FewStepEditing, FluxPipeline):
         )  # fmt: skip
         self.register_to_config(editor=editor)
 
-    @property
-    def _multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
     def _encode_text(self, prompts: list[str], device: torch.device) -> Any:
         """T5 states (b, length, d) and CLIP's pooled vector (b, p)."""
         longest = 512 if self.transformer.config.guidance_embeds else 256
         length = min(longest, self.tokenizer_2.model_max_length)
         return self.encode_prompt(prompts, None, device, max_sequence_length=length)[:2]
-
-    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean."""
-        mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
-        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, c, h, w) -> (b, 3, H, W), about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
@@ -77,9 +63,7 @@ class NPEditPipeline(FewStepEditing, FluxPipeline):
             img_ids=torch.cat([self._position_ids(p, i) for i, p in enumerate(planes)]),
             return_dict=False,
         )[0]
-        rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        out = out[:, : rows * columns].view(len(x), rows, columns, x.shape[1], 2, 2)
-        return out.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        return _unpack_tokens(out, x)
 
     def _position_ids(self, plane: torch.Tensor, frame: int) -> torch.Tensor:
         """(tokens, 3): the number of the picture, then row and column."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers import Krea2Pipeline
 
-from npedit.export.pipelines.few_step import FewStepEditing
+from npedit.export.pipelines.few_step import VideoVaeEditing
 
 
-class NPEditPipeline(FewStepEditing, Krea2Pipeline):
+class NPEditPipeline(VideoVaeEditing, Krea2Pipeline):
     """Krea 2 as a few-step image editor; see `__call__`."""
 
     _most_references = 16
@@ -59,24 +59,6 @@ class NPEditPipeline(FewStepEditing, Krea2Pipeline):
         kept = mask.any(0)
         states, mask = states[:, kept], mask[:, kept]
         return states, None if bool(mask.all()) else mask
-
-    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean, normalised per channel."""
-        frames = (images * 2 - 1).to(self.vae.dtype).unsqueeze(2)
-        latents = self.vae.encode(frames).latent_dist.mean[:, :, 0].float()
-        middle, deviation = self._latent_statistics(latents)
-        return (latents - middle) / deviation
-
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, c, h, w) -> (b, 3, H, W) in [-1, 1]."""
-        middle, deviation = self._latent_statistics(latents)
-        frames = (latents * deviation + middle).to(self.vae.dtype).unsqueeze(2)
-        return self.vae.decode(frames).sample[:, :, 0]
-
-    def _latent_statistics(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """The mean and standard deviation of the latents in the data, each (1, c, 1, 1)."""
-        config = self.vae.config
-        return [torch.tensor(s).to(like).view(1, -1, 1, 1) for s in (config.latents_mean, config.latents_std)]
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""

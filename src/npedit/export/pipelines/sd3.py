@@ -59,14 +59,6 @@ class NPEditPipeline(FewStepEditing, StableDiffusion3Pipeline):
         )  # fmt: skip
         return sequence, pooled
 
-    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
-        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
-
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         (sequence, pooled), dtype = text, self.transformer.dtype
         with self._attach(x, [r.to(dtype) for r in references]):

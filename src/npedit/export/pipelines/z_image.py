@@ -35,10 +35,6 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         self.register_to_config(editor=editor)
 
     @property
-    def _multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
     def _takes_frames(self) -> bool:
         return self.transformer.config.get("_references") == "frames"
 
@@ -50,10 +46,8 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         """The states (length, d) of each prompt, without padding."""
         if self._takes_frames:
             return self._encode_without_thinking(prompts, device)
-        length = self._text_length
-        return self.encode_prompt(list(prompts), device, do_classifier_free_guidance=False, max_sequence_length=length)[
-            0
-        ]
+        settings = {"do_classifier_free_guidance": False, "max_sequence_length": self._text_length}
+        return self.encode_prompt(list(prompts), device, **settings)[0]
 
     def _encode_without_thinking(self, prompts: list[str], device: torch.device) -> list[torch.Tensor]:
         turn = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
@@ -64,16 +58,6 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         mask = found.attention_mask.bool()
         out = self.text_encoder(input_ids=found.input_ids, attention_mask=mask, output_hidden_states=True)
         return [states[kept] for states, kept in zip(out.hidden_states[-2], mask)]
-
-    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(b, 3, H, W) in [0, 1] -> latents (b, c, h, w) in float32, the posterior's mean."""
-        mean = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean.float()
-        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, c, h, w) -> (b, 3, H, W), about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]. The net's time is 1 - t, and its output is -v."""
