@@ -1,5 +1,5 @@
 """Functions that several families use: check a pipeline's folder, read the shift of its schedule, pack latents 2 x 2,
-remove padding, and encode and decode with Qwen-Image's VAE, which Krea 2 uses too."""
+remove padding, and encode and decode with the VAE of FLUX, SD3 and Z-Image, and with that of Qwen-Image and Krea 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from torch import Tensor
 
 
@@ -70,6 +70,20 @@ def trim_padding(sequence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]
     kept = mask.any(0)
     sequence, mask = sequence[:, kept], mask[:, kept]
     return sequence, None if bool(mask.all()) else mask
+
+
+@torch.no_grad()
+def encode_with_kl_vae(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (b, 3, H, W) in [0, 1] -> latents (b, c, h, w), the posterior's mean, shifted and scaled. Float32 whatever
+    the VAE's type, so that neither x_t nor DMD's gradient is rounded."""
+    mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode_with_kl_vae(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) -> images (b, 3, H, W), not clamped."""
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(latents.to(vae.dtype)).sample + 1) / 2
 
 
 @torch.no_grad()

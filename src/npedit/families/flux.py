@@ -29,7 +29,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._shared import pack_latents, schedule_shift, unpack_latents
+from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, pack_latents, schedule_shift, unpack_latents
 from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
@@ -112,20 +112,13 @@ class Flux(Family):
         )
         return EncodedText((sequence, pooled))
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as FLUX does. Float32 whatever the VAE's type, so
-        that neither x_t nor DMD's gap is rounded."""
-        vae: AutoencoderKL = self.pipe.vae
-        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled, in float32."""
+        return encode_with_kl_vae(self.pipe.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
-        vae: AutoencoderKL = self.pipe.vae
-        return (
-            vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
-        ) / 2
+        return decode_with_kl_vae(self.pipe.vae, latents)
 
     def velocity(
         self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()

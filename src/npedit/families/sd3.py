@@ -45,7 +45,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._shared import schedule_shift
+from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, schedule_shift
 from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.nets.distributed import compute_dtype
 
@@ -138,18 +138,13 @@ class SD3(Family):
         )  # fmt: skip
         return EncodedText((sequence, pooled))
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled as SD3 does. Float32 whatever the VAE's type."""
-        vae: AutoencoderKL = self.pipe.vae
-        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled, in float32."""
+        return encode_with_kl_vae(self.pipe.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
-        vae: AutoencoderKL = self.pipe.vae
-        z = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(z.to(vae.dtype)).sample + 1) / 2
+        return decode_with_kl_vae(self.pipe.vae, latents)
 
     def velocity(
         self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()

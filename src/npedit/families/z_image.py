@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from npedit.families._prompts import count_tokens
-from npedit.families._shared import check_pipeline_folder, schedule_shift
+from npedit.families._shared import check_pipeline_folder, decode_with_kl_vae, encode_with_kl_vae, schedule_shift
 from npedit.families.base import EncodedText, Family, ModelProperties
 from npedit.hub_access import is_local_only
 from npedit.nets.distributed import compute_dtype
@@ -156,20 +156,13 @@ class ZImage(Family):
         states = self.pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return [row[kept] for row, kept in zip(states, mask)]
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled. Float32 whatever the VAE's type, so that neither
-        x_t nor DMD's gap is rounded."""
-        vae: AutoencoderKL = self.pipe.vae
-        mean = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        """(b, 3, H, W) in [0, 1] -> (b, c, h, w), shifted and scaled, in float32."""
+        return encode_with_kl_vae(self.pipe.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
-        vae: AutoencoderKL = self.pipe.vae
-        return (
-            vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample + 1
-        ) / 2
+        return decode_with_kl_vae(self.pipe.vae, latents)
 
     def velocity(
         self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
