@@ -13,7 +13,7 @@ from npedit.errors import UserError
 from npedit.hub_access import is_hub_reachable, is_local_only
 from npedit.runs.start import resolve_start
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder, open_encoder
-from tests.support.hub_server import serve_hub
+from tests.support.hub_server import serve_hub, use_hub
 
 
 @pytest.fixture
@@ -22,15 +22,8 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        constants = {
-            "ENDPOINT": address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }
-        for name, value in constants.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        use_hub(monkeypatch, address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield address
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from exported import load, noise, seeds, write_editor
 
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.export.export import export_editor
+from tests.support.exported import load, noise, seeds, write_editor
 
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import SIZES, STEPS, load, noise, seeds, write_editor
-from hub_downloads import serve_repositories
 from PIL import Image
 
 from npedit import flow
@@ -24,6 +22,8 @@ from npedit.export.diffusers_folder import pipeline_source
 from npedit.export.export import export_editor
 from npedit.families.flux import Flux
 from npedit.generator import generate_few_step, seeded_noise
+from tests.support.exported import SIZES, STEPS, load, noise, seeds, write_editor
+from tests.support.hub_downloads import serve_repositories
 
 FAMILIES = ("flux", "krea2", "qwen_image", "sana", "sd3", "z_image")
 WORDS = ["paint the circle red", "make it night"]

@@ -25,7 +25,6 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from exported import SIZES, write_editor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
@@ -41,6 +40,7 @@ from npedit.families.flux import Flux
 from npedit.families.qwen_image import QwenImage
 from npedit.families.sana import Sana
 from npedit.families.z_image import ZImage
+from tests.support.exported import SIZES, write_editor
 from tests.support.family_checks import pictures, record_calls
 
 STEPS, SEED = 3, 11

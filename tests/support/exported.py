@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
 
 from npedit import flow
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import find_class
+from tests.support.parts import nudge
 
 SIZES = ((32, 32), (32, 64))  # (height, width)
 STEPS = 3
@@ -25,15 +25,6 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def nudge(net: nn.Module) -> None:
-    """Move what is trained away from where training starts."""
-    stream = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=stream)
-
-
 def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1, base_name: str = "base") -> Path:
     """A tiny editor with random weights as training leaves it, and its base model beside it."""
     family = find_class("families", kind).tiny(seed)
@@ -42,11 +33,11 @@ def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1, base_name: 
     final.mkdir(parents=True)
     if lora:
         net = LoraAdapter.create(family.lora_base(), "student", 2, 6.0, 0)
-        nudge(net)
+        nudge(net, by=0.05)
         net.save(final)
     else:
         net = family.trainable_net()
-        nudge(net)
+        nudge(net, by=0.05)
         net.save_pretrained(final / "transformer")
     shift = family.noise_shift(*SIZES[0])
     family.few_step_scheduler(shift).save_pretrained(final / "scheduler")

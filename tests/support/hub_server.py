@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,6 @@ class Hub:
     created: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # large files, by sha256
-    stored: dict[str, bytes] = field(default_factory=dict)  # what can be downloaded from any repository
     commits: int = 0
     tokens: set[str] = field(default_factory=set)
 
@@ -105,43 +103,36 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {})
 
     def do_GET(self) -> None:
-        name = self.path.split("?")[0].rsplit("/", 1)[-1]
-        if not self.hub.refuse and name in self.hub.stored and "/resolve/" in self.path:
-            return self._send_file(self.hub.stored[name])
         return self._reply(self.hub.refuse or 404, {"error": "not here"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
-
-    def _send_file(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "1" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         pass
 
 
-@contextmanager
-def serve_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The Hub's client talks to this server inside the block, with `TOKEN`, and without its own transfer protocol."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """The Hub's client of this process talks to the server at `address`, without its own transfer protocol."""
     constants = {
-        "ENDPOINT": hub.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
     }
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@contextmanager
+def serve_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub's client talks to this server inside the block, with `TOKEN`. There is nothing to download."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_hub(monkeypatch, hub.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     try:
         yield hub
     finally:

@@ -22,7 +22,8 @@ from npedit.runs.start import DiffusersStart, is_foreign, resolve_start
 from npedit.steps.base import Parts
 from npedit.training.diffusers_start import load_diffusers_start
 from npedit.training.trainer import train
-from tests.support.hub_server import Hub, serve_hub
+from tests.support.hub_downloads import serve_repositories
+from tests.support.hub_server import serve_hub, use_hub
 from tests.support.parts import nudge
 
 FAMILIES = ["flux", "sd3"]
@@ -168,12 +169,12 @@ def test_what_is_no_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_lora_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_lora("flux", tmp_path / "lora")
+    path.with_name("v2.safetensors").write_bytes(b"second")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with serve_hub(monkeypatch) as hub:
-        hub.stored = {"pytorch_lora_weights.safetensors": path.read_bytes(), "v2.safetensors": b"second"}
+    with serve_repositories({"me/mine": path.parent}) as address:
+        use_hub(monkeypatch, address)
         for name, content in (("me/mine", path.read_bytes()), ("me/mine/v2.safetensors", b"second")):
             start = resolve_start(name)
             assert isinstance(start, DiffusersStart) and start.is_lora and start.path.read_bytes() == content
-        assert isinstance(hub, Hub)
         with pytest.raises(UserError, match="no-such"):
             resolve_start("me/mine/no-such.safetensors")
