@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +20,11 @@ from npedit.cli.options import BaseOption
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from npedit.editor import Editor
     from npedit.serve.limits import Limits
+    from npedit.serve.runs import Runs
 
 TOKEN_VARIABLE = "NPEDIT_SERVE_TOKEN"
 LEAST_TOKEN = 16  # characters
@@ -55,7 +59,9 @@ def read_token(host: str, file: Path | None) -> str:
 
 
 def serve(
-    run: Annotated[str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded'.")] = "embedded",
+    run: Annotated[
+        str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, a folder of runs, or 'embedded'.")
+    ] = "embedded",
     host: Annotated[str, typer.Option(help="The address to listen on. Others than localhost need a token.")] = (
         "127.0.0.1"
     ),
@@ -88,8 +94,8 @@ def serve(
     token = read_token(host, token_file)
     limits = make_limits(most_mib, most_megapixels, most_gib)
 
-    def open_editor() -> Editor:
-        return Editor.open(run, tile=tile, base=base, offload=offload, bits=bits)
+    def open_editor(name: str) -> Editor:
+        return Editor.open(name, tile=tile, base=base, offload=offload, bits=bits)
 
     run_server(run, open_editor, host, port, token, limits, waiting, seconds, critic, Console(soft_wrap=True))
 
@@ -148,8 +154,37 @@ def address(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """The token, whether only programs on this machine reach the server, and the limits of requests."""
+
+    token: str
+    is_local: bool
+    limits: Limits
+
+
+def open_app(
+    name: str, open_editor: Callable[[str], Editor], runs: Runs | None, waiting: int, seconds: float,
+    options: ServerOptions,
+) -> FastAPI:  # fmt: skip
+    """The HTTP interface of the editor `name`, which is open when this returns. With `runs`, `name` is one of them.
+
+    Raises:
+        UserError: the editor cannot be opened.
+    """
+    from npedit.serve.api import LOCAL_HOSTS, ServerSettings, make_app
+    from npedit.serve.queue import EditQueue
+
+    open_first = (lambda: runs.open(Path(name).name)) if runs else (lambda: open_editor(name))
+    queue = EditQueue(open_first, waiting, seconds, open_run=runs.open if runs else None)
+    queue.editor.result()
+    hosts = LOCAL_HOSTS if options.is_local else ()
+    shown_name, editor = public_names(name)
+    return make_app(queue, ServerSettings(shown_name, options.token, hosts, options.limits, editor))
+
+
 def run_server(
-    name: str, open_editor: Callable[[], Editor], host: str, port: int, token: str, limits: Limits, waiting: int,
+    name: str, open_editor: Callable[[str], Editor], host: str, port: int, token: str, limits: Limits, waiting: int,
     seconds: float, with_critic: bool, out: Console,
 ) -> None:  # fmt: skip
     """Open the editor, then listen until a signal comes.
@@ -158,24 +193,22 @@ def run_server(
         UserError: a package is missing, the editor cannot be opened, or the address is taken.
     """
     try:
-        from npedit.serve.api import LOCAL_HOSTS, ServerSettings, make_app
         from npedit.serve.http_server import HttpServer
         from npedit.serve.page import add_page
-        from npedit.serve.queue import EditQueue
+        from npedit.serve.runs import Runs, find_runs
         from npedit.serve.verdict import find_critic, find_recipe
     except ImportError as error:
         raise UserError(
             f"expected the packages of the extra 'serve'; got none named {error.name}; install them: "
             "pip install 'npedit[serve]'"
         ) from None
-    recipe = find_recipe(name)
-    critic = find_critic(name, recipe, with_critic)
-    queue = EditQueue(open_editor, waiting, seconds)
-    queue.editor.result()
-    hosts = LOCAL_HOSTS if is_local(host) else ()
-    shown_name, editor = public_names(name)
-    app = make_app(queue, ServerSettings(shown_name, token, hosts, limits, editor))
-    add_page(app, critic, is_toy=recipe is not None and recipe.family.weights == "embedded")
+    first = next(iter(find_runs(name)), "")
+    runs = Runs(name, open_editor, with_critic) if first else None
+    own = str(Path(name, first)) if first else name
+    recipe = find_recipe(own)
+    critic = find_critic(own, recipe, with_critic)
+    app = open_app(own, open_editor, runs, waiting, seconds, ServerOptions(token, is_local(host), limits))
+    add_page(app, critic, recipe is not None and recipe.family.weights == "embedded", runs)
     sock = listen(host, port)
     out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end

@@ -66,6 +66,17 @@ def write_report(run: str | Path) -> Path:
     Raises:
         UserError: the folder is not a run, or the file cannot be written.
     """
+    path = Path(run) / "report.html"
+    write_text(path, make_report(run))
+    return path
+
+
+def make_report(run: str | Path) -> str:
+    """The HTML of a run's report, from what lies in its folder.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
     run = Path(run)
     if not is_run(run):
         raise UserError(f"expected a run to report on; {run} is not one; give a folder that 'npedit train' made")
@@ -88,13 +99,11 @@ def write_report(run: str | Path) -> Path:
         f"<details><summary>Recipe</summary><pre>{_escape(yaml.safe_dump(config, sort_keys=False))}</pre></details>",
         f"<details open><summary>Manifest</summary><pre>{_escape(json.dumps(manifest, indent=2))}</pre></details>",
     ]
-    page = (
+    return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>npedit: {_escape(name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n"
     )
-    write_text(run / "report.html", page)
-    return run / "report.html"
 
 
 def _escape(words: object) -> str:

@@ -6,15 +6,12 @@ nothing from other servers.
 
 from __future__ import annotations
 
-import asyncio
-import io
 import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +19,23 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 from fastapi import FastAPI
-from PIL import Image
 from starlette.routing import Mount
 
-from npedit.editor import Editor
 from npedit.errors import UserError
-from npedit.serve.api import MOST_SEED, ServerSettings
 from npedit.serve.examples import write_examples
-from npedit.serve.limits import Limits, read_instruction, read_int, read_picture
+from npedit.serve.page_edit import MOST_RESULTS, PageParts, make_turn
 from npedit.serve.page_headers import PageHeaders
-from npedit.serve.pictures import encode_picture
-from npedit.serve.queue import EditQueue, EditRequest, words_for
+from npedit.serve.queue import words_for
+from npedit.serve.runs import Runs
 from npedit.serve.session import Result, Session, Turn
-from npedit.serve.verdict import CriticQueue, Verdict
+from npedit.serve.verdict import CriticQueue
 
 log = logging.getLogger(__name__)
 
-MOST_RESULTS = 4
 KEPT_SECONDS = 6 * 3600  # how long the page's files stay on disk
 LOOKS_EVERY = 600  # seconds between two looks for older files
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the reader's own fonts
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}  # arguments of all events
 GALLERY: dict[str, Any] = {
     "height": "auto", "allow_preview": False, "interactive": False, "fit_columns": False, "object_fit": "contain",
     "buttons": [],
@@ -56,25 +50,13 @@ CSS = """
 THEME = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONO)
 
 
-@dataclass(frozen=True)
-class PageParts:
-    """What the page needs: the queue, the server's settings, the critic (None: no verdicts), a folder for pictures, and
-    whether the editor is one of the toy world, whose examples are offered."""
-
-    queue: EditQueue
-    settings: ServerSettings
-    critic: CriticQueue | None
-    folder: Path
-    is_toy: bool
-
-
-def add_page(app: FastAPI, critic: CriticQueue | None, is_toy: bool) -> None:
+def add_page(app: FastAPI, critic: CriticQueue | None, is_toy: bool, runs: Runs | None = None) -> None:
     """Add the page to an app of `make_app`. With a token the page asks for it, as a password."""
     queue, settings = app.state.queue, app.state.settings
     app.state.page_folder = tempfile.TemporaryDirectory(prefix="npedit-serve-")  # deleted when the process ends
     folder = Path(app.state.page_folder.name).resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio keeps uploads and serves files from
-    blocks = make_page(PageParts(queue, settings, critic, folder, is_toy))
+    blocks = make_page(PageParts(queue, settings, folder, critic, is_toy, runs))
     gr.mount_gradio_app(
         app, blocks, "/", footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
         max_file_size=settings.limits.bytes, theme=THEME, css=CSS, auth=_check_token(settings.token),
@@ -112,13 +94,16 @@ def make_page(parts: PageParts) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 shown = _add_outputs()
         _connect(parts, session, asked, shown)
+        if parts.runs:
+            _add_report(parts.runs, asked.run)
     return blocks.queue(default_concurrency_limit=None, max_size=parts.queue.most_waiting, api_open=False)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The components that say what to edit."""
+    """The components that say what to edit, and with which run's editor."""
 
+    run: gr.Dropdown
     photo: gr.Image
     instruction: gr.Textbox
     seed: gr.Number
@@ -147,6 +132,7 @@ class Outputs:
 
 def _add_inputs(parts: PageParts) -> Inputs:
     most = min(MOST_RESULTS, parts.settings.limits.results)
+    run = _add_choice(parts.runs)
     photo = gr.Image(
         label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=340, elem_id="photo"
     )
@@ -158,12 +144,41 @@ def _add_inputs(parts: PageParts) -> Inputs:
         count = gr.Slider(1, most, 1, step=1, label="Number of seeds", min_width=160, elem_id="count")
     keep = gr.Checkbox(False, label="Keep the full resolution of what did not change", elem_id="keep")
     has_critic = parts.critic is not None
-    ask_critic = gr.Checkbox(has_critic, label="Ask the critic about each result", visible=has_critic, elem_id="critic")
+    ask_critic = gr.Checkbox(
+        has_critic, label="Ask the critic about each result", visible=has_critic or parts.runs is not None,
+        elem_id="critic",
+    )  # fmt: skip
     edit = gr.Button("Edit", variant="primary", elem_id="edit")
     if parts.is_toy:
         rows = write_examples(parts.folder)
         gr.Examples(rows, [photo, instruction], label="Examples", cache_examples=False, api_visibility="private")
-    return Inputs(photo, instruction, seed, count, keep, ask_critic, edit)
+    return Inputs(run, photo, instruction, seed, count, keep, ask_critic, edit)
+
+
+def _add_choice(runs: Runs | None) -> gr.Dropdown:
+    """The runs to choose from; it looks again for runs and checkpoints when a visitor opens it."""
+    choices = runs.choices() if runs else []
+    first = choices[0][1] if choices else ""
+    field = gr.Dropdown(choices, value=first, label="Editor of the run", visible=runs is not None, elem_id="run")
+    if runs:
+        field.focus(lambda: gr.update(choices=runs.choices()), None, field, **HIDDEN)
+    return field
+
+
+def _add_report(runs: Runs, chosen: gr.Dropdown) -> None:
+    """A button that shows the chosen run's report, as of now, in a frame without scripts."""
+    button = gr.Button("Show this run's report", elem_id="show-report")
+    place = gr.HTML(elem_id="report")
+
+    def show(name: Any) -> str:
+        try:
+            page = runs.report(name)
+        except Exception as error:  # noqa: BLE001 - the visitor is told, without a traceback
+            raise _page_error(error) from None
+        style = "width: 100%; height: 80vh; border: 1px solid #8888;"
+        return f'<iframe sandbox="" title="report" style="{style}" srcdoc="{escape(page)}"></iframe>'
+
+    button.click(show, chosen, place, preprocess=False, **HIDDEN)
 
 
 def _add_outputs() -> Outputs:
@@ -210,7 +225,7 @@ def _connect(parts: PageParts, state: gr.State, asked: Inputs, shown: Outputs) -
     async def edit(*values: Any) -> list[Any]:
         *given, session = values
         try:
-            session = session.with_turn(await _make_turn(parts, *given))
+            session = session.with_turn(await make_turn(parts, *given))
         except Exception as error:  # noqa: BLE001 - the visitor is told, without a traceback
             raise _page_error(error) from None
         return [session, *_show(session)]
@@ -232,14 +247,22 @@ def _connect(parts: PageParts, state: gr.State, asked: Inputs, shown: Outputs) -
     def go_further(session: Session) -> list[Any]:
         return [session.shown[1].file if session.shown else gr.skip(), ""]
 
-    given = [asked.photo, asked.instruction, asked.seed, asked.count, asked.keep_resolution, asked.ask_critic, state]
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-    for begin in (asked.edit.click, asked.instruction.submit):  # raw values: `_make_turn` checks them, and not Gradio
-        begin(edit, given, outputs, preprocess=False, trigger_mode="once", **hidden)
-    shown.results.select(choose, state, outputs, **hidden)
-    shown.history.select(recall, state, outputs, **hidden)
-    shown.undo.click(undo, state, [*outputs, asked.photo, asked.instruction], **hidden)
-    shown.further.click(go_further, state, [asked.photo, asked.instruction], **hidden)
+    given = [
+        asked.run,
+        asked.photo,
+        asked.instruction,
+        asked.seed,
+        asked.count,
+        asked.keep_resolution,
+        asked.ask_critic,
+        state,
+    ]
+    for begin in (asked.edit.click, asked.instruction.submit):  # raw values: `make_turn` checks them, and not Gradio
+        begin(edit, given, outputs, preprocess=False, trigger_mode="once", **HIDDEN)
+    shown.results.select(choose, state, outputs, **HIDDEN)
+    shown.history.select(recall, state, outputs, **HIDDEN)
+    shown.undo.click(undo, state, [*outputs, asked.photo, asked.instruction], **HIDDEN)
+    shown.further.click(go_further, state, [asked.photo, asked.instruction], **HIDDEN)
 
 
 def _number(event: gr.SelectData) -> int:
@@ -252,80 +275,3 @@ def _page_error(error: Exception) -> gr.Error:
     if not words:
         log.exception("an edit of the page failed", exc_info=error)
     return gr.Error(words or f"the editor failed: {type(error).__name__}", title="Not edited", print_exception=False)
-
-
-# ----------------------------------------------------------------------------------------------------------- one edit
-
-
-async def _make_turn(
-    parts: PageParts, photo: Any, instruction: Any, seed: Any, count: Any, keep: Any, ask: Any
-) -> Turn:
-    """Edit the visitor's picture. The values are what the browser sent.
-
-    Raises:
-        UserError, QueueFull, TooLate, Draining: it cannot be edited.
-    """
-    limits = parts.settings.limits
-    picture = await asyncio.to_thread(_read_upload, photo, limits)
-    text = read_instruction(str(instruction or ""), limits, "Instruction")
-    results = read_int(_digits(count), "Number of seeds", 1, 1, min(MOST_RESULTS, limits.results)) or 1
-    first = read_int(_digits(seed), "First seed", 0, 0, MOST_SEED - results) or 0
-    request = EditRequest(picture, text, first, keep_resolution=bool(keep))
-    edited = await _edited(parts.queue, [replace(request, seed=first + i) for i in range(results)])
-    verdicts = await asyncio.to_thread(_verdicts, parts, picture, edited, text) if ask else [None] * results
-    before, *files = await asyncio.to_thread(_write_pictures, parts, picture, edited)
-    made = [Result(file, first + i, verdict) for i, (file, verdict) in enumerate(zip(files, verdicts, strict=True))]
-    return Turn(before, text, tuple(made))
-
-
-def _read_upload(photo: Any, limits: Limits) -> Image.Image:
-    """The picture that a visitor uploaded. Gradio has checked that its file is one of the page's own."""
-    path = photo.get("path") if isinstance(photo, dict) else None
-    if not path:
-        raise UserError("expected a picture; got none; drop one on the field 'Picture'")
-    try:
-        data = Path(path).read_bytes()
-    except OSError:
-        raise UserError("expected the picture's file; it is no longer kept; drop the picture again") from None
-    return read_picture(data, limits, "Picture")
-
-
-def _digits(value: Any) -> str:
-    """A number that JSON may have made a float, as the text of a form's field."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str("" if value is None else value)
-
-
-async def _edited(queue: EditQueue, wanted: Sequence[EditRequest]) -> list[Image.Image]:
-    """The edited pictures. If one is refused, or the visitor goes away, those not begun are not edited."""
-    results: list[Future[Image.Image]] = []
-    try:
-        for request in wanted:
-            results.append(queue.submit(request))
-        return list(await asyncio.gather(*(asyncio.wrap_future(result) for result in results)))
-    finally:
-        for result in results:
-            result.cancel()
-
-
-def _verdicts(
-    parts: PageParts, before: Image.Image, edited: Sequence[Image.Image], instruction: str
-) -> Sequence[Verdict | None]:
-    """The critic's verdicts; None for each without a critic."""
-    if parts.critic is None:
-        return [None] * len(edited)
-    editor: Editor = parts.queue.editor.result()
-    return parts.critic.ask(before, edited, instruction, editor.sizes)
-
-
-def _write_pictures(parts: PageParts, before: Image.Image, edited: Sequence[Image.Image]) -> list[str]:
-    """Write the visitor's picture and its edits as PNG files of the page; only the edits have metadata of an edit."""
-    own = io.BytesIO()
-    before.save(own, "PNG", compress_level=1)
-    edits = (encode_picture(picture, "png", parts.settings.editor) for picture in edited)
-    return [_write_file(parts.folder, data) for data in (own.getvalue(), *edits)]
-
-
-def _write_file(folder: Path, data: bytes) -> str:
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="npedit-", suffix=".png", delete=False) as file:
-        file.write(data)
-    return file.name

@@ -48,7 +48,8 @@ def words_for(error: Exception) -> str:
 @dataclass(frozen=True)
 class EditRequest:
     """One edit: an upright RGB picture, further references, an instruction, and the sampling settings. `steps` None is
-    the editor's own number. `keep_resolution` is that of `Editor.edit`."""
+    the editor's own number. `keep_resolution` is that of `Editor.edit`. `run` names another editor than the server's
+    own, which is ""."""
 
     picture: Image.Image
     instruction: str
@@ -56,6 +57,7 @@ class EditRequest:
     steps: int | None = None
     references: tuple[Image.Image, ...] = ()
     keep_resolution: bool = False
+    run: str = ""
 
 
 @dataclass
@@ -71,7 +73,8 @@ class Waiting:
 
 class EditQueue:
     """At most `most_waiting` requests, each begun within `seconds` or not at all. `open_editor` is called once, in the
-    thread that edits. `on_batch` is told the size and the seconds of each batch.
+    thread that edits, and `open_run` with the `run` of each batch that names one. `on_batch` is told the size and the
+    seconds of each batch.
 
     Use `submit` from any thread. A request whose future is cancelled before its batch begins is never edited.
     """
@@ -82,9 +85,10 @@ class EditQueue:
         most_waiting: int = 64,
         seconds: float = 120.0,
         on_batch: Callable[[int, float], None] = lambda size, seconds: None,
+        open_run: Callable[[str], Editor] | None = None,
     ) -> None:
         self.most_waiting, self.seconds, self.on_batch = most_waiting, seconds, on_batch
-        self._open_editor = open_editor
+        self._open_editor, self._open_run = open_editor, open_run
         self._waiting: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._is_draining = False
@@ -138,9 +142,20 @@ class EditQueue:
         self.editor.set_result(editor)
         while (batch := self._next_batch()) is not None:
             begun = time.monotonic()
-            _edit_batch(editor, batch)
             if batch:
+                self._edit_with_its_editor(editor, batch)
                 self.on_batch(len(batch), time.monotonic() - begun)
+
+    def _edit_with_its_editor(self, own: Editor, batch: Sequence[Waiting]) -> None:
+        """Edit a batch with the editor that its requests name, `own` if they name none."""
+        try:
+            run = batch[0].request.run
+            editor = self._open_run(run) if self._open_run and run else own
+        except Exception as error:  # noqa: BLE001 - the server stays up, and the client is told
+            for waiting in batch:
+                waiting.result.set_exception(error)
+        else:
+            _edit_batch(editor, batch)
 
     def _next_batch(self) -> list[Waiting] | None:
         """The oldest request and those that fit into one batch with it; None at the end."""
@@ -163,7 +178,7 @@ def _fits(request: EditRequest, other: EditRequest) -> bool:
     references are edited alone."""
     if request.references or other.references:
         return request is other
-    return request.steps == other.steps and request.keep_resolution == other.keep_resolution
+    return (request.run, request.steps, request.keep_resolution) == (other.run, other.steps, other.keep_resolution)
 
 
 def _begin(chosen: Sequence[Waiting]) -> Iterator[Waiting]:
