@@ -28,7 +28,7 @@ LABELS = {
     "object": "Object",
     "source_caption": "Caption of the photo",
     "target_caption": "Caption of the wanted result",
-    "questions": "Questions about the result, one a line: yes | QUESTION",
+    "questions": "Questions, one a line: yes | QUESTION",
 }
 ALL_SEEN = "All rows are seen."
 
@@ -66,12 +66,12 @@ def _field(name: str) -> Any:
 
 def _add_buttons() -> dict[str, gr.Button]:
     with gr.Row():
-        made = {
-            name: gr.Button(words, min_width=60, elem_id=name) for name, words in (("previous", "←"), ("next", "→"))
+        return {
+            "previous": gr.Button("←", min_width=60, elem_id="previous"),
+            "accept": gr.Button("Accept", variant="primary", min_width=80, elem_id="accept"),
+            "reject": gr.Button("Reject", variant="stop", min_width=80, elem_id="reject"),
+            "next": gr.Button("→", min_width=60, elem_id="next"),
         }
-        made["reject"] = gr.Button("Reject", variant="stop", min_width=80, elem_id="reject")
-        made["accept"] = gr.Button("Accept", variant="primary", min_width=80, elem_id="accept")
-    return made
 
 
 def _connect(blocks: gr.Blocks, page: Page, state: gr.State, shown: list[Any], buttons: dict[str, gr.Button]) -> None:
