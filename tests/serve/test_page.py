@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, EditPage, open_browser, pixels
 from edit_server import Server
+from served_runs import make_runs
 
 from npedit.serve.examples import write_examples
 
@@ -114,25 +115,38 @@ def test_examples_work_at_once(page):
     assert all(int(share) > 50 for share in re.findall(r"(\d+)%", caption))
 
 
-def test_token_full_queue_and_a_stop_with_an_open_page(browser, photo, tmp_path):
+def test_token_runs_full_queue_and_a_stop_with_an_open_page(browser, photo, tmp_path):
     env = os.environ | {"NPEDIT_SERVE_TOKEN": TOKEN, "TMPDIR": str(tmp_path)}
-    server = Server(tmp_path / "log.txt", "--waiting", "1", env=env)
+    runs = make_runs(tmp_path / "runs", "one", "two")
+    server = Server(tmp_path / "log.txt", str(runs), "--waiting", "1", env=env)
     page = EditPage(browser, server.url)
     _log_in(page, "x" * 20)
     page.tab.wait_for_selector("text=Incorrect")
     assert not page.tab.locator("#edit").count()
     _log_in(page, TOKEN)
     page.wait()
+    _choose_run(page, "one")
     page.upload(photo)
+    page.fill("turn the red cross yellow")
+    page.edit(1)
+    page.tab.click("#show-report")
+    page.tab.frame_locator("#report iframe").locator("h1").wait_for()
     page.fill("turn the red cross yellow", count=4)
     page.tab.click("#edit")
     assert "too many edits wait" in page.message()
+    assert page.foreign_requests() == []
     assert list(tmp_path.glob("npedit-serve-*/*"))
     begun = time.monotonic()
     assert server.stop(signal.SIGTERM) == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 15  # an open page does not hold the server
     assert not list(tmp_path.glob("npedit-serve-*"))
     assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+def _choose_run(page, name):
+    page.tab.click("#run input")
+    page.tab.locator("#run [role=option]").filter(has_text=name).click()
+    page.tab.wait_for_function("n => document.querySelector('#run input').value == n", arg=name)
 
 
 def _log_in(page, token):

@@ -87,7 +87,8 @@ def make_page(parts: PageParts) -> gr.Blocks:
     blocks = gr.Blocks(title=title, analytics_enabled=False, delete_cache=(LOOKS_EVERY, KEPT_SECONDS))
     with blocks:
         session = gr.State(Session())
-        gr.Markdown(f"## npedit\nEditor: `{parts.settings.name}`. For programs: [/openapi.json](/openapi.json).")
+        used = "Editor for programs" if parts.runs else "Editor"
+        gr.Markdown(f"## npedit\n{used}: `{parts.settings.name}` ([/openapi.json](/openapi.json)).")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 asked = _add_inputs(parts)
