@@ -197,7 +197,7 @@ def test_the_bodies_of_all_requests_together_are_limited():
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
 
-        await middleware({"type": "http", "headers": []}, receive, send)
+        await middleware({"type": "http", "method": "POST", "headers": []}, receive, send)
 
     async def ask_all():
         middleware = BodyLimit(app, limit)
@@ -211,6 +211,26 @@ def test_the_bodies_of_all_requests_together_are_limited():
         assert statuses == [429, *[200] * (TOGETHER + 1)]
 
     asyncio.run(ask_all())
+
+
+def test_no_upload_is_taken_while_the_disk_is_almost_full(monkeypatch):
+    """The page keeps uploads for hours."""
+    statuses = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        statuses.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+    for free in (2**29, 2**31):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free, total=2**36))
+        for method in ("POST", "GET"):
+            asyncio.run(BodyLimit(app, 100)({"type": "http", "method": method, "headers": []}, receive, send))
+    assert statuses == [507, 200, 200, 200]
 
 
 # --------------------------------------------------------------------------------------------------------- requests

@@ -37,7 +37,7 @@ def editor():
 
 def test_a_fault_of_the_editor_is_counted_and_its_words_are_not_shown(editor, monkeypatch):
     def fail(*_):
-        raise RuntimeError("no room in /home/alice/secret")
+        raise RuntimeError("no room in folder alice")
 
     monkeypatch.setattr(editor, "edit_tensor", fail)
     queue = EditQueue(lambda: editor)

@@ -156,10 +156,10 @@ def address(listening: socket.socket) -> str:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The token, whether only programs on this machine reach the server, and the limits of requests."""
+    """The token, the address to listen on, and the limits of requests."""
 
     token: str
-    is_local: bool
+    host: str
     limits: Limits
 
 
@@ -178,7 +178,7 @@ def open_app(
     open_first = (lambda: runs.open(Path(name).name)) if runs else (lambda: open_editor(name))
     queue = EditQueue(open_first, waiting, seconds, open_run=runs.open if runs else None)
     queue.editor.result()
-    hosts = LOCAL_HOSTS if options.is_local else ()
+    hosts = (*LOCAL_HOSTS, options.host) if is_local(options.host) else ()
     shown_name, editor = public_names(name)
     return make_app(queue, ServerSettings(shown_name, options.token, hosts, options.limits, editor))
 
@@ -207,7 +207,7 @@ def run_server(
     own = str(Path(name, first)) if first else name
     recipe = find_recipe(own)
     critic = find_critic(own, recipe, with_critic)
-    app = open_app(own, open_editor, runs, waiting, seconds, ServerOptions(token, is_local(host), limits))
+    app = open_app(own, open_editor, runs, waiting, seconds, ServerOptions(token, host, limits))
     add_page(app, critic, recipe is not None and recipe.family.weights == "embedded", runs)
     sock = listen(host, port)
     out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DISCARDED = 4  # times the limit: how much of a body is read and thrown away, so that the client reads the answer
+LEAST_FREE = 2**30  # bytes of the disk for temporary files, or a tenth of a smaller disk's size
 TOGETHER = 32  # times the limit: bytes of the bodies of all requests that are not answered yet
 
 
@@ -16,7 +19,8 @@ class BodyRefused(Exception):
 
 class BodyLimit:
     """An ASGI middleware: status 413 for a body of more than `most` bytes, by its `Content-Length`, or once more have
-    come; status 429 once the bodies of all requests together have more than `TOGETHER` times as many."""
+    come; status 429 once the bodies of all requests together have more than `TOGETHER` times as many. Uploads are
+    temporary files, so a body gets status 507 while that disk is almost full."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -28,6 +32,9 @@ class BodyLimit:
             return
         if _declared_bytes(scope) > self.most:
             await self._refuse(receive, send, 413)
+            return
+        if scope["method"] == "POST" and _is_disk_full():
+            await self._refuse(receive, send, 507)
             return
         count = status = 0
         is_refused = False
@@ -66,13 +73,20 @@ class BodyLimit:
 
     async def _refuse(self, receive: Receive, send: Send, status: int) -> None:
         await _discard(receive, DISCARDED * self.most)
-        words = f"expected at most {self.most / 2**20:g} MiB in one request; got more; send a smaller picture"
-        if status == 429:
-            words = "too many requests are being sent; try again later"
+        words = {
+            413: f"expected at most {self.most / 2**20:g} MiB in one request; got more; send a smaller picture",
+            429: "too many requests are being sent; try again later",
+            507: "the server's disk is full; try again later",
+        }[status]
         body = json.dumps({"error": {"message": words, "type": "invalid_request_error", "param": None, "code": None}})
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body.encode()})
+
+
+def _is_disk_full() -> bool:
+    disk = shutil.disk_usage(tempfile.gettempdir())
+    return disk.free < min(LEAST_FREE, disk.total // 10)
 
 
 async def _discard(receive: Receive, most: int) -> None:
