@@ -138,8 +138,7 @@ def prepare(
     if merge:
         return merge_shards(words, folder, writer, as_json)
     photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
-    loaded, shares = load_wishes(prompts, custom, language, types)
-    part = parse_shard(shard)
+    loaded, shares, part = *load_wishes(prompts, custom, language, types), parse_shard(shard)
     served = (writer or [], writer_model, verifier or [], verifier_model)
     models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
@@ -147,9 +146,8 @@ def prepare(
         (price_in, price_out, max_cost), {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed,
         "rounds": rounds, "subjects": subjects, "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
-    of_new_edits = options_given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
-                                 shard=shard, dry_run=dry_run)  # fmt: skip
-    return run(job, of_new_edits, captions, dry_run, as_json)
+    return run(job, options_given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
+                                  shard=shard, dry_run=dry_run), captions, dry_run, as_json)  # fmt: skip
 
 
 @dataclass(frozen=True)
