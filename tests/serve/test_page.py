@@ -1,5 +1,6 @@
 """The page of `npedit serve`, used in headless Chromium against a real server with the embedded editor."""
 
+import json
 import os
 import re
 import signal
@@ -113,6 +114,18 @@ def test_examples_work_at_once(page):
     page.edit(1)
     (caption,) = page.captions("#results")
     assert all(int(share) > 50 for share in re.findall(r"(\d+)%", caption))
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "http://127.0.0.1:9/x.png"])
+def test_only_files_of_the_page_are_read(client, path):
+    """What a browser may send is not what the page sends: here the path of another file."""
+    edit = next(d for d in client.get("/config").json()["dependencies"] if len(d["inputs"]) == 8)
+    photo = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    sent = {"data": ["", photo, "paint it red", 0, 1, False, False, None], "fn_index": edit["id"], "session_hash": path}
+    assert client.post("/gradio_api/queue/join", json=sent).status_code == 200
+    events = client.get("/gradio_api/queue/data", params={"session_hash": path}).text
+    done = next(json.loads(line[6:]) for line in events.splitlines() if "process_completed" in line)
+    assert not done["success"] and "Traceback" not in events and "root:" not in events
 
 
 def test_token_runs_full_queue_and_a_stop_with_an_open_page(browser, photo, tmp_path):

@@ -61,3 +61,10 @@ def test_a_batch_has_one_runs_editor(folder):
         results[2].result()
     assert sizes == [1, 2, 1]
     assert results[0].result().tobytes() == results[1].result().tobytes()  # copies of one editor
+
+
+def test_a_report_is_made_without_writing_into_the_run(folder):
+    assert "<h1>toy" in Runs(folder, Editor.open).report("one")
+    assert not (folder / "one" / "report.html").exists()
+    with pytest.raises(UserError, match="expected one of the runs"):
+        Runs(folder, Editor.open).report("../one")

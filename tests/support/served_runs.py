@@ -16,6 +16,6 @@ def make_runs(folder, *names):
         run = folder / name
         shutil.copytree(embedded_weights("editor"), run / "final")
         (run / "config.resolved.yaml").write_text(yaml.safe_dump(recipe))
-        (run / "manifest.json").write_text(json.dumps({"recipe": "toy"}))
+        (run / "manifest.json").write_text(json.dumps({"recipe": "toy", "no_pairs": True}))
         (run / "metrics.jsonl").write_text("")
     return folder
