@@ -27,10 +27,12 @@ def test_a_server_under_load_answers_everyone_and_ends_well() -> None:
     load = make_load()
     with serving.serving() as server:
         speed = serving.measure_speed(server, load, 1, 8)
+        pictures, batches = (server.metric(f"npedit_batch_items_{name}") for name in ("sum", "count"))
         mixed = serving.measure_mixed(server, load, 200, warm=100)
         end = serving.measure_end(server, load)
         log = server.log.read_text()
-    assert speed[serving.CLIENTS].per_second[0] > 1.2 * speed[1].per_second[0]
+    assert len(speed[serving.CLIENTS].seconds) == 4 * len(speed[1].seconds)
+    assert pictures > 1.5 * batches  # clients share batches; how much faster that is depends on the machine
     assert not serving.wrong_answers(mixed.outcomes, load)
     good, gone = (sum(o.kind == kind for o in mixed.outcomes) for kind in ("edit", "client goes away"))
     assert good <= mixed.edited <= good + gone
