@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, EditPage, open_browser, pixels
 from edit_server import Server
+from gradio.route_utils import delete_files_created_by_app
 from served_runs import make_runs
 
+from npedit.editor import Editor
+from npedit.serve.api import ServerSettings, make_app
 from npedit.serve.examples import write_examples
+from npedit.serve.page import add_page
+from npedit.serve.queue import EditQueue
 
 TOKEN = "0123456789abcdef0"
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium in the PATH or in $CHROMIUM")
@@ -126,6 +131,23 @@ def test_only_files_of_the_page_are_read(client, path):
     events = client.get("/gradio_api/queue/data", params={"session_hash": path}).text
     done = next(json.loads(line[6:]) for line in events.splitlines() if "process_completed" in line)
     assert not done["success"] and "Traceback" not in events and "root:" not in events
+
+
+def test_examples_outlive_the_visitors_files(monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # restored afterwards
+    queue = EditQueue(Editor.open)
+    app = make_app(queue, ServerSettings())
+    add_page(app, None, is_toy=True)
+    folder = Path(app.state.page_folder.name)
+    examples, other = sorted(folder.iterdir()), folder / "npedit-1.png"
+    other.write_bytes(b"")
+    blocks = app.state.page.get_blocks()
+    photo = next(block for block in blocks.blocks.values() if block.elem_id == "photo")
+    for file in (*examples, other):
+        photo.move_resource_to_block_cache(file)  # as when a visitor uses it
+    delete_files_created_by_app(blocks, 0)
+    assert len(examples) == 5 and sorted(folder.iterdir()) == examples
+    queue.close(30)
 
 
 def test_token_runs_full_queue_and_a_stop_with_an_open_page(browser, photo, tmp_path):

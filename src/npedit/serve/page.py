@@ -152,6 +152,7 @@ def _add_inputs(parts: PageParts) -> Inputs:
     edit = gr.Button("Edit", variant="primary", elem_id="edit")
     if parts.is_toy:
         rows = write_examples(parts.folder)
+        photo.keep_in_cache.update(file for file, _ in rows)  # they are not deleted with older files
         gr.Examples(rows, [photo, instruction], label="Examples", cache_examples=False, api_visibility="private")
     return Inputs(run, photo, instruction, seed, count, keep, ask_critic, edit)
 
@@ -159,7 +160,7 @@ def _add_inputs(parts: PageParts) -> Inputs:
 def _add_choice(runs: Runs | None) -> gr.Dropdown:
     """The runs to choose from; it looks again for runs and checkpoints when a visitor opens it."""
     choices = runs.choices() if runs else []
-    first = choices[0][1] if choices else ""
+    first = choices[0][1] if choices else None
     field = gr.Dropdown(choices, value=first, label="Editor of the run", visible=runs is not None, elem_id="run")
     if runs:
         field.focus(lambda: gr.update(choices=runs.choices()), None, field, **HIDDEN)
