@@ -152,7 +152,6 @@ def _add_inputs(parts: PageParts) -> Inputs:
     edit = gr.Button("Edit", variant="primary", elem_id="edit")
     if parts.is_toy:
         rows = write_examples(parts.folder)
-        photo.keep_in_cache.update(file for file, _ in rows)  # they are not deleted with older files
         gr.Examples(rows, [photo, instruction], label="Examples", cache_examples=False, api_visibility="private")
     return Inputs(run, photo, instruction, seed, count, keep, ask_critic, edit)
 
