@@ -106,6 +106,11 @@ class Client:
         text = f"paint the {draw.choice(SHAPES)} {draw.choice(COLOURS)}, number {number}"
         return self._post("edit", draw.choice(self.load.good), {"instruction": text, "seed": str(number)})
 
+    def edit_slowly(self, number: int) -> Outcome:
+        """A good request of many steps."""
+        data = {"instruction": "make it night", "seed": str(number), "steps": "16"}
+        return self._post("edit", self.load.good[0], data)
+
     def send_bad(self, number: int) -> Outcome:
         """A bad request."""
         kind = list(self.load.bad)[number % len(self.load.bad)]
