@@ -152,7 +152,8 @@ def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "pipeline.py").touch()
     text = set_repository(card(tmp_path).text, "me/mine")
     assert "### npedit" in text and "no files for ComfyUI" in text
-    assert 'from_pretrained("me/mine", custom_pipeline="me/mine"' in text and "USER/NAME" not in text
+    assert '"me/mine", custom_pipeline="me/mine"' in text and "USER/NAME" not in text
+    assert "torch_dtype=torch.float32" in text and "torch_dtype=torch.bfloat16" in card(tmp_path, dtype="bfloat16").text
 
 
 def test_a_folder_for_comfyui_names_no_other_tool(tmp_path: Path) -> None:

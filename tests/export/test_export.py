@@ -90,7 +90,10 @@ def test_every_file_can_be_read_as_a_new_file_can(lora: Path, tmp_path: Path) ->
 def test_the_command_says_how_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = run("export", "embedded", "out", "--as", "diffusers")
-    assert "DiffusionPipeline.from_pretrained('out', custom_pipeline='out', trust_remote_code=True)" in text
+    assert (
+        "DiffusionPipeline.from_pretrained('out', custom_pipeline='out', trust_remote_code=True, torch_dtype=torch."
+        in text
+    )
     assert "the form diffusers or comfyui; got 'onnx'" in run("export", "embedded", "other", "--as", "onnx", code=2)
     assert "expected a model of the size that ComfyUI knows" in run(
         "export", "embedded", "other", "--as", "comfyui", code=2

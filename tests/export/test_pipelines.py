@@ -170,7 +170,8 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(flux: tuple[Any
 def test_what_does_not_fit_together_is_refused(flux: tuple[Any, Editor]) -> None:
     pipe, picture = flux[0], noise(SIZES[0])
     for wrong, words in [
-        ({"prompt": ["a", "b", "c"], "image": [picture] * 2}, "2 and 3"),
+        ({"prompt": ["a", "b", "c"], "image": [picture] * 2}, "2 pictures and 3"),
+        ({"prompt": 3}, "an instruction"),
         ({"height": 32}, "both height and width"),
         ({"height": 30, "width": 32}, "multiples of 8"),
         ({"num_inference_steps": 0}, "at least one step"),
@@ -259,7 +260,8 @@ import sys, torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 folder, picture, out = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+wanted = {"trust_remote_code": True, "torch_dtype": torch.float32}
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, **wanted)
 generator = torch.Generator("cpu").manual_seed(7)
 pipe(image=Image.open(picture), prompt="make it night", num_inference_steps=4, generator=generator).images[0].save(out)
 assert not [name for name in sys.modules if name.split(".")[0] == "npedit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.markup import escape
 from npedit.errors import npedit_command
 
 out = Console(highlight=False, soft_wrap=True)
-LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True)"
+LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True, torch_dtype=torch.{1})"
 
 
 def export(
@@ -49,7 +50,12 @@ def _base_warning(base: str) -> Iterator[str]:
         )
 
 
+def _number_type(folder: Path) -> str:
+    """The number type of the editor, as `npedit edit` opens it."""
+    return str(json.loads((folder / "npedit.json").read_text(encoding="utf-8")).get("dtype", "float32"))
+
+
 def _use_lines(folder: Path, form: str) -> Iterator[str]:
     yield f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"
     if form == "diffusers":
-        yield f"In diffusers: {LOAD.format(str(folder))}"
+        yield f"In diffusers: {LOAD.format(str(folder), _number_type(folder))}"

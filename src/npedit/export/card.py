@@ -155,7 +155,9 @@ def _diffusers_text(facts: CardFacts) -> str:
     if _has_pipeline(facts):
         return (
             "```python\nimport torch\nfrom diffusers import DiffusionPipeline\nfrom PIL import Image\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{PLACE}", custom_pipeline="{PLACE}", trust_remote_code=True)\n'
+            # Without a number type transformers opens its parts in that of their files, and diffusers in float32.
+            f'pipe = DiffusionPipeline.from_pretrained(\n    "{PLACE}", custom_pipeline="{PLACE}", '
+            f"trust_remote_code=True, torch_dtype=torch.{facts.editor.get('dtype', 'float32')}\n)\n"
             'generator = torch.Generator("cpu").manual_seed(0)\n'
             'image = Image.open("picture.png")\n'
             f'pipe(image=image, prompt="INSTRUCTION", num_inference_steps={facts.editor["steps"]}, '

@@ -149,11 +149,15 @@ class FewStepEditing:
     @staticmethod
     def _pair(image: Any, prompt: Any, generator: Any) -> tuple[list[Image.Image], list[str]]:
         """As many upright RGB pictures as instructions; one of either goes with all of the other."""
-        images = [image] if isinstance(image, Image.Image) else list(image)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         count = max(len(images), len(prompts))
+        if not all(isinstance(words, str) for words in prompts):
+            raise ValueError(f"expected an instruction, or a list of instructions; got {prompt!r}")
         if not images or not prompts or {len(images), len(prompts)} - {1, count}:
-            raise ValueError(f"expected one prompt, or one a picture; got {len(images)} and {len(prompts)} prompts")
+            raise ValueError(
+                f"expected one prompt, or one for each picture; got {len(images)} pictures and {len(prompts)} prompts"
+            )
         if isinstance(generator, (list, tuple)) and len(generator) != count:
             raise ValueError(f"expected a generator for each of {count} pictures; got {len(generator)}")
         images = [_to_rgb(im) for im in images]
