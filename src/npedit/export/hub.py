@@ -24,7 +24,9 @@ def require_pushable(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"expected a repository USER/NAME; got {repository!r}: {str(error).rstrip(".")}; correct it") from None
+        raise UserError(
+            f"expected a repository USER/NAME; got {repository!r}: {str(error).rstrip('.')}; correct it"
+        ) from None
     if not HUB_ID.fullmatch(repository):
         raise UserError(f"expected a repository USER/NAME; got {repository!r}; put your user name before the name")
     if not get_token():
