@@ -104,7 +104,8 @@ def test_a_worker_killed_half_way_loses_no_answer(cluster, tmp_path):
     assert len(kept) == 48
     counts = Counter(body for body, _ in asked)
     again = [body for body, count in counts.items() if count > 1]
-    assert 1 <= len(again) <= 2 and max(counts.values()) == 2  # the worker had two threads
+    # two workers or three share the six requests at a time, so the killed one had two or three
+    assert 1 <= len(again) <= 3 and max(counts.values()) == 2
     first = dict(reversed(asked))
     assert not {first[body] for body in again} & kept  # no answer that was received is asked for again
 
