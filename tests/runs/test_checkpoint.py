@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,24 @@ def test_the_manifest(tmp_path: Path) -> None:
     )
     assert {"python", "diffusers", "transformers"} <= found["versions"].keys()
     assert isinstance(found["git_revision"], str)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_revision_is_read_without_writing_into_the_repository(tmp_path):
+    """`git describe --dirty` rewrites the index, and a process that is killed meanwhile leaves index.lock behind."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    source = tmp_path / "source.py"
+    assert checkpoint.git_revision(source) == ""
+    source.write_text("1")
+    for words in (["init", "-q"], ["add", "source.py"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    clean, index = checkpoint.git_revision(source), (tmp_path / ".git" / "index").read_bytes()
+    assert len(clean) == 40
+    os.utime(source, (1, 1))  # git would note the new time in its index
+    assert checkpoint.git_revision(source) == clean
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+    source.write_text("2")
+    assert checkpoint.git_revision(source) == f"{clean}-dirty"
 
 
 def test_rows(tmp_path: Path) -> None:

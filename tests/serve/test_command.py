@@ -52,7 +52,7 @@ def picture():
     return out.getvalue()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_what_waits_and_the_token_is_asked_for(tmp_path, number):
     other = number == signal.SIGINT and sys.platform == "linux"  # where all of 127.0.0.0/8 is this machine
     host = "127.0.0.2" if other else "127.0.0.1"

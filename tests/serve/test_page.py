@@ -150,6 +150,7 @@ def test_examples_outlive_the_visitors_files(monkeypatch):
     queue.close(30)
 
 
+@pytest.mark.slow
 def test_token_runs_full_queue_and_a_stop_with_an_open_page(browser, photo, tmp_path):
     env = os.environ | {"NPEDIT_SERVE_TOKEN": TOKEN, "TMPDIR": str(tmp_path)}
     runs = make_runs(tmp_path / "runs", "one", "two")

@@ -233,16 +233,16 @@ def is_trained_without_pairs(recipe: Recipe) -> bool:
     return run is not None and bool(read_manifest(run)["no_pairs"])
 
 
-def git_revision() -> str:
-    """The commit of this package's source, with "-dirty" for changes; "" if it is not in a git repository."""
-    here = Path(__file__)
+def git_revision(source: Path = Path(__file__)) -> str:
+    """The commit of this package's source, with "-dirty" for changes; "" if it is not in a git repository. Nothing is
+    written into the repository: a process that is killed while git writes there leaves its lock behind."""
     if shutil.which("git") is None:
         return ""
-    listed = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]
-    if subprocess.run(listed, capture_output=True).returncode:
+    git = ["git", "--no-optional-locks", "-C", str(source.parent)]
+    if subprocess.run([*git, "ls-files", "--error-unmatch", source.name], capture_output=True).returncode:
         return ""
-    described = ["git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(described, capture_output=True, text=True).stdout.strip()
+    ask = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    return ask("rev-parse", "HEAD") + ("-dirty" if ask("status", "--porcelain", "--untracked-files=no") else "")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
