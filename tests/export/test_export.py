@@ -99,3 +99,14 @@ def test_the_command_says_how_to_use_it(tmp_path: Path, monkeypatch: pytest.Monk
         "export", "embedded", "other", "--as", "comfyui", code=2
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_merging_a_whole_editor_is_said_to_do_nothing(tmp_path: Path) -> None:
+    assert "Nothing to merge" in run("export", "embedded", tmp_path / "out", "--merge")
+
+
+@pytest.mark.parametrize("base", ["no/such/folder", "folder/", "./here", "/nowhere", "a b"])
+def test_a_base_that_is_no_folder_and_no_id_is_refused(lora: Path, tmp_path: Path, base: str) -> None:
+    with pytest.raises(UserError, match="--base"):
+        export_editor(str(lora), tmp_path / "out", base=base)
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.export.card import CARD, model_card
@@ -25,6 +28,7 @@ from npedit.runs.final import drop_source_paths, set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
 FORMS = ("diffusers", "comfyui")
+NOTHING_TO_MERGE = "Nothing to merge: the editor was fully fine-tuned and has a whole transformer already."
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,18 @@ def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge:
     copy = folder.with_name("editor") if form == "comfyui" else folder
     where = _write_editor(source, copy, base)
     facts = read_json_object(copy / FACTS_FILE)
+    notes: tuple[str, ...] = ()
     if (copy / LORA_FILE).is_file() and merge:
         _merge(copy, where)
     elif (copy / LORA_FILE).is_file():
         fold_alpha(copy / LORA_FILE, facts)
+    elif merge:
+        notes = (NOTHING_TO_MERGE,)
     if form == "diffusers":
         write_pipeline(copy, where)
-    notes: tuple[str, ...] = ()
     if form == "comfyui":
         folder.mkdir()
-        notes = tuple(write_comfyui(Editor.open(copy, base=where), facts, folder))
+        notes += tuple(write_comfyui(Editor.open(copy, base=where), facts, folder))
     write_text(folder / CARD, model_card(folder, source, facts))
     return Exported(source, facts["base"], notes)
 
@@ -111,8 +117,20 @@ def _readable_base(named: str, chosen: str) -> str:
 
 
 def _absolute(base: str) -> str:
-    """A folder's path from the root; a Hub id as it is."""
-    return str(Path(base).resolve()) if base and os.path.isdir(base) else base
+    """A folder's path from the root; a Hub id as it is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not base or os.path.isdir(base):
+        return str(Path(base).resolve()) if base else ""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        raise UserError(
+            f"--base: expected a Hub id (USER/NAME) or a folder; got {base!r}, which is no folder here and no id"
+        ) from None
+    return base
 
 
 def _write_checkpoint(source: EditorSource, base: str, folder: Path) -> None:
