@@ -47,6 +47,11 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def check_size(image: Image.Image, name: str) -> None:
+    """Check the size of a picture, whose pixels need not be decoded yet. `name` is what the message calls it.
+
+    Raises:
+        UserError: it has no pixels, more than `MAX_PIXELS`, or sides that are not within 1:`MAX_SIDE_RATIO`.
+    """
     w, h = image.size
     if w < 1 or h < 1:
         raise UserError(f"expected a picture with pixels; {name} is {w}x{h}.")

@@ -12,7 +12,8 @@ import pytest
 from edit_server import Server
 from PIL import Image
 
-from npedit.cli.serve import is_local, listen, read_token
+from npedit.cli.listening import is_local, listen
+from npedit.cli.serve import read_token
 from npedit.errors import UserError
 
 TOKEN = "0123456789abcdef0"

@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.cli.serve import address, listen
-from npedit.errors import UserError
+from npedit.cli.listening import address, listen
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -22,24 +21,6 @@ PagePortOption = Annotated[
 ]
 HOST = "127.0.0.1"
 out = Console(highlight=False, soft_wrap=True)
-
-
-def require_page_packages() -> None:
-    """Check that the packages of a page are installed.
-
-    Raises:
-        UserError: names the missing one.
-    """
-    try:
-        import fastapi
-        import gradio
-        import uvicorn
-    except ImportError as error:
-        raise UserError(
-            f"expected the packages of the extra 'serve'; got none named {error.name}; install them: "
-            "pip install 'npedit[serve]'"
-        ) from None
-    del fastapi, gradio, uvicorn
 
 
 def run_page(app: FastAPI, port: int, words: str) -> None:

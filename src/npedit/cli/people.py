@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npedit.cli.local_page import require_page_packages, run_page
+from npedit.cli.listening import require_page_packages
+from npedit.cli.local_page import run_page
 from npedit.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.cli.local_page import require_page_packages, run_page
+from npedit.cli.listening import require_page_packages
+from npedit.cli.local_page import run_page
 from npedit.errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.listening import address, is_local, listen, require_page_packages
 from npedit.cli.options import BaseOption
 from npedit.errors import UserError
 
@@ -28,14 +27,6 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "NPEDIT_SERVE_TOKEN"
 LEAST_TOKEN = 16  # characters
-
-
-def is_local(host: str) -> bool:
-    """Whether only programs on this machine reach a server at this address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_token(host: str, file: Path | None) -> str:
@@ -88,7 +79,7 @@ def serve(
     bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits; 0: as trained.")] = 0,
     tile: Annotated[int | None, typer.Option(help="Side of the decoder's tiles, in pixels; 0: none.", min=0)] = None,
 ) -> None:
-    """Put an editor behind a page and an HTTP interface (/docs). Ctrl-C or SIGTERM finishes the waiting edits."""
+    """Put an editor behind a page and an HTTP interface. Ctrl-C or SIGTERM finishes the waiting edits."""
     from npedit.editor import Editor
 
     token = read_token(host, token_file)
@@ -126,32 +117,6 @@ def public_names(run: str) -> tuple[str, str]:
 
     name = editor_name(run, resolve_editor(run))
     return (run if run == "embedded" else name), name
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address.
-
-    Raises:
-        UserError: the address cannot be had.
-    """
-    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(kind)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((host.strip("[]"), port))
-    except OSError as error:
-        made.close()
-        raise UserError(
-            f"expected an address to listen on; got {host}, port {port}: {error.strerror or error}. "
-            "Choose another --port (0 takes a free one), or another --host."
-        ) from None
-    return made
-
-
-def address(listening: socket.socket) -> str:
-    """HOST:PORT of a listening socket, as in a URL."""
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)
@@ -192,16 +157,12 @@ def run_server(
     Raises:
         UserError: a package is missing, the editor cannot be opened, or the address is taken.
     """
-    try:
-        from npedit.serve.http_server import HttpServer
-        from npedit.serve.page import add_page
-        from npedit.serve.runs import Runs, find_runs
-        from npedit.serve.verdict import find_critic, find_recipe
-    except ImportError as error:
-        raise UserError(
-            f"expected the packages of the extra 'serve'; got none named {error.name}; install them: "
-            "pip install 'npedit[serve]'"
-        ) from None
+    require_page_packages()
+    from npedit.serve.http_server import HttpServer
+    from npedit.serve.page import add_page
+    from npedit.serve.runs import Runs, find_runs
+    from npedit.serve.verdict import find_critic, find_recipe
+
     first = next(iter(find_runs(name)), "")
     runs = Runs(name, open_editor, with_critic) if first else None
     own = str(Path(name, first)) if first else name
@@ -210,7 +171,8 @@ def run_server(
     app = open_app(own, open_editor, runs, waiting, seconds, ServerOptions(token, host, limits))
     add_page(app, critic, recipe is not None and recipe.family.weights == "embedded", runs)
     sock = listen(host, port)
-    out.print(escape(f"Serving {name} at http://{address(sock)} (interface: /docs). Ctrl-C stops."), highlight=False)
+    where = f"http://{address(sock)} (interface: /openapi.json)"
+    out.print(escape(f"Serving {name} at {where}. Ctrl-C stops."), highlight=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
     try:
         HttpServer(app).run([sock])

@@ -29,16 +29,16 @@ from npedit.serve.pictures import MEDIA_TYPES, encode_picture
 from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-OPEN_PATHS = ("/health",)  # without the token: what a load balancer asks
+TOKEN_PATHS = ("/v1/", "/metrics")  # not /health, which a load balancer asks; the page has a login of its own
 MOST_SEED = 2**63 - 1
 SECONDS_BETWEEN_LOOKS = 0.25  # at whether the client is still there
 
 
 @dataclass
 class ServerSettings:
-    """How a server is reached. `name` is that of its model, and `editor` is the name in the results' metadata.
-    `token` "" asks for none. `hosts` are the names that requests may address, so that a
-    page of another site cannot reach a server on this machine through a name of its own; empty allows all."""
+    """How a server is reached. `name` is its model's name, and `editor` the name in the metadata of the results.
+    `token` "" asks for none. `hosts` are the names that requests may address, so that a page of another site cannot
+    reach a server on this machine through a name of its own; empty allows all."""
 
     name: str = "embedded"
     token: str = ""
@@ -52,14 +52,15 @@ class ClientGone(Exception):
 
 
 def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
-    """The app of one editor; `queue` is closed when the app ends."""
+    """The app of one editor; `queue` is closed when the app ends. There are no pages /docs and /redoc, because FastAPI's
+    pages load their scripts from elsewhere."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
         yield
         await asyncio.to_thread(queue.close)
 
-    app = FastAPI(title="npedit", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="npedit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(lambda: len(queue))
     queue.on_batch = metrics.note_batch
     app.state.queue, app.state.settings, app.state.metrics = queue, settings, metrics
@@ -115,7 +116,7 @@ def _is_from_another_site(request: Request) -> bool:
 def _is_allowed(request: Request, token: str) -> bool:
     """Whether no token is needed, or the request has it."""
     path = request.scope["path"]  # not that of `request.url`, in which the client's header Host has a part
-    if not token or path in OPEN_PATHS or not path.startswith(("/v1/", "/metrics")):
+    if not token or not path.startswith(TOKEN_PATHS):
         return True
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), token.encode())

@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from npedit.serve.api import LOCAL_HOSTS
 from npedit.serve.page_headers import PageHeaders
 
-HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the reader's own fonts
 THEME = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONO)
 STYLE = """
@@ -57,7 +57,7 @@ def make_local_app(blocks: gr.Blocks, keys: Mapping[str, str]) -> FastAPI:
     )  # fmt: skip
     app.state.page = app.routes[-1].app  # type: ignore[attr-defined]
     app.add_middleware(PageHeaders)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_HOSTS), www_redirect=False)
     return app
 
 

@@ -10,17 +10,16 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
     "frame-ancestors 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )  # Gradio's page has scripts in it, and compiles some
-WITHOUT_POLICY = ("/docs", "/redoc")  # FastAPI's pages load their scripts from elsewhere
 
 
 class PageHeaders:
-    """An ASGI middleware that adds these headers to all answers but those of `WITHOUT_POLICY`."""
+    """An ASGI middleware that adds these headers to all answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(WITHOUT_POLICY):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 

@@ -62,13 +62,11 @@ class EditRequest:
 
 @dataclass
 class Waiting:
-    """A request in the queue: its result to come, when it came, and when it is too late to begin it (monotonic
-    seconds)."""
+    """A request in the queue: when it is too late to begin it (monotonic seconds), and its result to come."""
 
     request: EditRequest
+    too_late: float
     result: Future[Image.Image] = field(default_factory=Future)
-    came: float = field(default_factory=time.monotonic)
-    too_late: float = float("inf")
 
 
 class EditQueue:
@@ -120,8 +118,7 @@ class EditQueue:
                 raise Draining
             if len(self._waiting) >= self.most_waiting:
                 raise QueueFull
-            waiting = Waiting(request)
-            waiting.too_late = waiting.came + self.seconds
+            waiting = Waiting(request, time.monotonic() + self.seconds)
             self._waiting.append(waiting)
             self._changed.notify()
         return waiting.result
@@ -212,8 +209,6 @@ def _is_one_requests_fault(error: Exception) -> bool:
 
 
 def _edit(editor: Editor, batch: Sequence[Waiting]) -> Iterator[Image.Image]:
-    if not batch:
-        return
     requests = [waiting.request for waiting in batch]
     first = requests[0]
     yield from editor.edit_each(
