@@ -52,8 +52,8 @@ class ClientGone(Exception):
 
 
 def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
-    """The app of one editor; `queue` is closed when the app ends. There are no pages /docs and /redoc, because FastAPI's
-    pages load their scripts from elsewhere."""
+    """The app of one editor; `queue` is closed when the app ends. It has no pages /docs and /redoc, because those of
+    FastAPI load their scripts from elsewhere."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
