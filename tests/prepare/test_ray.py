@@ -40,6 +40,7 @@ def same_set(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in MADE)
 
 
+@pytest.mark.slow  # the next test compares the files of one server
 def test_two_servers_and_three_workers_make_the_set_of_one_process(cluster, tmp_path):
     source = write_dataset(tmp_path / "photos", 12, seed=0, bare=True)
     (source / "bad.jpg").write_bytes(b"no picture")

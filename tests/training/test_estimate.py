@@ -257,7 +257,8 @@ def test_published_configs_say_where_they_are_from() -> None:
         assert "no weights" in source.lower(), path
 
 
-@pytest.mark.parametrize("fake_samples", ["fresh", pytest.param("replay", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fake_samples", ["fresh", "replay"])
 def test_operations_of_an_update_are_extrapolated_from_a_smaller_one(models, fake_samples) -> None:
     """Counted are at most two batches and two fake score updates. A fake score update after the first also draws its
     samples, unless they are replayed."""
