@@ -41,7 +41,8 @@ def test_an_exported_folder_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
 
 
 def test_a_base_that_nobody_else_has_is_refused(here: Path, hub: Hub) -> None:
-    run("export", "embedded", "mine", "--base", str(here / "elsewhere"))
+    (here / "elsewhere").mkdir()
+    run("export", "embedded", "mine", "--base", "elsewhere")
     assert "--base USER/MODEL" in run("push", "mine", "me/mine", code=2)
     assert not hub.commits and not hub.created
 
@@ -56,6 +57,12 @@ def test_without_a_token_it_says_how_to_log_in(here: Path, monkeypatch: pytest.M
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(here / "none"))
     assert "hf auth login" in run("push", "embedded", "me/mine", code=2)
+
+
+def test_an_editor_that_is_not_there_is_told_before_the_token(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(here / "none"))
+    assert "nothere" in run("push", "nothere", "me/mine", code=2)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

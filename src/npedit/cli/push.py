@@ -40,10 +40,13 @@ def run_push(
         UserError: a bad id, no token, no editor, a base model that is named by a local path, or what the Hub answers.
     """
     from npedit.export.hub import push_to_hub, require_pushable
+    from npedit.runs.resolve import resolve_editor
 
+    folder = Path(name)
+    if not _is_exported(folder):
+        resolve_editor(name)
     require_pushable(repository)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(name)
         if form or merge or base or not _is_exported(folder):
             folder = _export(name, Path(place) / "editor", form, merge, base)
         _require_public_base(folder)
