@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npedit.generator import seeded_generator
-from npedit.steps import np_edit
+from npedit.steps import _gradient_balance
 from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
 from tests.support.parts import batch, parts
@@ -28,7 +28,8 @@ def shown(step: Step, *batches: tuple[float, float]) -> list[float]:
 
     def update(losses) -> dict[str, float]:
         found.extend(
-            step._critic_scale(torch.tensor([step.settings.critic_weight * c]), torch.tensor([d])) for c, d in batches
+            step.balance.batch_scale(torch.tensor([step.settings.critic_weight * c]), torch.tensor([d]))
+            for c, d in batches
         )
         return {}
 
@@ -63,25 +64,25 @@ def test_accumulated_batches_move_the_sizes_once(frozen):
     for step, batches in ((one, [(3.0, 4.0)]), (two, [(2.0, 5.0), (4.0, 3.0)])):
         shown(step, (1.0, 2.0))
         shown(step, *batches)
-    torch.testing.assert_close(two.running_norms, torch.tensor([1.1, 2.1]))
-    torch.testing.assert_close(two.running_norms, one.running_norms)
+    torch.testing.assert_close(two.balance.running_norms, torch.tensor([1.1, 2.1]))
+    torch.testing.assert_close(two.balance.running_norms, one.balance.running_norms)
 
 
 def test_a_whole_update_of_two_batches_moves_the_sizes_once(frozen):
     step = make(frozen, balance="match")
     step.step([batch(0, 1)], 0)
-    start, seen = step.running_norms.clone(), []
-    norms, real = [], step._critic_scale
+    start, seen = step.balance.running_norms.clone(), []
+    norms, real = [], step.balance.batch_scale
 
     def noted(from_critic, from_dmd):
         norms.append(torch.stack([from_critic.norm() / step.settings.critic_weight, from_dmd.norm()]))
-        seen.append(step.running_norms.clone())
+        seen.append(step.balance.running_norms.clone())
         return real(from_critic, from_dmd)
 
-    step._critic_scale = noted
+    step.balance.batch_scale = noted
     step.step([batch(i, i + 1) for i in range(2)], 1)
     assert len(norms) == 2 and all(torch.equal(s, start) for s in seen)
-    torch.testing.assert_close(step.running_norms, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
+    torch.testing.assert_close(step.balance.running_norms, torch.lerp(start, torch.stack(norms).mean(0), 0.05))
 
 
 def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
@@ -89,7 +90,7 @@ def test_by_item_every_item_counts_as_much_as_it_is_wrong(frozen):
     given = batch(0, 1, 2)
     x0 = frozen.family.encode(given.references) + 0.1
     plain, by_item = make(frozen), make(frozen, critic_weight=0.25, balance="item")
-    before, wrong, _ = plain._critic_gradient(given, x0, 0)
+    before, wrong, _ = plain.critic_gradient(given, x0, 0)
     from_dmd = make(frozen, critic_weight=0.0)._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())[0]
     both, _ = by_item._gradient_at_x0(given, x0, x0, 0, seeded_generator("g"), Timers())
     after = both - from_dmd
@@ -104,19 +105,19 @@ def test_by_item_two_processes_weigh_as_one(frozen, monkeypatch):
     """And they keep the same sizes, so that a run may go on with another number of processes."""
     one, two = make(frozen, balance="item"), make(frozen, balance="item")
     critic, half = torch.ones(4, 3), torch.randn(2, 3, generator=seeded_generator("d"))
-    alone = one._critic_scale(critic, torch.cat([half, half]) / 4)
-    monkeypatch.setattr(np_edit, "global_batch_size", lambda size: 2 * size)
+    alone = one.balance.batch_scale(critic, torch.cat([half, half]) / 4)
+    monkeypatch.setattr(_gradient_balance, "global_batch_size", lambda size: 2 * size)
     monkeypatch.setattr(
-        np_edit, "norm_over_global_batch", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2
+        _gradient_balance, "norm_over_global_batch", lambda gradient: (2 * gradient.square().sum()).sqrt() / 2
     )  # both alike
-    each = two._critic_scale(critic[:2], half / 2)
+    each = two.balance.batch_scale(critic[:2], half / 2)
     assert each / 2 == pytest.approx(alone)  # the learner takes the mean of the two gradients
-    torch.testing.assert_close(two._updated_norms(), one._updated_norms())
+    torch.testing.assert_close(two.balance.updated_norms(), one.balance.updated_norms())
 
 
 def test_how_wrong_an_item_is_is_the_mean_over_its_questions(frozen):
     given = batch(0, 1, nothing=(1,))
     x0 = frozen.family.encode(given.references) + 0.1
-    _, wrong, metrics = make(frozen)._critic_gradient(given, x0, 0)
+    _, wrong, metrics = make(frozen).critic_gradient(given, x0, 0)
     p = (metrics["critic/p_edit"], metrics["critic/p_identity"])  # one edit question, two identity questions
     assert float(2 * wrong[0] + wrong[1]) == pytest.approx(3 - p[0] - 2 * p[1], rel=1e-4)

@@ -27,7 +27,7 @@ def critic_gradient(shared: Parts, **memory: bool) -> tuple[Tensor, dict[str, fl
     step = Step(NpEditSettings(dmd_weight=0.0, ramp_updates=0), these, these.create_trainable("student", 0), 1, 0)
     items = batch(0, 1, 2, 3)
     with FlopCounterMode(display=False) as counter:
-        gradient, _, logged = step._critic_gradient(items, these.encode_images(items.references), 0)
+        gradient, _, logged = step.critic_gradient(items, these.encode_images(items.references), 0)
     return gradient, logged, counter.get_total_flops()
 
 

@@ -15,7 +15,7 @@ from npedit.errors import UserError
 from npedit.generator import seeded_generator
 from npedit.questions import WORDINGS, questions_for
 from npedit.recipe.config import validate_settings
-from npedit.steps import np_edit
+from npedit.steps import _distribution_matching, np_edit
 from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
 from tests.support.parts import batch, nets, nudge, parts, trained, weights
@@ -61,7 +61,8 @@ def still_noise(monkeypatch) -> None:
         one = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(5)).to(like)
         return [one.expand(like.shape) for _ in range(count)]
 
-    monkeypatch.setattr(np_edit, "sample_noise", same)
+    for module in (np_edit, _distribution_matching):
+        monkeypatch.setattr(module, "sample_noise", same)
 
 
 def student_gradient(step: Step, given, update: int = 0) -> list[Tensor]:

@@ -158,8 +158,9 @@ NOT_ESTIMATED = {"judge": {"name": "llava_onevision", "weights": "another"}}  # 
 
 @pytest.mark.parametrize(
     ("function", "part"),
-    [("generate_few_step", "draft"), ("dmd.dmd_gradient", "dmd"), ("answer_loss", "critic"),
-     ("dmd.fake_score_loss", "fake"), ("Learner.update", "student")],
+    [("np_edit.generate_few_step", "draft"), ("np_edit.dmd.dmd_gradient", "dmd"),
+     ("_critic_gradient.answer_loss", "critic"), ("np_edit.dmd.fake_score_loss", "fake"),
+     ("np_edit.Learner.update", "student")],
 )  # fmt: skip
 def test_out_of_memory_names_the_part_of_the_update(monkeypatch: pytest.MonkeyPatch, function: str, part: str) -> None:
     frozen = step_parts()
@@ -169,7 +170,7 @@ def test_out_of_memory_names_the_part_of_the_update(monkeypatch: pytest.MonkeyPa
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(f"npedit.steps.np_edit.{function}", exhausted)
+    monkeypatch.setattr(f"npedit.steps.{function}", exhausted)
     progress = Progress()
     progress.phase = "update 1 (np_edit)"
     made = recipe(**NOT_ESTIMATED)
