@@ -1,11 +1,24 @@
 """Which questions are asked about an edit, of which images, and which answers are wanted."""
 
+import json
+import re
+
 import pytest
 
-from npedit.questions import ALIASES, EDIT_TYPES, IDENTITY_EDIT, OTHER, WORDINGS, normalise_edit_type, questions_for
+from npedit.questions import (
+    ALIASES,
+    EDIT_TYPES,
+    IDENTITY_EDIT,
+    OTHER,
+    SCENE,
+    WORDINGS,
+    normalise_edit_type,
+    questions_for,
+)
+from npedit.recipe.config import embedded_weights
 from npedit.toy import edits
 
-ORDINARY = [t for t in EDIT_TYPES if t not in (IDENTITY_EDIT, "remove")]
+ORDINARY = [t for t in EDIT_TYPES if t not in (IDENTITY_EDIT, "remove", SCENE)]
 wordings = pytest.mark.parametrize("wording", list(WORDINGS))
 
 
@@ -43,15 +56,49 @@ def test_do_nothing_gets_the_identity_question_alone(wording):
 
 
 @wordings
+def test_a_scene_is_asked_about_alone_its_subject_with_a_photo_and_a_returned_photo_is_refused(wording):
+    scene, subject, returned = questions_for(SCENE, "show it on the moon", "grey cat", wording)
+    assert (scene.kind, scene.looks_at, scene.answer) == ("edit", ("edited",), +1)
+    assert "show it on the moon" in scene.text
+    assert (subject.kind, subject.looks_at, subject.answer) == ("identity", ("reference", "edited"), +1)
+    assert "grey cat" in subject.text and "show it on the moon" not in subject.text
+    assert (returned.kind, returned.looks_at, returned.answer) == ("edit", ("reference", "edited"), -1)
+    assert len({scene.text, subject.text, returned.text} | {WORDINGS[wording]["same"]}) == 4
+
+
+@wordings
+def test_with_another_photo_the_identity_of_a_scenes_subject_alone_is_asked_against_it(wording):
+    without, found = (questions_for(SCENE, "on the moon", "grey cat", wording, other) for other in (False, True))
+    assert [q.looks_at for q in found] == [("edited",), ("other", "edited"), ("reference", "edited")]
+    assert [q.text for q in found] == [q.text for q in without]
+    for kind in EDIT_TYPES:
+        if kind != SCENE:
+            assert questions_for(kind, "a", "cat", wording, True) == questions_for(kind, "a", "cat", wording)
+
+
+@wordings
+def test_questions_name_their_wording(wording):
+    found = {q.name for kind in EDIT_TYPES for q in questions_for(kind, "a", "cat", wording)}
+    assert found == set(WORDINGS[wording])
+
+
+def test_the_short_questions_use_words_that_the_embedded_critic_knows():
+    known = json.loads((embedded_weights("critic") / "tokenizer.json").read_text())["model"]["vocab"]
+    for text in WORDINGS["short"].values():
+        assert set(re.findall("[a-z]+", re.sub(r"{\w+}", "", text))) <= known.keys()
+
+
+@wordings
 def test_no_placeholder_is_left(wording):
     for edit_type in EDIT_TYPES:
         for question in questions_for(edit_type, "an instruction", "an object", wording):
             assert "{" not in question.text
 
 
-def test_removal_without_an_object_is_refused():
-    with pytest.raises(ValueError, match="'object'"):
-        questions_for("remove", "take it away")
+@pytest.mark.parametrize("edit_type", ["remove", SCENE])
+def test_a_type_whose_questions_name_an_object_is_refused_without(edit_type):
+    with pytest.raises(ValueError, match="Fill 'object'"):
+        questions_for(edit_type, "take it away")
 
 
 def test_unknown_type_names_the_nearest():
@@ -78,6 +125,7 @@ def test_other_spellings_are_known():
     assert normalise_edit_type("Removal") == "remove"
     assert normalise_edit_type("do nothing") == IDENTITY_EDIT
     assert normalise_edit_type("") == OTHER
+    assert normalise_edit_type("Customization") == SCENE
     assert set(ALIASES.values()) <= set(EDIT_TYPES)
 
 

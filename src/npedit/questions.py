@@ -3,6 +3,11 @@
 Each edit gets two questions: was the instruction carried out, and is everything else unchanged? (NP-Edit, section 3,
 "VLM editing loss"; the wording is ours.) Removal is checked on the edited image alone: "is the object there?", wanted
 answer No. An identity edit ("do nothing") gets the identity question alone.
+
+A `scene` edit (the paper's customisation) shows the subject of the photo somewhere else, and everything but the
+subject's identity is free. It gets three questions: is the requested scene there, is the subject the same, and is the
+edited image the photo itself? The last one wants No. It is an edit question, because a returned photo is an edit that
+was not carried out: the photo answers the identity question rightly, so the identity question cannot refuse it.
 """
 
 from __future__ import annotations
@@ -13,13 +18,15 @@ from typing import Literal
 
 IDENTITY_EDIT = "nothing"  # the instruction is to change nothing: "do nothing"
 OTHER = "other"
+SCENE = "scene"  # the subject of the photo somewhere else, doing something else
 EDIT_TYPES = (
     "add", "remove", "replace", "recolour", "pattern", "material", "background", "move", "resize", "style", "shape",
-    "action", "text", "tone", OTHER, IDENTITY_EDIT,
+    "action", "text", "tone", SCENE, OTHER, IDENTITY_EDIT,
 )  # fmt: skip
 ALIASES = {
     "insertion": "add", "removal": "remove", "color": "recolour", "colour": "recolour", "texture": "material",
     "stylisation": "style", "stylization": "style", "do_nothing": IDENTITY_EDIT, "": OTHER,
+    "customisation": SCENE, "customization": SCENE,
 }  # fmt: skip
 
 WORDINGS: dict[str, dict[str, str]] = {
@@ -34,6 +41,13 @@ WORDINGS: dict[str, dict[str, str]] = {
         "identity_without": "Leaving aside whether {object} is there, is everything else in the second image, layout "
         "included, exactly as in the first image? Answer Yes or No.",
         "same": "Are these two images exactly the same? Answer Yes or No.",
+        "scene": 'This was requested of a photo of {object}: "{instruction}". Does this image show what was requested? '
+        "Answer Yes or No.",
+        "subject": "Both images are meant to show the same subject: {object}. Leaving aside its place, its pose, the "
+        "light and everything around it, is the subject of the second image the very same one as in the first image? "
+        "If the subject is not in the second image, the answer is No. Answer Yes or No.",
+        "returned": "Is the second image the same photo as the first image, unchanged or only slightly changed? Answer "
+        "Yes or No.",
     },
     "short": {
         "edit": "was this edit done : {instruction} ?",
@@ -41,22 +55,30 @@ WORDINGS: dict[str, dict[str, str]] = {
         "presence": "is there a {object} ?",
         "identity_without": "is all else the same without the {object} ?",
         "same": "are both images the same ?",
+        "scene": "is this in the picture : {instruction} ?",
+        "subject": "is the {object} the same ?",
+        "returned": "is it the same picture ?",
     },
 }
 
 
-Picture = Literal["reference", "edited"]
+Picture = Literal["reference", "edited", "other"]  # "other": another photo of the subject
+Kind = Literal["edit", "identity"]
+PAIR: tuple[Picture, ...] = ("reference", "edited")
+YES, NO = +1, -1
+OBJECT_OF = {"remove": "what is removed", SCENE: "the subject"}  # what the object is, where questions name it
 
 
 @dataclass(frozen=True)
 class Question:
     """One question. `kind` says which loss it belongs to. `looks_at` names the images that the critic sees, in order.
-    `answer` is +1 if Yes is wanted, -1 if No is wanted."""
+    `answer` is +1 if Yes is wanted, -1 if No is wanted. `name` is the question's key in `WORDINGS`."""
 
-    kind: Literal["edit", "identity"]
+    kind: Kind
     text: str
     looks_at: tuple[Picture, ...]
     answer: int
+    name: str = ""
 
 
 def normalise_edit_type(name: str) -> str:
@@ -77,29 +99,38 @@ def normalise_edit_type(name: str) -> str:
     )
 
 
-def questions_for(edit_type: str, instruction: str, object: str = "", wording: str = "plain") -> tuple[Question, ...]:
-    """The questions about one edit, the edit question first. `object` is needed for removal only.
+def questions_for(
+    edit_type: str, instruction: str, object: str = "", wording: str = "plain", has_other: bool = False
+) -> tuple[Question, ...]:
+    """The questions about one edit, the edit question first. `object` is needed for a removal and for a scene.
+
+    With `has_other` there is another photo of the subject, and the identity question about a scene looks at that one.
 
     Raises:
-        ValueError: unknown edit type or wording, or a removal that names no object.
+        ValueError: unknown edit type or wording, or a removal or a scene that names no object.
     """
     if wording not in WORDINGS:
         raise ValueError(f"expected a wording among {', '.join(WORDINGS)}; got {wording!r}")
-    words = WORDINGS[wording]
     kind = normalise_edit_type(edit_type)
-    pair: tuple[Picture, ...] = ("reference", "edited")
-    if kind == IDENTITY_EDIT:
-        return (Question("identity", words["same"], pair, +1),)
-    if kind == "remove":
-        if not object:
-            raise ValueError(
-                f"a removal needs the name of what is removed; got none for {instruction!r}. Fill 'object'."
-            )
-        return (
-            Question("edit", words["presence"].format(object=object), ("edited",), -1),
-            Question("identity", words["identity_without"].format(object=object), pair, +1),
-        )
-    return (
-        Question("edit", words["edit"].format(instruction=instruction), pair, +1),
-        Question("identity", words["identity"].format(instruction=instruction), pair, +1),
+    if kind in OBJECT_OF and not object:
+        raise ValueError(f"{kind!r} needs the name of {OBJECT_OF[kind]}; got none for {instruction!r}. Fill 'object'.")
+    return tuple(
+        Question(loss, WORDINGS[wording][name].format(instruction=instruction, object=object), pictures, answer, name)
+        for loss, name, pictures, answer in _plan(kind, has_other)
     )
+
+
+def _plan(edit_type: str, has_other: bool) -> list[tuple[Kind, str, tuple[Picture, ...], int]]:
+    """(kind, name, pictures, wanted answer) of each question about an edit type."""
+    if edit_type == IDENTITY_EDIT:
+        return [("identity", "same", PAIR, YES)]
+    if edit_type == "remove":
+        return [("edit", "presence", ("edited",), NO), ("identity", "identity_without", PAIR, YES)]
+    if edit_type == SCENE:
+        subject: tuple[Picture, ...] = ("other" if has_other else "reference", "edited")
+        return [
+            ("edit", "scene", ("edited",), YES),
+            ("identity", "subject", subject, YES),
+            ("edit", "returned", PAIR, NO),
+        ]
+    return [("edit", "edit", PAIR, YES), ("identity", "identity", PAIR, YES)]

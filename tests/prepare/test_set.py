@@ -133,8 +133,7 @@ def test_a_scene_gets_the_other_photos_of_its_subject(tmp_path):
             photo(tmp_path / "photos" / subject / f"{number}.png", 10 * number + len(subject) * (subject == "dog"))
     with writing() as server:
         words = ("--types", "scene", "--subjects", "--per-photo", 1, "--duplicates", "off", "--held-out", 0.5)
-        said = prepare(server, tmp_path / "photos", tmp_path / "set", *words)
-    assert "rows have the type scene, which training does not know yet" in said
+        prepare(server, tmp_path / "photos", tmp_path / "set", *words)
     rows = rows_of(tmp_path / "set")
     subject_of = {row["file_name"]: row["original_name"].partition("/")[0] for row in rows}
     for row in rows:

@@ -24,7 +24,7 @@ from npedit.data._formats import read_metadata
 from npedit.data._metadata import METADATA, METADATA_FILES, resolve_photo_path
 from npedit.data._photos import BadImage, crop_to_fill, read_photo
 from npedit.errors import UserError
-from npedit.questions import normalise_edit_type
+from npedit.questions import OBJECT_OF, normalise_edit_type
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.world import render
 from npedit.toy_models.critic import questions_about_edit
@@ -67,8 +67,8 @@ def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -
     except (ValueError, BadImage) as error:
         raise UserError(f"{where}: {error}") from None
     thing = str(row.get("object") or "")
-    if kind == "remove" and not thing:
-        raise UserError(f"{where}: expected an 'object' for edit type 'remove'; got none; name what is removed")
+    if kind in OBJECT_OF and not thing:
+        raise UserError(f"{where}: expected an 'object' for edit type {kind!r}; got none; name {OBJECT_OF[kind]}")
     example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "")
     return KnownEdit(PROBE, example, after, *labels)
 

@@ -319,8 +319,6 @@ def print_summary(folder: Path, facts: dict[str, Any], as_json: bool = False) ->
 
 
 def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
-    from npedit.prepare.prompts import SCENE
-
     counts, photos = facts["counts"], facts["photos"]
     by_type = ", ".join(f"{kind} {count}" for kind, count in counts["rows_by_type"].items())
     out.print(f"{counts['rows']} edits of {counts['photos_with_rows']} photos: {by_type}")
@@ -337,11 +335,6 @@ def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
         f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(npedit_command())} train RECIPE "
         f"data.path={escape(shlex.quote(str(folder)))}{escape(held)}"
     )
-    if scenes := counts["rows_by_type"].get(SCENE):
-        out.print(
-            f"[bold]{scenes} rows have the type {SCENE}, which training does not know yet: it refuses this set.[/] "
-            f"Prepare it without {SCENE} in --types, or remove these rows from metadata.jsonl."
-        )
 
 
 def show_dry_run(job: Job, count: int) -> None:

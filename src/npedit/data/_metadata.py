@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from npedit.data._photos import BadImage
 from npedit.errors import UserError, did_you_mean
-from npedit.questions import IDENTITY_EDIT, normalise_edit_type
+from npedit.questions import IDENTITY_EDIT, OBJECT_OF, normalise_edit_type
 
 METADATA = "metadata.jsonl"
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
@@ -25,7 +25,6 @@ FieldName = Literal[
     "file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id",
     "reference_file_names", "questions",
 ]  # fmt: skip
-SCENE = "scene"  # an edit type that `npedit prepare` can write and that training does not know yet
 FIELDS: tuple[TextField, ...] = get_args(TextField)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
 EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
@@ -182,24 +181,19 @@ def parse_row(
     data folder, if `metadata` is in a sub-folder of it.
 
     Raises:
-        UserError: names file and line: a field is missing or no text, the edit type is unknown, or a removal has no
-            object.
+        UserError: names file and line: a field is missing or no text, the edit type is unknown, or a removal or a scene
+            has no object.
     """
     location = f"{metadata}:{line}"
     texts: dict[str, Any] = {field: _text(values, field, columns.get(field, field), location) for field in FIELDS}
-    if texts["edit_type"].lower() == SCENE:
-        raise UserError(
-            f"{location}: expected an edit type that training knows; got {SCENE!r}, for which there are no questions "
-            f"for the critic yet; remove the rows of this type, or prepare the set without {SCENE} in --types"
-        )
     try:
         texts["edit_type"] = normalise_edit_type(texts["edit_type"])
     except ValueError as error:
         raise UserError(f"{location}: {error}") from error
-    if texts["edit_type"] == "remove" and not texts["object"]:
+    if texts["edit_type"] in OBJECT_OF and not texts["object"]:
         raise UserError(
-            f"{location}: expected an 'object' for edit type 'remove'; got none; "
-            "add the name of what is removed, which the critic is asked for"
+            f"{location}: expected an 'object' for edit type {texts['edit_type']!r}; got none; fill 'object' with the "
+            f"name of {OBJECT_OF[texts['edit_type']]}, which the critic is asked for"
         )
     if texts["edit_type"] == IDENTITY_EDIT:
         texts["target_caption"] = texts["target_caption"] or texts["source_caption"]

@@ -29,8 +29,9 @@ from npedit.prepare.answers import (
 from npedit.prepare.asking import Asker, Unanswered
 from npedit.prepare.prompts import EditType, Prompts
 from npedit.prepare.writer import Request
+from npedit.questions import SCENE
 
-NEEDS_OBJECT = ("remove", "replace", "recolour", "pattern", "material", "move", "resize", "shape", "action")
+NEEDS_OBJECT = ("remove", "replace", "recolour", "pattern", "material", "move", "resize", "shape", "action", SCENE)
 MAX_WORDS = 60  # of an instruction; longer ones are no instruction
 MAX_QUESTIONS = 3
 

@@ -21,7 +21,7 @@ from npedit.prepare.duplicates import MAX_BITS, group_near_duplicates, join_grou
 from npedit.prepare.engine import Engine, LocalEngine
 from npedit.prepare.passes import Passes, prepare_photo
 from npedit.prepare.plan import refill_types, wanted_types
-from npedit.prepare.prompts import SCENE, Prompts
+from npedit.prepare.prompts import Prompts
 from npedit.prepare.set_folder import (
     ANSWERS,
     CARD,
@@ -34,6 +34,7 @@ from npedit.prepare.set_folder import (
     write_set,
 )
 from npedit.prepare.writer import Writer
+from npedit.questions import SCENE
 from npedit.runs.files import write_text
 from npedit.runs.lock import hold
 

@@ -23,7 +23,6 @@ from npedit.recipe.yaml_file import parse_yaml
 PASSES = ("look", "write", "verify")
 CAPTION = "caption"  # completes rows that have an instruction; a user's folder may leave it out
 PACKAGED = Path(__file__).with_name("prompts")
-SCENE = "scene"  # the named subject of the photo in another place; not trained on yet
 LOCAL_TYPES = ("add", "remove", "replace", "shape", "action", "style", "text", "recolour", "material", "background")
 CUSTOM_KEYS = ("language", "edit_types", "styles", "examples")
 TEMPLATE_NAMES = {
@@ -142,9 +141,8 @@ def _add_custom(write: dict[str, Any], path: Path) -> dict[str, Any]:
 def _edit_type(name: str, value: Any) -> EditType:
     """An edit type of write.yaml: a description, or {description, trained_as}."""
     parts = value if isinstance(value, Mapping) else {"description": value}
-    known = name in EDIT_TYPES or name == SCENE
-    trained_as = str(parts.get("trained_as") or (name if known else OTHER))
-    if trained_as not in (*EDIT_TYPES, SCENE) or IDENTITY_EDIT in (name, trained_as):
+    trained_as = str(parts.get("trained_as") or (name if name in EDIT_TYPES else OTHER))
+    if trained_as not in EDIT_TYPES or IDENTITY_EDIT in (name, trained_as):
         raise UserError(
             f"edit_types.{name}: expected trained_as to be an edit type ({', '.join(EDIT_TYPES[:-1])}); got "
             f"{trained_as!r}.{did_you_mean(trained_as, EDIT_TYPES)}"
