@@ -8,7 +8,7 @@ The critic's logits are multiplied by an inverse temperature that rises from `ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -79,10 +79,9 @@ class CriticGradient:
         asked = self._questions(batch)
         if not asked:
             return asked, torch.empty(0)
-        with torch.no_grad():
-            references = critic.encode_images(batch.references)
-        edited = critic.encode_images(self.parts.decode_latents(latents))
-        looks = [[references[i] if name == "reference" else edited[i] for name in q.looks_at] for i, q in asked]
+        images = _encode_photos(critic, batch, asked)
+        images["edited"] = critic.encode_images(self.parts.decode_latents(latents))
+        looks = [[images[name][i] for name in q.looks_at] for i, q in asked]
         return asked, critic.logits([q.text for _, q in asked], looks, packed=self.parts.memory.packed_questions)
 
     def _questions(self, batch: Batch) -> list[AskedQuestion]:
@@ -90,7 +89,7 @@ class CriticGradient:
         return [
             AskedQuestion(i, q)
             for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
-            for q in questions_for(kind, words, thing, self.parts.wording)
+            for q in questions_for(kind, words, thing, self.parts.wording, batch.other_photos is not None)
             if q.kind == "edit" or self.settings.identity_weight
         ]
 
@@ -103,6 +102,18 @@ class CriticGradient:
     def _inverse_temperature(self, update: int) -> float:
         s = self.settings
         return 1.0 if update >= s.ramp_updates else s.ramp_from + (1 - s.ramp_from) * update / s.ramp_updates
+
+
+@torch.no_grad()
+def _encode_photos(critic: Critic, batch: Batch, asked: Sequence[AskedQuestion]) -> dict[str, Any]:
+    """The critic's visual tokens of the references, and of the other photos that questions look at: by item.
+
+    All photos pass the critic together, because processes that share a sharded critic must call it equally often.
+    """
+    rows = sorted({i for i, q in asked if "other" in q.looks_at})
+    photos = [batch.references, *([] if batch.other_photos is None else [batch.other_photos[rows]])]
+    tokens = critic.encode_images(torch.cat(photos) if rows else batch.references)
+    return {"reference": tokens, "other": dict(zip(rows, tokens[len(batch) :], strict=True))}
 
 
 def _error_by_item(asked: Sequence[AskedQuestion], right: Tensor, items: int) -> Tensor:
