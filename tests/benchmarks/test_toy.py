@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from npedit.benchmarks import toy
+from npedit.scoring.tables import rich_table
 from npedit.toy.edits import EDIT_TYPES, INSTRUCTIONS, sample_edit
 from npedit.toy.world import render
 
@@ -120,7 +121,7 @@ def test_pictures_are_saved_in_the_layout_of_samples(edits, tmp_path):
 def test_the_table_shows_before_and_after(edits):
     before = toy.score(lambda references, _: references, edits)
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(toy.results_table(toy.score(targets(edits), edits), before))
+    console.print(rich_table(toy.results_table(toy.score(targets(edits), edits), before)))
     text = console.export_text()
     assert "0.0 % [0.0, 7.9]" in text and "100.0 % [92.1, 100.0]" in text
     assert all(t in text for t in EDIT_TYPES)

@@ -17,7 +17,8 @@ from npedit.benchmarks import toy
 from npedit.cli.main import app
 from npedit.errors import UserError
 from npedit.report import curves, plots, report
-from npedit.report.report import draw_toy_sheet, write_report
+from npedit.report.report import write_report
+from npedit.report.toy_sheets import draw_toy_sheet
 from npedit.runs.checkpoint import CONFIG, MANIFEST, METRICS, append_row
 from npedit.toy.edits import EDIT_TYPES
 from npedit.toy.world import render
@@ -213,7 +214,7 @@ def test_non_finite_metrics_are_left_out_of_figures(tmp_path, bad):
 
 def test_a_damaged_sample_is_named_in_the_report_and_does_not_end_it(tmp_path, caplog):
     (tmp_path / "a.png").write_bytes(b"\x89PNG no picture")
-    assert "a red circle: " in report._img_tag(tmp_path / "a.png", "a red circle") and "a.png" in caplog.text
+    assert "a red circle: " in report._read_thumbnail(tmp_path / "a.png", "a red circle") and "a.png" in caplog.text
 
 
 def test_long_curves_are_thinned_out_and_keep_their_extremes():

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.table import Table
 
 from npedit.benchmarks._headlines import Row
 from npedit.benchmarks._outputs import (
@@ -40,6 +39,7 @@ from npedit.scoring import results
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import Lpips
 from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_metrics
+from npedit.scoring.tables import TextTable
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
 CHUNK = 16  # pictures edited at a time
@@ -59,25 +59,28 @@ def sample_across_tasks(items: Sequence[Item], n: int | None) -> list[Item]:
 
 def results_table(
     title: str, rows: Sequence[Row], all_items: Sequence[Item], summary: Mapping[str, Mapping[str, Any]]
-) -> Table:
+) -> TextTable:
     """A table for people: each task's means over its scored items, then the headlines, macro and micro."""
-    shown, names = Table(title=title), list(rows[0]["scores"])
-    for column in ("", "items", "scored", *names):
-        shown.add_column(column, justify="right" if column else "left")
+    names = list(rows[0]["scores"])
+    table = TextTable(title, ("", "items", "scored", *names), left=("",))
     for task, size in Counter(i.task for i in all_items).items():
         scores = [r["scores"] for r in rows if r["task"] == task]
         values = [[s[n] for s in scores if s[n] is not None] for n in names]
         cells = [f"{statistics.fmean(v):.3f}" if v else "-" for v in values]
-        shown.add_row(task, str(size), str(len(values[-1])), *cells)
+        table.add_row(task, size, len(values[-1]), *cells)
     for group in dict.fromkeys(key.rpartition("/")[0] for key in summary):
-        shown.add_section()
-        for ending, style in (("", "bold"), ("_micro", "")):
-            figures = [summary[f"{group}/{n}{ending}"] for n in names]
-            n, coverage = figures[-1]["n"], figures[-1]["coverage"]
-            cells = ["none" if f["value"] is None else f"{f['value']:.3f}" for f in figures]
-            label = f"{group} {ending.strip('_') or 'macro'}"
-            shown.add_row(label, str(round(n / coverage)) if n else "-", f"{n} = {coverage:.1%}", *cells, style=style)
-    return shown
+        _add_headlines(table, group, [[summary[f"{group}/{n}{end}"] for n in names] for end in ("", "_micro")])
+    return table
+
+
+def _add_headlines(table: TextTable, group: str, headlines: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Add the headlines of a group: the figures of the macro row and of the micro row."""
+    for kind, figures in zip(("macro", "micro"), headlines, strict=True):
+        n, coverage = figures[-1]["n"], figures[-1]["coverage"]
+        cells = ["none" if f["value"] is None else f"{f['value']:.3f}" for f in figures]
+        counts = str(round(n / coverage)) if n else "-", f"{n} = {coverage:.1%}"
+        is_macro = kind == "macro"
+        table.add_row(f"{group} {kind}", *counts, *cells, is_bold=is_macro, begins_section=is_macro)
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

@@ -11,7 +11,6 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.table import Table
 
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
@@ -19,6 +18,7 @@ from npedit.generator import NOISE_VERSION
 from npedit.judges.cache import answer_cache_key, hash_json
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
+from npedit.scoring.tables import TextTable, format_interval
 
 EDITED = "edited"  # the folder of edited pictures in a folder of results
 CHUNK = 16
@@ -152,20 +152,16 @@ def make_opener(path: Path, what: str) -> ImageOpener:
     return open_once
 
 
-def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> TextTable:
     """A table of the headlines: value with 95 % interval, n, coverage, which direction is better."""
-    shown = Table(title=title)
-    shown.add_column("measure", overflow="fold")
-    for name in ("value", "95 % interval", "n", "coverage"):
-        shown.add_column(name, justify="right", overflow="fold")
-    shown.add_column("better", overflow="fold")
+    head = ("measure", "value", "95 % interval", "n", "coverage", "better")
+    caption = "mean of the tasks' means; -: too many scores are missing, or the score is undefined for all items"
+    table = TextTable(title, head, left=("measure", "better"), caption=caption)
     for name, entry in summary.items():
         if name.endswith("/micro"):
             continue
         value = "-" if entry["value"] is None else f"{entry['value']:.4f}"
-        ci = entry.get("ci95")
-        words = f"[{ci[0]:.4f}, {ci[1]:.4f}]" if ci else "-"
         better = "" if "/" in name else "lower" if lower_is_better(name) else "higher"
-        shown.add_row(name, value, words.replace("[", r"\["), str(entry["n"]), f"{entry['coverage']:.1%}", better)
-    shown.caption = "mean of the tasks' means; -: too many scores are missing, or the score is undefined for all items"
-    return shown
+        interval = format_interval(entry.get("ci95"))
+        table.add_row(name, value, interval, entry["n"], f"{entry['coverage']:.1%}", better)
+    return table

@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
-from rich.table import Table
 
 from npedit.benchmarks._outputs import EditJob, ProgressCallback, find_picture_any_format, make_opener
 from npedit.data._formats import read_metadata
@@ -41,6 +40,7 @@ from npedit.scoring.metrics import (
 )  # fmt: skip
 from npedit.scoring.results import Metrics, Row, UndefinedMetric
 from npedit.scoring.statistics import mean_over_tasks
+from npedit.scoring.tables import TextTable
 
 MASK, WANTED = "mask_file_name", "edited_file_name"
 LONGEST_NAME = 200  # maximum number of characters in a file name
@@ -216,7 +216,7 @@ def _open_optional(path: Path | None, what: str) -> Callable[[], Image.Image]:
     return make_opener(path, what) if path else raise_undefined
 
 
-def task_table(rows: Sequence[Row]) -> Table:
+def task_table(rows: Sequence[Row]) -> TextTable:
     """A table with one line for each task: the means of the main metrics. If some items have no score, the number of
     scored items follows in brackets."""
     main_metrics = ("l1", "psnr", "ssim", "lpips", "dino", "clip_i", "changed_area", "copied")
@@ -224,14 +224,12 @@ def task_table(rows: Sequence[Row]) -> Table:
         n for n in dict.fromkeys(k for row in rows for k in row.scores) if n.startswith(main_metrics) and "/" not in n
     ]
     names = [n for n in names if not n.endswith(("_outside", TARGET))]
-    shown = Table(title="By task")
-    for name in ("task", "n", *names):
-        shown.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    table = TextTable("By task", ("task", "n", *names), left=("task",))
     for task, n in sorted(Counter(row.task for row in rows).items()):
         cells = []
         for name in names:
             values = [v for row in rows if row.task == task and (v := row.scores.get(name)) is not None]
             words = f"{mean_over_tasks(values, [task] * len(values)):.3f}" if values else "-"
             cells.append(words if len(values) in (0, n) else f"{words} ({len(values)})")
-        shown.add_row(task, str(n), *cells)
-    return shown
+        table.add_row(task, n, *cells)
+    return table

@@ -5,6 +5,10 @@ and the rest preserved, the success rate to quote. Each is a share of the items 
 is the share of outputs that show the same scene as the reference. `outside_change` is the mean absolute pixel change in
 the cells that an edit must not change.
 
+A scene edit (edit type `scene`: the subject of the reference, asked for in another scene) has other meanings of these
+words: `applied` is "scene right", what the instruction asks of the scene is there; `preserved` is "subject kept", the
+subject has the reference's colour, shape, pattern and size. It may change all else, so it has no `outside_change`.
+
 Scenes are drawn from random streams named "held-out/SEED/INDEX", which training never uses. Instructions are drawn from
 templates that training never uses.
 """
@@ -21,12 +25,13 @@ from typing import Any, TypedDict
 
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
 from npedit.runs.checkpoint import explain_write_errors, write_text
-from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
+from npedit.scoring.tables import TextTable
+from npedit.toy.edits import EDIT_TYPES, Edit
 from npedit.toy.oracle import change_outside_edit, expected_reading, judge_edit, matches_caption, read_scene
+from npedit.toy.scene_edits import ALL_EDIT_TYPES, SCENE, sample_item
 from npedit.toy.world import SIDE, render
 
 EditFn = Callable[[Tensor, list[str]], Tensor]
@@ -64,7 +69,7 @@ class Scores(TypedDict):
     not_finite: int
 
 
-def sample_items(n: int, seed: int = 0) -> list[Edit]:
+def sample_items(n: int, seed: int = 0, edit_types: Sequence[str] = EDIT_TYPES) -> list[Edit]:
     """`n` held-out edits. The edit types take turns, so that all have the same share.
 
     A longer list begins with the shorter one.
@@ -75,7 +80,7 @@ def sample_items(n: int, seed: int = 0) -> list[Edit]:
     if n < 1:
         raise ValueError(f"expected at least one item to evaluate; got {n}")
     return [
-        sample_edit(random.Random(f"held-out/{seed}/{i}"), EDIT_TYPES[i % len(EDIT_TYPES)], held_out=True)
+        sample_item(random.Random(f"held-out/{seed}/{i}"), edit_types[i % len(edit_types)], held_out=True)
         for i in range(n)
     ]
 
@@ -104,11 +109,13 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
     save: int = 36,
+    edit_types: Sequence[str] = EDIT_TYPES,
 ) -> Scores:
     """Return the scores of an `Editor` on `items` held-out toy scenes. Each item is edited with the noise of another
     seed.
 
-    `seed` selects the scenes. `steps` None is the editor's own number of steps. See `score` for the other arguments.
+    `seed` selects the scenes. `steps` None is the editor's own number of steps. `edit_types` are those of the items.
+    See `score` for the other arguments.
 
     Raises:
         ValueError: no items.
@@ -118,7 +125,7 @@ def evaluate(
     def edit_fn(references: Tensor, instructions: Sequence[str]) -> Tensor:
         return editor.edit_tensor(references, instructions, [next(noise_seeds) for _ in instructions], steps)
 
-    edits = sample_items(items, seed)
+    edits = sample_items(items, seed, edit_types)
     return score(edit_fn, edits, on_progress=on_progress, save_to=save_to, save=save)
 
 
@@ -169,7 +176,9 @@ def score(
     kinds = [e.edit_type for e in items]
     return {
         **_success_rates(rows),
-        "by_type": {t: _success_rates([r for r, k in zip(rows, kinds) if k == t]) for t in EDIT_TYPES if t in kinds},
+        "by_type": {
+            t: _success_rates([r for r, k in zip(rows, kinds) if k == t]) for t in ALL_EDIT_TYPES if t in kinds
+        },
         "copy_rate": copies / len(rows),
         "outside_change": sum(outside) / len(outside) if outside else 0.0,
         "not_finite": broken,
@@ -189,7 +198,7 @@ def attribute_failures(
     each edit whether the critic accepts it. The teacher has one sample for each item, so `teacher` includes chance.
     """
     counts: dict[str, dict[str, int]] = {
-        t: dict.fromkeys(FAILURE_CAUSES, 0) for t in EDIT_TYPES if any(t == e.edit_type for e in items)
+        t: dict.fromkeys(FAILURE_CAUSES, 0) for t in ALL_EDIT_TYPES if any(t == e.edit_type for e in items)
     }
     readings = read_scene(edited), read_scene(teacher_images)
     for e, student, teacher, accepted in zip(items, *readings, is_accepted, strict=True):
@@ -234,30 +243,25 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def results_table(after: Scores, before: Scores | None = None, title: str = "") -> Table:
+def results_table(after: Scores, before: Scores | None = None, title: str = "") -> TextTable:
     """A table by edit type: `applied`, `preserved`, and `both` with 95 % intervals, before (if given) and after."""
-    shown = Table(title=title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})")
-    shown.add_column("edit type")
-    shown.add_column("n", justify="right")
-    if before is not None:
-        shown.add_column("both, before", justify="right")
-    for name in ("applied", "preserved"):
-        shown.add_column(name, justify="right")
-    shown.add_column("both" if before is None else "both, after", justify="right", style="bold")
+    metrics = ("scene right", "subject kept") if set(after["by_type"]) == {SCENE} else ("applied", "preserved")
+    columns = (*metrics, "both") if before is None else ("both, before", *metrics, "both, after")
+    table = TextTable(
+        title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})",
+        ("edit type", "n", *columns),
+        left=("edit type",),
+        caption=f"both = applied and preserved, with 95 % interval; copy rate {100 * after['copy_rate']:.1f} %, "
+        f"pixel change outside the edit {after['outside_change']:.3f}",
+    )
     for kind, row in [*after["by_type"].items(), ("all", after)]:
-        if kind == "all":
-            shown.add_section()
         cells = [kind, str(row["n"])]
         if before is not None:
             earlier = before if kind == "all" else before["by_type"].get(kind)
             cells.append(format_rate(earlier["both"]) if earlier else "-")
         cells += [f"{100 * row[m]['value']:.1f} %" for m in ("applied", "preserved")]
-        shown.add_row(*cells, format_rate(row["both"]))
-    shown.caption = (
-        f"both = applied and preserved, with 95 % interval; copy rate {100 * after['copy_rate']:.1f} %, "
-        f"pixel change outside the edit {after['outside_change']:.3f}"
-    )
-    return shown
+        table.add_row(*cells, format_rate(row["both"]), is_bold=kind == "all", begins_section=kind == "all")
+    return table
 
 
 def format_rate(rate: Rate) -> str:

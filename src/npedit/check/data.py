@@ -11,11 +11,11 @@ import torch
 
 from npedit.check.captions import CaptionAgreement, Texts, compare_captions
 from npedit.check.findings import ReportPicture, Section
-from npedit.check.grids import draw_grid, to_picture
+from npedit.check.grids import draw_grid
 from npedit.check.near_duplicates import HashedPhoto, find_near_duplicates, hash_photo
 from npedit.check.subject import Size, Subject
 from npedit.data import Example
-from npedit.data._photos import BadImage, crop_and_scale, read_photo, read_photo_size
+from npedit.data._photos import BadImage, crop_and_scale, read_photo, read_photo_size, to_pil
 from npedit.questions import IDENTITY_EDIT
 
 OBJECT_TYPES = frozenset(("add", "remove", "replace", "recolour", "pattern", "material", "move", "resize", "shape"))
@@ -294,8 +294,8 @@ def _photos_to_compare(subject: Subject) -> tuple[list[HashedPhoto], list[Hashed
     rows = _rows_with_files(data)
     if not rows:
         batches = data.held_out_batches(MOST_HASHED)
-        held_out = [hash_photo(key, to_picture(image)) for b in batches for key, image in zip(b.ids, b.references)]
-        training = [hash_photo(e.id, to_picture(e.reference)) for e in subject.examples] if held_out else []
+        held_out = [hash_photo(key, to_pil(image)) for b in batches for key, image in zip(b.ids, b.references)]
+        training = [hash_photo(e.id, to_pil(e.reference)) for e in subject.examples] if held_out else []
         return held_out, training, False
     numbers = [int(number) for number in data.inventory()["held_out"]]
     chosen = set(numbers)

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from npedit.cli.evaluate import HELD_OUT_SEED, score_toy
 from npedit.errors import explain_write_errors, npedit_command
+from npedit.scoring.tables import rich_table
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -39,7 +40,7 @@ def show_demo_result(run: Path, before: Any, after: Any) -> None:
     from npedit.report.report import write_report
 
     report = write_report(run)
-    out.print(toy.results_table(after, before))
+    out.print(rich_table(toy.results_table(after, before)))
     picture = run / "try" / "picture.png"
     words = write_example_picture(picture)
     out.print(f"\nReport, with curves and pictures: [bold]{escape(str(report.resolve()))}[/]\n\nTry next:")

@@ -38,6 +38,7 @@ from npedit.cli.options import (
     WorkersOption,
 )  # fmt: skip
 from npedit.errors import UserError
+from npedit.scoring.tables import rich_table
 
 app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark.")
 out = Console(highlight=False, soft_wrap=True)
@@ -78,7 +79,7 @@ def toy(
 
     from npedit.benchmarks import toy as bench
     from npedit.output_pictures import check_writable, save_picture
-    from npedit.report.report import draw_results_sheet
+    from npedit.report.toy_sheets import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 
     as_json = json_file == STDOUT
@@ -91,7 +92,7 @@ def toy(
             scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
             if picture:
                 save_picture(draw_results_sheet(Path(kept)), picture)
-        out.print(bench.results_table(scores))
+        out.print(rich_table(bench.results_table(scores)))
     facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps, **scores}
     if as_json:
         print_json(facts)

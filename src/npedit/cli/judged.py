@@ -18,6 +18,7 @@ from npedit.cli.json_output import print_json, text_on_stderr
 from npedit.cli.options import ProgressBar
 from npedit.cli.own import METRICS_VERSION, failure_reasons, hash_editor, open_encoders, open_lpips, print_reasons
 from npedit.errors import UserError
+from npedit.scoring.tables import rich_table
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -109,7 +110,8 @@ def _evaluate_in_folder(
     facts |= {"benchmark": name, "npedit": __version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     _judged.write_results(folder, rows, summary, facts)
     bench.write_official_files(rows, found, pictures, judge)
-    out.print(_judged.results_table(f"{name}: {label} under {protocol}, judged by {judge}", rows, found, summary))
+    title = f"{name}: {label} under {protocol}, judged by {judge}"
+    out.print(rich_table(_judged.results_table(title, rows, found, summary)))
     print_missing(summary, facts)
     print_reasons([(row["id"], row["reason"]) for row in rows if "reason" in row], len(rows))
     preservation = None
@@ -138,7 +140,7 @@ def measure_preservation(
         rows = _judged.score_preservation(items, *measuring, report_progress)
     title = f"{name}: preservation of the references (no judge)"
     summary = results.write_results(folder, rows)
-    out.print(results_table(summary, title))
+    out.print(rich_table(results_table(summary, title)))
     unnamed = [(name, why) for name, why in failure_reasons(rows) if not why.startswith("no edited picture")]
     print_reasons(unnamed, len(rows))  # a picture that is missing was named with the judge's scores
     return summary

@@ -26,6 +26,7 @@ from npedit.cli.options import (
     StepsOption,
 )
 from npedit.errors import UserError
+from npedit.scoring.tables import rich_table
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,7 +88,7 @@ def own(
         with ProgressBar("scoring") as report_progress:
             scored = bench.score_pictures(rows, evaluation.pictures, *evaluation.encoders, report_progress, lpips_model)
         summary = evaluation.write_results(scored, {})
-        out.print(bench.task_table(scored))
+        out.print(rich_table(bench.task_table(scored)))
     if as_json:
         print_json({"benchmark": "own", "folder": folder, "items": len(rows), "scores": summary})
 
@@ -244,7 +245,7 @@ class PictureEvaluation:
         from npedit.scoring.results import write_results
 
         summary = write_results(self.folder, rows, extra)
-        out.print(results_table(summary, f"{self.name}: {len(rows)} rows"))
+        out.print(rich_table(results_table(summary, f"{self.name}: {len(rows)} rows")))
         print_reasons(failure_reasons(rows), len(rows))
         out.print(f"Results: {escape(str(self.folder))}")
         scores = [value for row in rows for name, value in row.scores.items() if "/" not in name]  # without baselines

@@ -54,7 +54,7 @@ def toy_sheet(
 ) -> None:
     """Write a picture with one random scene of every edit type, its instruction and the true result."""
     from npedit.output_pictures import save_picture
-    from npedit.report.report import draw_toy_sheet
+    from npedit.report.toy_sheets import draw_toy_sheet
 
     save_picture(draw_toy_sheet(seed), picture)
     out.print(f"Sheet: {escape(str(picture))}")

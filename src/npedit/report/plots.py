@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image
 
 from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
@@ -106,13 +105,6 @@ def _held_out_section(rows: Rows, curves: Curves, evaluate_items: int) -> list[D
     ]  # fmt: skip
 
 
-def encode_png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file's bytes."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def plot_comparison(
     editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]], dots: Sequence[Sequence[float]] = ()
 ) -> bytes:
@@ -120,8 +112,7 @@ def plot_comparison(
     `dots` are single values of each editor beneath their mean, drawn small in every panel."""
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, (0.9 + 0.32 * len(editors)) * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure((4.2 * columns, (0.9 + 0.32 * len(editors)) * lines))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for axes, (title, means) in zip(grid, panels):
         for k, (value, ci) in enumerate(means):
@@ -138,9 +129,7 @@ def plot_comparison(
         axes.grid(axis="x", alpha=0.25)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return _encode_png(figure)
 
 
 OVERLAID = {
@@ -164,8 +153,7 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
         raise UserError("expected runs with finite metrics to draw; got none in any of them; look at metrics.jsonl")
     columns = min(2, len(keys))
     lines = -(-len(keys) // columns)
-    figure = Figure(figsize=(5.4 * columns, 2.7 * lines + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure((5.4 * columns, 2.7 * lines + 0.4))
     for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, keys, strict=False):
         for i, (name, curves) in enumerate(found.items()):
             if points := curves.points(key):
@@ -186,15 +174,12 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label() in runs}
     names = [str(name) for name in drawn]
     figure.legend(list(drawn.values()), names, loc="outside upper center", ncols=min(5, len(runs)), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return _encode_png(figure)
 
 
 def points_plot_png(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
     """A PNG of named points (name, x, mean and 95 % interval) with the axes' names."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure((6.4, 4.0))
     axes = figure.subplots()
     for k, (name, x, (value, ci)) in enumerate(points):
         colour = COLOURS[k % len(COLOURS)]
@@ -205,9 +190,7 @@ def points_plot_png(across: str, up: str, points: Sequence[tuple[str, float, Mea
     axes.set_xlabel(across, fontsize=9)
     axes.set_ylabel(up, fontsize=9)
     axes.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return _encode_png(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -219,15 +202,14 @@ LIGHT_PAGE_INK, DARK_PAGE_INK = "#1c2330", "#e8eaee"
 def _render_light_and_dark(
     title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
 ) -> Drawn:
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(size)
     draw(figure)
     _style_figure(figure, title, LIGHT_PAGE_INK)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is computed once for both pages
-    light = _encode_png(figure)
+    light = _encode_png(figure, is_transparent=True)
     _style_figure(figure, title, DARK_PAGE_INK)
-    return title, caption, light, _encode_png(figure)
+    return title, caption, light, _encode_png(figure, is_transparent=True)
 
 
 def _style_figure(figure: Figure, title: str, ink: str) -> None:
@@ -250,9 +232,16 @@ def _style_figure(figure: Figure, title: str, ink: str) -> None:
                 words.set_color(ink)
 
 
-def _encode_png(figure: Figure) -> bytes:
+def _new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of this size in inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _encode_png(figure: Figure, is_transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, transparent=True)
+    figure.savefig(buffer, format="png", dpi=130, transparent=is_transparent)
     return buffer.getvalue()
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
+from npedit.data._photos import to_pil
 from npedit.recipe.config import Recipe, find_module
+from npedit.report.sheets import SheetCell, draw_sheet, fit_side, split_rows
 from npedit.runs.checkpoint import explain_write_errors
 
 LEAST_SIDE = 128  # pixels of the longer side of a picture in grid.png; smaller pictures are enlarged
@@ -55,7 +56,7 @@ def write_samples(
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        pairs = [(_to_image(r), _to_image(e)) for r, e in zip(references, edited, strict=True)]
+        pairs = [(to_pil(r), to_pil(e)) for r, e in zip(references, edited, strict=True)]
         listed = []
         for i, ((before, after), instruction) in enumerate(zip(pairs, instructions, strict=True)):
             files = {"file": f"{i:03d}.png", "reference": f"reference-{i:03d}.png"}
@@ -68,27 +69,11 @@ def write_samples(
 
 def _draw_grid(pairs: Sequence[tuple[Image.Image, Image.Image]], instructions: Sequence[str]) -> Image.Image:
     """All pairs at full size, with their instructions."""
-    columns, side = 2, max(LEAST_SIDE, *(max(picture.size) for pair in pairs for picture in pair))
-    cell = (2 * side + 24, side + 36)
-    sheet = Image.new("RGB", (columns * cell[0], -(-len(pairs) // columns) * cell[1]), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (pair, instruction) in enumerate(zip(pairs, instructions, strict=True)):
-        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
-        for k, picture in enumerate(pair):
-            sheet.paste(_enlarge_small(picture), (x + k * (side + 8), y))
-        most = side * 46 // LEAST_SIDE  # letters
-        draw.text(
-            (x, y + side + 4), instruction if len(instruction) < most else instruction[: most - 3] + "...", fill="black"
-        )
-    return sheet
+    shown = [tuple(map(_enlarge_small, pair)) for pair in pairs]
+    side = max(max(picture.size) for pair in shown for picture in pair)
+    cells = [SheetCell(pair, instruction) for pair, instruction in zip(shown, instructions, strict=True)]
+    return draw_sheet(split_rows(cells, columns=2), side, text_lines=2)
 
 
 def _enlarge_small(picture: Image.Image) -> Image.Image:
-    scale = max(1, LEAST_SIDE / max(picture.size))
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS) if scale > 1 else picture
-
-
-def _to_image(image: Tensor) -> Image.Image:
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return fit_side(picture, LEAST_SIDE) if max(picture.size) < LEAST_SIDE else picture

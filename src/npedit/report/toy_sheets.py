@@ -1,0 +1,39 @@
+"""Sheets of the toy world: its edits with their true results, and the results of an editor."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from npedit.data._photos import read_photo, to_pil
+from npedit.report.sheets import SheetCell, draw_sheet, fit_side, split_rows
+from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.world import render
+
+SIDE, COLUMNS = 160, 3
+
+
+def draw_toy_sheet(seed: int = 0) -> Image.Image:
+    """A picture for looking at the toy world: for each edit type a scene, its instruction and the true result."""
+    edits = [sample_edit(random.Random(f"sheet/{seed}/{kind}"), kind) for kind in EDIT_TYPES]
+    pairs = [tuple(to_pil(image) for image in render([e.reference, e.target])) for e in edits]
+    return _draw([SheetCell(pair, e.instruction, e.edit_type) for pair, e in zip(pairs, edits)])
+
+
+def draw_results_sheet(folder: Path) -> Image.Image:
+    """What `benchmarks.toy.score` left in a folder: reference, result, instruction and the oracle's verdict."""
+    cells = []
+    for item in json.loads((folder / "items.json").read_text()):
+        verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
+        pair = tuple(read_photo(folder / item[key]) for key in ("reference", "file"))
+        cells.append(SheetCell(pair, item["instruction"], f"{item['edit_type']}: {verdict}"))
+    return _draw(cells)
+
+
+def _draw(cells: Sequence[SheetCell]) -> Image.Image:
+    scaled = [SheetCell(tuple(fit_side(p, SIDE) for p in c.pictures), c.text, c.note) for c in cells]
+    return draw_sheet(split_rows(scaled, COLUMNS), SIDE)
