@@ -24,6 +24,16 @@ def classifier_free_guidance(conditional: Latents, unconditional: Latents, scale
     return unconditional + scale.to(conditional).view(-1, 1, 1, 1) * (conditional - unconditional)
 
 
+def guidance_part(conditional: Latents, unconditional: Latents, scale: Float[Tensor, "b"]) -> Latents:
+    """What classifier-free guidance adds to the conditional prediction: (scale - 1) (conditional - unconditional). It
+    is zero at scale 1. `conditional + guidance_part(...)` equals `classifier_free_guidance(...)`.
+
+    In Decoupled DMD (arXiv 2511.22677, equation 8) this part is computed at a time of its own: the teacher's target is
+    the conditional prediction at one time plus the guidance part at another.
+    """
+    return (scale.to(conditional).view(-1, 1, 1, 1) - 1) * (conditional - unconditional)
+
+
 def dmd_gradient(x0: Latents, real: Latents, fake: Latents, per: Literal["sample", "pixel"] = "sample") -> Latents:
     """The gradient of the KL with respect to each sample's x0, in float32 and detached.
 

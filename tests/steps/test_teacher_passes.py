@@ -49,7 +49,7 @@ def gradient(guidance: float, by_type: dict[str, float]) -> Tensor:
     chosen = NpEditSettings(critic_weight=0, guidance=guidance, guidance_by_type=by_type)
     step = Step(chosen, made, made.create_trainable("student", 0), 10, 0)
     x0 = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(5))
-    return step.distribution_matching(batch(0, 1, 2), x0, torch.Generator().manual_seed(6))
+    return step.distribution_matching(batch(0, 1, 2), x0, 1.0, torch.Generator().manual_seed(6))
 
 
 def test_each_item_has_the_gradient_of_its_own_guidance() -> None:

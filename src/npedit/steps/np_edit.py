@@ -15,6 +15,7 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 - the first fake score update uses the x0 that the student has just made, which saves one of N + 1 generations. The
   other updates use further batches. With `fake_samples: replay` they use what the student made in its last
   `replay_updates` updates, with new noise and times, which saves all of these generations.
+- with `keep_weight`, the region that must stay as it is gets the copy loss too, where the data have a mask of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -48,6 +50,7 @@ class NpEditSettings(DistributionMatchingSettings, CriticGradientSettings):
     steps: int = Field(4, ge=1, le=64)  # of the few-step schedule
     dmd_weight: float = Field(1.0, ge=0)
     copy_weight: float = Field(1.0, ge=0)
+    keep_weight: float = Field(0.0, ge=0)  # of the copy loss in the region that must stay, where the data have masks
     balance: Balance = "none"  # of the critic's gradient with DMD's
     fake_updates: int = Field(5, ge=1, le=50)
     fake_samples: Literal["fresh", "replay"] = "fresh"  # what fake score updates after the first are trained on
@@ -174,32 +177,37 @@ class Step(Base):
         family, net = self.parts.family, self.learners["student"].net
         if references is None:
             references = self.parts.encode_images(batch.references)
-        schedule = flow.few_step_times(self.settings.steps, family.noise_shift(*batch.references.shape[-2:]))
-        times = sample_training_times(schedule, seeded_generator(self.seed, "times", update))  # equal on all ranks
-        text = self.parts.encode_text(batch.instructions)
+        text, times = self.parts.encode_text(batch.instructions), self._sample_times(batch, update)
         noise, extra = sample_noise(references, len(times), generator), self.parts.encode_extra(batch)
         return generate_few_step(family, net, text, references, times, noise, extra)
+
+    def _sample_times(self, batch: Batch, update: int) -> list[float]:
+        """The times at which the student is called in this update, equal on all ranks."""
+        shift = self.parts.family.noise_shift(*batch.references.shape[-2:])
+        schedule = flow.few_step_times(self.settings.steps, shift)
+        return sample_training_times(schedule, seeded_generator(self.seed, "times", update))
 
     def _gradient_at_x0(
         self, batch: Batch, references: Tensor, x0: Tensor, update: int, generator: torch.Generator, timers: Timers
     ) -> tuple[Tensor, dict[str, float]]:
         """Sum of the weighted losses' gradients with respect to x0 (b, c, h, w), and what to log."""
-        from_dmd, metrics = self._from_dmd(batch, x0, generator, timers)
+        from_dmd, metrics = self._from_dmd(batch, x0, update, generator, timers)
         from_critic, answered = self._from_critic(batch, x0, from_dmd, update, timers)
         metrics |= answered
         metrics["grad_norm/from_dmd"] = float(norm_over_global_batch(from_dmd))
         metrics["grad_norm/from_critic"] = float(norm_over_global_batch(from_critic))
         from_copy, copied = self._from_copy(batch, references, x0)
-        return from_dmd + from_critic + from_copy, metrics | copied
+        from_keep, kept = self._from_keep(batch, references, x0)
+        return from_dmd + from_critic + from_copy + from_keep, metrics | copied | kept
 
     def _from_dmd(
-        self, batch: Batch, x0: Tensor, generator: torch.Generator, timers: Timers
+        self, batch: Batch, x0: Tensor, update: int, generator: torch.Generator, timers: Timers
     ) -> tuple[Tensor, dict[str, float]]:
         """DMD's part of the gradient (b, c, h, w) in float32, zero if DMD is off, and what to log."""
         if not self.settings.dmd_weight:
             return torch.zeros_like(x0, dtype=torch.float32), {}
         with timers("dmd"):
-            gradient = self.distribution_matching(batch, x0, generator)
+            gradient = self.distribution_matching(batch, x0, self._sample_times(batch, update)[-1], generator)
         loss = float(0.5 * gradient.square().mean())
         return self.settings.dmd_weight * gradient / gradient.numel(), {"loss/dmd": loss}
 
@@ -222,6 +230,19 @@ class Step(Base):
         loss = float(difference[is_identity_edit].square().mean())
         return self.settings.copy_weight * 2 * difference / difference.numel(), {"loss/copy": loss}
 
+    def _from_keep(self, batch: Batch, references: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The keep loss's part of the gradient (b, c, h, w): outside the edit's region the edit must be the reference.
+
+        The loss is in latents and not in pixels. The reference's own latents reach its minimum, zero; its decoded
+        pixels do not equal the photo. It also needs no pass of the decoder.
+        """
+        if not self.settings.keep_weight or batch.keep_mask is None or not batch.keep_mask.any():
+            return torch.zeros_like(x0, dtype=torch.float32), {}
+        weight = kept_latents(batch.keep_mask, x0.shape[-2:])
+        difference = weight * (x0 - references).float()
+        loss = float((difference * (x0 - references).float()).sum() / (weight.sum() * x0.shape[1]).clamp_min(1))
+        return self.settings.keep_weight * 2 * difference / difference.numel(), {"loss/keep": loss}
+
     def extra_state(self) -> dict[str, Tensor]:
         """The running norms of the two gradients, and the samples that are kept for replay."""
         return {"sizes": self.balance.running_norms} | self.replay.state()
@@ -230,3 +251,9 @@ class Step(Base):
         """Load what `extra_state` returned."""
         self.balance.running_norms = state["sizes"].clone()
         self.replay.load_state(state)
+
+
+def kept_latents(keep_mask: Float[Tensor, "b 1 H W"], size: Sequence[int]) -> Float[Tensor, "b 1 h w"]:
+    """How far each cell of latents of `size` (h, w) must stay: as far as the least kept of the pixels that it stands
+    for. So a cell at the border of the edit's region, of which some pixels must change, is free to change."""
+    return 1 - nn.functional.adaptive_max_pool2d(1 - keep_mask.float(), tuple(size))
