@@ -11,6 +11,16 @@ Rows = Sequence[dict[str, Any]]
 
 LARGEST = 1e30  # larger numbers, as of a training that diverged, are not drawn: axes are limited to floats
 MAX_POINTS = 4000  # of one drawn curve; more than twice a figure's width in pixels
+COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
+LOSSES = {
+    "loss/critic_edit": "critic: is the edit applied?",
+    "loss/critic_identity": "critic: is the rest preserved?",
+    "loss/dmd": "distribution matching (size of the DMD gradient)",
+    "loss/copy": "identity edits: distance to the reference",
+    "loss/fake": "fake score: flow matching",
+    "loss/supervised": "supervised: distance to the true edit",
+    "loss/kl": "Flow-GRPO: KL divergence to the initial weights",
+}
 
 
 class Curves:

@@ -13,22 +13,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
-from npedit.report.curves import LARGEST, Curves, Rows, running_mean, thin_out
+from npedit.report.curves import COLOURS, LARGEST, LOSSES, Curves, Rows, running_mean, thin_out
 from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingAlarm, monitor_rows
 
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
-COLOURS = ("#2484c6", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#9a8f1f", "#7f7f7f", "#a6761d")
-LOSSES = {
-    "loss/critic_edit": "critic: is the edit applied?",
-    "loss/critic_identity": "critic: is the rest preserved?",
-    "loss/dmd": "distribution matching (size of the DMD gradient)",
-    "loss/copy": "identity edits: distance to the reference",
-    "loss/fake": "fake score: flow matching",
-    "loss/supervised": "supervised: distance to the true edit",
-    "loss/kl": "Flow-GRPO: KL divergence to the initial weights",
-}
 NORMS = {
     "grad_norm/student": "student",
     "grad_norm/fake": "fake score",
