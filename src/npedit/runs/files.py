@@ -88,7 +88,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise UserError(f"expected a file of rows in {path}; got: {error}; move it away to go on without") from None
-    found = [(number, _parse_row(line)) for number, line in enumerate(lines[:-1], 1)]
+    found = [(number, parse_row(line)) for number, line in enumerate(lines[:-1], 1)]
     damaged = [number for number, row in found if row is None]
     if damaged:
         more = ", ..." if len(damaged) > 5 else ""
@@ -97,7 +97,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in found if row is not None]
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in one line of a file of rows; None for a damaged line."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
