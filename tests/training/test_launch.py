@@ -42,7 +42,7 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(times: int, code: int) -> 
     for child in children:
         child.stdout.readline()
     before = signal.getsignal(signal.SIGTERM)
-    with launch._forward_signals(children):
+    with launch.forward_signals(children):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGTERM)
         assert launch._wait_for_all(children) == code
@@ -53,7 +53,7 @@ def test_a_signal_is_passed_on_and_a_second_one_kills(times: int, code: int) -> 
 def test_a_killed_parent_leaves_no_process() -> None:
     script = (
         "import os, subprocess; from npedit.training import launch\n"
-        "print(subprocess.Popen(['sleep', '600'], preexec_fn=launch._end_with_parent).pid, flush=True)\n"
+        "print(subprocess.Popen(['sleep', '600'], preexec_fn=launch.end_with_parent).pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}

@@ -135,14 +135,16 @@ def score(
     *,
     chunk: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
+    on_outcome: Callable[[bool, bool], None] | None = None,
     save_to: Path | None = None,
     save: int = 36,
 ) -> Scores:
     """Edit the items' references and ask the oracle.
 
     `edit_fn(references (b, 3, 32, 32) in [0, 1], instructions)` returns images of the same shape; it gets at most
-    `chunk` at a time. `on_progress(done, total)` is called after each chunk. With `save_to`, the first `save`
-    items are left there as pictures (`reference-000.png`, `000.png`, ...) with `items.json`.
+    `chunk` at a time. `on_progress(done, total)` is called after each chunk, and `on_outcome(applied, preserved)`
+    for each item in turn. With `save_to`, the first `save` items are left there as pictures (`reference-000.png`,
+    `000.png`, ...) with `items.json`.
 
     An output with a value that is not finite counts as neither applied nor preserved, and in `not_finite`.
 
@@ -164,6 +166,8 @@ def score(
         edited = torch.nan_to_num(edited, 0.0, 1.0, 0.0).clamp(0, 1)
         for e, fine, reading, image, reference in zip(part, finite, read_scene(edited), edited, references):
             rows.append(judge_edit(e, reading) if fine else (False, False))
+            if on_outcome:
+                on_outcome(*rows[-1])
             broken += not fine
             copies += fine and replace(reading, residual=0.0) == expected_reading(e.reference)
             change = change_outside_edit(e, image, reference) if fine else None

@@ -50,11 +50,11 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
     }
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     children: list[subprocess.Popen] = []
-    with _forward_signals(children):
+    with forward_signals(children):
         for i in range(count):
             env = common | {"RANK": str(i), "LOCAL_RANK": str(i)}
             # A new session: otherwise Ctrl-C in a terminal would reach the process twice.
-            children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent))
+            children.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=end_with_parent))
         return _wait_for_all(children)
 
 
@@ -76,8 +76,10 @@ def _wait_for_all(children: Sequence[subprocess.Popen]) -> int:
 
 
 @contextmanager
-def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
-    received = []
+def forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """The list of the stop signals that have come. The first is sent to all children that run, a second one kills them.
+    Children may be added to the sequence inside the `with` block."""
+    received: list[int] = []
 
     def forward_signal(number: int, frame: Any) -> None:
         received.append(number)
@@ -87,14 +89,14 @@ def _forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[None]:
 
     before = {n: signal.signal(n, forward_signal) for n in STOP_SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
 
 
-def _end_with_parent() -> None:
-    """In the child process: ask for SIGTERM when the parent dies, also by `kill -9`, so that the GPU becomes free."""
+def end_with_parent() -> None:
+    """In the child process (`preexec_fn`): ask for SIGTERM when the parent dies, also by `kill -9`, so that the GPU becomes free."""
     if sys.platform == "linux":
         LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
