@@ -48,6 +48,10 @@ WORDINGS: dict[str, dict[str, str]] = {
         "If the subject is not in the second image, the answer is No. Answer Yes or No.",
         "returned": "Is the second image the same photo as the first image, unchanged or only slightly changed? Answer "
         "Yes or No.",
+        "rubric": "{question} Answer Yes or No.",
+        "grade": "The first image is the original and the second image is an edit of it. The requested edit was: "
+        '"{instruction}". How far has the requested edit been carried out in the second image? 1 is not at all, as '
+        "where both images are the same, and 5 is completely. Answer with one number from 1 to 5.",
     },
     "short": {
         "edit": "was this edit done : {instruction} ?",
@@ -58,27 +62,33 @@ WORDINGS: dict[str, dict[str, str]] = {
         "scene": "is this in the picture : {instruction} ?",
         "subject": "is the {object} the same ?",
         "returned": "is it the same picture ?",
+        "rubric": "{question}",
+        "grade": "what of this edit was done : {instruction} ?",
     },
 }
 
 
 Picture = Literal["reference", "edited", "other"]  # "other": another photo of the subject
-Kind = Literal["edit", "identity"]
+Kind = Literal["edit", "identity", "rubric", "grade"]
 PAIR: tuple[Picture, ...] = ("reference", "edited")
 YES, NO = +1, -1
+YES_NO = ("No", "Yes")  # a question's answers, the lowest first
+GRADES = ("1", "2", "3", "4", "5")
 OBJECT_OF = {"remove": "what is removed", SCENE: "the subject"}  # what the object is, where questions name it
 
 
 @dataclass(frozen=True)
 class Question:
     """One question. `kind` says which loss it belongs to. `looks_at` names the images that the critic sees, in order.
-    `answer` is +1 if Yes is wanted, -1 if No is wanted. `name` is the question's key in `WORDINGS`."""
+    `answer` is +1 if the highest of `answers` is wanted (Yes), -1 if the lowest is wanted (No). `name` is the
+    question's key in `WORDINGS`."""
 
     kind: Kind
     text: str
     looks_at: tuple[Picture, ...]
     answer: int
     name: str = ""
+    answers: tuple[str, ...] = YES_NO
 
 
 def normalise_edit_type(name: str) -> str:

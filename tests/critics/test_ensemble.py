@@ -45,6 +45,11 @@ def listed(critic, tmp_path_factory):
     return file
 
 
+def member_margins(critic: Ensemble) -> Tensor:
+    """Each member's last margins (members, b)."""
+    return torch.stack([own[:, critic.yes] - own[:, critic.no] for own in critic.member_logits.values()])
+
+
 def test_the_margin_is_the_members_mean(critic):
     a, b = critic.encode_images(images(2))
     asked, looks = [LONG, SHORT], [[a, b], [b]]
@@ -52,16 +57,16 @@ def test_the_margin_is_the_members_mean(critic):
     for member in (LlavaOnevision.tiny(0), SmolVLM.tiny(0)):
         c, d = member.encode_images(images(2))
         each.append(member.margin(asked, [[c, d], [d]]))
-    torch.testing.assert_close(critic.margins(asked, looks), torch.stack(each))
     torch.testing.assert_close(critic.margin(asked, looks), sum(each) / 2)
+    torch.testing.assert_close(member_margins(critic), torch.stack(each))
 
 
 def test_over_its_two_words_both_losses_are_one(critic):
     a, b = critic.encode_images(images(2))
     logits, answer = critic.logits([LONG, SHORT], [[a, b], [b]]), torch.tensor([1, -1])
-    assert logits.shape == (2, 2) and (critic.yes, critic.no) == (0, 1)
+    assert logits.shape == (2, 7) and (critic.yes, critic.no) == (0, 1)
     two_way = answer_loss(critic.margin([LONG, SHORT], [[a, b], [b]]), answer)
-    torch.testing.assert_close(vocabulary_loss(logits, answer, critic.yes, critic.no), two_way)
+    torch.testing.assert_close(vocabulary_loss(logits[:, :2], answer, critic.yes, critic.no), two_way)
 
 
 def test_gradient_is_the_members_mean(critic):
@@ -92,7 +97,10 @@ def test_its_model_is_all_members(critic):
 
 def test_it_opens_what_a_file_lists(critic, listed):
     loaded = Ensemble.load(listed, torch.float32, CPU)
-    margins = [c.margins([LONG], [c.encode_images(images(2))]) for c in (critic, loaded)]
+    margins = []
+    for one in (critic, loaded):
+        one.margin([LONG], [one.encode_images(images(2))])
+        margins.append(member_margins(one))
     torch.testing.assert_close(*margins, atol=1e-6, rtol=0)
     assert loaded.device == CPU
     assert loaded.generate_text([SHORT], [[images(1)[0]]], 3) == critic.members[0].generate_text(
@@ -146,6 +154,7 @@ def test_a_training_step_logs_what_each_member_says(critic):
     for name in critic.names:
         wanted = [q.answer for kind, words, thing in zip(given[0].edit_types, given[0].instructions, given[0].objects)
                   for q in questions_for(kind, words, thing, frozen.wording)]  # fmt: skip
-        said = (critic.member_margins[name] * torch.tensor(wanted)).sigmoid().mean()
+        own = critic.member_logits[name]
+        said = ((own[:, 0] - own[:, 1]) * torch.tensor(wanted)).sigmoid().mean()
         assert logged[f"critic/p_of/{name}"] == pytest.approx(float(said))
     assert logged["critic/p_of/0-LlavaOnevision"] != logged["critic/p_of/1-SmolVLM"]

@@ -25,11 +25,12 @@ from npedit.critics._bits import freeze_on, quantisation_arguments
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
 from npedit.hub_access import is_local_only
-from npedit.questions import WORDINGS
+from npedit.questions import GRADES, WORDINGS
 
 TINY_TEXTS = (
     "Yes No is it ? user assistant User Assistant : \n",
     "paint make remove add a the red blue circle square dog fence it",
+    " ".join(GRADES),
     *(text.replace("{", " ").replace("}", " ") for wording in WORDINGS.values() for text in wording.values()),
 )
 

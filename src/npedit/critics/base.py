@@ -1,7 +1,8 @@
 """What a vision-language model must offer to serve as a critic. One file in this folder is one family of models.
 
-The critic is frozen; gradient flows from its answer to the image it looks at. Only the logits of "Yes" and "No" at the
-answer position are compared, in one forward pass, as in NP-Edit, section 3.
+The critic is frozen; gradient flows from its answer to the image it looks at. Only the logits of a question's answers
+("Yes" and "No", or the digits of a grade) at the answer position are compared, in one forward pass, as in NP-Edit,
+section 3. Every question has one loss: `answer_loss` of its margin (`scale_margin`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Critic(ABC):
     no: int
     device: torch.device
     model: Any  # a transformers model: all weights, frozen; its attributes are set at run time
-    member_margins: Mapping[str, Tensor] = MappingProxyType({})  # of an ensemble: each member's last margins (b,)
+    member_logits: Mapping[str, Tensor] = MappingProxyType({})  # of an ensemble: each member's last logits, as `logits`
 
     @classmethod
     @abstractmethod
@@ -89,6 +90,44 @@ class Critic(ABC):
         logits = self.logits(questions, visual_tokens, packed=packed)
         return logits[:, self.yes] - logits[:, self.no]
 
+    def answer_ids(self, answers: Sequence[str]) -> list[int]:
+        """The tokens of a question's answers. Errors as in `answer_id`."""
+        known = {"Yes": self.yes, "No": self.no}
+        return [known[word] if word in known else self.answer_id(word) for word in answers]
+
+
+def scale_margin(logits: Tensor, inverse_temperature: float = 1.0) -> Tensor:
+    """log(e) - log(1 - e) per question (b,), where e in [0, 1] is the expected score: the sum of p_k k / (n - 1). p is
+    the softmax of `inverse_temperature` times the logits (b, n) of the n answers, the lowest first.
+
+    Two answers (No, Yes) give inverse_temperature * (logit(Yes) - logit(No)), and e = p(Yes). With five grades
+    e = (expected grade - 1) / 4. So `answer_loss` is -log(e) where the highest answer is wanted, and -log(1 - e) where
+    the lowest is. Unlike the squared distance of e to the wanted score, this loss has a gradient where the critic is
+    sure of the wrong end of the scale. Where the critic is sure of an answer in the middle, both have almost none.
+    """
+    if logits.shape[1] == 2:
+        return inverse_temperature * (logits[:, 1] - logits[:, 0])
+    scores = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    scaled = inverse_temperature * logits
+    return torch.logsumexp(scaled + scores.log(), 1) - torch.logsumexp(scaled + scores.flip(0).log(), 1)
+
+
+def question_margins(
+    logits: Tensor,
+    answers: Sequence[tuple[str, ...]],
+    token_ids: Mapping[tuple[str, ...], Sequence[int]],
+    inverse_temperature: float = 1.0,
+) -> Tensor:
+    """`scale_margin` of each question (b,). logits (b, vocabulary); `answers` are each question's answers, the lowest
+    first; `token_ids` has the tokens of each of these scales."""
+    margins, order = [], list[int]()
+    for scale in dict.fromkeys(answers):
+        rows = [row for row, those in enumerate(answers) if those == scale]
+        chosen = logits[torch.tensor(rows)[:, None], torch.tensor(token_ids[scale])]
+        margins.append(scale_margin(chosen, inverse_temperature))
+        order += rows
+    return torch.cat(margins)[torch.tensor(order).argsort()]
+
 
 def answer_loss(margin: Tensor, answer: Tensor, inverse_temperature: float = 1.0) -> Tensor:
     """-log p(answer) per question (b,), p = sigmoid(answer * inverse_temperature * margin); answer is +1 (Yes) or -1
@@ -118,6 +157,6 @@ def answer_token(tokenizer, prompt: str, word: str) -> int:
     if after[: len(before)] != before or len(new) != 1 or new[0] == tokenizer.unk_token_id:
         raise ValueError(
             f"expected the answer {word!r} to be one token after the prompt; got {new} "
-            f"({tokenizer.convert_ids_to_tokens(new)}). This model cannot be asked Yes/No questions as it is."
+            f"({tokenizer.convert_ids_to_tokens(new)}). This model cannot be asked questions with this answer."
         )
     return new[0]

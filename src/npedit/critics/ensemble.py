@@ -5,8 +5,9 @@
     - {name: llava_onevision, weights: llava-hf/llava-onevision-qwen2-7b-ov-hf}
     - {name: internvl, weights: OpenGVLab/InternVL3-8B-hf, resolution: 336}
 
-The members share no vocabulary. The ensemble's own has two words, Yes and No, with plus and minus half the mean margin
-as their logits; so over this vocabulary the answer loss is the two-way one.
+The members share no vocabulary. The ensemble's own has the words Yes and No, with plus and minus half the mean margin
+as their logits; so over these two the answer loss is the two-way one. If all members can answer with a grade in one
+token, the five digits follow, each with the mean of the members' log-probabilities among the digits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from npedit.critics.base import Critic
+from npedit.questions import GRADES
 from npedit.recipe.config import EMBEDDED, Settings, embedded_weights, find_class, validate_settings
 from npedit.recipe.yaml_file import parse_yaml
 
@@ -49,6 +51,10 @@ class Ensemble(Critic):
         self.members, self.device = list(members), members[0].device
         self.model = nn.ModuleList(m.model for m in members)
         self.names = [f"{i}-{type(m).__name__}" for i, m in enumerate(members)]
+        try:
+            self.grade_ids, self.grade_fault = [m.answer_ids(GRADES) for m in members], ""
+        except ValueError as error:
+            self.grade_ids, self.grade_fault = [], str(error)
 
     @classmethod
     def load(
@@ -76,31 +82,35 @@ class Ensemble(Critic):
         """(n, 3, H, W) in [0, 1] -> n tuples, what each member sees of the image."""
         return list(zip(*(m.encode_images(images) for m in self.members)))
 
-    def margins(
-        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[tuple]], packed: bool = False
-    ) -> Tensor:
-        """Each member's margin, (members, b), float32."""
-        return torch.stack(
-            [
-                m.margin(questions, [[s[i] for s in looks] for looks in visual_tokens], packed)
-                for i, m in enumerate(self.members)
-            ]
-        )
-
     def logits(
         self, questions: Sequence[str], visual_tokens: Sequence[Sequence[tuple]], packed: bool = False
     ) -> Tensor:
-        """(b, 2): plus and minus half the mean margin."""
-        margins = self.margins(questions, visual_tokens, packed)
-        self.member_margins = dict(zip(self.names, margins.detach(), strict=True))
-        half = margins.mean(0) / 2
-        return torch.stack([half, -half], 1)
+        """(b, 2) or (b, 7), the mean of the members': plus and minus half the margin, and the digits if all members
+        have them."""
+        each = []
+        for i, member in enumerate(self.members):
+            seen = [[tokens[i] for tokens in looks] for looks in visual_tokens]
+            each.append(self._shared_words(i, member.logits(questions, seen, packed)))
+        self.member_logits = dict(zip(self.names, (own.detach() for own in each), strict=True))
+        return torch.stack(each).mean(0)
+
+    def _shared_words(self, number: int, logits: Tensor) -> Tensor:
+        """A member's logits (b, vocabulary) for the words of the ensemble, (b, 2) or (b, 7)."""
+        member = self.members[number]
+        half = (logits[:, member.yes] - logits[:, member.no]) / 2
+        yes_no = torch.stack([half, -half], 1)
+        if not self.grade_ids:
+            return yes_no
+        return torch.cat([yes_no, logits[:, self.grade_ids[number]].log_softmax(1)], 1)
 
     def answer_id(self, word: str) -> int:
-        """Yes or No; the members share no other word."""
-        if word not in ("Yes", "No"):
-            raise ValueError(f"expected Yes or No, the words that all members share; got {word!r}")
-        return self.yes if word == "Yes" else self.no
+        """Yes, No or a grade; the members share no other word."""
+        if word in GRADES and self.grade_fault:
+            raise ValueError(f"a member of the ensemble cannot answer with a grade: {self.grade_fault}")
+        words = ("Yes", "No", *GRADES)
+        if word not in words:
+            raise ValueError(f"expected one of {', '.join(words)}, the words that members share; got {word!r}")
+        return words.index(word)
 
     def generate_text(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]], max_tokens: int) -> list[str]:
         """The first member writes."""

@@ -32,11 +32,12 @@ from npedit.critics._chat import chat_template
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
 from npedit.hub_access import is_local_only
-from npedit.questions import WORDINGS
+from npedit.questions import GRADES, WORDINGS
 
 TINY_WORDS = (
     *("yes", "no", "answer", "paint", "make", "remove", "add", "a", "the"),
     *("red", "blue", "circle", "square", "dog", "fence", "it"),
+    *GRADES,
 )
 QUESTION_FIRST = (  # the chat template of the models that `new` makes
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
@@ -115,7 +116,7 @@ class LlavaOnevision(Critic):
         vocabulary = [*marks, *words]
         inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
         inner.normalizer = normalizers.Lowercase()
-        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z<>]+"), "removed")
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^a-z0-9<>]+"), "removed")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
             additional_special_tokens=["<image>"], model_max_length=256,

@@ -1,8 +1,9 @@
 """The critic's part of NP-Edit: ask the questions about the decoded x0, and return the gradient of their loss at x0.
 
-    loss = mean over items of the sum over each item's questions of  -log p(wanted answer)
+    loss = mean over items of the sum over each item's questions of  weight * -log p(wanted answer)
 
 The critic's logits are multiplied by an inverse temperature that rises from `ramp_from` to 1 in `ramp_updates` updates.
+For a graded question, p is the expected grade on a scale from 0 to 1 (`critics/base.py`, `scale_margin`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from npedit.critics.base import Critic, answer_loss, vocabulary_loss
+from npedit.critics.base import Critic, answer_loss, question_margins, vocabulary_loss
 from npedit.data import Batch
-from npedit.questions import Question, questions_for
+from npedit.errors import UserError
+from npedit.item_questions import QuestionChoice, Use, item_questions
+from npedit.questions import GRADES, YES_NO, Question
 from npedit.recipe.config import Settings
 from npedit.steps.base import Parts
 
@@ -28,20 +31,31 @@ class CriticGradientSettings(Settings):
     critic_weight: float = Field(0.02, ge=0)
     identity_weight: float = Field(1.0, ge=0)  # of the identity question beside the edit question; 0 does not ask it
     answer: Literal["two_way", "vocabulary"] = "two_way"
+    rubric: Use = "off"  # Yes/No questions from the data's column `questions`, beside the usual ones or instead of them
+    rubric_weight: float = Field(1.0, gt=0)  # of all questions of an item's rubric together
+    grade: Use = "off"  # "how far has it been carried out, 1 to 5?" beside the edit question or instead of it
+    grade_weight: float = Field(1.0, gt=0)
     ramp_from: float = Field(0.1, gt=0, le=1)  # inverse temperature of the critic's logits at the start
     ramp_updates: int = Field(2000, ge=0)  # until it is 1
 
+    def question_choice(self) -> QuestionChoice:
+        """Which questions are asked, and their weights."""
+        return QuestionChoice(self.rubric, self.grade, self.identity_weight, self.rubric_weight, self.grade_weight)
+
 
 class AskedQuestion(NamedTuple):
-    """A question, and the number in the batch of the item that it is asked about."""
+    """A question, its weight and share as in `WeightedQuestion`, and the number in the batch of the item that it is
+    asked about."""
 
     item: int
     question: Question
+    weight: float
+    share: float
 
 
 class CriticFeedback(NamedTuple):
     """What the critic says about a batch. `error` is how wrong each item is: the mean of 1 - p(wanted answer) over the
-    item's questions. `metrics` is what to log."""
+    item's questions, where a rubric counts as one question or as those that it replaces. `metrics` is what to log."""
 
     gradient: Float[Tensor, "b c h w"]
     error: Float[Tensor, "b"]
@@ -53,6 +67,7 @@ class CriticGradient:
 
     def __init__(self, settings: CriticGradientSettings, parts: Parts):
         self.settings, self.parts = settings, parts
+        self.token_ids = {} if parts.critic is None else _token_ids(parts.critic, settings)
 
     def __call__(self, batch: Batch, x0: Float[Tensor, "b c h w"], update: int) -> CriticFeedback:
         """The critic's feedback. Its gradient has the factor `critic_weight`."""
@@ -64,14 +79,15 @@ class CriticGradient:
         if not asked:  # identity edits alone, and identity_weight is 0
             zeros = torch.zeros_like(x0, dtype=torch.float32)
             return CriticFeedback(zeros, torch.zeros(len(batch), device=x0.device), {})
-        answer = torch.tensor([q.answer for _, q in asked], device=logits.device)
+        answer = torch.tensor([a.question.answer for a in asked], device=logits.device)
         ramp = self._inverse_temperature(update)
-        losses = self._losses(critic, logits, answer, ramp)
-        weight = torch.tensor([1.0 if q.kind == "edit" else s.identity_weight for _, q in asked], device=logits.device)
+        losses = self._losses(critic, logits, asked, answer, ramp)
+        weight = torch.tensor([a.weight for a in asked], device=logits.device)
         (gradient,) = torch.autograd.grad((weight * losses).sum() / len(batch), latents)
-        right = (logits[:, critic.yes] - logits[:, critic.no]).detach() * answer
+        right = self._margins(logits.detach(), asked) * answer
         metrics = {"critic/inverse_temperature": ramp} | _answer_metrics(batch, asked, right, losses.detach())
-        metrics |= _member_metrics(critic, answer)
+        for name, own in critic.member_logits.items():
+            metrics[f"critic/p_of/{name}"] = float((self._margins(own, asked) * answer).sigmoid().mean())
         return CriticFeedback(s.critic_weight * gradient.float(), _error_by_item(asked, right, len(batch)), metrics)
 
     def _ask(self, critic: Critic, batch: Batch, latents: Tensor) -> tuple[list[AskedQuestion], Tensor]:
@@ -81,23 +97,34 @@ class CriticGradient:
             return asked, torch.empty(0)
         images = _encode_photos(critic, batch, asked)
         images["edited"] = critic.encode_images(self.parts.decode_latents(latents))
-        looks = [[images[name][i] for name in q.looks_at] for i, q in asked]
-        return asked, critic.logits([q.text for _, q in asked], looks, packed=self.parts.memory.packed_questions)
+        looks = [[images[name][a.item] for name in a.question.looks_at] for a in asked]
+        texts = [a.question.text for a in asked]
+        return asked, critic.logits(texts, looks, packed=self.parts.memory.packed_questions)
 
     def _questions(self, batch: Batch) -> list[AskedQuestion]:
-        """The questions of all items, without identity questions if their weight is zero."""
+        """The questions of all items, without those whose weight is zero."""
+        choice, has_other = self.settings.question_choice(), batch.other_photos is not None
+        rubrics = batch.questions or ("",) * len(batch)
+        texts = zip(batch.edit_types, batch.instructions, batch.objects, rubrics, strict=True)
         return [
-            AskedQuestion(i, q)
-            for i, (kind, words, thing) in enumerate(zip(batch.edit_types, batch.instructions, batch.objects))
-            for q in questions_for(kind, words, thing, self.parts.wording, batch.other_photos is not None)
-            if q.kind == "edit" or self.settings.identity_weight
+            AskedQuestion(item, *entry)
+            for item, about in enumerate(texts)
+            for entry in item_questions(*about, self.parts.wording, choice, has_other)
         ]
 
-    def _losses(self, critic: Critic, logits: Tensor, answer: Tensor, ramp: float) -> Tensor:
+    def _losses(
+        self, critic: Critic, logits: Tensor, asked: Sequence[AskedQuestion], answer: Tensor, ramp: float
+    ) -> Tensor:
         """Each question's loss (questions,), from the logits (questions, vocabulary)."""
+        losses = answer_loss(self._margins(logits, asked, ramp), answer)
         if self.settings.answer == "two_way":
-            return answer_loss(logits[:, critic.yes] - logits[:, critic.no], answer, ramp)
-        return vocabulary_loss(logits, answer, critic.yes, critic.no, ramp)
+            return losses
+        is_graded = torch.tensor([a.question.answers != YES_NO for a in asked], device=logits.device)
+        return torch.where(is_graded, losses, vocabulary_loss(logits, answer, critic.yes, critic.no, ramp))
+
+    def _margins(self, logits: Tensor, asked: Sequence[AskedQuestion], inverse_temperature: float = 1.0) -> Tensor:
+        """Each question's margin (questions,), from the logits (questions, vocabulary)."""
+        return question_margins(logits, [a.question.answers for a in asked], self.token_ids, inverse_temperature)
 
     def _inverse_temperature(self, update: int) -> float:
         s = self.settings
@@ -110,37 +137,44 @@ def _encode_photos(critic: Critic, batch: Batch, asked: Sequence[AskedQuestion])
 
     All photos pass the critic together, because processes that share a sharded critic must call it equally often.
     """
-    rows = sorted({i for i, q in asked if "other" in q.looks_at})
+    rows = sorted({a.item for a in asked if "other" in a.question.looks_at})
     photos = [batch.references, *([] if batch.other_photos is None else [batch.other_photos[rows]])]
     tokens = critic.encode_images(torch.cat(photos) if rows else batch.references)
     return {"reference": tokens, "other": dict(zip(rows, tokens[len(batch) :], strict=True))}
 
 
+def _token_ids(critic: Critic, settings: CriticGradientSettings) -> dict[tuple[str, ...], list[int]]:
+    """The tokens of the answers that the settings need.
+
+    Raises:
+        UserError: the critic cannot answer with a grade in one token.
+    """
+    scales = [YES_NO] + ([GRADES] if settings.grade != "off" else [])
+    try:
+        return {scale: critic.answer_ids(scale) for scale in scales}
+    except ValueError as error:
+        raise UserError(f"grade: {error} Choose another critic, or set grade to off.") from None
+
+
 def _error_by_item(asked: Sequence[AskedQuestion], right: Tensor, items: int) -> Tensor:
     """How wrong each item is (items,). `right` (questions,) is the margin of the wanted answer."""
-    rows = torch.tensor([i for i, _ in asked], device=right.device)
-    error = torch.zeros(items, device=right.device).index_add(0, rows, 1 - right.sigmoid())
-    return error / torch.bincount(rows, minlength=items).clamp_min(1)
+    rows = torch.tensor([a.item for a in asked], device=right.device)
+    share = torch.tensor([a.share for a in asked], device=right.device)
+    error = torch.zeros(items, device=right.device).index_add(0, rows, share * (1 - right.sigmoid()))
+    total = torch.zeros(items, device=right.device).index_add(0, rows, share)
+    return error / torch.where(total > 0, total, 1)
 
 
 def _answer_metrics(batch: Batch, asked: Sequence[AskedQuestion], right: Tensor, losses: Tensor) -> dict[str, float]:
     """Losses and probabilities of the wanted answer, by kind of question and by edit type."""
     metrics: dict[str, float] = {}
-    for kind in ("edit", "identity"):
-        rows = [r for r, (_, q) in enumerate(asked) if q.kind == kind]
+    for kind in ("edit", "identity", "rubric", "grade"):
+        rows = [r for r, a in enumerate(asked) if a.question.kind == kind]
         if rows:
             metrics[f"loss/critic_{kind}"] = float(losses[rows].mean())
             metrics[f"critic/p_{kind}"] = float(right[rows].sigmoid().mean())
     for name in sorted(set(batch.edit_types)):
-        rows = [r for r, (i, q) in enumerate(asked) if q.kind == "edit" and batch.edit_types[i] == name]
+        rows = [r for r, a in enumerate(asked) if a.question.kind == "edit" and batch.edit_types[a.item] == name]
         if rows:
             metrics[f"critic/p_yes/{name}"] = float(right[rows].sigmoid().mean())
     return metrics
-
-
-def _member_metrics(critic: Critic, answer: Tensor) -> dict[str, float]:
-    """The probability of the wanted answer for each member of an ensemble."""
-    return {
-        f"critic/p_of/{name}": float((margin * answer).sigmoid().mean())
-        for name, margin in critic.member_margins.items()
-    }
