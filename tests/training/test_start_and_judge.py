@@ -166,8 +166,8 @@ def test_a_reward_hacking_alarm_is_printed_at_once(
 def test_training_reads_no_metrics_again_at_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of metrics.jsonl are parsed when a run begins or resumes and for the report, never for an evaluation."""
     parsed: list[bytes] = []
-    parse = files._parse_row
-    monkeypatch.setattr(files, "_parse_row", lambda line: (parsed.append(line), parse(line))[1])
+    parse = files.parse_row
+    monkeypatch.setattr(files, "parse_row", lambda line: (parsed.append(line), parse(line))[1])
     at_evaluation: list[int] = []
     made = recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3, "evaluate_every": 1})
     record = lambda name, facts: at_evaluation.append(len(parsed)) if name in ("evaluate", "update") else None  # noqa: E731
