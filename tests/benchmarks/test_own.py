@@ -148,6 +148,21 @@ def test_compare_prints_and_plots(done, tmp_path):
     assert "Agreement with 36 human labels" in said and "l1_target" in said
 
 
+def test_the_page_of_compare_holds_the_printed_figures_and_every_editors_pictures(done, tmp_path):
+    folders = [done[0] / n for n in ("r-copy", "r-editor", "r-true")]
+    page, data = tmp_path / "c.html", json.loads((done[0] / "r-true" / "settings.json").read_text())["data"]
+    words = ["--measure", "l1", "--plot", tmp_path / "p.png", "--page", page, "--json"]
+    values = json.loads(CliRunner().invoke(cli.app, ["compare", *map(str, [*folders, *words])]).stdout)
+    text = page.read_text()
+    assert values["page"] == str(page) and data == str((done[0] / "data").resolve())
+    for editor in values["metrics"][0]["editors"]:
+        assert f"<td>{editor['mean']:.4f} [{editor['ci95'][0]:.4f}, {editor['ci95'][1]:.4f}]</td>" in text
+    rows = re.findall(r'<tr><td><img src="data:image/png;base64,.*?</tr>', text)
+    assert len(rows) == 12 - 3 and all(row.count("<img") == 4 for row in rows)  # nine tasks, three with two items
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text.partition("How the results were made")[0])
+    assert "end in .html" in run("compare", *folders, "--page", tmp_path / "c.txt", code=2)
+
+
 def test_compare_refuses_what_cannot_be_compared(done, tmp_path):
     root = done[0]
     plot = ("--plot", tmp_path / "p.png")

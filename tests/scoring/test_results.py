@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from npedit.cli.compare import open_results
 from npedit.errors import UserError
 from npedit.scoring import results as r
+from npedit.scoring.comparison import open_results
 from npedit.scoring.human_agreement import agreement_with_people, read_labels
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from npedit.cli.listening import require_page_packages
 from npedit.cli.local_page import run_page
 from npedit.errors import UserError
+from npedit.scoring.tables import rich_table
 
 if TYPE_CHECKING:
     from npedit.scoring.results import Results
@@ -23,7 +23,9 @@ out = Console(highlight=False, soft_wrap=True)
 AnswersOption = Annotated[Path, typer.Option("--answers", help="With --people A B: the file of people's answers.")]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="With --people A B: the evaluated data, if the results do not name their place."),
+    typer.Option(
+        "--data", help="With --people A B or --page: the evaluated data, if the results do not name their place."
+    ),
 ]
 
 
@@ -89,27 +91,9 @@ def read_answers(results: Sequence[Results], answers: Path, seed: int) -> dict[s
 
 def print_summary(found: Mapping[str, Any]) -> None:
     """Print the win rate, and how well each metric agrees with people."""
-    rate = _format(found["win_rate"], found["ci95"])
-    out.print(
-        escape(
-            f"People: {found['editor']} against {found['baseline']}: win rate {rate}, p {found['p']:.4f}; "
-            f"{found['wins']}/{found['ties']}/{found['losses']} wins/ties/losses in {found['answers']} answers of "
-            f"{found['raters']} raters about {found['items']} items"
-        )
-    )
+    from npedit.report.comparison import preference_sentence, preference_table
+
+    out.print(escape(preference_sentence(found)))
     if found["left_share"] is not None:
         out.print(f"The left result was preferred in {found['left_share']:.1%} of the answers that are no tie.")
-    shown = Table(title="Do metrics order the two pictures as people do?")
-    for column in ("metric", "items", "pairwise accuracy", "with calibrated ties"):
-        shown.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
-    for row in found["agreement"]:
-        shown.add_row(row["metric"], str(row["n"]), escape(_format(*row["accuracy"])), escape(_cell(row["with_ties"])))
-    out.print(shown)
-
-
-def _cell(estimate: Any) -> str:
-    return _format(*estimate) if estimate else "-"
-
-
-def _format(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else f"{value:.3f}"
+    out.print(rich_table(preference_table(found)))

@@ -17,6 +17,7 @@ from npedit.report.curves import COLOURS, LARGEST, LOSSES, Curves, Rows, running
 from npedit.scoring.reward_hacking import HELD_OUT_KEYS, RewardHackingAlarm, monitor_rows
 
 Mean = tuple[float, tuple[float, float] | None]  # and its interval
+Panel = tuple[str, Sequence[Mean]]  # title; for each editor its mean and 95 % interval, or None for no interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
 NORMS = {
@@ -95,20 +96,36 @@ def _held_out_section(rows: Rows, curves: Curves, evaluate_items: int) -> list[D
     ]  # fmt: skip
 
 
-def plot_comparison(
-    editors: Sequence[str], panels: Sequence[tuple[str, Sequence[Mean]]], dots: Sequence[Sequence[float]] = ()
-) -> bytes:
-    """A PNG with a panel for each measure: (title, for each editor its mean and 95 % interval, or None for none).
-    `dots` are single values of each editor beneath their mean, drawn small in every panel."""
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = _new_figure((4.2 * columns, (0.9 + 0.32 * len(editors)) * lines))
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+def plot_comparison(editors: Sequence[str], panels: Sequence[Panel], dots: Sequence[Sequence[float]] = ()) -> bytes:
+    """A PNG with a panel for each measure. `dots` are single values of each editor beneath their mean, drawn small in
+    every panel."""
+    figure = _new_figure(_comparison_size(editors, panels))
+    _plot_means(figure, editors, panels, dots)
+    return _encode_png(figure)
+
+
+def draw_comparison(editors: Sequence[str], panels: Sequence[Panel]) -> Drawn:
+    """The figure of `plot_comparison` for light and for dark pages."""
+    caption = "The means of the editors, with 95 % intervals, on the items that all results have."
+    return _render_light_and_dark(
+        "", caption, _comparison_size(editors, panels), lambda figure: _plot_means(figure, editors, panels)
+    )
+
+
+def _comparison_size(editors: Sequence[str], panels: Sequence[Panel]) -> tuple[float, float]:
+    columns = min(COMPARISON_COLUMNS, len(panels))
+    return 4.2 * columns, (0.9 + 0.32 * len(editors)) * -(-len(panels) // columns)
+
+
+def _plot_means(
+    figure: Figure, editors: Sequence[str], panels: Sequence[Panel], dots: Sequence[Sequence[float]] = ()
+) -> None:
+    columns = min(COMPARISON_COLUMNS, len(panels))
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharey=True).flat
     for axes, (title, means) in zip(grid, panels):
         for k, (value, ci) in enumerate(means):
-            ends = ci or (value, value)
             colour = COLOURS[k % len(COLOURS)]
-            axes.plot(ends, (k, k), color=colour, linewidth=2.2)
+            axes.plot(ci or (value, value), (k, k), color=colour, linewidth=2.2)
             axes.plot(value, k, "o", color=colour)
         for k, values in enumerate(dots):
             axes.plot(values, [k + 0.25] * len(values), ".", color=COLOURS[k % len(COLOURS)], markersize=4)
@@ -119,7 +136,6 @@ def plot_comparison(
         axes.grid(axis="x", alpha=0.25)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
-    return _encode_png(figure)
 
 
 OVERLAID = {
