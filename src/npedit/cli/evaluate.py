@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,10 @@ def toy(
         Path | None, typer.Option("--json", help="Write the scores to this file; - is standard output.")
     ] = None,
     picture: Annotated[Path | None, typer.Option("--sheet", help="Draw the first 18 results into this PNG.")] = None,
+    edit_types: Annotated[
+        list[str] | None,
+        typer.Option("--edit-type", help="Score items of this edit type alone, such as scene; may be repeated."),
+    ] = None,
 ) -> None:
     """The toy world's held-out scenes, judged by its exact oracle, with 95 % intervals."""
     import tempfile
@@ -82,6 +87,7 @@ def toy(
     from npedit.report.toy_sheets import draw_results_sheet
     from npedit.runs.checkpoint import write_text
 
+    _check_edit_types(edit_types or ())
     as_json = json_file == STDOUT
     for path in (None if as_json else json_file, picture):
         if path:
@@ -89,7 +95,8 @@ def toy(
     with text_on_stderr(as_json):
         editor = open_editor(model, base, out)
         with tempfile.TemporaryDirectory() as kept:
-            scores = score_toy(editor, items, seed, str(model), steps, Path(kept) if picture else None, save=18)
+            kept_in = Path(kept) if picture else None
+            scores = score_toy(editor, items, seed, str(model), steps, kept_in, 18, edit_types or ())
             if picture:
                 save_picture(draw_results_sheet(Path(kept)), picture)
         out.print(rich_table(bench.results_table(scores)))
@@ -101,14 +108,30 @@ def toy(
         out.print(f"Scores: {escape(str(json_file))}")
 
 
+def _check_edit_types(edit_types: Sequence[str]) -> None:
+    from npedit.toy.scene_edits import ALL_EDIT_TYPES
+
+    if unknown := [kind for kind in edit_types if kind not in ALL_EDIT_TYPES]:
+        known = ", ".join(ALL_EDIT_TYPES)
+        raise UserError(f"--edit-type: expected one of {known}; got {', '.join(unknown)}; correct it")
+
+
 def score_toy(
-    editor: Any, items: int, seed: int, name: str, steps: int | None = None, save_to: Path | None = None, save: int = 36
+    editor: Any,
+    items: int,
+    seed: int,
+    name: str,
+    steps: int | None = None,
+    save_to: Path | None = None,
+    save: int = 36,
+    edit_types: Sequence[str] = (),
 ) -> Any:
     """The toy benchmark for one editor, behind a bar; item k is edited with the noise of seed k."""
     from npedit.benchmarks import toy
+    from npedit.toy.edits import EDIT_TYPES
 
     with ProgressBar(f"scoring {name}", items) as report_progress:
-        return toy.evaluate(editor, items, seed, steps, on_progress=report_progress, save_to=save_to, save=save)
+        return toy.evaluate(editor, items, seed, steps, report_progress, save_to, save, edit_types or EDIT_TYPES)
 
 
 # ------------------------------------------------------------------------------------------------- judged benchmarks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from npedit.errors import UserError
 app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and models.")
 out = Console(highlight=False, soft_wrap=True)
 
+LESSONS = ("all", "scene")
 RateOption = Annotated[float, typer.Option(min=0, max=1)]
 
 
@@ -36,15 +37,38 @@ def toy_data(
 
 
 @app.command("build")
-def toy_build(folder: Annotated[Path, typer.Argument(help="Where to work.")], fresh: FreshOption = False) -> None:
+def toy_build(
+    folder: Annotated[Path, typer.Argument(help="Where to work.")],
+    lessons: Annotated[
+        str,
+        typer.Option(
+            help="all: every part from scratch. scene: the embedded critic, trained on with questions about scene "
+            "edits, for recipes/toy-scene.yaml; some ten minutes on one CPU core."
+        ),
+    ] = "all",
+    fresh: FreshOption = False,
+) -> None:
     """Train the toy's VAE, text-to-image model and critic from scratch. The same command resumes after a stop."""
+    if lessons not in LESSONS:
+        raise UserError(f"--lessons: expected one of {', '.join(LESSONS)}; got {lessons!r}; correct it")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"expected a folder to work in; {folder} is a file; choose another")
     from npedit.toy_models import build as models
 
     if fresh:
         move_aside(folder)
-    models.build_toy_models(folder)
+    if lessons == "scene":
+        _print_right_shares(models.build_scene_critic(folder))
+        out.print(f"Critic: {escape(str(folder / 'critic'))}")
+    else:
+        models.build_toy_models(folder)
+
+
+def _print_right_shares(measured: dict[str, Any]) -> None:
+    """A line per question: the shares of right answers about clean and about damaged pictures."""
+    clean, damaged = measured["critic_right_clean"], measured["critic_right_damaged"]
+    for name in clean:
+        out.print(f"{name:<16} {clean[name]:.3f} clean  {damaged[name]:.3f} damaged")
 
 
 @app.command("sheet")

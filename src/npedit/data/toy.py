@@ -2,7 +2,7 @@
 
 Item i is a pure function of (seed, i), and only its reference is rendered. With `items` the data set is finite: it has
 so many items, beginning with `first`, and is repeated in a new random order each time. A smaller set is part of a
-larger one.
+larger one. In scene edits, `PHOTOS` items are photos of one subject.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Settings as Base
-from npedit.toy.edits import IDENTITY_INSTRUCTIONS, Edit, sample_edit
+from npedit.toy.edits import EDIT_TYPES, IDENTITY_INSTRUCTIONS, Edit
+from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
 from npedit.toy.world import BACKGROUNDS, COLOURS, SIDE, STYLES, render
+
+SUBJECTS = 64  # of a block of scene items: the photos of one subject do not stand in one batch
 
 
 class Settings(Base):
@@ -30,6 +33,19 @@ class Settings(Base):
     first: int = Field(
         0, ge=0, repr=False, description="the first item's number; a start may have been trained on those before it"
     )
+    edit_types: tuple[str, ...] = Field(
+        EDIT_TYPES,
+        min_length=1,
+        repr=False,
+        description="the edit types of the items: any of the toy's local ones, and `scene`",
+    )
+
+    @field_validator("edit_types")
+    @classmethod
+    def _check_edit_types(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [kind for kind in kinds if kind not in ALL_EDIT_TYPES]:
+            raise ValueError(f"expected edit types among {', '.join(ALL_EDIT_TYPES)}; got {', '.join(unknown)}")
+        return kinds
 
 
 class Source:
@@ -69,7 +85,7 @@ class Source:
 
         Not of pixels: many lie halfway between two bytes, where a sum's last bit, which is the processor's, decides.
         """
-        edits = [sample_edit(rng) for _, rng in self._numbered_generators(0, 32)]
+        edits = [self._sample_edit(*numbered) for numbered in self._numbered_generators(0, 32)]
         facts = (self.settings, edits, SIDE, COLOURS, BACKGROUNDS, STYLES)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -84,7 +100,7 @@ class Source:
         if size < 1 or index < 0 or not 0 <= rank < world:
             raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
         numbers, rngs = zip(*self._numbered_generators((index * world + rank) * size, size), strict=True)
-        edits = [sample_edit(rng) for rng in rngs]
+        edits = [self._sample_edit(number, rng) for number, rng in zip(numbers, rngs, strict=True)]
         pictures = render([e.reference for e in edits])
         return collate([self._make_example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
 
@@ -94,6 +110,17 @@ class Source:
         numbers = [self._order(i // count)[i % count] for i in places] if count else places
         numbers = [self.settings.first + i for i in numbers]
         return [(i, random.Random(f"{self.seed}/{i}")) for i in numbers]
+
+    def _sample_edit(self, number: int, rng: random.Random) -> Edit:
+        kind = rng.choice(self.settings.edit_types)
+        return sample_item(rng, kind, photos=self._photos(number) if kind == SCENE else ())
+
+    def _photos(self, number: int) -> list[Photo]:
+        """The photos of an item's subject, the item's own first. Items of one subject stand `SUBJECTS` apart."""
+        block, rest = divmod(number, SUBJECTS * PHOTOS)
+        photo, subject = divmod(rest, SUBJECTS)
+        photos = sample_photos(random.Random(f"{self.seed}/subject/{block * SUBJECTS + subject}"))
+        return photos[photo:] + photos[:photo]
 
     def _shuffled_order(self, epoch: int) -> list[int]:
         order = list(range(self.settings.items))

@@ -9,7 +9,6 @@ from npedit.data import PairedBatch
 from npedit.data.toy import Settings as ToySettings
 from npedit.data.toy import Source as ToySource
 from npedit.recipe.config import Settings as Base
-from npedit.toy.edits import sample_edit
 from npedit.toy.world import render
 
 
@@ -30,5 +29,7 @@ class Source(ToySource):
     def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> PairedBatch:
         """The index-th batch of this rank, with edited images (size, 3, 32, 32) in [0, 1]."""
         batch = super().batch(index, size, rank, world)
-        edits = [sample_edit(rng) for _, rng in self._numbered_generators((index * world + rank) * size, size)]
+        edits = [
+            self._sample_edit(*numbered) for numbered in self._numbered_generators((index * world + rank) * size, size)
+        ]
         return PairedBatch(**vars(batch), edited=render([e.target for e in edits]))

@@ -50,8 +50,9 @@ class Edit:
         return tuple(i for i in range(4) if self.reference.cells[i] != self.target.cells[i])
 
 
-def _describe_thing(scene: Scene, cell: int, rng: random.Random) -> str:
-    """The name of a thing in an instruction: enough words to distinguish it from the others in the scene."""
+def possible_names(scene: Scene, cell: int) -> list[str]:
+    """The names of a thing in an instruction, each with enough words to distinguish it from the others in the scene.
+    The likelier ones stand there twice."""
     thing = scene.thing(cell)
     others = [scene.thing(i) for i in scene.filled if i != cell]
     names = [f"{thing.colour} {thing.shape}"] * 2
@@ -61,7 +62,7 @@ def _describe_thing(scene: Scene, cell: int, rng: random.Random) -> str:
         names.append(f"{thing.colour} shape")
     if thing.pattern != "solid":
         names.append(f"{thing.pattern} {thing.colour} {thing.shape}")
-    return rng.choice(names)
+    return names
 
 
 # --------------------------------------------------------------------------------------------------------- language
@@ -213,10 +214,10 @@ def sample_edit_of(scene: Scene, rng: random.Random, kind: str, held_out: bool =
     described: tuple[int, ...] = (cell,)
     always_state: tuple[str, ...] = ()
     if cell >= 0:
-        thing, name = scene.thing(cell), _describe_thing(scene, cell, rng)
+        thing, name = scene.thing(cell), rng.choice(possible_names(scene, cell))
     if kind == "add":
         to_cell, place = rng.choice(scene.empty), ""
-        new, name = _sample_new_thing(scene, rng)
+        new, name = sample_new_thing(scene, rng)
         target, described, always_state = scene.with_cell(to_cell, new), (to_cell,), ("pattern",)
         if rng.random() < 0.5:
             place = PLACES[to_cell]
@@ -262,7 +263,7 @@ def sample_edit_of(scene: Scene, rng: random.Random, kind: str, held_out: bool =
     )
 
 
-def _sample_new_thing(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
+def sample_new_thing(scene: Scene, rng: random.Random) -> tuple[Thing, str]:
     """A thing that differs in colour or shape from all of the scene, and its name."""
     new = sample_thing(rng, pattern=rng.choice(("solid", "solid", "striped", "dotted")))
     taken = {(scene.thing(c).shape, scene.thing(c).colour) for c in scene.filled}

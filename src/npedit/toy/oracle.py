@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from npedit.toy.edits import CAPTIONS, Edit
+from npedit.toy.scene_edits import SceneEdit
 from npedit.toy.world import (
     BACKGROUNDS,
     CELL,
@@ -174,9 +175,48 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool]:
     """(applied, preserved): whether the edit was applied, and whether all else is as in the reference.
 
     Position is judged by cell. An added thing may have any size, and any empty cell where the instruction names none.
+    Of a scene edit: (scene right, subject kept); see `missing_scene_facts` and `is_subject_kept`.
     """
+    if isinstance(edit, SceneEdit):
+        return not missing_scene_facts(edit, reading), is_subject_kept(edit, reading)
     undone, disturbed = find_faults(edit, reading)
     return not undone, not disturbed
+
+
+def is_subject_kept(edit: SceneEdit, reading: Reading) -> bool:
+    """Whether exactly one thing has the subject's colour and shape, and this thing has its pattern and size too."""
+    cells = _subject_cells(edit, reading)
+    return len(cells) == 1 and reading.cells[cells[0]] == edit.subject.appearance
+
+
+def missing_scene_facts(edit: SceneEdit, reading: Reading) -> set[str]:
+    """What the instruction asks of the scene and the picture does not show: names of `scene_edits.FACTS`, and
+    "readable" if the content of a cell is nothing of the toy world.
+
+    The place is right if a thing of the subject's colour and shape is there. The other thing is right in any cell if
+    its colour, shape and pattern are.
+    """
+    is_shown = {
+        "background": reading.background == edit.target.background,
+        "style": reading.style == edit.target.style,
+        "place": edit.to_cell in _subject_cells(edit, reading),
+        "companion": bool(companion_cells(edit, reading)),
+    }
+    missing = {fact for fact in edit.asked if not is_shown[fact]}
+    return missing | ({"readable"} if UNREADABLE in reading.cells else set())
+
+
+def _subject_cells(edit: SceneEdit, reading: Reading) -> list[int]:
+    """The cells of things with the subject's colour and shape."""
+    return [i for i, a in enumerate(reading.cells) if isinstance(a, tuple) and a[:2] == edit.subject.appearance[:2]]
+
+
+def companion_cells(edit: SceneEdit, reading: Reading) -> list[int]:
+    """The cells of things with the colour, shape and pattern of the other thing that the instruction asks for."""
+    if edit.companion < 0:
+        return []
+    wanted = edit.target.thing(edit.companion).appearance[:3]
+    return [i for i, a in enumerate(reading.cells) if isinstance(a, tuple) and a[:3] == wanted]
 
 
 def find_faults(edit: Edit, reading: Reading) -> tuple[set[str], set[str]]:

@@ -4,6 +4,8 @@
     FOLDER/critic    LLaVA-OneVision
     FOLDER/parts.json    what each part reached on held-out scenes
 
+With lessons about scene edits, FOLDER/critic is the embedded critic, trained on; no other part is made.
+
 Each part is resumable: the same command resumes, and a finished part is not trained again.
 """
 
@@ -30,6 +32,8 @@ from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
 from npedit.toy_models.base_model import caption_accuracy, train_base
 from npedit.toy_models.critic import evaluate_critic, train_critic
+from npedit.toy_models.scene_critic import STEPS as SCENE_STEPS
+from npedit.toy_models.scene_critic import evaluate_scene_critic, load_critic, load_vae, train_scene_critic
 from npedit.toy_models.vae import reconstruction_psnr, train_vae
 
 STEPS = {"vae": 1500, "base": 24000, "critic": 13500}  # batches; some three and a half hours on two CPU cores
@@ -56,6 +60,26 @@ def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: in
         _write_folder(critic, folder / "critic")
     measured = measure_models(folder)
     write_text(folder / "parts.json", json.dumps({"steps": steps, "seed": seed, **measured}, indent=1) + "\n")
+    return measured
+
+
+def build_scene_critic(folder: Path, steps: int = SCENE_STEPS, seed: int = 0, items: int = 900) -> dict[str, object]:
+    """Train the embedded critic on with scene edits, into FOLDER/critic, and measure it. Returns the content of
+    `parts.json`: shares of right answers by question. Resumable like `build_toy_models`."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "critic").is_dir():
+        critic = train_scene_critic(folder, steps, seed)
+        critic.model.half()
+        _write_folder(critic, folder / "critic")
+    critic, vae = load_critic(folder / "critic"), load_vae()
+    measured: dict[str, object] = {
+        "critic_right_clean": evaluate_scene_critic(critic, vae, items, 1, damage=False),
+        "critic_right_damaged": evaluate_scene_critic(critic, vae, items, 1, damage=True),
+        "items": items,
+    }
+    facts = {"lessons": "scene", "steps": {"critic": steps}, "seed": seed, **measured}
+    write_text(folder / "parts.json", json.dumps(facts, indent=1) + "\n")
     return measured
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npedit.toy.edits import Edit
+from npedit.toy.scene_edits import SceneEdit, shift_thing
 from npedit.toy.world import (
     BACKGROUNDS,
     COLOURS,
@@ -163,6 +164,105 @@ def sample_outcome(edit: Edit, rng: random.Random) -> Scene:
             for t in scene.cells
         ]
         scene = replace(scene, cells=tuple(things))
+    return scene
+
+
+# ------------------------------------------------------------------------------------------------------ scene edits
+
+
+def sample_scene_outcome(edit: SceneEdit, rng: random.Random) -> Scene:
+    """What an editor might return for a scene edit: right, the reference, the subject changed, part of the scene
+    missing, ..."""
+    roll = rng.random()
+    if roll < 0.28:
+        return _vary_free_facts(edit, rng)
+    if roll < 0.34:
+        return edit.reference
+    if roll < 0.42:
+        return _disturb(edit.reference, rng, ())
+    if roll < 0.62:
+        return change_subject(edit, _vary_free_facts(edit, rng), rng)
+    if roll < 0.82:
+        return _miss_a_fact(edit, _vary_free_facts(edit, rng), rng)
+    if roll < 0.90:
+        return change_subject(edit, _miss_a_fact(edit, _vary_free_facts(edit, rng), rng), rng)
+    if roll < 0.96:
+        return _lose_or_repeat_subject(edit, _vary_free_facts(edit, rng), rng)
+    return sample_scene(rng)
+
+
+def _vary_free_facts(edit: SceneEdit, rng: random.Random) -> Scene:
+    """A right scene: as asked, and what was not asked for is drawn anew. Sometimes there are other things."""
+    scene = edit.target
+    if "background" not in edit.asked:
+        scene = replace(scene, background=rng.choice((edit.reference.background, *BACKGROUNDS)))
+    if "style" not in edit.asked:
+        scene = replace(scene, style=rng.choice((edit.reference.style, "day", *STYLES)))
+    if "place" not in edit.asked:
+        scene = _permute_cells(scene, rng)
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        thing = sample_thing(rng)
+        if scene.empty and thing.appearance[:2] != edit.subject.appearance[:2]:
+            scene = scene.with_cell(rng.choice(scene.empty), thing)
+    return scene
+
+
+def _permute_cells(scene: Scene, rng: random.Random) -> Scene:
+    return replace(scene, cells=tuple(rng.sample(scene.cells, len(scene.cells))))
+
+
+def _subject_cell(edit: SceneEdit, scene: Scene) -> int:
+    """The cell of the subject in a right scene."""
+    return next(i for i in scene.filled if scene.thing(i).appearance == edit.subject.appearance)
+
+
+def change_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
+    """The scene with one or two features of its subject changed; sizes and patterns more often than the others."""
+    cells = [i for i in scene.filled if scene.thing(i).appearance == edit.subject.appearance]
+    if not cells:
+        return scene
+    for field in {
+        rng.choice(("size", "size", "pattern", "pattern", "colour", "shape")) for _ in range(rng.choice((1, 1, 2)))
+    }:
+        thing = scene.thing(cells[0])
+        value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
+        scene = scene.with_cell(cells[0], _with_value(thing, field, value, rng))
+    return scene
+
+
+def _miss_a_fact(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
+    """A right scene in which one asked fact is as in the reference, or has another wrong value."""
+    fact = rng.choice(edit.asked)
+    if fact == "background":
+        wrong = [b for b in BACKGROUNDS if b != edit.target.background]
+        return replace(scene, background=rng.choice((edit.reference.background, *wrong)))
+    if fact == "style":
+        wrong = [s for s in STYLES if s != edit.target.style]
+        return replace(scene, style=rng.choice((edit.reference.style, *wrong)))
+    if fact == "place":
+        home = _subject_cell(edit, scene)
+        other = rng.choice([i for i in range(4) if i != home])
+        return scene.with_cell(home, scene.cells[other]).with_cell(other, scene.cells[home])
+    return _spoil_companion(edit, scene, rng)
+
+
+def _spoil_companion(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
+    """The scene with the other thing gone, or changed in one field."""
+    wanted = edit.target.thing(edit.companion)
+    cell = next(i for i in scene.filled if scene.thing(i).appearance == wanted.appearance)
+    if rng.random() < 0.5:
+        return scene.with_cell(cell, None)
+    field = rng.choice(("shape", "colour", "pattern"))
+    value = rng.choice([v for v in VALUES[field] if v != getattr(wanted, field)])
+    return scene.with_cell(cell, replace(scene.thing(cell), **_field(field, value)))
+
+
+def _lose_or_repeat_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
+    """The scene without its subject, or with the subject in several cells."""
+    if rng.random() < 0.5 or not scene.empty:
+        return scene.with_cell(_subject_cell(edit, scene), None)
+    for cell in rng.sample(scene.empty, rng.randint(1, len(scene.empty))):
+        scene = scene.with_cell(cell, shift_thing(edit.subject, rng))
     return scene
 
 

@@ -27,7 +27,7 @@ from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
 from npedit.steps.base import Parts, Step
-from npedit.training.samples import evaluation_batches, samples_folder, write_samples
+from npedit.training.samples import benchmark_items, evaluation_batches, samples_folder, write_samples
 
 CHUNK = 16  # pictures that are edited at a time
 TEACHER_STEPS = 20  # sampling steps of the base model, where a wrong edit is attributed
@@ -164,7 +164,7 @@ class Evaluation:
 
     def _run_benchmark(self, edit_fn: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[str, float]:
         module = find_module("benchmarks", self.recipe.trainer.benchmark)
-        scores = module.score(edit_fn, module.sample_items(self.recipe.trainer.evaluate_items, self.recipe.seed))
+        scores = module.score(edit_fn, benchmark_items(self.recipe, self.recipe.trainer.evaluate_items))
         metrics = {f"eval/{k}": scores[k]["value"] for k in ("both", "applied", "preserved")}
         metrics |= {f"eval/by_type/{k}": v["both"]["value"] for k, v in scores["by_type"].items()}
         metrics |= {f"eval/{k}": scores[k] for k in ("copy_rate", "outside_change") if scores[k] is not None}
@@ -203,7 +203,7 @@ class Evaluation:
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
             images = generate_images(family, captions, noise, times, (guidance or [family.facts.guidance])[-1])
             generated.append(images.cpu())
-        items = module.sample_items(len(edited), self.recipe.seed)
+        items = benchmark_items(self.recipe, len(edited))
         counts = module.attribute_failures(items, edited, is_accepted, torch.cat(generated))
         if distributed.is_main_process():
             write_text(self.run / FAILURES, json.dumps(counts, indent=1) + "\n")

@@ -26,14 +26,20 @@ def evaluation_batches(recipe: Recipe, data: Any, count: int) -> list[Batch]:
     out of training. Without such rows they are the first training batch.
     """
     if recipe.trainer.benchmark == "toy":
-        return [_toy_benchmark_batch(count, recipe.seed)]
+        return [_toy_benchmark_batch(recipe, count)]
     return data.held_out_batches(count) or [data.batch(0, count)]
 
 
-def _toy_benchmark_batch(count: int, seed: int) -> Batch:
+def benchmark_items(recipe: Recipe, count: int) -> list[Any]:
+    """The first items of the recipe's benchmark, of the edit types that the recipe's data have."""
+    kinds = {} if (found := getattr(recipe.data.settings, "edit_types", None)) is None else {"edit_types": found}
+    return find_module("benchmarks", recipe.trainer.benchmark).sample_items(count, recipe.seed, **kinds)
+
+
+def _toy_benchmark_batch(recipe: Recipe, count: int) -> Batch:
     from npedit.toy.world import render
 
-    edits = find_module("benchmarks", "toy").sample_items(count, seed)
+    edits = benchmark_items(recipe, count)
     texts = [(e.instruction, e.edit_type, e.object, e.source_caption, e.target_caption) for e in edits]
     pictures = render([e.reference for e in edits])
     return collate([Example(str(i), picture, *text) for i, (picture, text) in enumerate(zip(pictures, texts))])
