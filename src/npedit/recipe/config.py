@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -37,13 +37,15 @@ class Settings(BaseModel):
 
 class FamilyChoice(Settings):
     """Which text-to-image model is trained. `weights` is a folder, a Hub id, or "embedded". `dtype` is the number type
-    of the denoiser; `text_dtype` and `vae_dtype` are those of the text encoders and of the VAE, "" is `dtype`."""
+    of the denoiser; `text_dtype` and `vae_dtype` are those of the text encoders and of the VAE, "" is `dtype`. With
+    `isolated_references` the references attend to themselves alone, and one pass over them serves all steps."""
 
     name: str
     weights: str = EMBEDDED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     text_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     vae_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    isolated_references: bool = False
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The number type of each part, as `Family.load` takes it."""
@@ -112,6 +114,14 @@ class Stage(Settings):
     settings: SerializeAsAny[Settings]
 
 
+class FailureSampling(Settings):
+    """Which items come more often: those that the critic still finds wrong. An item's weight is `floor` + (1 - `floor`)
+    x its error, which is the running mean of 1 - p(wanted answer)."""
+
+    floor: float = Field(0.25, gt=0, le=1)  # weight of an item without error; 1 is that of one with p = 0
+    every: int = Field(25, ge=1)  # updates between two changes of the weights
+
+
 class TrainerSettings(Settings):
     """How often the trainer makes samples, evaluates and saves, in updates. With 0, samples are made at the start and
     the end of the run, and evaluations at the start and at the end of each stage."""
@@ -126,6 +136,7 @@ class TrainerSettings(Settings):
     keep: int = Field(2, ge=1)  # checkpoints
     steps: int = Field(4, ge=1, le=64)  # of the few-step editor
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # services that metrics are sent to as well
+    by_failure: FailureSampling | None = None  # None: items are drawn whatever the critic says of them
     shard: Literal["none", "full", "hybrid"] = "none"  # of trained models: over all processes, or within each machine
 
 
@@ -372,26 +383,3 @@ def part_dtypes(denoiser: str, text: str = "", vae: str = "") -> dict[str, torch
 def torch_dtype(name: str) -> torch.dtype:
     """Translate "float32" -> torch.float32, and so on."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, each with (old, new). A missing key has the value "(absent)"."""
-    a, b = _flatten(old, ""), _flatten(new, "")
-    return {
-        k: (a.get(k, "(absent)"), b.get(k, "(absent)"))
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k, "(absent)") != b.get(k, "(absent)")
-    }
-
-
-def _flatten(value: Any, path: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {path: value}
-    out: dict[str, Any] = {}
-    for key, inner in items:
-        out |= _flatten(inner, f"{path}.{key}" if path else str(key))
-    return out

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from npedit.errors import UserError
-from npedit.recipe.config import differences
+from npedit.recipe.differences import differences
 
 Kind = Literal["free", "recorded", "refused"]
 
@@ -38,6 +38,7 @@ class Decision:
 DECISIONS = (  # the first pattern that matches decides
     Decision("name", "free", "a label"),
     Decision("seed", "refused", "other data order and noise"),
+    Decision("family.isolated_references", "refused", "the student would see its references in another way"),
     Decision("family*", "refused", "another base model, or another number type of it"),
     Decision("start", "refused", "read once, before the first update"),
     Decision("lora*", "refused", "other trainable weights"),
@@ -58,6 +59,7 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("stages*", "refused", "another method, or other settings of it"),
     Decision("trainer.steps", "refused", "another few-step editor"),
     Decision("trainer.shard", "recorded", "sums change by rounding"),
+    Decision("trainer.by_failure*", "refused", "other items would be drawn"),
     Decision("trainer.*", "free", "how often the run samples, evaluates and saves, and where it logs"),
     Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
     Decision("memory.packed_questions", "recorded", "the critic's answers change by rounding"),
