@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def find_rows(rows: Rows, ids: Sequence[str]) -> list[int]:
     """The numbers of the rows that have these ids, in the order of the ids.
 
     Raises:
-        UserError: no row has one of the ids.
+        UserError: no row has one of the ids, or a group would be separated.
     """
     numbers: dict[str, list[int]] = {i: [] for i in ids}
     for number, (id_,) in enumerate(rows.values("id")):
@@ -62,7 +62,31 @@ def find_rows(rows: Rows, ids: Sequence[str]) -> list[int]:
             f"data.held_out: expected ids of rows; got {unknown[0]!r} ({len(unknown)} of {len(ids)} ids are unknown). "
             f"Correct the file.{did_you_mean(unknown[0], known)}"
         )
-    return [number for i in ids for number in numbers[i]]
+    found = [number for i in ids for number in numbers[i]]
+    _require_complete_groups(rows, found)
+    return found
+
+
+def _require_complete_groups(rows: Rows, held_out: Sequence[int]) -> None:
+    chosen = set(held_out)
+    for members in dict.fromkeys(_groups(rows).values()):
+        outside = [number for number in members if number not in chosen]
+        if len(outside) not in (0, len(members)):
+            inside = next(number for number in members if number in chosen)
+            raise UserError(
+                f"data.held_out: expected all rows of a group or none; got {rows[inside].id!r} of the group "
+                f"{rows[inside].group!r} without {', '.join(repr(rows[number].id) for number in outside[:3])}"
+                f"{', ...' if len(outside) > 3 else ''}, whose photos show the same; add these ids, or remove it"
+            )
+
+
+def _groups(rows: Rows) -> dict[int, tuple[int, ...]]:
+    """The numbers of all rows of its group, for each row that shares its group with another one."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for number, (group,) in enumerate(rows.values("group")):
+        if group:
+            members[group].append(number)
+    return {number: tuple(group) for group in members.values() if len(group) > 1 for number in group}
 
 
 def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
@@ -71,41 +95,60 @@ def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
 
     The lot depends on the row's photo and instruction alone: not on the seed, not on the order of the rows. A smaller
     count gives the first rows of a larger one. The last row of a bucket or of an edit type is never drawn: training
-    keeps it.
+    keeps it. Rows of one group are drawn together, so there may be a few more rows than `count`.
 
     Raises:
         UserError: there are fewer rows that can be held out.
     """
     if count == 0:
         return []
-    groups, sizes = _lowest_lots(rows, bucket_of, count)
-    left_of_bucket, left_of_type = Counter[int](), Counter[str]()
-    for (bucket, edit_type), size in sizes.items():
-        left_of_bucket[bucket] += size
-        left_of_type[edit_type] += size
-    drawn_buckets, drawn_types, drawn_pairs = Counter[int](), Counter[str](), Counter[Pair]()
-
-    def priority(pair: Pair) -> tuple[int, int, int, str]:
-        bucket, edit_type = pair
-        new_features = (drawn_buckets[bucket] == 0) + (drawn_types[edit_type] == 0)
-        return -new_features, drawn_pairs[pair], drawn_buckets[bucket] + drawn_types[edit_type], groups[pair][0][0]
-
-    chosen: list[int] = []
+    together = _groups(rows)
+    lots, sizes = _lowest_lots(rows, bucket_of, len(rows) if together else count)
+    types = rows.column("edit_type").to_pylist() if together else []
+    tally, chosen = _Tally(sizes), dict[int, None]()
     while len(chosen) < count:
-        open_pairs = [p for p, left in groups.items() if left and left_of_bucket[p[0]] > 1 and left_of_type[p[1]] > 1]
+        open_pairs = [pair for pair, left in lots.items() if left and tally.can_take([pair])]
         if not open_pairs:
             raise UserError(
                 f"data.held_out: expected at most {len(chosen)}, as training keeps a row of each picture size and of "
                 f"each edit type; got {count} of {len(rows)} rows; lower it"
             )
-        pair = min(open_pairs, key=priority)
-        chosen.append(groups[pair].pop(0)[1])
-        left_of_bucket[pair[0]] -= 1
-        left_of_type[pair[1]] -= 1
-        drawn_pairs[pair] += 1
-        drawn_buckets[pair[0]] += 1
-        drawn_types[pair[1]] += 1
-    return chosen
+        pair = min(open_pairs, key=lambda p: (*tally.priority(p), lots[p][0][0]))
+        number = lots[pair].pop(0)[1]
+        members = together.get(number, (number,))
+        pairs = [(int(bucket_of[n]), types[n]) for n in members if bucket_of[n] >= 0] if number in together else [pair]
+        if number not in chosen and tally.can_take(pairs):
+            chosen |= dict.fromkeys(members)
+            tally.take(pairs)
+    return list(chosen)
+
+
+class _Tally:
+    """How many rows of each bucket and of each edit type are left for training and are drawn. `sizes` are the numbers
+    of rows of each pair."""
+
+    def __init__(self, sizes: Mapping[Pair, int]):
+        self._left, self._drawn, self._drawn_pairs = Counter[int | str](), Counter[int | str](), Counter[Pair]()
+        for pair, size in sizes.items():
+            for feature in pair:
+                self._left[feature] += size
+
+    def can_take(self, pairs: Sequence[Pair]) -> bool:
+        """Whether training keeps a row of each bucket and of each edit type if rows of these pairs are drawn."""
+        taken = Counter(feature for pair in pairs for feature in pair)
+        return all(self._left[feature] > number for feature, number in taken.items())
+
+    def take(self, pairs: Sequence[Pair]) -> None:
+        """Count rows of these pairs as drawn."""
+        features = [feature for pair in pairs for feature in pair]
+        self._left.subtract(features)
+        self._drawn.update(features)
+        self._drawn_pairs.update(pairs)
+
+    def priority(self, pair: Pair) -> tuple[int, int, int]:
+        """A smaller one is drawn first: new buckets and edit types, then those that were drawn least."""
+        drawn = [self._drawn[feature] for feature in pair]
+        return -drawn.count(0), self._drawn_pairs[pair], sum(drawn)
 
 
 def _lowest_lots(

@@ -23,7 +23,7 @@ HELD_OUT_FOLDERS = frozenset(("test", "testing", "eval", "evaluation", "val", "v
 TextField = Literal["file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id"]
 FieldName = Literal[
     "file_name", "instruction", "edit_type", "object", "source_caption", "target_caption", "id",
-    "reference_file_names", "questions",
+    "reference_file_names", "questions", "group", "mask_file_name",
 ]  # fmt: skip
 FIELDS: tuple[TextField, ...] = get_args(TextField)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
@@ -35,8 +35,10 @@ NOT_IMAGE_COLUMNS = {"edit", "edits"}  # in some data sets the names of instruct
 @dataclass(frozen=True)
 class Row:
     """One row of the metadata. Captions and object are "" if the row has none. `references` are the names of further
-    pictures, and `questions` is JSON, a list of {"question": text, "answer": "yes" or "no"}, or "". `offset` and
-    `length` say where the photo is in a tar file; elsewhere they are -1 and 0."""
+    pictures, and `questions` is JSON, a list of {"question": text, "answer": "yes" or "no"}, or "". `group` is the same
+    for photos of one subject, and `mask` is the name of the picture that is white where the edit may change the photo;
+    both are "" if the row has none. `offset` and `length` say where the photo is in a tar file; elsewhere they are -1
+    and 0."""
 
     file_name: str
     instruction: str
@@ -52,6 +54,8 @@ class Row:
     questions: str = ""
     offset: int = -1
     length: int = 0
+    group: str = ""
+    mask: str = ""
 
     @property
     def location(self) -> str:
@@ -201,7 +205,9 @@ def parse_row(
     texts["id"] = texts["id"] or (f"{line:06d}" if subfolder == "." else f"{subfolder}/{line:06d}")
     references = _references(values, columns.get("reference_file_names", "reference_file_names"), location)
     questions = _questions(values, columns.get("questions", "questions"), location)
-    return Row(**texts, line=line, metadata=metadata, subfolder=subfolder, references=references, questions=questions)
+    group, mask = (_text(values, n, columns.get(n, n), location) for n in ("group", "mask_file_name"))
+    more: dict[str, Any] = {"references": references, "questions": questions, "group": group, "mask": mask}
+    return Row(**texts, line=line, metadata=metadata, subfolder=subfolder, **more)
 
 
 @lru_cache(maxsize=1024)
@@ -209,10 +215,10 @@ def _subfolder(metadata: Path, folder: Path | None) -> str:
     return metadata.parent.relative_to(folder or metadata.parent).as_posix()
 
 
-def _text(values: Mapping[str, Any], field: TextField, column: str, location: str) -> str:
+def _text(values: Mapping[str, Any], field: FieldName, column: str, location: str) -> str:
     """One text of a row, without space around it; "" if the row has none. Errors as in `parse_row`."""
     text = values.get(column)
-    if isinstance(text, int) and field == "id":
+    if isinstance(text, int) and field in ("id", "group"):
         text = str(text)
     if not isinstance(text, str | None):
         raise UserError(f"{location}: expected text in {column!r}; got {text!r}; write it as a string")
@@ -248,12 +254,14 @@ def _questions(values: Mapping[str, Any], column: str, location: str) -> str:
     for entry in found if isinstance(found, list) else [found]:
         entry = entry if isinstance(entry, dict) else {}
         question, answer = entry.get("question"), str(entry.get("answer")).strip().lower()
-        if not isinstance(question, str) or not question.strip() or answer not in ("yes", "no"):
+        images = entry.get("images") or "edited"
+        is_known = answer in ("yes", "no") and images in ("edited", "both")
+        if not isinstance(question, str) or not question.strip() or not is_known:
             raise UserError(
-                f'{location}: expected a list of {{"question": text, "answer": "yes" or "no"}} in {column!r}; got '
-                f"{found!r}; correct it"
+                f'{location}: expected a list of {{"question": text, "answer": "yes" or "no"}}, where "images" may '
+                f'be "edited" or "both", in {column!r}; got {found!r}; correct it'
             )
-        made.append({"question": question.strip(), "answer": answer})
+        made.append({"question": question.strip(), "answer": answer} | ({"images": images} if images == "both" else {}))
     return json.dumps(made, ensure_ascii=False)
 
 

@@ -203,13 +203,15 @@ def crop_and_scale(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float
     return size[0] * size[1] * scale**2 / (photo[0] * photo[1]), 1 / scale
 
 
-def crop_to_fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def crop_to_fill(
+    image: Image.Image, size: tuple[int, int], filter_: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The largest centred crop of the shape `size` = (H, W), scaled to it. Every pixel comes from the picture."""
     height, width = size
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
     box = (max(left, 0), max(top, 0), min(left + width * scale, image.width), min(top + height * scale, image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), filter_, box=box)
 
 
 def nearest_size(size: tuple[int, int], trained: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -24,16 +24,18 @@ import pyarrow.compute as pc
 
 from npedit.data._metadata import FIELDS, Row
 from npedit.errors import UserError
+from npedit.questions import SCENE
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files in the cache
+FORMAT = 2  # of the files in the cache
 CHUNK = 16384  # rows that are parsed or scanned at once
 TEXTS = pa.string()
 SCHEMA = pa.schema(
     [(field, TEXTS) for field in FIELDS]
     + [("references", pa.list_(TEXTS)), ("questions", TEXTS)]
     + [("line", pa.int32()), ("file", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
+    + [("group", TEXTS), ("mask", TEXTS)]
 )
 
 
@@ -85,6 +87,16 @@ class Rows(Sequence[Row]):
         column = self._table.column(name)
         return column if self._numbers is None else column.take(pa.array(self._numbers))
 
+    @property
+    def has_scenes(self) -> bool:
+        """Whether a row has the edit type "scene"."""
+        return bool(pc.any(pc.equal(self.column("edit_type"), SCENE)).as_py())
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a row names a mask."""
+        return bool(pc.any(pc.not_equal(self.column("mask"), "")).as_py())
+
     def numbers_without(self, field: str) -> np.ndarray:
         """The numbers of the rows where a text is empty."""
         return np.flatnonzero(pc.equal(self.column(field), "").to_numpy())
@@ -104,9 +116,10 @@ class Rows(Sequence[Row]):
         return file_name if self._subfolders[file] == "." else f"{self._subfolders[file]}/{file_name}"
 
     def digest(self) -> str:
-        """A hash of all values in all columns, whatever the files are called and wherever they lie."""
+        """A hash of all values that training depends on, whatever the files are called and wherever they lie."""
         digest = hashlib.sha256()
-        for chunk in self.chunks(SCHEMA.names):
+        unused = set(() if self.has_scenes else ("group",)) | set(() if self.has_masks else ("mask",))
+        for chunk in self.chunks([name for name in SCHEMA.names if name not in unused]):
             digest.update(json.dumps(chunk, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 

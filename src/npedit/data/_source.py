@@ -18,74 +18,30 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
 
 from npedit.data import Batch, Example, collate
 from npedit.data._buckets import assign_sizes
+from npedit.data._example import load_example, with_identity_edits
 from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
 from npedit.data._metadata import FieldName, Row
 from npedit.data._order import Order, plain_groups, shared_groups
-from npedit.data._photos import BadImage, load_photo
+from npedit.data._photos import BadImage
 from npedit.data._prefetch import Prefetcher, check_batch_key
 from npedit.data._rows import CHUNK, Cache, Rows
 from npedit.data._scan import Facts
+from npedit.data._settings import PhotoSettings
+from npedit.data._subjects import Subjects, has_critic_photos, shuffled_other_photos
 from npedit.errors import BadRowsError, UserError
-from npedit.questions import normalise_edit_type
-from npedit.recipe.config import Settings as Base
+from npedit.questions import SCENE
 
 log = logging.getLogger(__name__)
 
-IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 LISTED_PHOTOS = 100_000  # the inventory of a larger set does not name its photos
 Shape = tuple[tuple[int, int], int]  # of a bucket: (H, W) of the references, number of further references
-Pixels = Annotated[int, Field(ge=8, le=8192)]
-
-
-class PhotoSettings(Base):
-    """Where the photos are and how they are cropped. `sizes` are (H, W) in pixels; each batch has one size."""
-
-    path: str
-    sizes: tuple[tuple[Pixels, Pixels], ...] = Field(
-        ((512, 512), (576, 448), (448, 576), (640, 384), (384, 640), (512, 384), (384, 512)), min_length=1
-    )
-    max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad rows above which training stops")
-    share: float = Field(1.0, gt=0, le=1, description="share of the rows that is used, drawn at random")
-    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        {}, description="edit type -> its share of an epoch; the other types divide the rest by their numbers of rows"
-    )
-    held_out: Annotated[int, Field(ge=0)] | str = Field(
-        0, description="rows that are never trained on, for samples and judge: how many, or a file of their ids"
-    )
-    nothing_share: float = Field(0.01, ge=0, le=1, description="share of items turned into 'do nothing'")
-    columns: dict[FieldName, str] = Field({}, description="our field name -> the data set's column name")
-    max_pixels: int = Field(80_000_000, ge=1, le=89_478_485, description="larger images are bad rows")
-    min_kept_share: float = Field(
-        0.25, ge=0, le=1, description="share of a photo that its crop must keep; longer and narrower ones are bad rows"
-    )
-    max_enlargement: float = Field(
-        4.0, gt=0, description="how many times a photo's sides may be enlarged; smaller ones are bad rows"
-    )
-    prefetch: int = Field(2, ge=0, le=16, description="batches prepared in advance, each in a separate thread")
-
-    @field_validator("shares")
-    @classmethod
-    def _check_shares(cls, shares: dict[str, float]) -> dict[str, float]:
-        """The shares by our names of the edit types.
-
-        Raises:
-            ValueError: an unknown type, one that comes twice, or shares that add up to more than 1.
-        """
-        known = {normalise_edit_type(name): share for name, share in shares.items()}
-        if len(known) < len(shares):
-            raise ValueError(f"expected each edit type once; got {', '.join(shares)}")
-        total = sum(known.values())
-        if total > 1 + 1e-9:
-            raise ValueError(f"expected shares that add up to at most 1; got {total:g}")
-        return known
 
 
 def subsample(rows: Rows, share: float) -> Rows:
@@ -112,6 +68,7 @@ class PhotoSource:
         self.seed = seed
         self._cache: Cache | None = None
         self.rows = subsample(self._open_rows(settings.path, settings.columns), settings.share)
+        self._subjects = Subjects(self.rows)
         self._without = {field: self.rows.numbers_without(field) for field in ("source_caption", "target_caption")}
         self._bad: dict[int, dict] = {}  # by the row's number
         self._lock = threading.Lock()
@@ -273,7 +230,8 @@ class PhotoSource:
                 continue
             row = self.rows[number]
             try:
-                examples.setdefault(bucket, []).append(self._load_example(row, self._shapes[bucket][0]))
+                example = self._load_example(row, self._shapes[bucket][0], f"held out/{row.id}")
+                examples.setdefault(bucket, []).append(example)
             except BadImage as error:
                 self._record_bad_row(number, row, str(error))
         return [collate(group) for group in examples.values() if group]
@@ -327,8 +285,10 @@ class PhotoSource:
         )
 
     def _reference_counts(self) -> np.ndarray:
-        """How many further references each row has."""
-        return pc.list_value_length(self.rows.column("references")).to_numpy()
+        """How many further references the student sees of each row."""
+        counts = pc.list_value_length(self.rows.column("references")).to_numpy()
+        is_for_critic = pc.equal(self.rows.column("edit_type"), SCENE).to_numpy() & self.settings.other_photos
+        return np.where(is_for_critic, 0, counts)
 
     def _choose_buckets(self, facts: Facts) -> tuple[list[Shape], np.ndarray, np.ndarray]:
         """(shapes of the buckets, bucket of each row, size in bytes of each photo); both are -1 for a bad row."""
@@ -358,7 +318,7 @@ class PhotoSource:
                 continue
             row = self.rows[number]
             try:
-                example = self._load_example(row, size)
+                example = self._load_example(row, size, f"{bucket}/{position}")
             except BadImage as error:
                 self._record_bad_row(number, row, str(error))
                 self._check_bad_share()
@@ -367,23 +327,11 @@ class PhotoSource:
             return with_identity_edits(example, rng, self.settings.nothing_share)
         raise UserError(f"expected at least one readable photo in {self.folder}; got none; correct the data")
 
-    def _load_example(self, row: Row, size: tuple[int, int]) -> Example:
-        """A row as an example, with its pictures cropped to `size`."""
-        picture = load_photo(self._find_picture(row, row.file_name), size)
-        more = []
-        for name in row.references:
-            try:
-                more.append(load_photo(self._find_picture(row, name), size))
-            except BadImage as error:
-                raise BadImage(f"reference {name!r}: {error}") from error
-        texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
-        return Example(row.id, picture, *texts, tuple(more), row.questions)
-
-
-def with_identity_edits(item: Example, rng: random.Random, nothing_share: float) -> Example:
-    """The example; `nothing_share` of them become "do nothing" examples. A row whose only caption is the target caption
-    never does: that caption describes the edit."""
-    can_do_nothing = bool(item.source_caption) or not item.target_caption
-    if can_do_nothing and rng.random() < nothing_share:
-        return item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
-    return item
+    def _load_example(self, row: Row, size: tuple[int, int], item: str) -> Example:
+        """A row as an example, with its pictures cropped to `size`. `item` names its place, for the draw of another
+        photo of the subject."""
+        if not has_critic_photos(row, self.settings.other_photos):
+            return load_example(row, size, self._find_picture, row.references)
+        rng = random.Random(f"{self.seed}/other photo/{item}")
+        others = shuffled_other_photos(row, self._subjects.rows_of(row.group), rng)
+        return load_example(row, size, self._find_picture, (), others)

@@ -24,10 +24,12 @@ from typing import Any
 
 from npedit.data import Batch, Example, collate
 from npedit.data._buckets import choose_size
+from npedit.data._example import load_example, with_identity_edits
 from npedit.data._metadata import Row
-from npedit.data._photos import BadImage, load_photo, read_photo_size
+from npedit.data._photos import BadImage, read_photo_size
 from npedit.data._prefetch import Prefetcher, check_batch_key
-from npedit.data._source import PhotoSettings, with_identity_edits
+from npedit.data._settings import PhotoSettings
+from npedit.data._subjects import has_critic_photos, shuffled_other_photos
 from npedit.errors import BadRowsError, UserError
 
 log = logging.getLogger(__name__)
@@ -40,11 +42,34 @@ Shape = tuple[tuple[int, int], int]  # (H, W) of the references, number of furth
 
 @dataclass(frozen=True)
 class Sample:
-    """One row and the bytes of its photo and of its further references."""
+    """One row and the bytes of its photo, of its further references and of its mask."""
 
     row: Row
     photo: bytes
     references: tuple[bytes, ...] = ()
+    mask: bytes = b""
+
+    def find_picture(self, row: Row, name: str) -> bytes:
+        """The bytes of one of the row's pictures, by its name."""
+        names = (row.file_name, row.mask, *row.references)
+        return (self.photo, self.mask, *self.references)[names.index(name)]
+
+    def shape(self, settings: PhotoSettings) -> Shape:
+        """The shape of the sample's bucket.
+
+        Raises:
+            BadImage: no size of the settings fits the photo, or its header cannot be read.
+        """
+        photo = read_photo_size(BytesIO(self.photo), settings.max_pixels)
+        size = choose_size(photo, settings.sizes, settings.min_kept_share, settings.max_enlargement)
+        return size, 0 if has_critic_photos(self.row, settings.other_photos) else len(self.references)
+
+    def load(self, settings: PhotoSettings, size: tuple[int, int], rng: random.Random) -> Example:
+        """The sample as an example. Errors as in `load_example`."""
+        if has_critic_photos(self.row, settings.other_photos):
+            others = shuffled_other_photos(self.row, (), rng)
+            return load_example(self.row, size, self.find_picture, (), others)
+        return load_example(self.row, size, self.find_picture, self.row.references)
 
 
 class StreamSource:
@@ -62,7 +87,7 @@ class StreamSource:
         first = list(islice(samples(0), PEEKED))
         if not first:
             raise UserError(f"expected at least one sample; got an empty {settings.path!r}; correct data.path")
-        rows = [asdict(sample.row) | {"metadata": ""} for sample in first]
+        rows = [_described_row(sample.row) for sample in first]
         self._digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         self._lacks = {field: [s.row for s in first if not getattr(s.row, field)] for field in CAPTIONS}
         self._n, self._next = 0, 0  # items of a batch over all ranks, number of the next batch
@@ -143,7 +168,7 @@ class StreamSource:
                 self._seen += 1
                 self._check_captions(sample.row)
                 try:
-                    shape = self._shape_of(sample)
+                    shape = sample.shape(self.settings)
                 except BadImage as error:
                     self._record_bad(sample.row, str(error))
                     continue
@@ -155,23 +180,16 @@ class StreamSource:
             if not usable:
                 return
 
-    def _shape_of(self, sample: Sample) -> Shape:
-        photo = read_photo_size(BytesIO(sample.photo), self.settings.max_pixels)
-        limits = self.settings.min_kept_share, self.settings.max_enlargement
-        return choose_size(photo, self.settings.sizes, *limits), len(sample.references)
-
     def _example(self, shape: Shape, samples: Sequence[Sample], index: int, place: int) -> Example:
         """The item at a place of a batch; the next one of the batch replaces one whose picture is broken."""
         for k in range(len(samples)):
             sample = samples[(place + k) % len(samples)]
-            row = sample.row
             try:
-                picture, *more = (load_photo(content, shape[0]) for content in (sample.photo, *sample.references))
+                other = random.Random(f"{self.seed}/other photo/{index}/{place}")
+                example = sample.load(self.settings, shape[0], other)
             except BadImage as error:
-                self._record_bad(row, str(error))
+                self._record_bad(sample.row, str(error))
                 continue
-            texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
-            example = Example(row.id, picture, *texts, tuple(more), row.questions)
             rng = random.Random(f"{self.seed}/nothing/{index}/{place}")
             return with_identity_edits(example, rng, self.settings.nothing_share)
         raise UserError(f"expected a readable picture in a batch of {len(samples)}; got none; correct the data")
@@ -193,6 +211,12 @@ class StreamSource:
                 f"far, the last {row.location}: {reason}. Correct them, or raise data.max_bad_share",
                 bad,
             )
+
+
+def _described_row(row: Row) -> dict[str, Any]:
+    """What a hash of the rows covers. A stream has no use for groups."""
+    unused = {"group", *(() if row.mask else ("mask",))}
+    return {name: value for name, value in (asdict(row) | {"metadata": ""}).items() if name not in unused}
 
 
 def _require_no_selection(settings: Mapping[str, Any]) -> None:

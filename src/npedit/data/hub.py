@@ -3,9 +3,9 @@
     data: {name: hub, path: USER/SET, split: train}
     data: {name: hub, path: folder/with/parquet}
 
-The columns are those of an imagefolder (`imagefolder.py`) after `push_to_hub`: `image` is the photo and `reference` a
-list of further references. `data.columns` gives other names: {file_name: source_image}. Of the pictures only these
-columns are read; columns that hold edited images are named in the log and never decoded.
+The columns are those of an imagefolder (`imagefolder.py`) after `push_to_hub`: `image` is the photo, `reference` a list
+of further references, and `mask` the mask. `data.columns` gives other names: {file_name: source_image}. Of the pictures
+only these columns are read; columns that hold edited images are named in the log and never decoded.
 
 `datasets` downloads the set and keeps it as Arrow files, which are memory-mapped.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -29,14 +29,23 @@ from npedit.data._metadata import REFERENCE_COLUMN, FieldName, Row, check_column
 from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, bytes_inspector, scan_kept
-from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.data._settings import PhotoSettings
+from npedit.data._source import PhotoSource
 from npedit.data._stream import Sample, StreamSource
 from npedit.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 CACHED_FROM = 10_000  # rows; smaller sets are looked through at each start
-PHOTO, REFERENCES = "image", "reference"  # columns after `push_to_hub` of an imagefolder
+PHOTO, REFERENCES, MASK = "image", "reference", "mask"  # columns after `push_to_hub` of an imagefolder
+
+
+class PictureColumns(NamedTuple):
+    """The names of the columns of photos, of further references and of masks; "" where there is none."""
+
+    photo: str
+    references: str
+    mask: str
 
 
 class Settings(PhotoSettings):
@@ -59,35 +68,46 @@ def Source(settings: Settings, seed: int) -> IndexedSource | StreamSource:
     schema = (found.features or datasets.Features()).arrow_schema
     if not schema.names:
         raise UserError(f"{name}: expected a data set whose columns are known; got none; set data.streaming to false")
-    photo, references = choose_columns(schema, settings.columns, name)
+    pictures = choose_columns(schema, settings.columns, name)
     texts = [field.name for field in schema if not _has_bytes(field.type)]
-    found = found.select_columns([photo, *([references] if references else []), *texts]).decode(False)
-    samples = partial(stream_samples, found, photo, references, settings.columns, name, seed)
+    found = found.select_columns([*filter(None, pictures), *texts]).decode(False)
+    samples = partial(stream_samples, found, pictures, settings.columns, name, seed)
     return StreamSource(settings, seed, samples, settings.shuffle_buffer)
 
 
 def stream_samples(
-    found: Any, photo: str, references: str, columns: Mapping[FieldName, str], name: Path, seed: int, epoch: int
+    found: Any, pictures: PictureColumns, columns: Mapping[FieldName, str], name: Path, seed: int, epoch: int
 ) -> Iterator[Sample]:
     """The samples of a streamed data set, in a random order of its files.
 
     Raises:
         UserError: it cannot be read, or an error of `parse_row`.
     """
-    ours = {field: c for field, c in columns.items() if field not in ("file_name", "reference_file_names")}
-    number, draw = 0, random.Random(f"{seed}/files/{epoch}").randrange(2**31)
+    ours, number, draw = _text_columns(columns), 0, random.Random(f"{seed}/files/{epoch}").randrange(2**31)
     try:
         for values in found.shuffle(seed=draw, buffer_size=1):
             number += 1
-            picture, more = values.pop(photo), values.pop(references, None) or []
+            picture, more = values.pop(pictures.photo), values.pop(pictures.references, None) or []
+            mask = _bytes_of(values.pop(pictures.mask, None))
             file = picture.get("path") if isinstance(picture, dict) else None
             values |= {"file_name": Path(file).name if file else f"{number:06d}"}
-            values["reference_file_names"] = [f"{REFERENCES}/{k}" for k in range(len(more))]
-            yield Sample(parse_row(values, number, name, ours), _bytes_of(picture), tuple(map(_bytes_of, more)))
+            values |= _picture_names(len(more), bool(mask))
+            yield Sample(parse_row(values, number, name, ours), _bytes_of(picture), tuple(map(_bytes_of, more)), mask)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         raise UserError(
             f"{name}: expected samples; got {error} after sample {number}; check your connection"
         ) from error
+
+
+def _text_columns(columns: Mapping[FieldName, str]) -> dict[FieldName, str]:
+    """The mapping without the columns of pictures."""
+    return {f: c for f, c in columns.items() if f not in ("file_name", "reference_file_names", "mask_file_name")}
+
+
+def _picture_names(references: int, has_mask: bool) -> dict[str, Any]:
+    """The fields of a row that name pictures inside the row."""
+    names = [f"{REFERENCES}/{k}" for k in range(references)]
+    return {"reference_file_names": names, "mask_file_name": MASK if has_mask else ""}
 
 
 def _bytes_of(picture: Any) -> bytes:
@@ -104,10 +124,11 @@ class IndexedSource(PhotoSource):
         found = load_split(path, split, *chosen)
         self.folder, name = Path(path), Path(path, split)
         table = found.data.table
-        photo, references = choose_columns(table.schema, columns, name)
+        pictures = choose_columns(table.schema, columns, name)
         roots = [Path(datasets.config.HF_CACHE_HOME).resolve(), Path(path).expanduser().resolve()]
-        self._photos = Pictures(table.column(photo), roots)
-        self._references = Pictures(table.column(references), roots) if references else None
+        self._photos = Pictures(table.column(pictures.photo), roots)
+        self._references = Pictures(table.column(pictures.references), roots) if pictures.references else None
+        self._masks = Pictures(table.column(pictures.mask), roots) if pictures.mask else None
         parse = partial(self._parse, table, columns, name)
         if len(table) < CACHED_FROM:
             return open_rows(parse(), [name], self.folder)
@@ -116,13 +137,12 @@ class IndexedSource(PhotoSource):
 
     def _parse(self, table: pa.Table, columns: Mapping[FieldName, str], name: Path) -> Iterator[Row]:
         names = [f.name for f in table.schema if not _has_bytes(f.type)]
-        ours = {field: c for field, c in columns.items() if field not in ("file_name", "reference_file_names")}
-        number = 0
+        ours, number = _text_columns(columns), 0
         for batch in table.select(names).to_batches():
             for values in batch.to_pylist():
                 values["file_name"] = self._photos.name(number)
                 count = self._references.count(number) if self._references else 0
-                values["reference_file_names"] = [f"{REFERENCES}/{k}" for k in range(count)]
+                values |= _picture_names(count, self._masks is not None and self._masks.has_picture(number))
                 number += 1
                 yield parse_row(values, number, name, ours)
 
@@ -139,6 +159,8 @@ class IndexedSource(PhotoSource):
             yield self._references.open(number, k)
 
     def _find_picture(self, row: Row, name: str) -> Path | bytes:
+        if name == row.mask and self._masks is not None:
+            return self._masks.open(row.line - 1).read()
         if name == row.file_name or self._references is None:
             return self._photos.open(row.line - 1).read()
         return self._references.open(row.line - 1, int(name.rsplit("/", 1)[1])).read()
@@ -165,8 +187,8 @@ def load_split(path: str, split: str, subset: str = "", revision: str = "", stre
         ) from error
 
 
-def choose_columns(schema: pa.Schema, columns: Mapping[FieldName, str], name: Path) -> tuple[str, str]:
-    """(the column of the photos, the column of further references or "").
+def choose_columns(schema: pa.Schema, columns: Mapping[FieldName, str], name: Path) -> PictureColumns:
+    """The columns of pictures that are read.
 
     Raises:
         UserError: a mapping names no column or one of edited images, or the column of the photos is not known.
@@ -184,8 +206,12 @@ def choose_columns(schema: pa.Schema, columns: Mapping[FieldName, str], name: Pa
             f"data.columns, for example {{file_name: {(single or sorted(pictures) or ['image'])[0]}}}."
             f"{did_you_mean(photo, pictures)}"
         )
-    wanted = columns.get("reference_file_names", REFERENCES)
-    return photo, wanted if wanted in pictures and _is_list(present[wanted]) else ""
+    wanted, mask = columns.get("reference_file_names", REFERENCES), columns.get("mask_file_name", MASK)
+    return PictureColumns(
+        photo,
+        wanted if wanted in pictures and _is_list(present[wanted]) else "",
+        mask if mask in pictures and not _is_list(present[mask]) else "",
+    )
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -218,6 +244,13 @@ class Pictures:
         """How many pictures the list of a row has."""
         value = self._value(number)
         return len(value) if value.is_valid else 0
+
+    def has_picture(self, number: int) -> bool:
+        """Whether a row has a picture."""
+        value = self._value(number)
+        if not pa.types.is_struct(value.type):
+            return bool(value.is_valid)
+        return value.is_valid and (value["bytes"].is_valid or value["path"].is_valid)
 
     def name(self, number: int) -> str:
         """The file name of a row's picture, or else the row's number."""

@@ -3,8 +3,8 @@
     {"file_name": "images/0001.jpg", "instruction": "Remove the white fence", "edit_type": "remove",
      "object": "white fence", "source_caption": "...", "target_caption": "...", "id": "0001"}
 
-Only `file_name` and `instruction` are required. This module opens only the files named in the columns `file_name` and
-`reference_file_names`. Columns that hold edited images are named in the log and never opened.
+Only `file_name` and `instruction` are required. This module opens only the files named in the columns `file_name`,
+`reference_file_names` and `mask_file_name`. Columns that hold edited images are named in the log and never opened.
 
 metadata.csv and metadata.parquet are read too, and metadata in sub-folders (`_metadata.py`).
 """
@@ -18,13 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from npedit.data._example import IDENTITY_INSTRUCTIONS as IDENTITY_INSTRUCTIONS
 from npedit.data._formats import edited_columns, read_rows
 from npedit.data._metadata import FieldName, Row, find_metadata, relative_name
 from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, file_inspector, scan_kept
-from npedit.data._source import IDENTITY_INSTRUCTIONS as IDENTITY_INSTRUCTIONS
-from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.data._settings import PhotoSettings
+from npedit.data._source import PhotoSource
 from npedit.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@
 
 A sample is the files of one key: `0001.jpg`, and `0001.json` with the fields of a line of metadata.jsonl (without
 `file_name`), or `0001.txt` with the instruction alone. `data.columns` says which file is the photo where there are
-several: {file_name: source.jpg}. `reference_file_names` in the JSON are further files of the same key: ["ref.jpg"].
-No other picture is opened.
+several: {file_name: source.jpg}. `reference_file_names` in the JSON are further files of the same key: ["ref.jpg"], and
+so is `mask_file_name`: "mask.png". No other picture is opened.
 
 Tar files on a disk are read at any place: the first start notes where each picture is. Others are streamed
 (`_stream.py`): URLs ("https://HOST/{000..099}.tar") and commands ("pipe:aws s3 cp s3://BUCKET/{000..099}.tar -").
@@ -33,7 +33,8 @@ from npedit.data._metadata import EDITED_COLUMN, FieldName, Row, parse_row
 from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, bytes_inspector, scan_kept
-from npedit.data._source import PhotoSettings, PhotoSource
+from npedit.data._settings import PhotoSettings
+from npedit.data._source import PhotoSource
 from npedit.data._stream import Sample, StreamSource
 from npedit.errors import UserError
 
@@ -179,12 +180,15 @@ def _as_row(
     photo, values = read_sample(key, list(members), texts, columns, location)
     mapping: dict[FieldName, str] = {field: column for field, column in columns.items() if field != "file_name"}
     row = parse_row(values | {"file_name": members[photo].name}, number, shard, mapping)
-    for kind in row.references:
+    kinds = [*row.references, *([row.mask] if row.mask else [])]
+    for kind in kinds:
         if kind.lower() not in members:
             raise UserError(f"{location}: expected a file {key}.{kind}; got {', '.join(members)}; add it")
-    places = {kind: (members[kind.lower()].offset_data, members[kind.lower()].size) for kind in row.references}
-    references = tuple(f"{kind}@{offset}+{length}" for kind, (offset, length) in places.items())
-    return replace(row, references=references, offset=members[photo].offset_data, length=members[photo].size)
+    files = [members[kind.lower()] for kind in kinds]
+    names = [f"{kind}@{file.offset_data}+{file.size}" for kind, file in zip(kinds, files, strict=True)]
+    references, mask = tuple(names[: len(row.references)]), names[-1] if row.mask else ""
+    photo_file = members[photo]
+    return replace(row, references=references, mask=mask, offset=photo_file.offset_data, length=photo_file.size)
 
 
 def stream_samples(urls: Sequence[str], columns: Mapping[FieldName, str], seed: int, epoch: int) -> Iterator[Sample]:
@@ -203,7 +207,8 @@ def stream_samples(urls: Sequence[str], columns: Mapping[FieldName, str], seed: 
             kinds = [kind for kind in sample if not kind.startswith("__")]
             photo, values = read_sample(key, kinds, sample, columns, f"{where}:{number}")
             row = parse_row(values | {"file_name": f"{key}.{photo}"}, number, where, mapping)
-            yield Sample(row, sample[photo], tuple(sample[kind.lower()] for kind in row.references))
+            mask = sample[row.mask.lower()] if row.mask else b""
+            yield Sample(row, sample[photo], tuple(sample[kind.lower()] for kind in row.references), mask)
     except (tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"data.path: expected tar files that can be read; got {urls[0]!r} and others, of which one fails after "

@@ -1,0 +1,48 @@
+"""Other photos of a subject: against one of them the critic checks a scene (`questions.py`).
+
+The other photos of a row are its further references, and the photos of the rows that have the same `group`. One is
+drawn for each item of the stream, from the seed and the item's position alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+
+from npedit.data._example import Place
+from npedit.data._metadata import Row
+from npedit.data._rows import Rows
+from npedit.questions import SCENE
+
+
+class Subjects:
+    """The rows of each subject in a data set, found by their group."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+        names = rows.column("group").to_numpy().astype(str) if rows.has_scenes else np.array([], dtype=str)
+        self._order = np.argsort(names, kind="stable")
+        self._names = names[self._order]
+
+    def rows_of(self, group: str) -> list[Row]:
+        """The rows of a group, in their order; none for ""."""
+        first, last = (int(np.searchsorted(self._names, group, side)) for side in ("left", "right"))
+        return [self._rows[int(number)] for number in self._order[first:last]] if group else []
+
+
+def shuffled_other_photos(row: Row, members: Iterable[Row], rng: random.Random) -> list[Place]:
+    """The other photos of a row's subject, each once, in random order. `members` are the rows of its group."""
+    folder = "" if row.subfolder == "." else f"{row.subfolder}/"
+    found = {folder + name: (row, name) for name in row.references}
+    found |= {member.photo: (member, member.file_name) for member in members}
+    found.pop(row.photo, None)
+    places = list(found.values())
+    rng.shuffle(places)
+    return places
+
+
+def has_critic_photos(row: Row, other_photos: bool) -> bool:
+    """Whether the other photos of a row are for the critic: those of a scene, unless `data.other_photos` is off."""
+    return other_photos and row.edit_type == SCENE
