@@ -109,7 +109,7 @@ def _own_instructions(example: Example, number: int) -> Iterator[KnownEdit]:
     """One instruction that a simple change of the whole photo carries out: carried out, not at all, and another one."""
     kind, instruction, change = OWN_INSTRUCTIONS[number % len(OWN_INSTRUCTIONS)]
     _, _, other_change = OWN_INSTRUCTIONS[(number + 1) % len(OWN_INSTRUCTIONS)]
-    asked = replace(example, edit_type=kind, instruction=instruction, object="")
+    asked = replace(example, edit_type=kind, instruction=instruction, object="", questions="")
     edited, other = change(example.reference), other_change(example.reference)
     if min(float((edited - example.reference).abs().mean()), float((edited - other).abs().mean())) < LEAST_CHANGE:
         return

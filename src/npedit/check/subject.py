@@ -75,8 +75,9 @@ def read_examples(data: Any, count: int) -> list[Example]:
 def split_batch(batch: Batch) -> Iterator[Example]:
     """The examples of a batch."""
     columns = (batch.instructions, batch.edit_types, batch.objects, batch.source_captions, batch.target_captions)
-    for key, reference, *texts in zip(batch.ids, batch.references, *columns):
-        yield Example(key, reference, *texts)
+    rubrics = batch.questions or ("",) * len(batch)
+    for key, reference, rubric, *texts in zip(batch.ids, batch.references, rubrics, *columns, strict=True):
+        yield Example(key, reference, *texts, questions=rubric)
 
 
 def group_by_size(examples: Sequence[Example]) -> list[list[Example]]:

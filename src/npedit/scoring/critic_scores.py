@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from npedit.critics.base import Critic
+from npedit.critics.base import Critic, question_margins
 from npedit.data import Batch
-from npedit.questions import questions_for
+from npedit.item_questions import USUAL_QUESTIONS, QuestionChoice, item_questions
+from npedit.questions import Question
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,40 @@ class CriticScores:
 
 @torch.no_grad()
 def score_with_critic(
-    critic: Critic, wording: str, batch: Batch, edited: Float[Tensor, "b 3 H W"], chunk: int = 64
+    critic: Critic,
+    wording: str,
+    batch: Batch,
+    edited: Float[Tensor, "b 3 H W"],
+    chunk: int = 64,
+    choice: QuestionChoice = USUAL_QUESTIONS,
 ) -> CriticScores:
     """The critic's scores of `edited`, (b, 3, H, W), clamped to [0, 1], as edits of a batch's references. All questions
-    about `chunk` items are asked at a time."""
+    about `chunk` items are asked at a time. `choice` says which questions are asked; the p of a graded one is the
+    expected grade, scaled to [0, 1]. Errors as in `Critic.answer_id`."""
     items, kinds, probabilities = [], [], []
+    rubrics = batch.questions or ("",) * len(batch)
     for start in range(0, len(batch), chunk):
         chunk_items = range(start, min(start + chunk, len(batch)))
         before = critic.encode_images(batch.references[start : start + chunk].to(critic.device))
         after = critic.encode_images(edited[start : start + chunk].to(critic.device).clamp(0, 1))
         questions = [
-            (i, q)
+            (i, entry.question)
             for i in chunk_items
-            for q in questions_for(batch.edit_types[i], batch.instructions[i], batch.objects[i], wording)
+            for entry in item_questions(
+                batch.edit_types[i], batch.instructions[i], batch.objects[i], rubrics[i], wording, choice
+            )
         ]
         visible = [[(before if n == "reference" else after)[i - start] for n in q.looks_at] for i, q in questions]
-        answer = torch.tensor([q.answer for _, q in questions])
-        margin = critic.margin([q.text for _, q in questions], visible).float().cpu()
-        probabilities.append((margin * answer).sigmoid())
+        probabilities.append(_probabilities(critic, [q for _, q in questions], visible))
         items += [i for i, _ in questions]
         kinds += [q.kind for _, q in questions]
     return CriticScores(tuple(items), tuple(kinds), torch.cat(probabilities))
+
+
+def _probabilities(critic: Critic, questions: Sequence[Question], visible: Sequence[Sequence[Any]]) -> Tensor:
+    """P(wanted answer) of each question (q,), on the CPU. `visible` are the visual tokens that each one looks at."""
+    logits = critic.logits([q.text for q in questions], visible)
+    scales = [q.answers for q in questions]
+    ids = {scale: critic.answer_ids(scale) for scale in dict.fromkeys(scales)}
+    answer = torch.tensor([q.answer for q in questions])
+    return (question_margins(logits, scales, ids).float().cpu() * answer).sigmoid()
