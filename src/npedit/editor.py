@@ -335,7 +335,10 @@ def _open_models(
 def _open_family(facts: EditorFacts, device: torch.device, net: nn.Module | None = None) -> Family:
     """The editor's base model; with `net`, that net in the place of the base's denoiser."""
     folder = config.embedded_weights("base") if facts.base == config.EMBEDDED else facts.base
-    return config.find_class("families", facts.family).load(folder, facts.dtypes(), device, net)
+    family = config.find_class("families", facts.family).load(folder, facts.dtypes(), device, net)
+    if facts.isolated_references:
+        family.isolate_references()
+    return family
 
 
 def _quantise(family: Family, net: nn.Module, bits: int) -> None:

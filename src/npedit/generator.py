@@ -42,9 +42,10 @@ def generate_few_step(
     """The edited image's clean latents x0, after one transition at each of `times` (the first is 1). Each has its own
     noise. `extra_references` are the latents of further references.
 
-    Gradients flow to `net` through every call.
+    Gradients flow to `net` through every call. Isolated references are read in one pass, which all times use.
     """
-    x0, given = torch.zeros_like(noise[0]), all_references(references, extra_references)
+    x0 = torch.zeros_like(noise[0])
+    given = family.prepare_references(net, all_references(references, extra_references), text)
     for time, eps in zip(times, noise, strict=True):
         t = torch.full((len(eps),), float(time), device=eps.device)
         x = flow.add_noise(x0, eps, t)

@@ -104,6 +104,11 @@ def require_known_model(name: str, family: Family, net: nn.Module) -> None:
             "expected a Z-Image editor whose references are separate images; this one was converted from another "
             "trainer and takes frames, which ComfyUI's model does not. Use npedit edit."
         )
+    if family.isolates_references:
+        raise UserError(
+            "expected an editor whose references are beside the picture; this one was trained with "
+            "family.isolated_references, which ComfyUI's model does not have. Export it with --as diffusers."
+        )
     if different := [*_different_settings(name, config), *_different_latents(name, family)]:
         raise UserError(
             f"expected a model of the size that ComfyUI knows for {name}; got another: {', '.join(different)}. ComfyUI "

@@ -1,9 +1,9 @@
 """Make of an editor's folder one that `DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER,
 trust_remote_code=True)` opens, on a computer without npedit.
 
-`pipeline.py` is the family's file in `pipelines/`, joined to `pipelines/few_step.py`. The parts that training does not
-change (VAE, text encoders, tokenizers) are loaded from the base model by `base_part.py`; those of the embedded base are
-copied. An adapter's transformer is the base's with `pytorch_lora_weights.safetensors`.
+`pipeline.py` is the family's file in `pipelines/`, joined to the files of npedit that this file imports. The parts that
+training does not change (VAE, text encoders, tokenizers) are loaded from the base model by `base_part.py`; those of the
+embedded base are copied. An adapter's transformer is the base's with `pytorch_lora_weights.safetensors`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.files import write_text
 
 PIPELINES = Path(__file__).parent / "pipelines"
+PACKAGE = Path(__file__).parents[2]  # the folder that holds npedit
 CLASS_NAME = "NPEditPipeline"  # of every family, see pipelines/few_step.py
 PART_FILE = "base_part"
 WIDENED_LAYER = "transformer.patch_embed.proj.lora_A.weight"
@@ -53,6 +54,8 @@ def write_pipeline(folder: Path, read_base_from: str = "") -> None:
     known = find_published(facts.base)
     if known is not None and known.clips_attention:
         editor["clips_attention"] = True
+    if facts.isolated_references:
+        editor["isolated_references"] = True
     head = {"_class_name": ["pipeline", CLASS_NAME], "_diffusers_version": index["_diffusers_version"]}
     write_text(
         folder / "model_index.json", json.dumps({**head, **settings, "editor": editor, **written}, indent=2) + "\n"
@@ -123,14 +126,24 @@ def _read_base_json(base: str, name: str) -> dict[str, Any]:
 
 def pipeline_source(family: str) -> str:
     """The text of a family's `pipeline.py`: one file that imports nothing of npedit."""
-    files = [(PIPELINES / f"{name}.py").read_text(encoding="utf-8") for name in (family, "few_step")]
+    files = _joined_files(PIPELINES / f"{family}.py")
     trees = [ast.parse(text) for text in files]
     imports = [ast.unparse(n) for tree in trees for n in tree.body if _is_outside_import(n)]
     ends = [max(n.end_lineno or 0 for n in t.body if isinstance(n, (ast.Import, ast.ImportFrom))) for t in trees]
     bodies = ["\n".join(text.splitlines()[end:]).strip("\n") for text, end in zip(files, ends)]
-    head = f'"""{ast.get_docstring(trees[0], clean=False)}"""\n\nfrom __future__ import annotations\n'
+    head = f'"""{ast.get_docstring(trees[-1], clean=False)}"""\n\nfrom __future__ import annotations\n'
     lines = sorted(set(imports), key=lambda line: (line.split()[1].lower(), line))
-    return "\n".join([head, *lines, "\n", bodies[1], "\n", bodies[0]]) + "\n"
+    return "\n".join([head, *lines, *(f"\n\n{body}" for body in bodies)]) + "\n"
+
+
+def _joined_files(path: Path) -> list[str]:
+    """The texts of the files of npedit that this file imports, then its text."""
+    text = path.read_text(encoding="utf-8")
+    modules = [n.module or "" for n in ast.parse(text).body if isinstance(n, ast.ImportFrom)]
+    ours = [
+        PACKAGE.joinpath(*module.split(".")).with_suffix(".py") for module in modules if module.startswith("npedit")
+    ]
+    return [*dict.fromkeys(found for file in ours for found in _joined_files(file)), text]
 
 
 def _is_outside_import(node: ast.stmt) -> bool:

@@ -18,9 +18,12 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from npedit.errors import UserError
+from npedit.families._isolated import KeptReferences
 from npedit.families._prompts import text_after_tokens
 from npedit.families._shared import check_pipeline_folder
 
+References = Sequence[Tensor] | KeptReferences  # latents (b, c, h, w), or what one pass over them left
 Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part as diffusers takes it, with a "default"
 
 
@@ -67,6 +70,8 @@ class Family(ABC):
     has_wider_input: ClassVar[bool] = False  # whether `lora_base` has more input channels than the base
 
     most_references: int = 16  # of one edit. Each adds as many tokens as the picture; more has not been tried
+    can_isolate_references: bool = False  # whether the family defines `_reference_pass`
+    isolates_references: bool = False  # set by `isolate_references`
 
     facts: ModelProperties
     device: torch.device
@@ -160,12 +165,36 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) -> images (b, 3, H, W), about [0, 1], NOT clamped. Gradient flows to the latents."""
 
+    def isolate_references(self) -> None:
+        """From now on the references' tokens attend to themselves alone and are modulated at time 0, in all nets of
+        this family (`_isolated.py`). A net must be used as it was trained.
+
+        Raises:
+            UserError: this family cannot do that.
+        """
+        if not self.can_isolate_references:
+            raise UserError(
+                "family.isolated_references: expected false with this model, which needs references beside the "
+                "picture; got true; set it to false, or choose flux, qwen_image or z_image"
+            )
+        self.isolates_references = True
+
+    def prepare_references(self, net: nn.Module, references: References, text: EncodedText) -> References:
+        """What `velocity` takes as references at every time, with this net and these texts: the given references, or
+        with `isolates_references` what one pass of the net over them left. Gradient flows to the net."""
+        if not self.isolates_references or isinstance(references, KeptReferences) or not references:
+            return references
+        return self._reference_pass(net, references, text)
+
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+        """The keys and values of one pass of the net over the references. Only a family with `can_isolate_references`
+        has it."""
+        raise NotImplementedError
+
     @abstractmethod
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """v at (x, t): x (b, c, h, w), t (b,) in [0, 1], references are latents (b, c, h', w'). Gradient flows to
-        all."""
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
+        """v at (x, t): x (b, c, h, w), t (b,) in [0, 1]; references are latents (b, c, h', w'), or what
+        `prepare_references` returned for this net. Gradient flows to all."""
 
     @abstractmethod
     def few_step_scheduler(self, shift: float) -> SchedulerMixin:

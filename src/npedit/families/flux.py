@@ -5,6 +5,7 @@
 - text: T5 sequence (padding attended to, as FLUX does) and CLIP's pooled vector; dev embeds a guidance scale.
 - references: packed likewise and appended after the picture's tokens, with the ids' first coordinate 1, 2, ...; the
   net's output on them is dropped. This is how FLUX.1-Kontext (arXiv 2506.15742) does it; no new weight is needed.
+  Isolated references (`_isolated.py`) have the same ids; their pass has no tokens of the text.
 - guidance, a choice: dev is a distilled model with the scale as an input, and every call here (student, teacher, fake)
   gives it 3.5, its pipeline's default. DMD's teacher adds classifier-free guidance (`guidance` of `np_edit`) ON TOP of
   that: two calls, both at 3.5. So with dev the teacher is guided twice; `guidance: 1.0` leaves the distilled one alone.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -29,9 +31,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from npedit.families._isolated import FluxReferenceProcessor, KeptReferences, attend_to_references, keep_references
 from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, pack_latents, schedule_shift, unpack_latents
-from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.nets.distributed import compute_dtype
+from npedit.nets.lora import weights_module
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 T5_LENGTH = 512  # the longest prompt that FLUX.1 takes; schnell and the toy take less
@@ -42,6 +46,7 @@ class Flux(Family):
 
     pipeline, denoiser = FluxPipeline, FluxTransformer2DModel
     part_names = PARTS
+    can_isolate_references = True
 
     def __init__(self, pipe: FluxPipeline, device: torch.device):
         self.pipe = pipe
@@ -120,20 +125,39 @@ class Flux(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_kl_vae(self.pipe.vae, latents)
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
+        given = self.prepare_references(net, references, text)
+        if isinstance(given, KeptReferences):
+            call = partial(self._run, net, [x], t, text.parts)
+            out = attend_to_references(weights_module(net), FluxReferenceProcessor, given, call)
+        else:
+            out = self._run(net, [x, *given], t, text.parts)
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+        """Without the text's tokens. The pooled text and the guidance scale modulate the references too."""
         sequence, pooled = text.parts
-        planes = [x, *references]
+        parts, clean = (sequence[:, :0], pooled), torch.zeros(len(pooled), device=pooled.device)
+        call = partial(self._run, net, references, clean, parts, first_frame=1)
+        return keep_references(weights_module(net), FluxReferenceProcessor, len(references), call)
+
+    def _run(
+        self, net: nn.Module, planes: Sequence[Tensor], t: Tensor, text: tuple[Tensor, ...], first_frame: int = 0
+    ) -> Tensor:
+        """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w), whose ids begin with the number
+        `first_frame` and the numbers after it."""
+        (sequence, pooled), x = text, planes[0]
         tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
-        ids = torch.cat([_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in enumerate(planes)])
+        frames = enumerate(planes, first_frame)
+        ids = torch.cat([_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x) for i, p in frames])
         guidance = None
         config: Any = net.config
         if config.guidance_embeds:
             guidance = torch.full((len(x),), self.facts.guidance, device=x.device, dtype=torch.float32)
         dtype = compute_dtype(net)
-        out = net(
+        return net(
             hidden_states=tokens.to(dtype),
             timestep=t.to(dtype),
             guidance=guidance,
@@ -143,8 +167,6 @@ class Flux(Family):
             img_ids=ids,
             return_dict=False,
         )[0]
-        rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""

@@ -11,6 +11,7 @@
   output on them is dropped. This is how Qwen-Image-Edit (arXiv 2508.02324, QwenImageEditPipeline) does it; no new
   weight is needed. That pipeline also gives Qwen2.5-VL the reference too, with the instruction and another template.
   Here the text stays as the text-to-image teacher learnt it, and the reference enters through its latents alone.
+  With isolated references (`_isolated.py`) the text's positions follow the picture's size alone, as in text-to-image.
 - guidance: the net embeds none. The pipeline's classifier-free guidance (4, with a negative prompt) rescales its result
   to the norm of the conditional one; `np_edit`'s teacher is guided without that.
 - schedule: exp(mu), mu from the number of tokens. The released scheduler also stretches its times so that the last one
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -39,6 +41,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from npedit.families._isolated import KeptReferences, QwenReferenceProcessor, attend_to_references, keep_references
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     decode_with_qwen_vae,
@@ -48,8 +51,9 @@ from npedit.families._shared import (
     trim_padding,
     unpack_latents,
 )
-from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.nets.distributed import compute_dtype
+from npedit.nets.lora import weights_module
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own limit, in tokens
@@ -60,6 +64,7 @@ class QwenImage(Family):
 
     pipeline, denoiser = QwenImagePipeline, QwenImageTransformer2DModel
     part_names = PARTS
+    can_isolate_references = True
 
     def __init__(self, pipe: QwenImagePipeline, device: torch.device):
         self.pipe = pipe
@@ -137,25 +142,47 @@ class QwenImage(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_qwen_vae(self.pipe.vae, latents)
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
+        given = self.prepare_references(net, references, text)
         states, mask = trim_padding(*text.parts)
-        planes = [x, *references]
-        tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
-        dtype = compute_dtype(net)
-        out = net(
-            hidden_states=tokens.to(dtype),
-            timestep=t.to(dtype),
-            encoder_hidden_states=states.to(dtype),
-            encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, p.shape[2] // 2, p.shape[3] // 2) for p in planes]] * len(x),
-            return_dict=False,
-        )[0]
+        if isinstance(given, KeptReferences):
+            call = partial(_run, net, [x], t, states, mask)
+            out = attend_to_references(weights_module(net), QwenReferenceProcessor, given, call)
+        else:
+            out = _run(net, [x, *given], t, states, mask)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+        """Without text. The net is given the shape of one picture more, since the first one is the edited picture's."""
+        states = text.parts[0][:, :0]
+        clean, before = torch.zeros(len(states), device=states.device), references[:1]
+        call = partial(_run, net, references, clean, states, None, before)
+        return keep_references(weights_module(net), QwenReferenceProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _run(
+    net: nn.Module,
+    planes: Sequence[Tensor],
+    t: Tensor,
+    states: Tensor,
+    mask: Tensor | None,
+    before: Sequence[Tensor] = (),
+) -> Tensor:
+    """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w). `before` are planes that are counted before
+    these in the positions."""
+    x, dtype = planes[0], compute_dtype(net)
+    tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
+    return net(
+        hidden_states=tokens.to(dtype),
+        timestep=t.to(dtype),
+        encoder_hidden_states=states.to(dtype),
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, p.shape[2] // 2, p.shape[3] // 2) for p in (*before, *planes)]] * len(x),
+        return_dict=False,
+    )[0]

@@ -14,7 +14,8 @@
   have no weights for them. One thing differs from the omni pipeline. Without references the net puts the picture's
   frame after the caption *with its padding* to a multiple of 32 tokens; in the omni mode it puts the frame after the
   caption without padding. `_picture_after_padded_caption` keeps the text-to-image distance in both, so that adding a
-  reference does not move the picture relative to its caption.
+  reference does not move the picture relative to its caption. Isolated references (`_isolated.py`) have the same
+  frames: their pass is in the omni mode, and later calls are those of text-to-image with other frames.
 - frames: a net that `npedit convert` made from NP-Edit's public reimplementation was trained otherwise, and its config
   says so (`_references`): caption first, then one reference and the picture as two frames of one film, and an empty
   thought at the prompt's end. `open_net` and `velocity` follow it; see `_modulate_frames`.
@@ -27,6 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,14 +39,18 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from npedit.families._isolated import KeptReferences, ZImageReferenceProcessor, attend_to_references, keep_references
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, decode_with_kl_vae, encode_with_kl_vae, schedule_shift
-from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.hub_access import is_local_only
 from npedit.nets.distributed import compute_dtype
+from npedit.nets.lora import weights_module
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own
+# Where `patchify_and_embed` of diffusers returns position ids, and the mask of the pictures' padding:
+BASIC_PICTURE_IDS, BASIC_CAPTION_IDS, BASIC_PICTURE_PADDING = 3, 4, 5
 OMNI_PICTURE_IDS = 4  # where `patchify_and_embed_omni` of diffusers returns the position ids of all images
 FRAMES = {"_references": "frames"}  # in a net's config; diffusers keeps what begins with an underscore
 TINY_TEMPLATE = (  # Qwen3's, for one turn
@@ -59,12 +65,14 @@ class ZImage(Family):
 
     pipeline, denoiser = ZImagePipeline, ZImageTransformer2DModel
     part_names = PARTS
+    can_isolate_references = True
 
     def __init__(self, pipe: ZImagePipeline, device: torch.device):
         self.pipe = pipe
         self.base = pipe.transformer
         self.device = device
         self.most_references = 1 if _takes_frames(pipe.transformer) else ZImage.most_references
+        self.can_isolate_references = not _takes_frames(pipe.transformer)
         self.thinking = not _takes_frames(pipe.transformer)  # else prompts are encoded as for such a net
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.requires_grad_(False).eval().to(device)
@@ -164,48 +172,90 @@ class ZImage(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_kl_vae(self.pipe.vae, latents)
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:
             ValueError: not one prompt and one of each reference for each item, whose lists would be cut short; or a net
-                trained with frames is given other than one reference of the picture's size.
+                trained with frames is given other than one reference of the picture's size, or isolated ones.
         """
-        if len(text) != len(x) or any(len(r) != len(x) for r in references):
-            got = f"{len(text)} prompts, references for {[len(r) for r in references]} items"
-            raise ValueError(f"expected {len(x)} of each; got {got}")
+        self._check_batch(x, text, references)
+        given = self.prepare_references(net, references, text)
         dtype = compute_dtype(net)
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
-        frames = [plane.to(dtype).unsqueeze(2).unbind() for plane in (*references, x)]  # each b times (c, 1, h, w)
-        if references and _takes_frames(net):
-            if len(references) > 1 or references[0].shape != x.shape:
-                sizes = [tuple(r.shape) for r in references]
-                raise ValueError(
-                    f"expected one reference of shape {tuple(x.shape)}, as this net was trained; got {sizes}"
-                )
-            films = [torch.cat(item, 1) for item in zip(*frames)]
-            with _modulate_frames(net, x.shape[2] * x.shape[3] // 4, t):
-                out = [o[:, 1:] for o in net(x=films, t=1 - t.float(), cap_feats=captions, return_dict=False)[0]]
-        elif references:
-            with _picture_after_padded_caption(net, x.shape[2] * x.shape[3] // 4, lengths.tolist()):
-                out = net(
-                    x=[list(item) for item in zip(*frames)],
-                    t=1 - t.float(),
-                    cap_feats=[[caption[:0]] * len(references) + [caption] for caption in captions],
-                    siglip_feats=[None] * len(x),
-                    image_noise_mask=[[0] * len(references) + [1]] * len(x),
-                    return_dict=False,
-                )[0]
+        if isinstance(given, KeptReferences):
+            with _frames_after_references(net, given.count):
+                call = partial(_run_alone, net, x.to(dtype), t, captions)
+                out = attend_to_references(weights_module(net), ZImageReferenceProcessor, given, call)
+        elif given and _takes_frames(net):
+            out = _run_film(net, x.to(dtype), t, captions, [r.to(dtype) for r in given])
+        elif given:
+            out = _run_omni(net, x.to(dtype), t, captions, [r.to(dtype) for r in given])
         else:
-            out = net(x=list(frames[0]), t=1 - t.float(), cap_feats=captions, return_dict=False)[0]
-        return -torch.stack(out).squeeze(2).to(x.dtype)
+            out = _run_alone(net, x.to(dtype), t, captions)
+        return -out.squeeze(2).to(x.dtype)
+
+    def _check_batch(self, x: Tensor, text: EncodedText, references: References) -> None:
+        counts = [] if isinstance(references, KeptReferences) else [len(r) for r in references]
+        if len(text) != len(x) or any(count != len(x) for count in counts):
+            raise ValueError(f"expected {len(x)} of each; got {len(text)} prompts, references for {counts} items")
+
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+        """In the omni mode, with empty captions and without a picture. The references' frames are 1, 3, 5, ..."""
+        if _takes_frames(net):
+            raise ValueError("expected a net that takes separate references; got one that was trained with frames")
+        padded, dtype = text.parts[0], compute_dtype(net)
+        frames = [plane.to(dtype).unsqueeze(2).unbind() for plane in references]
+        empty, clean = padded[0, :0].to(dtype), torch.ones(len(padded), device=padded.device)
+
+        def call() -> Tensor:
+            out = net(
+                x=[list(item) for item in zip(*frames)],
+                t=clean,
+                cap_feats=[[empty] * len(references)] * len(padded),
+                siglip_feats=[None] * len(padded),
+                image_noise_mask=[[0] * len(references)] * len(padded),
+                return_dict=False,
+            )[0]
+            return torch.stack(out)
+
+        return keep_references(weights_module(net), ZImageReferenceProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _run_alone(net: nn.Module, x: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
+    """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w) and the captions."""
+    return torch.stack(net(x=list(x.unsqueeze(2).unbind()), t=1 - t.float(), cap_feats=captions, return_dict=False)[0])
+
+
+def _run_omni(net: nn.Module, x: Tensor, t: Tensor, captions: list[Tensor], references: list[Tensor]) -> Tensor:
+    """The net's output (b, c, 1, h, w) on references, captions and the picture x, in the omni mode."""
+    frames, count = [plane.unsqueeze(2).unbind() for plane in (*references, x)], len(references)
+    with _picture_after_padded_caption(net, x.shape[2] * x.shape[3] // 4, [len(caption) for caption in captions]):
+        out = net(
+            x=[list(item) for item in zip(*frames)],
+            t=1 - t.float(),
+            cap_feats=[[caption[:0]] * count + [caption] for caption in captions],
+            siglip_feats=[None] * len(x),
+            image_noise_mask=[[0] * count + [1]] * len(x),
+            return_dict=False,
+        )[0]
+    return torch.stack(out)
+
+
+def _run_film(net: nn.Module, x: Tensor, t: Tensor, captions: list[Tensor], references: list[Tensor]) -> Tensor:
+    """The output (b, c, 1, h, w) of a net that was trained with frames."""
+    if len(references) > 1 or references[0].shape != x.shape:
+        sizes = [tuple(r.shape) for r in references]
+        raise ValueError(f"expected one reference of shape {tuple(x.shape)}, as this net was trained; got {sizes}")
+    films = list(torch.stack([references[0], x], 2).unbind())
+    with _modulate_frames(net, x.shape[2] * x.shape[3] // 4, t):
+        out = net(x=films, t=1 - t.float(), cap_feats=captions, return_dict=False)[0]
+    return torch.stack([film[:, 1:] for film in out])
 
 
 def empty_frames_net(base: str | Path) -> nn.Module:
@@ -254,6 +304,28 @@ def _picture_after_padded_caption(net: Any, tokens: int, lengths: Sequence[int])
         yield
     finally:
         del inner.patchify_and_embed_omni
+
+
+@contextmanager
+def _frames_after_references(net: Any, count: int) -> Iterator[None]:
+    """Inside the block, a call of the net without references gives caption and picture the frames that they have after
+    `count` references, each of which takes two."""
+    inner: Any = weights_module(net)
+    unchanged = inner.patchify_and_embed
+
+    def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        parts = list(unchanged(*args, **kwargs))
+        pictures, captions, padding = (parts[i] for i in (BASIC_PICTURE_IDS, BASIC_CAPTION_IDS, BASIC_PICTURE_PADDING))
+        moved = pictures[0].new_tensor([2 * count, 0, 0])
+        parts[BASIC_PICTURE_IDS] = [ids + moved * ~pad[:, None] for ids, pad in zip(pictures, padding)]
+        parts[BASIC_CAPTION_IDS] = [ids + moved for ids in captions]
+        return tuple(parts)
+
+    inner.patchify_and_embed = patchify
+    try:
+        yield
+    finally:
+        del inner.patchify_and_embed
 
 
 def _round_up(tokens: int) -> int:

@@ -20,7 +20,8 @@ FACTS_FILE = "npedit.json"
 class EditorFacts:
     """`sizes` are (height, width) in pixels; `base` is a Hub id, a folder or "embedded"; `tile` is the side in pixels
     of the tiles that pictures were decoded in during training, 0 for whole pictures. `text_dtype` and `vae_dtype` are
-    "" where they equal `dtype`, the denoiser's number type."""
+    "" where they equal `dtype`, the denoiser's number type. `isolated_references` says that references attend to
+    themselves alone."""
 
     family: str
     base: str
@@ -30,6 +31,7 @@ class EditorFacts:
     tile: int = 0
     text_dtype: str = ""
     vae_dtype: str = ""
+    isolated_references: bool = False
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The number type of each part, as `Family.load` takes it.
@@ -66,7 +68,7 @@ class EditorFacts:
             family, base, steps = str(found["family"]), str(found["base"]), int(found["steps"])
             facts = cls(
                 family, base, steps, sizes, found.get("dtype", "float32"), int(found.get("tile", 0)),
-                found.get("text_dtype", ""), found.get("vae_dtype", ""),
+                found.get("text_dtype", ""), found.get("vae_dtype", ""), bool(found.get("isolated_references", False)),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -93,5 +95,5 @@ class EditorFacts:
         chosen, tile = recipe.family, recipe.memory.decode_tile
         return cls(
             chosen.name, chosen.weights, recipe.trainer.steps, sizes, chosen.dtype, tile, chosen.text_dtype,
-            chosen.vae_dtype,
+            chosen.vae_dtype, chosen.isolated_references,
         )  # fmt: skip

@@ -52,6 +52,7 @@ def write_final(
         "dtype": recipe.family.dtype,
         "text_dtype": recipe.family.text_dtype,
         "vae_dtype": recipe.family.vae_dtype,
+        "isolated_references": recipe.family.isolated_references,
         "steps": len(times),
         "tile": recipe.memory.decode_tile,
         "times": [round(float(t), 6) for t in times],

@@ -153,6 +153,8 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
     try:
         kind, folder = find_class("families", chosen.name), config_folder("family", chosen.weights, chosen.folder)
         family = family_without_weights(kind, folder, chosen.dtypes())
+        if chosen.isolated_references:
+            family.isolate_references()
         if recipe.judge is not None:
             raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
         if judge is None:

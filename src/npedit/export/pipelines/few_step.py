@@ -1,8 +1,9 @@
 """What the pipelines of all families share: pictures in, few-step sampling, pictures out.
 
-`export/diffusers_folder.py` joins this file and the file of a family to one `pipeline.py`. Both import nothing of
-npedit. diffusers runs every local `pipeline.py` in one Python module, so of all families in one process the last one's
-names count: keep what differs between families inside the class `NPEditPipeline`.
+`export/diffusers_folder.py` joins the file of a family and the files of npedit that it imports, such as this one, to
+one `pipeline.py`, which imports nothing of npedit. diffusers runs every local `pipeline.py` in one Python module, so of
+all families in one process the last one's names count: keep what differs between families inside the class
+`NPEditPipeline`.
 """
 
 from __future__ import annotations
@@ -60,8 +61,14 @@ class FewStepEditing:
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
-        """v (b, c, h, w) at x and the times t (b,) in [0, 1], where 1 is noise; references are latents."""
+    def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
+        """What `_velocity` takes as references at every step: their latents (b, c, h, w). An editor whose references
+        are isolated reads them here once."""
+        return references
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
+        """v (b, c, h, w) at x and the times t (b,) in [0, 1], where 1 is noise. `references` comes from
+        `_prepare_references`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -105,7 +112,8 @@ class FewStepEditing:
         ]
         given = [self._encode_images(_to_tensor(each).to(device)) for each in pictures]
         latents = randn_tensor(given[0].shape, generator=generator, device=device, dtype=torch.float32)
-        latents = self._sample(latents, text, given, steps, size, generator, callback_on_step_end)
+        references = self._prepare_references(given, text)
+        latents = self._sample(latents, text, references, steps, size, generator, callback_on_step_end)
         edited = self._to_output(latents, output_type)
         if output_type == "pil" and height is None and width is None:
             edited = [_resize(new, (old.height, old.width)) for new, old in zip(edited, images)]

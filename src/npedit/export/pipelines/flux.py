@@ -3,16 +3,19 @@ trust_remote_code=True)`.
 
 The picture's and the references' latents are packed 2 x 2 into tokens. The references' tokens follow the picture's, and
 the first coordinate of their position ids is 1, 2, ..., as in FLUX.1-Kontext. The net's output on them is dropped.
+Isolated references attend to themselves alone, and one pass over them serves all steps.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 
 from npedit.export.pipelines.few_step import FewStepEditing, _unpack_tokens
+from npedit.families._isolated import FluxReferenceProcessor, KeptReferences, attend_to_references, keep_references
 
 
 class NPEditPipeline(FewStepEditing, FluxPipeline):
@@ -46,24 +49,39 @@ class NPEditPipeline(FewStepEditing, FluxPipeline):
         length = min(longest, self.tokenizer_2.model_max_length)
         return self.encode_prompt(prompts, None, device, max_sequence_length=length)[:2]
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
+    def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
+        """The latents, or the keys and values of isolated references."""
+        if not self.config.editor.get("isolated_references"):
+            return references
+        sequence, pooled = text
+        clean, words = torch.zeros(len(pooled), device=pooled.device), (sequence[:, :0], pooled)
+        call = partial(self._run, references, clean, words, first_frame=1)
+        return keep_references(self.transformer, FluxReferenceProcessor, len(references), call)
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
-        (sequence, pooled), planes, dtype = text, [x, *references], self.transformer.dtype
+        if not isinstance(references, KeptReferences):
+            return _unpack_tokens(self._run([x, *references], t, text), x)
+        call = partial(self._run, [x], t, text)
+        return _unpack_tokens(attend_to_references(self.transformer, FluxReferenceProcessor, references, call), x)
+
+    def _run(self, planes: list[torch.Tensor], t: torch.Tensor, text: Any, first_frame: int = 0) -> torch.Tensor:
+        """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w), numbered from `first_frame`."""
+        (sequence, pooled), x, dtype = text, planes[0], self.transformer.dtype
         tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(x),), self._guidance, device=x.device, dtype=torch.float32)
-        out = self.transformer(
+        return self.transformer(
             hidden_states=tokens.to(dtype),
             timestep=t.to(dtype),
             guidance=guidance,
             pooled_projections=pooled.to(dtype),
             encoder_hidden_states=sequence.to(dtype),
             txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=torch.cat([self._position_ids(p, i) for i, p in enumerate(planes)]),
+            img_ids=torch.cat([self._position_ids(p, i) for i, p in enumerate(planes, first_frame)]),
             return_dict=False,
         )[0]
-        return _unpack_tokens(out, x)
 
     def _position_ids(self, plane: torch.Tensor, frame: int) -> torch.Tensor:
         """(tokens, 3): the number of the picture, then row and column."""

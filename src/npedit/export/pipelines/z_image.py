@@ -5,13 +5,14 @@ The references are further images of the net's omni mode, as in diffusers' `ZIma
 states and with an empty piece of caption before each of them. Their tokens are modulated with the clean time. The
 picture lies after the caption with its padding to a multiple of 32 tokens, as in text-to-image. A net whose config says
 `"_references": "frames"` takes one reference and the picture as two frames of one film, after a prompt whose template
-ends in an empty thought.
+ends in an empty thought. Isolated references attend to themselves alone, and one pass over them serves all steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffusers import ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from npedit.export.pipelines.few_step import FewStepEditing
+from npedit.families._isolated import KeptReferences, ZImageReferenceProcessor, attend_to_references, keep_references
 
 
 class NPEditPipeline(FewStepEditing, ZImagePipeline):
@@ -26,6 +28,7 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
 
     _text_length = 512  # in tokens, ZImagePipeline's own
     _block = SEQ_MULTI_OF  # the net pads captions and images to multiples of it
+    _basic_parts = (3, 4, 5)  # where `patchify_and_embed` returns ids of picture, caption, and the picture's padding
     _omni_image_ids = 4  # where `patchify_and_embed_omni` returns the position ids of all images
 
     def __init__(
@@ -59,13 +62,62 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         out = self.text_encoder(input_ids=found.input_ids, attention_mask=mask, output_hidden_states=True)
         return [states[kept] for states, kept in zip(out.hidden_states[-2], mask)]
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
+    def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
+        """The latents, or the keys and values of isolated references, whose pass has empty captions."""
+        if not self.config.editor.get("isolated_references"):
+            return references
+        dtype, count, items = self.transformer.dtype, len(references), len(text)
+        planes = [plane.to(dtype).unsqueeze(2) for plane in references]
+        call = partial(
+            self.transformer,
+            x=[list(item) for item in zip(*planes)],
+            t=torch.ones(items, device=planes[0].device),
+            cap_feats=[[text[0][:0].to(dtype)] * count] * items,
+            siglip_feats=[None] * items,
+            image_noise_mask=[[0] * count] * items,
+            return_dict=False,
+        )
+        return keep_references(self.transformer, ZImageReferenceProcessor, count, lambda: torch.stack(call()[0]))
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]. The net's time is 1 - t, and its output is -v."""
         dtype = self.transformer.dtype
         captions = [states.to(dtype) for states in text]
+        if isinstance(references, KeptReferences):
+            return -self._run_with_kept(x.to(dtype), t.float(), captions, references).squeeze(2)
         planes = [plane.to(dtype).unsqueeze(2) for plane in (*references, x)]
         run = self._run_frames if self._takes_frames else self._run_omni
         return -torch.stack(run(planes, t.float(), captions)).squeeze(2)
+
+    def _run_with_kept(
+        self, x: torch.Tensor, t: torch.Tensor, captions: list[torch.Tensor], kept: KeptReferences
+    ) -> torch.Tensor:
+        """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w), which attends to the kept references."""
+        planes = list(x.unsqueeze(2).unbind())
+        call = partial(self.transformer, x=planes, t=1 - t, cap_feats=captions, return_dict=False)
+        with self._frames_after_references(kept.count):
+            return attend_to_references(
+                self.transformer, ZImageReferenceProcessor, kept, lambda: torch.stack(call()[0])
+            )
+
+    @contextmanager
+    def _frames_after_references(self, count: int) -> Iterator[None]:
+        """Inside the block, the net gives caption and picture the frames after `count` references of two frames."""
+        net = self.transformer
+        unchanged, (picture, caption, padding) = net.patchify_and_embed, self._basic_parts
+
+        def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            parts = list(unchanged(*args, **kwargs))
+            moved = parts[picture][0].new_tensor([2 * count, 0, 0])
+            parts[picture] = [ids + moved * ~pad[:, None] for ids, pad in zip(parts[picture], parts[padding])]
+            parts[caption] = [ids + moved for ids in parts[caption]]
+            return tuple(parts)
+
+        net.patchify_and_embed = patchify
+        try:
+            yield
+        finally:
+            del net.patchify_and_embed
 
     def _run_omni(
         self, planes: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
