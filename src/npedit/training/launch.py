@@ -96,7 +96,8 @@ def forward_signals(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]
 
 
 def end_with_parent() -> None:
-    """In the child process (`preexec_fn`): ask for SIGTERM when the parent dies, also by `kill -9`, so that the GPU becomes free."""
+    """In the child process (`preexec_fn`): ask for SIGTERM when the parent dies, also by `kill -9`. So the GPU becomes
+    free."""
     if sys.platform == "linux":
         LIBC.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 

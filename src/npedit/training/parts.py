@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
@@ -29,6 +29,8 @@ from npedit.runs.start import DiffusersStart, resolve_start
 from npedit.steps.base import Judge, Parts
 from npedit.training.checkpoint_warnings import checkpoint_warnings
 from npedit.training.diffusers_start import load_diffusers_start
+from npedit.training.progress_display import plain_console
+from npedit.training.failure_sampling import check_failure_sampling
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def build_parts(recipe: Recipe) -> Parts:
     chosen = recipe.family
     with explain_loading_errors("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), chosen.dtypes(), device)
+    if chosen.isolated_references:
+        family.isolate_references()
     if distributed.is_main_process():
         for message in checkpoint_warnings(recipe, family):
             log.warning("family.weights: %s", message)
@@ -66,6 +70,11 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
     check_dtype(part, torch_dtype(chosen.dtype), device)
+    if chosen.weights.count("/") > 1 and not Path(chosen.weights).is_dir():  # a Hub id has one slash
+        raise UserError(
+            f"{part}.weights: expected a folder with a model; got {chosen.weights!r}, which does not exist; make it "
+            "first, as the head of the recipe may say, or correct the recipe"
+        )
     with explain_loading_errors(f"{part}.weights", chosen.weights):
         kind = find_class("critics", chosen.name)
         return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution, chosen.bits)
@@ -88,7 +97,7 @@ def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None
         _load_editor(source, recipe, parts, student)
     require_finite_weights(student, source)
     if distributed.is_main_process():
-        Console(highlight=False, soft_wrap=True).print(f"Starting from {source}", markup=False)
+        plain_console().print(f"Starting from {source}")
 
 
 def _load_editor(source: EditorSource, recipe: Recipe, parts: Parts, student: nn.Module) -> None:
@@ -186,6 +195,12 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
             )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
+        if "keep_mask" in needs and not getattr(data, "has_keep_masks", False):
+            raise UserError(
+                f"stages.{i}.settings.keep_weight: expected data with masks of what must stay; got {recipe.data.name} "
+                "without any; add a column mask, or set keep_weight to 0"
+            )
+    check_failure_sampling(recipe, data)
     if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
         raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
     most = getattr(data, "most_references", 1)

@@ -1,4 +1,4 @@
-"""The state of a step as a checkpoint holds it: collect it, and put it back into a freshly built step."""
+"""The state of a step and of the sampler as a checkpoint holds it: collect it, and put it back into fresh ones."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from torch import Tensor
 from npedit.errors import UserError
 from npedit.runs import checkpoint
 from npedit.steps.base import Step
+from npedit.training.failure_sampling import FailureSampler
 
 
-def collect_state(step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a step by their names in a checkpoint, and the numbers of each learner by its role."""
+def collect_state(step: Step, sampler: FailureSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a step and of the sampler by their names in a checkpoint, and the numbers of each learner by its
+    role."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for role, learner in step.learners.items():
         learner_tensors, numbers[role] = learner.state()
         tensors |= {f"{role}/{name}": value for name, value in learner_tensors.items()}
     tensors |= {f"extra/{name}": value for name, value in step.extra_state().items()}
-    return tensors, numbers
+    return tensors | sampler.state(), numbers
 
 
-def restore_state(step: Step, folder: Path) -> None:
-    """Load a checkpoint's tensors and numbers into a freshly built step.
+def restore_state(step: Step, sampler: FailureSampler, folder: Path) -> None:
+    """Load a checkpoint's tensors and numbers into a freshly built step and a fresh sampler.
 
     Raises:
         UserError: the checkpoint is damaged, or is one of another model.
@@ -39,6 +41,7 @@ def restore_state(step: Step, folder: Path) -> None:
         for role, learner in step.learners.items():
             learner.load_state(_with_prefix(tensors, f"{role}/"), numbers["learners"][role])
         step.load_extra_state(_with_prefix(tensors, "extra/"))
+        sampler.load_state(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"expected a checkpoint of this recipe and its weights; got another ({error}); "

@@ -12,38 +12,36 @@ saves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from torch import nn
 
-from npedit.errors import BadRowsError, UserError, resume_command
+from npedit.errors import resume_command
 from npedit.flow import few_step_times
 from npedit.nets import distributed
 from npedit.nets.device import peak_memory_gb
 from npedit.recipe.config import Recipe, find_class, torch_dtype
 from npedit.report.report import write_report
 from npedit.runs import checkpoint
-from npedit.runs.changes import Change
 from npedit.runs.final import write_final
 from npedit.runs.lock import Lock
 from npedit.scoring.reward_hacking import RewardHackingMonitor
 from npedit.steps.base import Parts, Step, Timers
 from npedit.training.evaluation import Evaluation, EvaluationStopped
+from npedit.training.failure_sampling import FailureSampler
 from npedit.training.finite import require_finite_weights
 from npedit.training.gradient_ratio import GradientRatioCheck
 from npedit.training.out_of_memory import Progress, explain_out_of_memory
 from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
+from npedit.training.progress_display import ProgressDisplay, plain_console
+from npedit.training.run_folder import list_bad_rows, print_changes, require_shared_files, restore_held_out_rows
 from npedit.training.signals import catch_stop_signals, exit_code
 from npedit.training.step_state import collect_state, restore_state
 from npedit.training.trackers import Trackers, open_trackers
 
-PRINT_SECONDS = 20.0  # between lines where there is no terminal
 EventFn = Callable[[str, dict[str, Any]], None]
 
 
@@ -74,21 +72,21 @@ def train(
     with (
         distributed.process_group(),
         _hold_run(run, recipe, resume) as lock,
-        _list_bad_rows(run),
+        list_bad_rows(run),
         catch_stop_signals() as caught,
         explain_out_of_memory(recipe, run, progress),
         open_trackers(recipe, run) as trackers,
     ):
         data = source(recipe)
-        _restore_held_out_rows(run, data)
+        restore_held_out_rows(run, data)
         made = parts(recipe)
         check_recipe_fits(recipe, data, made)
         fingerprint = data.fingerprint()
         if distributed.is_main_process():
             manifest = checkpoint.make_manifest(recipe, fingerprint, made.device)
             inventory = data.inventory() if hasattr(data, "inventory") else None
-            _print_changes(checkpoint.write_run_metadata(run, recipe, manifest, inventory))
-        _require_shared_files(run, fingerprint)
+            print_changes(checkpoint.write_run_metadata(run, recipe, manifest, inventory))
+        require_shared_files(run, fingerprint)
         distributed.set_sharding_plan(
             recipe.trainer.shard, made.family.facts.blocks, torch_dtype(recipe.family.dtype), made.device
         )
@@ -96,54 +94,8 @@ def train(
     return run
 
 
-def _print_changes(changes: Sequence[Change]) -> None:
-    """Print the recorded changes of a resumed run, and how its schedule continues."""
-    for change in changes:
-        note = f" ({change.note})" if change.note else ""
-        words = f"Changed after update {change.update}: {change.setting}: {change.old} -> {change.new}{note}"
-        Console().print(words, highlight=False, soft_wrap=True, markup=False)
-
-
-def _restore_held_out_rows(run: Path, data: Any) -> None:
-    """Hold out the rows that a resumed run began with: a lost photo must not change which rows are trained on."""
-    if getattr(data, "has_drawn_held_out", False):
-        numbers = checkpoint.read_held_out(run) if distributed.is_main_process() else None
-        if (numbers := distributed.broadcast_object(numbers)) is not None:
-            data.hold_out(numbers)
-
-
 def _hold_run(run: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Any]:
     return checkpoint.hold_run(run, recipe, resume) if distributed.is_main_process() else nullcontext()
-
-
-@contextmanager
-def _list_bad_rows(run: Path) -> Iterator[None]:
-    """List all bad rows in the run directory when they are too many to go on."""
-    if distributed.is_main_process() and not checkpoint.is_run(run):
-        (run / checkpoint.BAD_ROWS).unlink(missing_ok=True)  # from an earlier attempt; the rows may be correct now
-    try:
-        yield
-    except BadRowsError as error:
-        if distributed.is_main_process():
-            listed = checkpoint.repair_rows(run / checkpoint.BAD_ROWS)
-            for row in error.rows:
-                if row not in listed:
-                    checkpoint.append_row(run / checkpoint.BAD_ROWS, row)
-        raise UserError(f"{error}. All of them: {run / checkpoint.BAD_ROWS}") from None
-
-
-def _require_shared_files(run: Path, fingerprint: str) -> None:
-    """Refuse a process that cannot see the main process's run folder, or that sees other data."""
-    if distributed.broadcast_object(fingerprint) != fingerprint:
-        raise UserError(
-            f"data: expected the same data for every process; got others in process {distributed.rank()}; "
-            "put one copy where all machines see it"
-        )
-    if not checkpoint.is_run(run):
-        raise UserError(
-            f"expected {run} on a file system that all machines share; process {distributed.rank()} does not see what "
-            "the first has written there; choose another folder"
-        )
 
 
 class TrainingLoop:
@@ -166,13 +118,14 @@ class TrainingLoop:
         self.trackers = trackers
         self.total = recipe.total_updates()
         self.first = distributed.is_main_process()
-        self.console = Console(quiet=not self.first)
-        self.saved_at = self.printed_at = time.monotonic()
+        self.console = plain_console(is_quiet=not self.first)
+        self.saved_at = time.monotonic()
         self.bad_rows = checkpoint.repair_rows(run / checkpoint.BAD_ROWS) if self.first else []
         self.rows_seen = 0
         self.evaluation = Evaluation(recipe, run, parts, data, on_event, lambda: bool(self._agreed_signal()))
         self.reward_hacking = RewardHackingMonitor(recipe.trainer.evaluate_items)
         self.gradient_ratio = GradientRatioCheck()
+        self.sampler = FailureSampler(recipe.trainer.by_failure, data)
 
     def run_stages(self) -> None:
         """Run all stages, from the last checkpoint that is not damaged if there is one."""
@@ -183,28 +136,17 @@ class TrainingLoop:
             for row in checkpoint.read_rows(self.run / checkpoint.METRICS):
                 self.reward_hacking.add(row)
         if folder:
-            self.console.print(f"Resuming from {folder}", highlight=False)
+            self.console.print(f"Resuming from {folder}")
         student = self.parts.create_trainable("student", self.recipe.seed)
         if not folder:
             load_start_weights(self.recipe, self.parts, student)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-        )
-        with ProgressBar(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console
-        ) as self.bar:
-            self.task = self.bar.add_task(
-                self.recipe.name, total=self.total, completed=max(0, numbers["step"]), figures=""
-            )
+        done = max(0, numbers["step"])
+        with ProgressDisplay(self.console, self.recipe.name, self.total, done) as self.display:
             for i in range(numbers["stage"], len(self.recipe.stages)):
                 step = self._build_step(i, student)
                 start = 0
                 if i == numbers["stage"] and folder:
-                    restore_state(step, folder)
+                    restore_state(step, self.sampler, folder)
                     start = numbers["update"]
                     if numbers.get("is_evaluation_due"):
                         self._evaluate_late(step, numbers["step"])
@@ -242,17 +184,19 @@ class TrainingLoop:
                 self._save_and_stop(number, i, step, update, first_step + update)
             self.progress.phase = f"update {first_step + update + 1} ({stage.step})"
             began = time.monotonic()
+            self.sampler.before_update(first_step + update)
             index = first_batch + update * count
             batches = [self._batch(index + k, stage.batch_size) for k in range(count)]
             loaded = time.monotonic()
             with Timers.around("update"):
                 metrics = step.step(batches, update)
             metrics |= {"time/data": loaded - began, "time/update": time.monotonic() - began}
+            self.sampler.observe(step)
             n = first_step + update + 1
             metrics = distributed.merge_metrics(
                 distributed.all_gather(metrics | {"mem/peak_gb": peak_memory_gb(self.parts.device)})
             )
-            metrics |= self._count_skipped_and_bad(step)
+            metrics |= self._count_skipped_and_bad(step) | self.sampler.metrics()
             evaluation, is_evaluated = self._evaluate(step, n)
             metrics |= evaluation
             row = {"step": n, "stage": i, "stage_name": stage.step, **metrics, "time": time.time()}
@@ -296,18 +240,15 @@ class TrainingLoop:
     def _show_progress(self, n: int, name: str, metrics: dict[str, float]) -> None:
         losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss/")]
         figures = "  ".join([*losses, self.evaluation.success])
-        self.bar.update(self.task, completed=n, description=name, figures=figures)
-        if not self.console.is_terminal and (time.monotonic() - self.printed_at > PRINT_SECONDS or n == self.total):
-            self.printed_at = time.monotonic()
-            self.console.print(f"{name} {n}/{self.total}  {figures}", highlight=False)
+        self.display.update(n, name, figures)
 
     def _report_alarms(self, row: dict[str, Any]) -> None:
         """Print the alarms and warnings that a new row of metrics raises."""
         for alarm in self.reward_hacking.add(row):
-            self.console.print(f"ALARM {alarm.message()}", style="bold red", highlight=False, soft_wrap=True)
+            self.console.print(f"ALARM {alarm.message()}", style="bold red")
             self.on_event("alarm", {"step": alarm.step, "judge": alarm.judge, "since": alarm.since})
         if message := self.gradient_ratio.add(row):
-            self.console.print(f"WARNING {message}", style="yellow", highlight=False, soft_wrap=True)
+            self.console.print(f"WARNING {message}", style="yellow")
             self.on_event("gradient_ratio", {"step": row["step"]})
 
     def _evaluate(self, step: Step, n: int) -> tuple[dict[str, float], bool]:
@@ -332,7 +273,7 @@ class TrainingLoop:
         """Add the evaluation that a stop left out to the last row of metrics."""
         metrics, is_evaluated = self._evaluate(step, n)
         if not is_evaluated:
-            self.bar.stop()
+            self.display.stop()
             self._exit_with_command(self._agreed_signal(), f"Stopped after update {n}; all is saved in {self.run}.")
         rows = checkpoint.read_rows(self.run / checkpoint.METRICS) if self.first else []
         if rows and metrics:
@@ -346,7 +287,7 @@ class TrainingLoop:
         require_finite_weights(step, self.run, n)
         if self.lock:
             self.lock.check()
-        tensors, learners = collect_state(step)
+        tensors, learners = collect_state(step, self.sampler)
         numbers = {"format": 1, "stage": i, "update": update, "step": n, "learners": learners}
         numbers |= {} if is_evaluated else {"is_evaluation_due": True}
         checkpoint.save_checkpoint(self.run, n, tensors, numbers, self.recipe.trainer.keep)
@@ -357,13 +298,13 @@ class TrainingLoop:
         self, number: int, i: int, step: Step, update: int, n: int, is_evaluated: bool = True
     ) -> NoReturn:
         self._save(i, step, update, n, is_evaluated)
-        self.bar.stop()
+        self.display.stop()
         self._exit_with_command(number, f"Stopped after update {n} of {self.total}; all is saved in {self.run}.")
 
     def _exit_with_command(self, number: int, words: str) -> NoReturn:
-        self.console.print(f"{words} To resume, run the same command:", markup=False)
+        self.console.print(f"{words} To resume, run the same command:")
         command = "torchrun ..." if distributed.is_started_by_torchrun() else resume_command()
-        self.console.print(f"  {command}", highlight=False, soft_wrap=True)
+        self.console.print(f"  {command}")
         raise SystemExit(exit_code(number))
 
     def _write_editor_and_report(self, step: Step) -> None:
@@ -388,7 +329,7 @@ class TrainingLoop:
             "samples": self.run / "samples",
         }
         for name, place in places.items():
-            self.console.print(f"  {name:8} {place}", highlight=False, soft_wrap=True)
+            self.console.print(f"  {name:8} {place}")
         self.on_event("end", {"step": self.total, **places})
 
 
