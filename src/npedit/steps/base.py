@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -234,12 +234,22 @@ def image_digest(image: Tensor) -> bytes:
     return digest.digest()
 
 
+class ItemErrors(NamedTuple):
+    """How wrong the critic finds each item of a batch: the mean of 1 - p(wanted answer) over the item's questions."""
+
+    ids: tuple[str, ...]
+    edit_types: tuple[str, ...]
+    errors: list[float]
+
+
 class Step(ABC):
     """One training method. `Settings` is the class of its settings in a recipe."""
 
     Settings: type[StepSettings]
     settings: Any  # an instance of `Settings`
     learners: dict[str, Learner]
+    reports_item_errors: ClassVar[bool] = False  # whether `item_errors` is filled if the step has a critic
+    item_errors: Sequence[ItemErrors] = ()  # of the last update, by batch
 
     @abstractmethod
     def __init__(self, settings: Any, parts: Parts, student: nn.Module, updates: int, seed: int): ...

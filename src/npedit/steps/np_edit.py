@@ -40,7 +40,7 @@ from npedit.steps._critic_gradient import CriticGradient, CriticGradientSettings
 from npedit.steps._distribution_matching import DistributionMatching, DistributionMatchingSettings
 from npedit.steps._gradient_balance import Balance, GradientBalance
 from npedit.steps._replay import ReplayBuffer, Samples
-from npedit.steps.base import Parts, Timers
+from npedit.steps.base import ItemErrors, Parts, Timers
 from npedit.steps.base import Step as Base
 
 
@@ -63,6 +63,7 @@ class Step(Base):
     """See the module's head."""
 
     Settings = NpEditSettings
+    reports_item_errors = True
 
     def __init__(self, settings: NpEditSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
         self.settings, self.parts, self.seed = settings, parts, seed
@@ -74,6 +75,7 @@ class Step(Base):
             self.distribution_matching = DistributionMatching(settings, parts, self.learners["fake"])
         self.critic_gradient = CriticGradient(settings, parts)
         self.balance = GradientBalance(settings.balance, settings.critic_weight, has_dmd=bool(settings.dmd_weight))
+        self.item_errors = []
         self.student_samples: list[Samples] = []  # the student's output in this update, by batch
         self.replay = ReplayBuffer(settings.replay_updates if settings.fake_samples == "replay" else 1, parts.device)
 
@@ -85,10 +87,11 @@ class Step(Base):
 
     @classmethod
     def requirements(cls, settings: NpEditSettings) -> frozenset[str]:
-        """The critic, unless its weight is zero, and the target caption, unless DMD's weight is zero."""
-        return frozenset({"critic"} if settings.critic_weight else ()) | (
-            {"target_caption"} if settings.dmd_weight else set()
-        )
+        """The critic, unless its weight is zero, the target caption, unless DMD's weight is zero, and masks, if the
+        keep loss has a weight."""
+        weights = {"critic": settings.critic_weight, "target_caption": settings.dmd_weight}
+        weights["keep_mask"] = settings.keep_weight
+        return frozenset(need for need, weight in weights.items() if weight)
 
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One student update and `fake_updates` fake score updates. Returns what to log."""
@@ -152,6 +155,7 @@ class Step(Base):
 
     def _update_student(self, batches: Sequence[Batch], update: int, timers: Timers) -> dict[str, float]:
         metrics: list[dict[str, float]] = []
+        self.item_errors: list[ItemErrors] = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
             generator = seeded_generator(self.seed, "student", update, micro)
@@ -219,6 +223,7 @@ class Step(Base):
             return torch.zeros_like(x0, dtype=torch.float32), {}
         with timers("critic"), self.parts.on_device("vae", "critic"):
             feedback = self.critic_gradient(batch, x0, update)
+        self.item_errors.append(ItemErrors(batch.ids, batch.edit_types, feedback.error.tolist()))
         return self.balance.scaled(feedback, from_dmd), feedback.metrics
 
     def _from_copy(self, batch: Batch, references: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, float]]:
