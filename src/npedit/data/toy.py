@@ -39,6 +39,9 @@ class Settings(Base):
         repr=False,
         description="the edit types of the items: any of the toy's local ones, and `scene`",
     )
+    other_photos: bool = Field(
+        True, repr=False, description="of scene items: another photo of the subject is for the critic"
+    )
 
     @field_validator("edit_types")
     @classmethod
@@ -102,7 +105,10 @@ class Source:
         numbers, rngs = zip(*self._numbered_generators((index * world + rank) * size, size), strict=True)
         edits = [self._sample_edit(number, rng) for number, rng in zip(numbers, rngs, strict=True)]
         pictures = render([e.reference for e in edits])
-        return collate([self._make_example(*parts) for parts in zip(numbers, edits, pictures, rngs, strict=True)])
+        others = [self._draw_other_photo(number, edit) for number, edit in zip(numbers, edits, strict=True)]
+        return collate(
+            [self._make_example(*parts) for parts in zip(numbers, edits, pictures, others, rngs, strict=True)]
+        )
 
     def _numbered_generators(self, first: int, size: int) -> list[tuple[int, random.Random]]:
         """Which items stand at these positions of the stream, each with its own random generator."""
@@ -122,12 +128,21 @@ class Source:
         photos = sample_photos(random.Random(f"{self.seed}/subject/{block * SUBJECTS + subject}"))
         return photos[photo:] + photos[:photo]
 
+    def _draw_other_photo(self, number: int, edit: Edit) -> Tensor | None:
+        """Another photo of the subject (3, 32, 32), which the edit's reference is not; None for other edit types."""
+        if edit.edit_type != SCENE or not self.settings.other_photos:
+            return None
+        scene, _ = self._photos(number)[1]
+        return render([scene])[0]
+
     def _shuffled_order(self, epoch: int) -> list[int]:
         order = list(range(self.settings.items))
         random.Random(f"{self.seed}/pass/{epoch}").shuffle(order)
         return order
 
-    def _make_example(self, number: int, edit: Edit, picture: Tensor, rng: random.Random) -> Example:
+    def _make_example(
+        self, number: int, edit: Edit, picture: Tensor, other: Tensor | None, rng: random.Random
+    ) -> Example:
         item = Example(
             id=f"{self.seed}/{number}",
             reference=picture,
@@ -136,6 +151,7 @@ class Source:
             object=edit.object,
             source_caption=edit.source_caption,
             target_caption=edit.target_caption,
+            other_photo=other,
         )
         return (
             item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))

@@ -32,6 +32,7 @@ from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
 from npedit.toy_models.base_model import caption_accuracy, train_base
 from npedit.toy_models.critic import evaluate_critic, train_critic
+from npedit.toy_models.scene_critic import EDITS_PER_STEP as SCENE_EDITS_PER_STEP
 from npedit.toy_models.scene_critic import STEPS as SCENE_STEPS
 from npedit.toy_models.scene_critic import evaluate_scene_critic, load_critic, load_vae, train_scene_critic
 from npedit.toy_models.vae import reconstruction_psnr, train_vae
@@ -63,13 +64,19 @@ def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: in
     return measured
 
 
-def build_scene_critic(folder: Path, steps: int = SCENE_STEPS, seed: int = 0, items: int = 900) -> dict[str, object]:
+def build_scene_critic(
+    folder: Path,
+    steps: int = SCENE_STEPS,
+    seed: int = 0,
+    items: int = 900,
+    edits_per_step: int = SCENE_EDITS_PER_STEP,
+) -> dict[str, object]:
     """Train the embedded critic on with scene edits, into FOLDER/critic, and measure it. Returns the content of
     `parts.json`: shares of right answers by question. Resumable like `build_toy_models`."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "critic").is_dir():
-        critic = train_scene_critic(folder, steps, seed)
+        critic = train_scene_critic(folder, steps, seed, edits_per_step)
         critic.model.half()
         _write_folder(critic, folder / "critic")
     critic, vae = load_critic(folder / "critic"), load_vae()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from npedit.errors import explain_write_errors
@@ -63,10 +62,8 @@ def fit(
             aside.write_bytes(buffer.getbuffer())
             os.replace(aside, path)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    saved = time.monotonic()
-    with Progress(*columns, TextColumn("{task.fields[figures]}")) as bar:
-        task = bar.add_task(name, total=steps, completed=start, figures="")
+    saved, figures_text = time.monotonic(), ""
+    with ProgressDisplay(plain_console(), name, steps, start) as display:
         module.train()
         for step in range(start, steps):
             for group in optimizer.param_groups:
@@ -81,10 +78,7 @@ def fit(
             torch._foreach_lerp_(ema_weights, [p.detach() for p in params], 1 - decay)
             if step % log_every == 0 or step + 1 == steps:
                 figures_text = "  ".join(f"{k} {v:.3f}" for k, v in {"loss": float(value.detach()), **figures}.items())
-                bar.update(task, figures=figures_text)
-                if not bar.console.is_terminal:
-                    bar.console.print(f"{name} {step}/{steps}  {figures_text}", highlight=False)
-            bar.advance(task)
+            display.update(step + 1, name, figures_text)
             if time.monotonic() - saved > save_seconds:
                 save(step + 1)
                 saved = time.monotonic()

@@ -175,23 +175,23 @@ def sample_scene_outcome(edit: SceneEdit, rng: random.Random) -> Scene:
     missing, ..."""
     roll = rng.random()
     if roll < 0.28:
-        return _vary_free_facts(edit, rng)
+        return vary_free_facts(edit, rng)
     if roll < 0.34:
         return edit.reference
     if roll < 0.42:
         return _disturb(edit.reference, rng, ())
     if roll < 0.62:
-        return change_subject(edit, _vary_free_facts(edit, rng), rng)
+        return change_subject(edit, vary_free_facts(edit, rng), rng)
     if roll < 0.82:
-        return _miss_a_fact(edit, _vary_free_facts(edit, rng), rng)
+        return _miss_a_fact(edit, vary_free_facts(edit, rng), rng)
     if roll < 0.90:
-        return change_subject(edit, _miss_a_fact(edit, _vary_free_facts(edit, rng), rng), rng)
+        return change_subject(edit, _miss_a_fact(edit, vary_free_facts(edit, rng), rng), rng)
     if roll < 0.96:
-        return _lose_or_repeat_subject(edit, _vary_free_facts(edit, rng), rng)
+        return _lose_or_repeat_subject(edit, vary_free_facts(edit, rng), rng)
     return sample_scene(rng)
 
 
-def _vary_free_facts(edit: SceneEdit, rng: random.Random) -> Scene:
+def vary_free_facts(edit: SceneEdit, rng: random.Random) -> Scene:
     """A right scene: as asked, and what was not asked for is drawn anew. Sometimes there are other things."""
     scene = edit.target
     if "background" not in edit.asked:
@@ -221,9 +221,8 @@ def change_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
     cells = [i for i in scene.filled if scene.thing(i).appearance == edit.subject.appearance]
     if not cells:
         return scene
-    for field in {
-        rng.choice(("size", "size", "pattern", "pattern", "colour", "shape")) for _ in range(rng.choice((1, 1, 2)))
-    }:
+    likelier_twice = ("size", "size", "pattern", "pattern", "colour", "shape")
+    for field in dict.fromkeys(rng.sample(likelier_twice, rng.choice((1, 1, 2)))):
         thing = scene.thing(cells[0])
         value = rng.choice([v for v in VALUES[field] if v != getattr(thing, field)])
         scene = scene.with_cell(cells[0], _with_value(thing, field, value, rng))
@@ -231,8 +230,11 @@ def change_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
 
 
 def _miss_a_fact(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
-    """A right scene in which one asked fact is as in the reference, or has another wrong value."""
-    fact = rng.choice(edit.asked)
+    return miss_fact(edit, scene, rng.choice(edit.asked), rng)
+
+
+def miss_fact(edit: SceneEdit, scene: Scene, fact: str, rng: random.Random) -> Scene:
+    """A right scene in which one asked fact (of `FACTS`) is as in the reference, or has another wrong value."""
     if fact == "background":
         wrong = [b for b in BACKGROUNDS if b != edit.target.background]
         return replace(scene, background=rng.choice((edit.reference.background, *wrong)))

@@ -215,7 +215,9 @@ def _masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[known], labels[known])
 
 
-def train_scene_critic(folder: Path, steps: int = STEPS, seed: int = 0) -> LlavaOnevision:
+def train_scene_critic(
+    folder: Path, steps: int = STEPS, seed: int = 0, edits_per_step: int = EDITS_PER_STEP
+) -> LlavaOnevision:
     """The embedded critic, trained on for `steps` batches of scene edits. `folder` keeps the state of an interrupted
     training."""
     critic, vae = load_critic(embedded_weights("critic")), load_vae()
@@ -223,7 +225,7 @@ def train_scene_critic(folder: Path, steps: int = STEPS, seed: int = 0) -> Llava
     heads = _Heads(model.config.text_config.hidden_size)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        images, lessons = sample_lessons(rng, EDITS_PER_STEP, False, HALF_DONE_SHARE, RETURNED_SHARE)
+        images, lessons = sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE, RETURNED_SHARE)
         return _lesson_loss(critic, heads, degrade(images, vae, rng, generator), lessons)
 
     trained = nn.ModuleDict({"model": model, "heads": heads})

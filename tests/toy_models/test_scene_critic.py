@@ -1,0 +1,79 @@
+"""The toy's critic, trained on with questions about scene edits."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from npedit.questions import SCENE, questions_for
+from npedit.recipe.config import embedded_weights
+from npedit.toy.oracle import expected_reading, judge_edit
+from npedit.toy.scene_edits import sample_scene_edit
+from npedit.toy_models import build as models
+from npedit.toy_models.mistakes import sample_scene_outcome
+from npedit.toy_models.scene_critic import (
+    evaluate_scene_critic,
+    is_returned,
+    load_critic,
+    load_vae,
+    sample_lessons,
+    true_answers,
+)
+
+
+@pytest.fixture(scope="module")
+def edits():
+    return [sample_scene_edit(random.Random(f"lesson/{i}")) for i in range(200)]
+
+
+def test_a_right_scene_gets_the_wanted_answers_and_a_returned_photo_fails_both_edit_questions(edits):
+    for edit in edits:
+        wanted = {q.name: q.answer > 0 for q in questions_for(SCENE, edit.instruction, edit.object, "short")}
+        assert true_answers(edit, edit.target) == wanted
+        assert true_answers(edit, edit.reference) == {"scene": False, "subject": True, "returned": True}
+
+
+def test_a_picture_is_returned_if_one_thing_at_most_has_changed(edits):
+    for edit in edits:
+        assert is_returned(edit, edit.reference.with_cell(edit.reference.empty[0], edit.subject))
+        assert not is_returned(edit, edit.target)
+
+
+def test_outcomes_are_of_every_kind(edits):
+    outcomes = [sample_scene_outcome(e, random.Random(f"outcome/{i}")) for i, e in enumerate(edits)]
+    verdicts = [judge_edit(e, expected_reading(s)) for e, s in zip(edits, outcomes, strict=True)]
+    for verdict in ((True, True), (True, False), (False, True), (False, False)):
+        assert 0.08 < verdicts.count(verdict) / len(edits) < 0.5
+
+
+def test_lessons_show_each_question_its_pictures():
+    images, lessons = sample_lessons(random.Random(0), 12)
+    assert images.shape == (36, 3, 32, 32)
+    others = 0
+    for lesson in lessons:
+        assert len(lesson.pictures) == len(lesson.question.looks_at)
+        assert 12 <= lesson.pictures[-1] < 24  # the edited image comes last
+        others += "other" in lesson.question.looks_at
+    assert 0 < others < 12 and len(lessons) == 36
+    _, blended = sample_lessons(random.Random(0), 12, half_done_share=1.0)
+    assert all(0 < lesson.truth < 1 and lesson.question.name == "scene" for lesson in blended)
+
+
+def test_the_embedded_critic_is_trained_on_without_new_words(tmp_path):
+    found = models.build_scene_critic(tmp_path, steps=2, items=12, edits_per_step=2)
+    assert set(found["critic_right_clean"]) == {"returned", "scene", "subject", "subject/other"}
+    assert json.loads((tmp_path / "parts.json").read_text())["lessons"] == "scene"
+    before, after = load_critic(embedded_weights("critic")), load_critic(tmp_path / "critic")
+    assert len(after.tokenizer) == len(before.tokenizer)
+    changed = [not torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+    written = (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns
+    assert models.build_scene_critic(tmp_path, steps=2, items=12, edits_per_step=2) == found
+    assert (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_evaluation_counts_right_answers():
+    critic, vae = load_critic(embedded_weights("critic")), load_vae()
+    shares = evaluate_scene_critic(critic, vae, 12, 0, damage=True)
+    assert all(0 <= share <= 1 for share in shares.values())
