@@ -5,6 +5,9 @@ stream of rows in epochs. Without shares an epoch uses each row once, in a new r
 as many rows as there are rows in use, and each edit type has its share of them, to within one row per bucket; the
 rounding is carried over to the next epoch. The rows of one type are used in passes: no row is used again before all
 others of its type and bucket have been used.
+
+`trainer.by_failure` gives rows weights, which change in the course of a run. A change begins another order in the
+middle of an epoch, so the last two sentences hold between two changes only.
 """
 
 from __future__ import annotations
@@ -73,6 +76,28 @@ def shared_groups(
         quota = {name: wanted[name] * used / counts[name] for name in wanted}
         found.append([Group(_as_array(m), quota[name] * len(m)) for name, m in of_type.items() if len(m)])
     return found, used
+
+
+WEIGHT_LEVELS = 8  # weights are rounded up to eighths: few groups, and rounding in a weight changes nothing
+
+
+def weighted_groups(buckets: Sequence[Sequence[Group]], weights: np.ndarray) -> list[list[Group]]:
+    """The groups of each bucket, divided by the weights of their rows, so that a row is used in proportion to its
+    quota x its weight. An epoch keeps its number of rows. `weights` holds the weight in (0, 1] of each row's number.
+    """
+    levels = np.ceil(weights * WEIGHT_LEVELS).astype(int)
+    parts = [[list(_divided(group, levels)) for group in bucket] for bucket in buckets]
+    total = sum((group.quota for bucket in buckets for group in bucket), Fraction(0))
+    weighted = sum((part.quota for bucket in parts for group in bucket for part in group), Fraction(0))
+    return [[Group(p.rows, p.quota * total / weighted) for group in bucket for p in group] for bucket in parts]
+
+
+def _divided(group: Group, levels: np.ndarray) -> Iterator[Group]:
+    """The rows of a group by their level, with quotas in proportion to the level."""
+    rows = np.array(group.rows)
+    for level in np.unique(levels[rows]).tolist():
+        members = rows[levels[rows] == level]
+        yield Group(_as_array(members), group.quota * len(members) * level / len(rows))
 
 
 def _as_array(rows: np.ndarray) -> array[int]:

@@ -38,3 +38,9 @@ class Prefetcher:
             if key not in self._batches:
                 self._batches[key] = self._pool.submit(self.make, *key)
         return self._batches.pop(wanted[0]).result()
+
+    def clear(self) -> None:
+        """Drop the batches that were made ahead: they would be made in another way now."""
+        for future in self._batches.values():
+            future.cancel()
+        self._batches.clear()

@@ -16,7 +16,7 @@ import threading
 import zlib
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from npedit.data._buckets import assign_sizes
 from npedit.data._example import load_example, with_identity_edits
 from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
 from npedit.data._metadata import FieldName, Row
-from npedit.data._order import Order, plain_groups, shared_groups
+from npedit.data._order import Order, plain_groups, shared_groups, weighted_groups
 from npedit.data._photos import BadImage
 from npedit.data._prefetch import Prefetcher, check_batch_key
 from npedit.data._rows import CHUNK, Cache, Rows
@@ -126,6 +126,11 @@ class PhotoSource:
         """Whether each row has a source caption."""
         return not len(self._without["source_caption"])
 
+    @property
+    def has_keep_masks(self) -> bool:
+        """Whether a row has a mask of what must stay."""
+        return self.rows.has_masks
+
     def rows_without(self, caption: str) -> str:
         """Which rows lack "source_caption" or "target_caption": their number, and file and line of the first ones."""
         numbers = self._without[caption]
@@ -213,7 +218,15 @@ class PhotoSource:
             self._bucket_sizes, groups = [self._bucket_sizes[k] for k in kept], [groups[k] for k in kept]
         else:
             groups = plain_groups(buckets)
-        self._order = Order(self.seed, groups)
+        self._groups, self._order = groups, Order(self.seed, groups)
+
+    def reweigh(self, weight: Callable[[str, str], float]) -> None:
+        """Draw the rows of later batches in proportion to their weights; `weight` gives the weight in (0, 1] of an id
+        and its edit type. Batches stay a function of the seed and their number until the next change."""
+        weights = np.array([weight(*row) for row in self.rows.values("id", "edit_type")])
+        self._order = Order(self.seed, weighted_groups(self._groups, weights))
+        if self._prefetcher is not None:
+            self._prefetcher.clear()
 
     @property
     def has_drawn_held_out(self) -> bool:

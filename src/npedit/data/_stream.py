@@ -90,6 +90,7 @@ class StreamSource:
         rows = [_described_row(sample.row) for sample in first]
         self._digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         self._lacks = {field: [s.row for s in first if not getattr(s.row, field)] for field in CAPTIONS}
+        self.has_keep_masks = any(sample.mask for sample in first)  # whether one of the first samples has a mask
         self._n, self._next = 0, 0  # items of a batch over all ranks, number of the next batch
         self._groups: Iterator[tuple[int, tuple[Shape, list[Sample]]]] = iter(())
         # one thread, as the stream has one place

@@ -29,8 +29,8 @@ from npedit.runs.start import DiffusersStart, resolve_start
 from npedit.steps.base import Judge, Parts
 from npedit.training.checkpoint_warnings import checkpoint_warnings
 from npedit.training.diffusers_start import load_diffusers_start
-from npedit.training.progress_display import plain_console
 from npedit.training.failure_sampling import check_failure_sampling
+from npedit.training.progress_display import plain_console
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         if "keep_mask" in needs and not getattr(data, "has_keep_masks", False):
             raise UserError(
                 f"stages.{i}.settings.keep_weight: expected data with masks of what must stay; got {recipe.data.name} "
-                "without any; add a column mask, or set keep_weight to 0"
+                "without any; add a column mask_file_name, or set keep_weight to 0"
             )
     check_failure_sampling(recipe, data)
     if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
