@@ -6,12 +6,14 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from npedit.data._photos import read_photo, to_pil
 from npedit.report.sheets import SheetCell, draw_sheet, fit_side, split_rows
 from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.scene_edits import SCENE
 from npedit.toy.world import render
 
 SIDE, COLUMNS = 160, 3
@@ -28,10 +30,18 @@ def draw_results_sheet(folder: Path) -> Image.Image:
     """What `benchmarks.toy.score` left in a folder: reference, result, instruction and the oracle's verdict."""
     cells = []
     for item in json.loads((folder / "items.json").read_text()):
-        verdict = f"{'applied' if item['applied'] else 'not applied'}, {'' if item['preserved'] else 'not '}preserved"
+        verdict = _verdict(item)
         pair = tuple(read_photo(folder / item[key]) for key in ("reference", "file"))
         cells.append(SheetCell(pair, item["instruction"], f"{item['edit_type']}: {verdict}"))
     return _draw(cells)
+
+
+def _verdict(item: dict[str, Any]) -> str:
+    """The oracle's verdict in words; those of a scene edit are others."""
+    applied, preserved = ("" if item[key] else "not " for key in ("applied", "preserved"))
+    if item["edit_type"] == SCENE:
+        return f"scene {applied}right, subject {preserved}kept"
+    return f"{applied}applied, {preserved}preserved"
 
 
 def _draw(cells: Sequence[SheetCell]) -> Image.Image:
