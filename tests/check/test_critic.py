@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from npedit.check.critic import ask_critic, check_critic
+from npedit.check.critic import check_critic
+from npedit.check.critic_answers import ask_critic
 from npedit.check.known_edits import COPY, LEAST_CHANGE, OBJECT_ABSENT, make_known_edits
 from npedit.check.labelled_edits import read_labelled_edits, toy_labelled_edits
 from npedit.check.subject import CheckOptions

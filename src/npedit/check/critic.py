@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,18 +13,16 @@ from torch.nn import functional as F
 
 from npedit.check.accuracy import Accuracy, calibration_rows, measure_accuracy
 from npedit.check.answer_tokens import report_answer_tokens, unknown_words
+from npedit.check.critic_answers import Answer, ask_critic, ask_own_questions, recipe_choice
 from npedit.check.findings import Cell, ReportPicture, Section, Severity
 from npedit.check.grids import draw_grid
 from npedit.check.known_edits import COPY, KnownEdit, make_known_edits
 from npedit.check.labelled_edits import read_labelled_edits, toy_labelled_edits
 from npedit.check.subject import Subject
 from npedit.critics.base import Critic
-from npedit.data import collate
 from npedit.generator import seeded_generator
 from npedit.questions import IDENTITY_EDIT
-from npedit.scoring.critic_scores import score_with_critic
 
-CHUNK = 16  # edits whose questions are asked at a time
 REVERSED, WEAK, FAIR = 0.35, 0.6, 0.75  # AUC: below these the answers are reversed, no better than chance, weak
 GOOD_ACCURACY = 0.7  # of one edit type
 COPIES = 0.5  # share of unedited pictures accepted as edited, from which copying is rewarded
@@ -32,18 +30,10 @@ MISCALIBRATED = 0.2
 LARGEST_DROP = 0.15  # of accuracy, by what every sample of a student has
 SCALES = (0.5, 0.25)  # of the sides
 NOISES = (0.0, 0.1, 0.2, 0.4)  # standard deviation of noise on the latents
+EDIT_KINDS = ("edit", "presence")  # questions of every recipe that ask whether the edit was carried out
+KINDS = (*EDIT_KINDS, "identity", "rubric", "grade")
 HARDER_SHARE = 2  # edits that resolution and noise are tried on, for each of `CheckOptions.samples`
 SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer of the critic: `p` of the wanted answer, and whether that answer is the truth."""
-
-    edit: KnownEdit
-    kind: str  # "edit", "presence" (the question of a removal) or "identity"
-    p: float
-    truth: bool
 
 
 def check_critic(subject: Subject) -> Section:
@@ -56,14 +46,16 @@ def check_critic(subject: Subject) -> Section:
     with subject.parts.on_device("critic"):
         report_answer_tokens(section, critic, subject.parts.wording, [e for e in edits if e.probe == COPY])
         answers = ask_critic(critic, subject.parts.wording, edits)
-    if not all(0 <= a.p <= 1 for a in answers):  # NaN is neither
+        own = _ask_own_questions(section, subject, critic, edits)
+    if not all(0 <= a.p <= 1 for a in [*answers, *own]):  # NaN is neither
         section.add(
             "critic-not-finite", "will not learn", "The critic's answers are not finite (NaN).",
             "No gradient of use comes from it.", "Use critic.dtype float32 or bfloat16, or other weights.",
         )  # fmt: skip
         return section
-    _report_accuracy(section, answers)
+    _report_accuracy(section, [*answers, *own])
     _report_copies(section, answers)
+    _report_own_questions(section, own)
     _report_types(section, answers, sorted({e.edit_type for e in subject.examples}))
     _report_probes(section, answers)
     _report_harder(section, subject, critic, edits, answers)
@@ -96,21 +88,30 @@ def _edits_to_ask(section: Section, subject: Subject, critic: Critic) -> list[Kn
     return edits + (toy_labelled_edits(4 * options.samples, seed) if subject.recipe.data.name == "toy" else [])
 
 
-def ask_critic(critic: Critic, wording: str, edits: Sequence[KnownEdit]) -> list[Answer]:
-    """The critic's answers to all questions about these edits whose truth is known."""
-    groups: dict[tuple[int, ...], list[KnownEdit]] = defaultdict(list)
-    for edit in edits:
-        groups[tuple(edit.edited.shape)].append(edit)
-    answers = []
-    for members in groups.values():
-        batch = collate([e.example for e in members])
-        scores = score_with_critic(critic, wording, batch, torch.stack([e.edited for e in members]), CHUNK)
-        for item, kind, p in zip(scores.items, scores.kinds, scores.p.tolist()):
-            edit = members[item]
-            truth = edit.applied if kind == "edit" else edit.preserved
-            name = "presence" if kind == "edit" and edit.example.edit_type == "remove" else kind
-            answers += [] if truth is None else [Answer(edit, name, p, truth)]
-    return answers
+def _ask_own_questions(section: Section, subject: Subject, critic: Critic, edits: Sequence[KnownEdit]) -> list[Answer]:
+    """The answers to rubrics and graded questions, where the recipe asks them."""
+    choice = recipe_choice(subject)
+    if choice is None:
+        return []
+    if choice.rubric != "off":
+        _report_rubrics(section, subject)
+    try:
+        return ask_own_questions(critic, subject.parts.wording, edits, choice)
+    except ValueError as error:
+        section.add("critic-grades", "will not learn", str(error), "The critic cannot be asked for a grade.",
+                    "Use another critic, or set grade to off.")  # fmt: skip
+        return []
+
+
+def _report_rubrics(section: Section, subject: Subject) -> None:
+    """How many examples have a rubric."""
+    count, with_rubric = len(subject.examples), sum(bool(e.questions) for e in subject.examples)
+    fact = f"{with_rubric} of {count} examples have questions of their own (a rubric)."
+    if with_rubric:
+        section.add("rubrics", "ok", fact)
+    else:
+        section.add("rubrics", "warning", fact, "The setting rubric does nothing: all items get the usual questions.",
+                    "Add the column 'questions' to the data, or set rubric to off.")  # fmt: skip
 
 
 def _measure(answers: Sequence[Answer]) -> Accuracy:
@@ -122,7 +123,7 @@ def _measure(answers: Sequence[Answer]) -> Accuracy:
 
 def _report_accuracy(section: Section, answers: Sequence[Answer]) -> None:
     table: list[Sequence[Cell]] = []
-    for kind in ("edit", "presence", "identity"):
+    for kind in KINDS:
         asked = [a for a in answers if a.kind == kind]
         if not asked:
             continue
@@ -175,6 +176,21 @@ def _report_copies(section: Section, answers: Sequence[Answer]) -> None:
         "critic-copies", "will not learn", fact, "Returning the photo unchanged satisfies the critic: the editor will "
         "copy.", "Use a stronger critic or another wording of the questions (critic.wording).",
     )  # fmt: skip
+
+
+def _report_own_questions(section: Section, answers: Sequence[Answer]) -> None:
+    """Rubrics and grades of right edits, of wrong edits and of unedited photos."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for answer in answers:
+        name = "carried out" if answer.truth else "not carried out"
+        groups[answer.kind, "an unedited photo" if answer.edit.probe == COPY else name].append(answer.p)
+    rows = []
+    for (kind, name), p in sorted(groups.items()):
+        mean = sum(p) / len(p)
+        rows.append((kind, name, len(p), mean, 1 + 4 * mean if kind == "grade" else None))
+    if rows:
+        head = ("question", "the edit is", "cases", "mean p", "mean grade of 5")
+        section.add_table("Rubrics and grades on edits with known answers", head, rows)
 
 
 def _report_types(section: Section, answers: Sequence[Answer], kinds: Sequence[str]) -> None:
