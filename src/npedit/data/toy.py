@@ -8,11 +8,13 @@ larger one. In scene edits, `PHOTOS` items are photos of one subject.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -20,8 +22,9 @@ from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Settings as Base
 from npedit.toy.edits import EDIT_TYPES, IDENTITY_INSTRUCTIONS, Edit
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
-from npedit.toy.world import BACKGROUNDS, COLOURS, SIDE, STYLES, render
+from npedit.toy.world import BACKGROUNDS, CELL, COLOURS, SIDE, STYLES, render
 
+REDRAWN = 10**12  # from one of the items that may stand at a place of the stream to the next
 SUBJECTS = 64  # of a block of scene items: the photos of one subject do not stand in one batch
 
 
@@ -43,6 +46,10 @@ class Settings(Base):
         True, repr=False, description="of scene items: another photo of the subject is for the critic"
     )
 
+    masks: bool = Field(
+        False, repr=False, description="each item has a mask of the cells that its edit leaves as they are"
+    )
+
     @field_validator("edit_types")
     @classmethod
     def _check_edit_types(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,9 +68,15 @@ class Source:
         self.settings = settings
         self.seed = seed
         self._order = lru_cache(4)(self._shuffled_order)
+        self._weight: Callable[[str, str], float] | None = None
 
     def __len__(self) -> int:
         return self.settings.items or sys.maxsize
+
+    @property
+    def has_keep_masks(self) -> bool:
+        """Whether items have masks of what must stay."""
+        return self.settings.masks
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -110,12 +123,42 @@ class Source:
             [self._make_example(*parts) for parts in zip(numbers, edits, pictures, others, rngs, strict=True)]
         )
 
+    def reweigh(self, weight: Callable[[str, str], float]) -> None:
+        """Draw the items of later batches in proportion to their weights; `weight` gives the weight in (0, 1] of an id
+        and its edit type. Batches stay a function of the seed and their number until the next change."""
+        self._weight = weight
+
     def _numbered_generators(self, first: int, size: int) -> list[tuple[int, random.Random]]:
         """Which items stand at these positions of the stream, each with its own random generator."""
-        count, places = self.settings.items, range(first, first + size)
-        numbers = [self._order(i // count)[i % count] for i in places] if count else places
-        numbers = [self.settings.first + i for i in numbers]
-        return [(i, random.Random(f"{self.seed}/{i}")) for i in numbers]
+        numbers = [self._number_at(place) for place in range(first, first + size)]
+        return [(i, self._generator(i)) for i in numbers]
+
+    def _generator(self, number: int) -> random.Random:
+        return random.Random(f"{self.seed}/{number}")
+
+    def _number_at(self, place: int) -> int:
+        """The item at a place of the stream: the first of the place's candidates that is not rejected. An item is kept
+        with the probability that is its weight, so items come in proportion to their weights."""
+        for attempt in itertools.count():
+            number = self.settings.first + self._candidate(place, attempt)
+            if self._weight is None:
+                return number
+            kind = self._generator(number).choice(self.settings.edit_types)  # as `_sample_edit` draws it
+            if random.Random(f"{self.seed}/keep/{place}/{attempt}").random() < self._weight(self._id(number), kind):
+                return number
+        raise AssertionError
+
+    def _candidate(self, place: int, attempt: int) -> int:
+        """An item that may stand at a place of the stream. The first one is the item without weights."""
+        count = self.settings.items
+        if not count:
+            return place + attempt * REDRAWN
+        if attempt == 0:
+            return self._order(place // count)[place % count]
+        return random.Random(f"{self.seed}/candidate/{place}/{attempt}").randrange(count)
+
+    def _id(self, number: int) -> str:
+        return f"{self.seed}/{number}"
 
     def _sample_edit(self, number: int, rng: random.Random) -> Edit:
         kind = rng.choice(self.settings.edit_types)
@@ -144,7 +187,7 @@ class Source:
         self, number: int, edit: Edit, picture: Tensor, other: Tensor | None, rng: random.Random
     ) -> Example:
         item = Example(
-            id=f"{self.seed}/{number}",
+            id=self._id(number),
             reference=picture,
             instruction=edit.instruction,
             edit_type=edit.edit_type,
@@ -152,9 +195,21 @@ class Source:
             source_caption=edit.source_caption,
             target_caption=edit.target_caption,
             other_photo=other,
+            keep_mask=_keep_mask(edit) if self.settings.masks else None,
         )
         return (
             item.as_identity_edit(rng.choice(IDENTITY_INSTRUCTIONS))
             if rng.random() < self.settings.nothing_share
             else item
         )
+
+
+def _keep_mask(edit: Edit) -> Tensor:
+    """A mask (1, 32, 32) that is 1 in the cells that the edit leaves as they are. A thing that is added without a place
+    may stand in any empty cell."""
+    is_anywhere = edit.edit_type == "add" and edit.to_cell < 0
+    mask = torch.ones(1, SIDE, SIDE)
+    for cell in edit.reference.empty if is_anywhere else edit.changed_cells:
+        top, left = CELL * (cell // 2), CELL * (cell % 2)
+        mask[:, top : top + CELL, left : left + CELL] = 0
+    return mask
