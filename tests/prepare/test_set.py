@@ -21,7 +21,7 @@ from writer_server import (
     writing,
 )
 
-from npedit.cli.prepare import progress_line
+from npedit.cli.prepare_progress import TimeLeft, progress_line
 from npedit.errors import UserError
 from npedit.prepare.prepare import Progress
 from npedit.prepare.prompts import PACKAGED, load_prompts, parse_shares
@@ -180,8 +180,25 @@ def test_checks_that_need_no_model(tmp_path):
 def test_the_progress_says_time_left_counts_and_cost():
     progress = Progress("edits", 30, 90, Counter(add=20, style=3), 4, 1.234)
     line = "writing edits: 30 of 90 photos, about 4 min left | add 20 style 3 | rejected 4"
-    assert progress_line(progress, False, 120) == line and progress_line(progress, True, 120) == line + " | cost 1.23"
-    assert progress_line(Progress("photos", 0, 5), True, 1) == "reading photos: 0 of 5 photos, about 0 min left"
+    assert progress_line(progress, False, 240) == line and progress_line(progress, True, 240) == line + " | cost 1.23"
+    assert progress_line(Progress("photos", 0, 5), True, None) == "reading photos: 0 of 5 photos"
+
+
+@pytest.mark.parametrize("kept", [0, 500])
+def test_the_time_left_is_told_when_it_is_known_and_is_right_for_bursts(kept):
+    """The workers of a cluster start for 60 s, then finish 8 photos every 10 s; kept answers are finished at once."""
+    now, told = 60.0, []
+    left = TimeLeft(lambda: now)
+    for done in range(1, kept + 1):
+        left.add(done)
+    for burst in range(1, 21):
+        now = 60 + 10 * burst
+        for k in range(1, 9):
+            left.add(kept + 8 * (burst - 1) + k)
+            told.append(left.seconds(kept + 400))
+    assert told[0] is None and told[7] is None and told[8] is not None
+    for done, seconds in enumerate(told, 1):
+        assert seconds is None or seconds == pytest.approx((400 - done) * 10 / 8, abs=10)
 
 
 def test_shares_of_types():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +15,7 @@ from rich.markup import escape
 from npedit.cli.captions import run_captions
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.local_page import PagePortOption
+from npedit.cli.prepare_progress import progress_display
 from npedit.cli.review import run_review
 from npedit.cli.writers import (
     EngineOption,
@@ -35,13 +34,10 @@ from npedit.cli.writers import (
 from npedit.errors import UserError, npedit_command
 
 if TYPE_CHECKING:
-    from npedit.prepare.prepare import Progress, ReportProgress
     from npedit.prepare.prompts import Prompts
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-LINE_SECONDS = 30.0  # between two lines about the progress, where there is no terminal
-STAGES = {"photos": "reading photos", "edits": "writing edits", "captions": "writing captions"}
 
 WordsArgument = Annotated[
     list[str], typer.Argument(metavar="PHOTOS", help="A folder of photos; with --merge: SET SHARD [SHARD]...")
@@ -177,7 +173,7 @@ def run(job: Job, of_new_edits: Sequence[str], captions: bool, dry_run: int, as_
         UserError: options that do not go together, or whatever stops the run.
     """
     if captions:
-        run_captions(job, of_new_edits, progress_display, as_json)
+        run_captions(job, of_new_edits, lambda priced: progress_display(priced, err), as_json)
     elif dry_run and as_json:
         raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
     elif dry_run:
@@ -199,7 +195,7 @@ def run_job(job: Job, as_json: bool = False) -> None:
 
     table = read_rights_table(job.licences) if job.licences else {}
     settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
-    with progress_display(any(job.prices)) as report:
+    with progress_display(any(job.prices), err) as report:
         facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report, job.engine)
     print_summary(job.target, facts, as_json)
 
@@ -256,51 +252,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-@contextmanager
-def progress_display(priced: bool) -> Iterator[ReportProgress]:
-    """A progress bar on standard error with the time left, the rows of each type, and the cost; a line from time to
-    time where standard error is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[words]}"), console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(progress: Progress) -> None:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(STAGES[progress.stage], words="")
-            words = progress_words(progress, priced)
-            bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, words=escape(words))
-
-        began = last = time.monotonic()
-
-        def report_lines(progress: Progress) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= LINE_SECONDS:
-                last = now
-                err.print(escape(progress_line(progress, priced, now - began)))
-
-        yield report if err.is_terminal else report_lines
-
-
-def progress_line(progress: Progress, priced: bool, seconds: float) -> str:
-    """A line about the progress, for a log file. `seconds` have passed since the beginning."""
-    left = seconds / max(1, progress.done) * (progress.total - progress.done)
-    done = f"{STAGES[progress.stage]}: {progress.done} of {progress.total} photos, about {left / 60:.0f} min left"
-    words = progress_words(progress, priced)
-    return f"{done} | {words}" if words else done
-
-
-def progress_words(progress: Progress, priced: bool) -> str:
-    """The rows of each type, the rejected ones, and the cost, for a progress display."""
-    if progress.stage == "photos":
-        return ""
-    counts = " ".join(f"{kind} {count}" for kind, count in sorted(progress.rows_by_type.items()))
-    return f"{counts} | rejected {progress.rejected}" + (f" | cost {progress.cost:.2f}" if priced else "")
-
-
 def print_summary(folder: Path, facts: dict[str, Any], as_json: bool = False) -> None:
     """What was made, what it cost, and how to train on it; with `as_json` the facts as they are in prepare.json.
 
@@ -344,7 +295,7 @@ def show_dry_run(job: Job, count: int) -> None:
     from npedit.prepare.prepare import PrepareSettings
 
     settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
-    with progress_display(False) as report:
+    with progress_display(False, err) as report:
         found = dry_run(job.photos, job.target, settings, job.prompts, *job.models, meter, count, report)
     for exchange in found.exchanges:
         out.print(f"[bold]{escape(exchange.title)}[/]")

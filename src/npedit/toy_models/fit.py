@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from npedit.errors import explain_write_errors
+from npedit.training.progress_display import ProgressDisplay, plain_console
 
 LossFn = Callable[[int, random.Random, torch.Generator], tuple[Tensor, dict[str, float]]]
 

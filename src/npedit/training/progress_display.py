@@ -19,8 +19,8 @@ def plain_console(is_quiet: bool = False) -> Console:
 
 
 class ProgressDisplay:
-    """The display of a training of `total` updates, of which `done` were made earlier. It is shown from `with` on, until
-    the end of the block or `stop`."""
+    """The display of a training of `total` updates, of which `done` were made earlier. It is shown in a `with` block,
+    until the end of the block or `stop`."""
 
     def __init__(
         self, console: Console, name: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
