@@ -6,10 +6,12 @@ A folder of labelled edits has the pictures and `metadata.jsonl` (or .csv or .pa
      "object": "car", "applied": true, "preserved": false}
 
 `applied` says whether the edit was carried out, `preserved` whether all else is unchanged. One of them may be missing.
+`questions` may be given as in training data.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from torch import Tensor
 from npedit.check.known_edits import KnownEdit
 from npedit.data import Example
 from npedit.data._formats import read_metadata
-from npedit.data._metadata import METADATA, METADATA_FILES, resolve_photo_path
+from npedit.data._metadata import METADATA, METADATA_FILES, parse_questions, resolve_photo_path
 from npedit.data._photos import BadImage, crop_to_fill, read_photo
 from npedit.errors import UserError
 from npedit.questions import OBJECT_OF, normalise_edit_type
 from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.language import questions_about
 from npedit.toy.world import render
 from npedit.toy_models.critic import questions_about_edit
 from npedit.toy_models.mistakes import sample_outcome
@@ -69,7 +72,8 @@ def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -
     thing = str(row.get("object") or "")
     if kind in OBJECT_OF and not thing:
         raise UserError(f"{where}: expected an 'object' for edit type {kind!r}; got none; name {OBJECT_OF[kind]}")
-    example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "")
+    rubric = parse_questions(row, "questions", where)
+    example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "", questions=rubric)
     return KnownEdit(PROBE, example, after, *labels)
 
 
@@ -94,5 +98,6 @@ def toy_labelled_edits(count: int, seed: int) -> list[KnownEdit]:
         texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)
         truth = [bool(answer) for _, _, answer in questions_about_edit(edit, outcome)]
         applied = truth[0] != (edit.edit_type == "remove")  # of a removal it is asked whether the object is there
-        found.append(KnownEdit(PROBE, Example(f"toy/{i}", pictures[i], *texts), pictures[count + i], applied, truth[1]))
+        example = Example(f"toy/{i}", pictures[i], *texts, questions=json.dumps(questions_about(edit)))
+        found.append(KnownEdit(PROBE, example, pictures[count + i], applied, truth[1]))
     return found

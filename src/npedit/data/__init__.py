@@ -19,7 +19,8 @@ from npedit.questions import IDENTITY_EDIT
 @dataclass(frozen=True)
 class Example:
     """One training example. `reference` is (3, H, W) in [0, 1], and so is each of `extra_references`. A caption that
-    the data set does not have is "". `questions` is JSON, a list of {"question": text, "answer": "yes" or "no"}, or "".
+    the data set does not have is "". `questions` is JSON or "": a list of {"question": text, "answer": "yes" or "no"},
+    with "images": "both" if a question looks at the reference too.
 
     `other_photo` (3, H, W) in [0, 1] is another photo of the subject, for the critic alone. `keep_mask` (1, H, W) in
     [0, 1] is 1 where the edited image must stay as the reference is. Both are None where the data set has none.

@@ -204,7 +204,7 @@ def parse_row(
     subfolder = _subfolder(metadata, folder)
     texts["id"] = texts["id"] or (f"{line:06d}" if subfolder == "." else f"{subfolder}/{line:06d}")
     references = _references(values, columns.get("reference_file_names", "reference_file_names"), location)
-    questions = _questions(values, columns.get("questions", "questions"), location)
+    questions = parse_questions(values, columns.get("questions", "questions"), location)
     group, mask = (_text(values, n, columns.get(n, n), location) for n in ("group", "mask_file_name"))
     more: dict[str, Any] = {"references": references, "questions": questions, "group": group, "mask": mask}
     return Row(**texts, line=line, metadata=metadata, subfolder=subfolder, **more)
@@ -245,8 +245,8 @@ def _references(values: Mapping[str, Any], column: str, location: str) -> tuple[
     return tuple(name.strip() for name in names)
 
 
-def _questions(values: Mapping[str, Any], column: str, location: str) -> str:
-    """The questions of a row as JSON; "" if it has none. Errors as in `parse_row`."""
+def parse_questions(values: Mapping[str, Any], column: str, location: str) -> str:
+    """The questions of a row as JSON, as in `Example.questions`; "" if it has none. Errors as in `parse_row`."""
     found = _decoded(values.get(column))
     if not found:
         return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch import Tensor
 from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Settings as Base
 from npedit.toy.edits import EDIT_TYPES, IDENTITY_INSTRUCTIONS, Edit
+from npedit.toy.language import questions_about
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
 from npedit.toy.world import BACKGROUNDS, CELL, COLOURS, SIDE, STYLES, render
 
@@ -194,6 +196,7 @@ class Source:
             object=edit.object,
             source_caption=edit.source_caption,
             target_caption=edit.target_caption,
+            questions="" if edit.edit_type == SCENE else json.dumps(questions_about(edit)),
             other_photo=other,
             keep_mask=_keep_mask(edit) if self.settings.masks else None,
         )
