@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from npedit.data import _source, imagefolder, toy
+from npedit.data import _example, imagefolder, toy
 from npedit.questions import IDENTITY_EDIT
 from npedit.toy import edits
 from tests.support.photo_sets import SMALL, opened, plain, row, save, write_metadata
@@ -120,8 +120,8 @@ def test_global_random_numbers_are_left_alone(many):
 
 def test_batches_are_made_ahead(many, monkeypatch):
     source = opened(many, prefetch=2)
-    real, made = _source.load_photo, []
-    monkeypatch.setattr(_source, "load_photo", lambda *a: made.append(a) or real(*a))
+    real, made = _example.load_photo, []
+    monkeypatch.setattr(_example, "load_photo", lambda *a: made.append(a) or real(*a))
     source.batch(0, 4)
     deadline = time.monotonic() + 10
     while len(made) < 12 and time.monotonic() < deadline:

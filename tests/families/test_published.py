@@ -112,7 +112,7 @@ def test_estimate_says_it_before_training():
     assert "is distilled to a few steps" in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("name", ["sana-24gb", "z-image-80gb", "z-image-8x80gb", "paper"])
+@pytest.mark.parametrize("name", ["sana-24gb", "z-image-80gb", "z-image-8x80gb", "z-image-scene-80gb", "paper"])
 def test_no_recipe_that_ships_is_warned_of(name):
     recipe = load_recipe(recipe_path(name))
     assert checkpoint_warnings(recipe) == []

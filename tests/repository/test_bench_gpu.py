@@ -7,7 +7,7 @@ from npedit.nets.device import is_accelerator, pick_device
 
 
 def test_it_rehearses_the_recipes_of_real_models() -> None:
-    assert gpu.real_recipes() == ["paper", "sana-24gb", "z-image-80gb", "z-image-8x80gb"]
+    assert gpu.real_recipes() == ["paper", "sana-24gb", "z-image-80gb", "z-image-8x80gb", "z-image-scene-80gb"]
 
 
 @pytest.mark.skipif(is_accelerator(pick_device()), reason="this machine has a GPU")

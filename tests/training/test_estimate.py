@@ -216,6 +216,7 @@ def test_missing_or_wrong_configs_are_named(models, tmp_path) -> None:
 MILLIONS = {  # of parameters, as published: denoiser, text encoders, VAE, critic
     "sana-24gb": (1604, 2614, 312, 2247),
     "z-image-80gb": (6155, 4022, 84, 7944),
+    "z-image-scene-80gb": (6155, 4022, 84, 7944),
     "z-image-8x80gb": (6155, 4022, 84, 15117),
     "paper": (2243, 5581, 84, 8030),
 }

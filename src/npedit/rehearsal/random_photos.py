@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from npedit.errors import explain_write_errors
-from npedit.questions import EDIT_TYPES, IDENTITY_EDIT
+from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, SCENE
 
 PER_SIZE = 8  # photos of each training size
 LARGER = 1.25  # a photo's sides, as a multiple of the training size's
+PER_SUBJECT = 2  # photos of one subject
+LOCAL_TYPES = tuple(t for t in EDIT_TYPES if t not in (IDENTITY_EDIT, SCENE))
 
 
-def write_random_photos(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Path:
-    """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels.
+def types_of_shares(shares: Mapping[str, float]) -> tuple[str, ...]:
+    """The edit types of photos for a recipe with these `data.shares`: scenes only where the recipe has them, and no
+    others where the shares add up to 1."""
+    used = tuple(name for name, share in shares.items() if share > 0)
+    return used if sum(shares.values()) > 1 - 1e-9 else tuple(dict.fromkeys((*LOCAL_TYPES, *used)))
+
+
+def write_random_photos(
+    folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0, types: Sequence[str] = LOCAL_TYPES
+) -> Path:
+    """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels. Two photos
+    that follow each other show one subject.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     rng = np.random.default_rng(seed)
-    types = [t for t in EDIT_TYPES if t != IDENTITY_EDIT]
     rows = []
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for i, (height, width) in enumerate(size for size in sizes for _ in range(PER_SIZE)):
             name = f"{i:04d}.jpg"
             _random_photo(rng, round(height * LARGER), round(width * LARGER)).save(folder / name, quality=90)
-            rows.append({"file_name": name, **_random_texts(types[i % len(types)], i)})
+            group = f"subject {i // PER_SUBJECT}"
+            rows.append({"file_name": name, "group": group, **_random_texts(types[i % len(types)], i)})
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 

@@ -28,7 +28,7 @@ from npedit.nets.device import device_name, is_accelerator, pick_device, synchro
 from npedit.recipe.config import Recipe, make_recipe, torch_dtype
 from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.rehearsal.random_models import write_random_models
-from npedit.rehearsal.random_photos import write_random_photos
+from npedit.rehearsal.random_photos import types_of_shares, write_random_photos
 from npedit.runs.checkpoint import METRICS
 from npedit.runs.files import read_rows
 from npedit.runs.resolve import complete_checkpoints
@@ -138,7 +138,8 @@ def _prepare(recipe: Recipe, folder: Path, layers: int | None, size: tuple[int, 
         photos = None
         settings: Any = recipe.data.settings
         if hasattr(settings, "path"):
-            photos = write_random_photos(folder / "photos", [size] if size else settings.sizes)
+            types = types_of_shares(settings.shares)
+            photos = write_random_photos(folder / "photos", [size] if size else settings.sizes, types=types)
         short = rehearsal_recipe(recipe, models, photos, size)
     return distributed.broadcast_object(short)
 

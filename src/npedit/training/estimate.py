@@ -31,6 +31,7 @@ from npedit.families.base import Family
 from npedit.generator import edit_images, sample_training_times, seeded_generator
 from npedit.nets.master_weights import add_master_weights, master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
+from npedit.questions import SCENE
 from npedit.recipe.config import EMBEDDED, Recipe, Stage, find_class, find_module, torch_dtype
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
@@ -323,7 +324,11 @@ def _run_update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
 def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
     height, width = max(_picture_sizes(recipe), key=lambda s: s[0] * s[1])
     pictures, texts = torch.empty(size, 3, height, width, device=META), (SAMPLE_PROMPT,) * size
-    return PairedBatch(texts, pictures, texts, ("replace",) * size, texts, texts, texts, edited=pictures)
+    settings: Any = recipe.data.settings
+    has_scenes = getattr(settings, "shares", {}).get(SCENE, 0) > 0  # they have three questions, and another photo
+    kinds = (SCENE if has_scenes else "replace",) * size
+    others = pictures if has_scenes and settings.other_photos else None
+    return PairedBatch(texts, pictures, texts, kinds, texts, texts, texts, other_photos=others, edited=pictures)
 
 
 def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
