@@ -58,6 +58,17 @@ class EncodedText:
         return EncodedText(tuple(torch.cat(p) for p in zip(*(t.parts for t in texts))))
 
 
+def require_latents(references: References) -> Sequence[Tensor]:
+    """The references, for a family that takes nothing but their latents.
+
+    Raises:
+        TypeError: they are those of a family that isolates them.
+    """
+    if isinstance(references, KeptReferences):
+        raise TypeError("expected the latents of references; got kept keys and values, which this family does not take")
+    return references
+
+
 class Family(ABC):
     """A text-to-image pipeline as the method uses it. `load` and `tiny` build it; all its modules are frozen and in
     eval mode."""

@@ -40,7 +40,7 @@ from npedit.families._shared import (
     trim_padding,
     unpack_latents,
 )
-from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.families.base import EncodedText, Family, ModelProperties, References, require_latents
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -137,12 +137,10 @@ class Krea2(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_qwen_vae(self.pipe.vae, latents)
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
         states, mask = trim_padding(*text.parts)
-        planes = [x, *references]
+        planes = [x, *require_latents(references)]
         tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
         ids = [_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
         dtype = compute_dtype(net)

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
 
 from npedit.families._published import find_published
-from npedit.families.base import Dtypes, EncodedText, Family, ModelProperties
+from npedit.families.base import Dtypes, EncodedText, Family, ModelProperties, References, require_latents
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -165,23 +165,21 @@ class Sana(Family):
         vae: AutoencoderDC = self.pipe.vae
         return (vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample + 1) / 2
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:
             ValueError: more references than the net has slots for; the base has none.
         """
         config: Any = net.config
-        slots = config.in_channels // x.shape[1] - 1
-        if len(references) > slots:
+        slots, given = config.in_channels // x.shape[1] - 1, require_latents(references)
+        if len(given) > slots:
             raise ValueError(
-                f"expected at most {slots} references, the slots of this net; got {len(references)}. Nets of "
+                f"expected at most {slots} references, the slots of this net; got {len(given)}. Nets of "
                 f"`trainable_net()` have {REFERENCES}."
             )
-        planes = [x, *(_resampled_reference(reference, x) for reference in references)]
-        planes += [torch.zeros_like(x)] * (slots - len(references))
+        planes = [x, *(_resampled_reference(reference, x) for reference in given)]
+        planes += [torch.zeros_like(x)] * (slots - len(given))
         dtype = compute_dtype(net)
         sequence, mask = text.parts
         out = net(

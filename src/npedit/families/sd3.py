@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, schedule_shift
-from npedit.families.base import EncodedText, Family, ModelProperties
+from npedit.families.base import EncodedText, Family, ModelProperties, References, require_latents
 from npedit.nets.distributed import compute_dtype
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -146,9 +146,7 @@ class SD3(Family):
         """(b, c, h, w) -> (b, 3, H, W), not clamped."""
         return decode_with_kl_vae(self.pipe.vae, latents)
 
-    def velocity(
-        self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor] = ()
-    ) -> Tensor:
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file.
 
         Raises:
@@ -156,7 +154,7 @@ class SD3(Family):
         """
         sequence, pooled = text.parts
         dtype = compute_dtype(net)
-        with _attach_references(net, x, [r.to(dtype) for r in references]):
+        with _attach_references(net, x, [r.to(dtype) for r in require_latents(references)]):
             out = net(
                 hidden_states=x.to(dtype),
                 timestep=1000 * t.float(),
