@@ -28,11 +28,12 @@ def toy_data(
     seed: SeedOption = 0,
     pairs: Annotated[bool, typer.Option("--pairs", help="Also write the edited pictures.")] = False,
     bare: Annotated[bool, typer.Option("--bare", help="Write the pictures alone, without any words.")] = False,
+    side: Annotated[int, typer.Option(help="Pixels a side, a multiple of 32: scenes are enlarged in blocks.")] = 32,
 ) -> None:
     """Write toy scenes as a data set: images and metadata.jsonl; no edited pictures without --pairs."""
     from npedit.toy.dataset import write_dataset
 
-    folder = write_dataset(folder, items, seed, pairs, bare)
+    folder = write_dataset(folder, items, seed, pairs, bare, side)
     out.print(f"{items} {'pictures' if bare else 'items'}: {escape(str(folder))}")
 
 
