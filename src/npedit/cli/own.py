@@ -43,6 +43,14 @@ EditedOption = Annotated[
 CopyOption = Annotated[bool, typer.Option("--copy", help="Score unchanged copies of the references: a baseline.")]
 
 
+TextOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--text-only", help="Score pictures that the editor's base model makes from the prompt alone: a baseline."
+    ),
+]
+
+
 def own(
     data: Annotated[str, typer.Argument(help="A folder of photos with metadata.jsonl, as for training.")],
     folder: OutOption,
@@ -99,6 +107,7 @@ def dreambench(
     model: ModelOption = "embedded",
     edited: EditedOption = None,
     copy: CopyOption = False,
+    text_only: TextOnlyOption = False,
     base: BaseOption = "",
     pictures: Annotated[int, typer.Option(help="Pictures for each prompt; 4 in the literature.", min=1)] = 4,
     seed: SeedOption = 0,
@@ -117,7 +126,7 @@ def dreambench(
 
     subjects, digest = bench.read_subjects(data)
     facts = {"data": digest, "subjects": len(subjects), "pictures": pictures}
-    source = PictureSource(model, edited, copy, base, seed, steps)
+    source = PictureSource(model, edited, copy, base, seed, steps, text_only)
     with text_on_stderr(as_json), hold(folder, "evaluate dreambench"):
         evaluation = PictureEvaluation.prepare("dreambench", folder, facts, source, (dino, clip))
         items, summary = _score_dreambench(evaluation, subjects, seed, pictures)
@@ -148,7 +157,8 @@ BENCHMARKS: dict[str, Callable[..., None]] = {"own": own, "dreambench": dreamben
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Where the pictures to score come from: the folder `edited`, copies of the references, or the editor `model`."""
+    """Where the pictures to score come from: the folder `edited`, copies of the references, the editor `model`, or with
+    `text_only` its base model, which does not see the references."""
 
     model: str
     edited: Path | None
@@ -156,6 +166,7 @@ class PictureSource:
     base: str
     seed: int
     steps: int | None
+    text_only: bool = False
 
     def check(self) -> None:
         """Check that the options fit together.
@@ -165,8 +176,12 @@ class PictureSource:
         """
         if bool(self.edited) + self.copy + (self.model != "embedded") > 1:
             raise UserError("expected one of --model, --edited and --copy; got several; give one of them")
-        if self.base and (self.edited or self.copy):
-            raise UserError("expected --base together with --model; got --edited or --copy; leave --base out")
+        if self.text_only and (self.edited or self.copy):
+            raise UserError("expected --text-only without --edited and --copy; got both; give one of them")
+        if self.base and (self.edited or self.copy or self.text_only):
+            raise UserError(
+                "expected --base together with --model; got --edited, --copy or --text-only; leave --base out"
+            )
         if self.edited and not self.edited.is_dir():
             raise UserError(f"expected a folder of edited pictures; {self.edited} is not a folder; correct --edited")
 
@@ -177,6 +192,7 @@ class PictureSource:
         if self.copy:
             return {"copy": True}
         facts = {"model": self.model, "files": hash_editor(self.model), "seed": self.seed, "steps": self.steps}
+        facts |= {"text_only": True} if self.text_only else {}
         return facts | ({"base": self.base} if self.base else {})
 
 
@@ -227,11 +243,7 @@ class PictureEvaluation:
         if source.edited:
             return
         facts = {k: v for k, v in self.source_facts.items() if k not in ("model", "seed")}
-        if source.copy:
-            edit = lambda pictures, instructions, seed: list(pictures)  # noqa: E731
-        else:
-            editor = open_editor(source.model, source.base, out)
-            edit = lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, source.steps)  # noqa: E731
+        edit = _open_source(source)
         with ProgressBar("editing") as report_progress:
             edit_missing_pictures(jobs, edit, self.pictures, report_progress, longest_side, facts)
 
@@ -252,6 +264,20 @@ class PictureEvaluation:
         if rows and not any(value is not None for value in scores):
             raise UserError(f"expected scores; got none for any of {len(rows)} rows; correct what the notes above name")
         return summary
+
+
+def _open_source(source: PictureSource) -> Callable[[Sequence[Any], Sequence[str], int], list[Any]]:
+    """The function that makes pictures of references, instructions and a seed. Errors as in `Editor.open`."""
+    if source.copy:
+        return lambda pictures, instructions, seed: list(pictures)
+    if source.text_only:
+        from npedit.benchmarks._text_to_image import TextToImage
+        from npedit.editor import Editor
+
+        untrained = Editor.open_untrained(source.model)
+        return TextToImage(untrained.family, untrained.sizes, source.steps)
+    editor = open_editor(source.model, source.base, out)
+    return lambda pictures, instructions, seed: editor.edit(pictures, instructions, seed, source.steps)
 
 
 def failure_reasons(rows: Sequence[Any]) -> list[tuple[str, str]]:
