@@ -94,7 +94,7 @@ def test_the_guidance_part_is_zero_at_scale_1_and_adds_up_to_guidance():
      ("below", "shared", [0.3, 0.3])],
 )  # fmt: skip
 def test_each_part_keeps_to_its_interval(matching, guidance, highest, monkeypatch):
-    """The passes: conditional for the matching part, then conditional (if it is apart) and unconditional for guidance."""
+    """The passes: conditional for the matching part, then (if it is apart) both of the guidance part."""
     step = make(matching_times=matching, guidance_times=guidance)
     calls = teacher_calls(step, monkeypatch)
     for _ in range(40):
