@@ -30,7 +30,7 @@ MISCALIBRATED = 0.2
 LARGEST_DROP = 0.15  # of accuracy, by what every sample of a student has
 SCALES = (0.5, 0.25)  # of the sides
 NOISES = (0.0, 0.1, 0.2, 0.4)  # standard deviation of noise on the latents
-EDIT_KINDS = ("edit", "presence")  # questions of every recipe that ask whether the edit was carried out
+EDIT_KINDS = ("edit", "presence", "returned")  # questions of every recipe that ask whether the edit was carried out
 KINDS = (*EDIT_KINDS, "identity", "rubric", "grade")
 HARDER_SHARE = 2  # edits that resolution and noise are tried on, for each of `CheckOptions.samples`
 SHOWN = 10
@@ -283,7 +283,7 @@ def _changed(edit: KnownEdit, change: Callable[[Tensor], Tensor], of_both: bool 
     example = edit.example
     if of_both:
         example = replace(example, reference=change(example.reference))
-    return KnownEdit(edit.probe, example, change(edit.edited), edit.applied, edit.preserved)
+    return replace(edit, example=example, edited=change(edit.edited))
 
 
 def _at_scale(image: Tensor, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ class Answer:
     """One answer of the critic: `p` of the wanted answer, and whether that answer is the truth."""
 
     edit: KnownEdit
-    kind: str  # "edit", "presence" (the question of a removal), "identity", "rubric" or "grade"
+    kind: str  # "edit", "presence" (the question of a removal), "returned", "identity", "rubric" or "grade"
     p: float
     truth: bool
 
@@ -34,12 +34,18 @@ def ask_critic(critic: Critic, wording: str, edits: Sequence[KnownEdit]) -> list
     answers = []
     for members in _same_size(edits):
         scores = _score(critic, wording, members)
-        for item, kind, p in zip(scores.items, scores.kinds, scores.p.tolist()):
-            edit = members[item]
-            truth = edit.applied if kind == "edit" else edit.preserved
-            name = "presence" if kind == "edit" and edit.example.edit_type == "remove" else kind
-            answers += [] if truth is None else [Answer(edit, name, p, truth)]
+        for item, kind, name, p in zip(scores.items, scores.kinds, scores.names, scores.p.tolist()):
+            truth = _truth(members[item], kind, name)
+            reported = name if name in ("presence", "returned") else kind
+            answers += [] if truth is None else [Answer(members[item], reported, p, truth)]
     return answers
+
+
+def _truth(edit: KnownEdit, kind: str, name: str) -> bool | None:
+    """Whether the wanted answer to a question is the right one; None if that is not known."""
+    if name == "returned":
+        return None if edit.returned is None else not edit.returned
+    return edit.applied if kind == "edit" else edit.preserved
 
 
 def ask_own_questions(critic: Critic, wording: str, edits: Sequence[KnownEdit], choice: QuestionChoice) -> list[Answer]:

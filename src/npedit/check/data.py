@@ -13,6 +13,7 @@ from npedit.check.captions import CaptionAgreement, Texts, compare_captions
 from npedit.check.findings import ReportPicture, Section
 from npedit.check.grids import draw_grid
 from npedit.check.near_duplicates import HashedPhoto, find_near_duplicates, hash_photo
+from npedit.check.scenes import report_scenes
 from npedit.check.subject import Size, Subject
 from npedit.data import Example
 from npedit.data._photos import BadImage, crop_and_scale, read_photo, read_photo_size, to_pil
@@ -41,6 +42,7 @@ def check_data(subject: Subject) -> Section:
     _report_captions(section, compare_captions(rows, subject.recipe.seed), needs_target)
     _report_cut_texts(section, subject, rows)
     _report_near_duplicates(section, subject)
+    report_scenes(section, subject.examples)
     _show_rows(section, subject.examples)
     return section
 

@@ -2,7 +2,8 @@
 
 A copy of the photo carries out no edit and changes nothing. Another photo, and a photo whose colours, brightness,
 sharpness, crop or patches are changed, is not "exactly as in the first image". A photo whose captions do not mention an
-object does not show the object. The instruction "make the photo darker" is carried out by a darker photo.
+object does not show the object, so it does not show the subject of a scene either. The instruction "make the photo
+darker" is carried out by a darker photo.
 """
 
 from __future__ import annotations
@@ -17,23 +18,27 @@ from torch.nn import functional as F
 
 from npedit.check.captions import content_words
 from npedit.data import Example
-from npedit.questions import IDENTITY_EDIT
+from npedit.questions import IDENTITY_EDIT, SCENE
 
-GLOBAL_TYPES = frozenset(("background", "style", "tone", "other", IDENTITY_EDIT))  # an edit may change all of a photo
+# An edit of these types may change all of a photo.
+GLOBAL_TYPES = frozenset(("background", "style", "tone", SCENE, "other", IDENTITY_EDIT))
 LEAST_CHANGE = 0.06  # mean absolute change of a patch's pixels, of the full range
 COPY, OTHER_PHOTO, OBJECT_ABSENT = "identical pair", "unrelated photo", "object absent"
+OTHER_SUBJECT = "photo of another subject"
 
 
 @dataclass(frozen=True)
 class KnownEdit:
     """An edit with known answers. `probe` says how it was made. `edited` is (3, H, W) in [0, 1]. `applied` and
-    `preserved` are the truth; None is not known and not asked."""
+    `preserved` are the truth; None is not known and not asked. So is `returned`: the edited image is the reference,
+    which is asked about a scene."""
 
     probe: str
     example: Example
     edited: Tensor
     applied: bool | None
     preserved: bool | None
+    returned: bool | None = None
 
 
 def make_known_edits(examples: Sequence[Example], seed: int = 0) -> list[KnownEdit]:
@@ -51,7 +56,7 @@ def make_known_edits(examples: Sequence[Example], seed: int = 0) -> list[KnownEd
 
 
 def _changed_photos(example: Example) -> Iterator[KnownEdit]:
-    yield KnownEdit(COPY, example, example.reference, example.edit_type == IDENTITY_EDIT, True)
+    yield KnownEdit(COPY, example, example.reference, example.edit_type == IDENTITY_EDIT, True, returned=True)
     if example.edit_type in GLOBAL_TYPES - {IDENTITY_EDIT}:
         return
     for name, change in PHOTO_CHANGES.items():
@@ -122,11 +127,14 @@ def _other_photos(example: Example, others: Sequence[Example], rng: random.Rando
     other = rng.choice(others)
     if example.edit_type not in GLOBAL_TYPES and float((other.reference - example.reference).abs().mean()) > 0.02:
         yield KnownEdit(OTHER_PHOTO, example, other.reference, None, False)
-    if example.edit_type == "remove":
+    if example.edit_type in ("remove", SCENE):
         words = content_words(example.object)
         without = [e for e in others if words and not words & content_words(f"{e.source_caption} {e.object}")]
-        if without:
-            yield KnownEdit(OBJECT_ABSENT, example, rng.choice(without).reference, True, None)
+        absent = rng.choice(without).reference if without else None
+        if absent is not None and example.edit_type == SCENE:
+            yield KnownEdit(OTHER_SUBJECT, example, absent, None, False, returned=False)
+        elif absent is not None:
+            yield KnownEdit(OBJECT_ABSENT, example, absent, True, None)
 
 
 def _patched_photos(example: Example, other: Example) -> Iterator[KnownEdit]:

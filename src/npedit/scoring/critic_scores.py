@@ -22,11 +22,12 @@ from npedit.questions import Question
 @dataclass(frozen=True)
 class CriticScores:
     """One entry for each question: `items` is the item's number in the batch, `kinds` the kind of question, `p` (q,) is
-    P(wanted answer) in [0, 1] on the CPU."""
+    P(wanted answer) in [0, 1] on the CPU, `names` are the questions' names (`Question.name`)."""
 
     items: tuple[int, ...]
     kinds: tuple[str, ...]
     p: Float[Tensor, "q"]
+    names: tuple[str, ...] = ()
 
     def joint_probability(self) -> Float[Tensor, "b"]:
         """P(all wanted answers) of each item: the product over its questions."""
@@ -65,7 +66,7 @@ def score_with_critic(
     """The critic's scores of `edited`, (b, 3, H, W), clamped to [0, 1], as edits of a batch's references. All questions
     about `chunk` items are asked at a time. `choice` says which questions are asked; the p of a graded one is the
     expected grade, scaled to [0, 1]. Errors as in `Critic.answer_id`."""
-    items, kinds, probabilities = [], [], []
+    items, kinds, names, probabilities = [], [], [], []
     rubrics = batch.questions or ("",) * len(batch)
     for start in range(0, len(batch), chunk):
         chunk_items = range(start, min(start + chunk, len(batch)))
@@ -82,7 +83,8 @@ def score_with_critic(
         probabilities.append(_probabilities(critic, [q for _, q in questions], visible))
         items += [i for i, _ in questions]
         kinds += [q.kind for _, q in questions]
-    return CriticScores(tuple(items), tuple(kinds), torch.cat(probabilities))
+        names += [q.name for _, q in questions]
+    return CriticScores(tuple(items), tuple(kinds), torch.cat(probabilities), tuple(names))
 
 
 def _probabilities(critic: Critic, questions: Sequence[Question], visible: Sequence[Sequence[Any]]) -> Tensor:
