@@ -22,6 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 from jaxtyping import _import_hook, install_import_hook
+from shapecheck import ShapedOnly
 
 
 def _get_code(self: _import_hook._JaxtypingLoader, name: str) -> CodeType | None:
@@ -37,7 +38,8 @@ _import_hook._JaxtypingLoader.get_code = _get_code
 _import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 
 # Must come before anything imports npedit. It checks "b c h w" across a call's arguments and result.
-install_import_hook("npedit", "shapecheck.shapes")
+_import_hook.JaxtypingTransformer = ShapedOnly
+install_import_hook("npedit", "shapecheck.check_shapes")
 
 import torch  # noqa: E402
 
