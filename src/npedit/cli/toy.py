@@ -17,7 +17,7 @@ from npedit.errors import UserError
 app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and models.")
 out = Console(highlight=False, soft_wrap=True)
 
-LESSONS = ("all", "scene")
+LESSONS = ("all", "scene", "rubric")
 RateOption = Annotated[float, typer.Option(min=0, max=1)]
 
 
@@ -44,7 +44,8 @@ def toy_build(
         str,
         typer.Option(
             help="all: every part from scratch. scene: the embedded critic, trained on with questions about scene "
-            "edits, for recipes/toy-scene.yaml; some ten minutes on one CPU core."
+            "edits, for recipes/toy-scene.yaml; some ten minutes on one CPU core. rubric: the same with rubrics and "
+            "grades, for the settings rubric and grade."
         ),
     ] = "all",
     fresh: FreshOption = False,
@@ -58,8 +59,9 @@ def toy_build(
 
     if fresh:
         move_aside(folder)
-    if lessons == "scene":
-        _print_right_shares(models.build_scene_critic(folder))
+    if lessons in ("scene", "rubric"):
+        build = models.build_scene_critic if lessons == "scene" else models.build_rubric_critic
+        _print_right_shares(build(folder))
         out.print(f"Critic: {escape(str(folder / 'critic'))}")
     else:
         models.build_toy_models(folder)

@@ -178,15 +178,20 @@ def _question_patterns() -> dict[str, re.Pattern[str]]:
     }
 
 
-def answer_question(scene: Scene, question: str) -> str:
-    """ "yes" or "no" to a question of `QUESTIONS`; "no" to one that cannot be understood."""
+def read_question(question: str) -> tuple[str, dict[str, str]]:
+    """The fact that a question of `QUESTIONS` asks for, and its words by placeholder; ("", {}) for another question."""
     for fact, pattern in _question_patterns().items():
         found = pattern.fullmatch(question.strip().lower())
         parts = found.groupdict() if found else {}
-        if not found or not set((parts.get("x") or "").split()) <= THING_WORDS:
-            continue
-        if fact in ("background", "style"):
-            return "yes" if getattr(scene, fact) == parts["v"] else "no"
-        cells = find_things(scene, f"{parts['x']} {parts.get('v') or ''}")
-        return "yes" if any(parts.get("p") in (None, PLACES[c]) for c in cells) else "no"
-    return "no"
+        if found and set(parts.get("x", "").split()) <= THING_WORDS:
+            return fact, parts
+    return "", {}
+
+
+def answer_question(scene: Scene, question: str) -> str:
+    """ "yes" or "no" to a question of `QUESTIONS`; "no" to one that cannot be understood."""
+    fact, parts = read_question(question)
+    if fact in ("", "background", "style"):
+        return "yes" if fact and getattr(scene, fact) == parts["v"] else "no"
+    cells = find_things(scene, f"{parts['x']} {parts.get('v', '')}")
+    return "yes" if any(parts.get("p") in (None, PLACES[c]) for c in cells) else "no"

@@ -4,7 +4,8 @@
     FOLDER/critic    LLaVA-OneVision
     FOLDER/parts.json    what each part reached on held-out scenes
 
-With lessons about scene edits, FOLDER/critic is the embedded critic, trained on; no other part is made.
+With lessons about scene edits, or about rubrics and grades, FOLDER/critic is the embedded critic, trained on; no other
+part is made.
 
 Each part is resumable: the same command resumes, and a finished part is not trained again.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
 from npedit.toy_models.base_model import caption_accuracy, train_base
 from npedit.toy_models.critic import evaluate_critic, train_critic
+from npedit.toy_models.rubric_critic import EDITS_PER_STEP as RUBRIC_EDITS_PER_STEP
+from npedit.toy_models.rubric_critic import STEPS as RUBRIC_STEPS
+from npedit.toy_models.rubric_critic import evaluate_rubric_critic, train_rubric_critic
 from npedit.toy_models.scene_critic import EDITS_PER_STEP as SCENE_EDITS_PER_STEP
 from npedit.toy_models.scene_critic import STEPS as SCENE_STEPS
 from npedit.toy_models.scene_critic import evaluate_scene_critic, load_critic, load_vae, train_scene_critic
@@ -79,14 +84,39 @@ def build_scene_critic(
         critic = train_scene_critic(folder, steps, seed, edits_per_step)
         critic.model.half()
         _write_folder(critic, folder / "critic")
+    return _measure_critic(folder, evaluate_scene_critic, items, {"lessons": "scene", "steps": steps, "seed": seed})
+
+
+def build_rubric_critic(
+    folder: Path,
+    steps: int = RUBRIC_STEPS,
+    seed: int = 0,
+    items: int = 900,
+    edits_per_step: int = RUBRIC_EDITS_PER_STEP,
+) -> dict[str, object]:
+    """Train the embedded critic on with rubrics and grades, into FOLDER/critic, and measure it. Returns the content of
+    `parts.json`, as `evaluate_rubric_critic` gives it. Resumable like `build_toy_models`."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "critic").is_dir():
+        critic = train_rubric_critic(folder, steps, seed, edits_per_step)
+        critic.model.half()
+        _write_folder(critic, folder / "critic")
+    return _measure_critic(folder, evaluate_rubric_critic, items, {"lessons": "rubric", "steps": steps, "seed": seed})
+
+
+def _measure_critic(
+    folder: Path, evaluate: Callable[..., dict[str, float]], items: int, facts: dict[str, object]
+) -> dict[str, object]:
+    """Measure FOLDER/critic on held-out edits and write the figures into `parts.json`, beside `facts`."""
     critic, vae = load_critic(folder / "critic"), load_vae()
     measured: dict[str, object] = {
-        "critic_right_clean": evaluate_scene_critic(critic, vae, items, 1, damage=False),
-        "critic_right_damaged": evaluate_scene_critic(critic, vae, items, 1, damage=True),
+        "critic_right_clean": evaluate(critic, vae, items, 1, damage=False),
+        "critic_right_damaged": evaluate(critic, vae, items, 1, damage=True),
         "items": items,
     }
-    facts = {"lessons": "scene", "steps": {"critic": steps}, "seed": seed, **measured}
-    write_text(folder / "parts.json", json.dumps(facts, indent=1) + "\n")
+    facts = facts | {"steps": {"critic": facts["steps"]}}
+    write_text(folder / "parts.json", json.dumps(facts | measured, indent=1) + "\n")
     return measured
 
 
