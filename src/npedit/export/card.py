@@ -24,6 +24,7 @@ from npedit.runs.editor_weights import read_recipe
 from npedit.runs.files import read_json_object
 from npedit.runs.final import public_name, read_set_facts, rights_lines
 from npedit.runs.resolve import EditorSource
+from npedit.scoring.tables import markdown_table
 
 CARD = "README.md"
 PLACE = "USER/NAME"
@@ -239,12 +240,9 @@ def _score_text(facts: CardFacts) -> str:
         return f"## Scores\n\n{kept}"
     if not facts.scores:
         return "## Scores\n\nNo measured scores were found with this editor.\n"
-    rows = [
-        f"| {s.benchmark} | {s.metric} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} | {s.items} |"
-        for s in facts.scores
-    ]
-    head = "| benchmark | metric | value | 95 % interval | items |\n| --- | --- | --- | --- | --- |"
-    return "\n".join(["## Scores\n", head, *rows, ""])
+    rows = [(s.benchmark, s.metric, f"{s.value:.3f}", s.interval(), s.items) for s in facts.scores]
+    head = ("benchmark", "metric", "value", "95 % interval", "items")
+    return "\n".join(["## Scores\n", *markdown_table(head, rows), ""])
 
 
 def _limit_text(facts: CardFacts) -> str:

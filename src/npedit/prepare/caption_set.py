@@ -38,6 +38,7 @@ from npedit.prepare.set_folder import (
 from npedit.prepare.writer import Writer
 from npedit.runs.files import read_json_object, write_text
 from npedit.runs.lock import hold
+from npedit.scoring.tables import markdown_table
 
 Row = dict[str, Any]
 UNNAMED = "?"  # stands for the object of a removal that has none yet
@@ -245,11 +246,10 @@ def _card(folder: Path, facts: Mapping[str, Any]) -> str:
     except (OSError, UnicodeDecodeError):
         text = "# Photos with edit instructions\n"
     verifier = f"`{facts['verifier']['name']}`" if facts["verifier"] else "no model"
-    filled = "\n".join(f"| {n} | {facts['with_before'][n]} | {facts['with'][n]} |" for n in FILLED)
+    head = ("column", f"rows that had it, of {facts['read']}", f"rows that have it, of {facts['rows']}")
+    filled = markdown_table(head, [(n, facts["with_before"][n], facts["with"][n]) for n in FILLED])
     return (
         f"{text.rstrip()}\n\n## Captions\n\n`npedit prepare --captions` filled the columns below with "
         f"`{facts['writer']['name']}`; {verifier} verified them. No person has read them. {facts['rejected']} of "
-        f"{facts['read']} rows could not be completed and were left out (`{REJECTED}`).\n\n"
-        f"| column | rows that had it, of {facts['read']} | rows that have it, of {facts['rows']} |\n"
-        f"| --- | --- | --- |\n{filled}\n"
+        f"{facts['read']} rows could not be completed and were left out (`{REJECTED}`).\n\n" + "\n".join(filled) + "\n"
     )

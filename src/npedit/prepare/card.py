@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from npedit.scoring.tables import markdown_table
+
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -91,6 +93,4 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
     """A Markdown table under a heading; "" without rows."""
     if not rows:
         return ""
-    lines = [head, ["---"] * len(head), *rows]
-    body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"## {title}\n\n{body}\n"
+    return "\n".join([f"## {title}\n", *markdown_table(head, rows), ""])
