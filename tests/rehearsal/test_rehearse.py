@@ -98,6 +98,14 @@ def test_random_photos_are_a_training_set(tmp_path) -> None:
     assert shapes == {(SIDE, SIDE), (16, 48)}
 
 
+def test_random_photos_have_masks_where_the_keep_loss_needs_them(tmp_path) -> None:
+    write_random_photos(tmp_path, [(SIDE, SIDE)], with_masks=True)
+    source = build_source(load_recipe("sana-24gb", [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}]]"]))
+    mask = source.batch(0, 2).keep_mask
+    assert source.has_keep_masks and not source.bad_rows
+    assert float(mask[..., : SIDE // 2 - 2].max()) == 0 and float(mask[..., SIDE // 2 + 2 :].min()) == 1
+
+
 NESTED_PARTS = """
 import json, numpy as np
 from npedit.nets.device import CPU

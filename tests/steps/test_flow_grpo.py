@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +178,69 @@ def test_ratios_leave_one_only_after_the_first_policy_update(frozen: Parts) -> N
     assert found["policy/outside_clip"] > 0.2
 
 
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def test_a_window_of_noisy_steps_is_drawn_in_the_first_half_and_the_other_steps_are_the_odes(
+    frozen: Parts, sampler: str
+) -> None:
+    step, begun = make(frozen, sampling_steps=6, window=2, sampler=sampler), set()
+    for update in range(6):
+        found, _ = sampled(step, update=update)
+        begun.add(found.trained[0])
+        assert found.trained == (found.trained[0], found.trained[0] + 1) and len(found.before) == 2
+        for k in range(5):
+            x, t, after = found.states[k], found.times[k], found.times[k + 1]
+            with torch.no_grad():
+                v = step._velocity(x, t, found.text, found.references)
+            if k not in found.trained:
+                torch.testing.assert_close(found.states[k + 1], x + (after - t) * v)
+                continue
+            mean, std = (grpo.sde_step if sampler == "sde" else grpo.cps_step)(x, v, t, after, 0.7)
+            assert ((found.states[k + 1] - mean) / std).std() == pytest.approx(1, abs=0.2)
+            kept = found.before[found.trained.index(k)]
+            torch.testing.assert_close(kept, grpo.log_prob(found.states[k + 1], mean, std))
+    assert begun == {0, 1}
+
+
+def test_split_samples_are_used_once_each(frozen: Parts) -> None:
+    step = make(frozen, policy_updates=2, split_samples=True, group=4)
+    found, _ = sampled(step)
+    parts_used = [used[0] for used in step._samples_of_updates([found], 0)]
+    rows = torch.cat([p.states[0] for p in parts_used])
+    assert [len(p.advantages) for p in parts_used] == [4, 4]
+    assert sorted(rows.sum((1, 2, 3)).tolist()) == sorted(found.states[0].sum((1, 2, 3)).tolist())
+    whole = [used[0] for used in make(frozen)._samples_of_updates([found], 0)]
+    assert len(whole) == 2 and all(used is found for used in whole)
+
+
+def test_large_advantages_are_cut(frozen: Parts) -> None:
+    free, _ = sampled(make(frozen, group=6))
+    cut, _ = sampled(make(frozen, group=6, advantage_clip=0.5))
+    assert free.advantages.abs().max() > 0.5
+    torch.testing.assert_close(cut.advantages, free.advantages.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kl_weight": 0}, {"window": 1, "split_samples": True, "policy_updates": 3}, {"policy_updates": 3}],
+    ids=["default", "no KL", "window", "three updates"],
+)
+def test_passes_per_update_are_those_that_are_made(frozen: Parts, settings: dict) -> None:
+    step, made = make(frozen, sampling_steps=4, **settings), {"generator": 0, "critic": 0}
+    velocity, logits = frozen.family.velocity, frozen.critic.logits
+
+    def counted(key: str, call: Callable, texts: Callable) -> Callable:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            made[key] += len(texts(given))
+            return call(*given, **named)
+
+        return wrapped
+
+    vars(frozen.family)["velocity"] = counted("generator", velocity, lambda given: given[1])
+    vars(frozen.critic)["logits"] = counted("critic", logits, lambda given: given[0])
+    step.step([batch(0, 1)], 0)
+    assert (made["generator"], made["critic"]) == Step.passes_per_update(step.settings, 2)
+
+
 def test_edited_images_are_not_looked_at() -> None:
     found = []
     for edited in (None, torch.full((2, 3, 16, 16), torch.nan)):
@@ -210,7 +275,17 @@ def test_offloading_changes_nothing_and_adapters_are_trained_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sampling_steps": 1}, {"group": 1}, {"clip": 0}, {"noise_level": 0}, {"policy_updates": 0}, {"beta": 1}]
+    "wrong",
+    [
+        {"sampling_steps": 1},
+        {"group": 1},
+        {"clip": 0},
+        {"noise_level": 0},
+        {"policy_updates": 0},
+        {"beta": 1},
+        {"window": 6},
+        {"sampler": "cps", "noise_level": 1.2},
+    ],
 )
 def test_settings_out_of_range(wrong: dict) -> None:
     with pytest.raises(UserError):

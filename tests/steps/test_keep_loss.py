@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import tests.support.side_by_side as two
 from npedit.data import Batch
+from npedit.errors import UserError
 from npedit.generator import seeded_generator
 from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step, kept_latents
+from npedit.training.parts import build_source, check_recipe_fits
 from tests.support.parts import batch, parts
 
 WEIGHT = 0.7
@@ -86,3 +89,12 @@ def test_the_student_feels_it(frozen, left):
     chosen = NpEditSettings(critic_weight=0.0, dmd_weight=0.0, keep_weight=WEIGHT)
     step = Step(chosen, frozen, frozen.family.trainable_net(), 1, 0)
     assert step.step([masked(batch(0, 1), left)], 0)["grad_norm/student"] > 0
+
+
+def test_data_without_masks_are_refused(frozen):
+    stages = [{"step": "np_edit", "updates": 1, "batch_size": 4, "settings": {"steps": 2, "keep_weight": 1.0}}]
+    made = two.recipe(stages=stages)
+    with pytest.raises(UserError, match="stages.0.settings.keep_weight: expected data with masks"):
+        check_recipe_fits(made, build_source(made), frozen)
+    with_masks = two.recipe(stages=stages, data={"name": "toy", "masks": True})
+    check_recipe_fits(with_masks, build_source(with_masks), frozen)

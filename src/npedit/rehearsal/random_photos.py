@@ -26,10 +26,14 @@ def types_of_shares(shares: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def write_random_photos(
-    folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0, types: Sequence[str] = LOCAL_TYPES
+    folder: Path,
+    sizes: Sequence[tuple[int, int]],
+    seed: int = 0,
+    types: Sequence[str] = LOCAL_TYPES,
+    with_masks: bool = False,
 ) -> Path:
     """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels. Two photos
-    that follow each other show one subject.
+    that follow each other show one subject. With masks, the edit may change the left half of each photo.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -42,7 +46,8 @@ def write_random_photos(
             name = f"{i:04d}.jpg"
             _random_photo(rng, round(height * LARGER), round(width * LARGER)).save(folder / name, quality=90)
             group = f"subject {i // PER_SUBJECT}"
-            rows.append({"file_name": name, "group": group, **_random_texts(types[i % len(types)], i)})
+            mask = _write_mask(folder, i, round(height * LARGER), round(width * LARGER)) if with_masks else {}
+            rows.append({"file_name": name, "group": group, **_random_texts(types[i % len(types)], i), **mask})
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -52,6 +57,15 @@ def _random_photo(rng: np.random.Generator, height: int, width: int) -> Image.Im
     coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((width, height))
     noise = rng.normal(0, 12, (height, width, 3))
     return Image.fromarray((np.asarray(coarse, dtype=np.float32) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _write_mask(folder: Path, number: int, height: int, width: int) -> dict[str, str]:
+    """Write a mask that is white in its left half; returns the column that names it."""
+    name = f"{number:04d}-mask.png"
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width // 2, height))
+    mask.save(folder / name)
+    return {"mask_file_name": name}
 
 
 def _random_texts(edit_type: str, number: int) -> dict[str, str]:

@@ -139,7 +139,9 @@ def _prepare(recipe: Recipe, folder: Path, layers: int | None, size: tuple[int, 
         settings: Any = recipe.data.settings
         if hasattr(settings, "path"):
             types = types_of_shares(settings.shares)
-            photos = write_random_photos(folder / "photos", [size] if size else settings.sizes, types=types)
+            has_masks = any(getattr(stage.settings, "keep_weight", 0) for stage in recipe.stages)
+            sizes = [size] if size else settings.sizes
+            photos = write_random_photos(folder / "photos", sizes, types=types, with_masks=has_masks)
         short = rehearsal_recipe(recipe, models, photos, size)
     return distributed.broadcast_object(short)
 
