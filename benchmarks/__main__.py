@@ -8,43 +8,18 @@ A recipe of real models works the same where its weights and data are. Run nothi
 from __future__ import annotations
 
 import argparse
-import platform
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
+from benchmarks.isolated_reference import isolation_table
+from benchmarks.measure import describe_machine, fill_tables
 from benchmarks.processes import processes_table
 from benchmarks.train_step import Bench, arithmetic_table, memory_settings_table, parts_table, savings_table
-from npedit.nets.device import device_name, is_accelerator, pick_device
+from npedit.nets.device import is_accelerator, pick_device
 from npedit.recipe.config import load_recipe
-
-
-def describe_machine() -> str:
-    """The device, its threads and torch's version."""
-    if is_accelerator(pick_device()):
-        return f"{device_name(pick_device())}, torch {torch.__version__}"
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = model.group(1) if model else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def fill_tables(page: str, tables: Mapping[str, str]) -> str:
-    """The page with each table between its two markers.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for name, text in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)"
-        if not re.search(pattern, page, re.DOTALL):
-            raise ValueError(f"expected the markers of {name} in the page; got none")
-        page = re.sub(pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL)
-    return page
 
 
 def print_plain(words: str) -> None:
@@ -70,6 +45,7 @@ def main() -> None:
         "inference": lambda: inference_table(chosen.repeats),
         "critic": lambda: critic_table(min(3, chosen.repeats)),
         "small models": lambda: update_table(min(3, chosen.repeats)),
+        "isolated references": lambda: isolation_table(min(5, chosen.repeats)),
     }
     if not is_accelerator(pick_device()):
         makers["processes"] = lambda: processes_table(chosen.recipe, bench.pictures, 3 + chosen.repeats)

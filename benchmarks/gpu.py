@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import describe_machine, print_plain
+from benchmarks.__main__ import print_plain
+from benchmarks.measure import describe_machine
 from npedit.nets.device import accelerator_count, is_accelerator, pick_device
 from npedit.recipe.config import EMBEDDED, load_recipe
 from npedit.recipe.packaged import FOLDER

@@ -1,16 +1,20 @@
-"""What all benchmarks share: timing that waits for the device, peak memory by part of a step, tables."""
+"""What all benchmarks share: timing that waits for the device, peak memory by part of a step, tables and their page."""
 
 from __future__ import annotations
 
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.profiler import profile, record_function
 
-from npedit.nets.device import pick_device, profiler_activities, synchronize
+from npedit.nets.device import device_name, is_accelerator, pick_device, profiler_activities, synchronize
 from npedit.steps import np_edit
 from npedit.steps.base import Timers
 
@@ -93,3 +97,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table. Cells are printed as they are, so numbers must be formatted."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def describe_machine() -> str:
+    """The device, its threads and torch's version."""
+    if is_accelerator(pick_device()):
+        return f"{device_name(pick_device())}, torch {torch.__version__}"
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = model.group(1) if model else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def fill_tables(page: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between its two markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, text in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)"
+        if not re.search(pattern, page, re.DOTALL):
+            raise ValueError(f"expected the markers of {name} in the page; got none")
+        page = re.sub(pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL)
+    return page

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.__main__ import describe_machine, fill_tables, print_plain
-from benchmarks.measure import MIB, table
+from benchmarks.__main__ import print_plain
+from benchmarks.measure import MIB, describe_machine, fill_tables, table
 from benchmarks.serving_requests import GONE, MEGAPIXELS, Client, Load, Outcome, make_load, mixed_request
 from benchmarks.serving_requests import MIB as REQUEST_MIB
 

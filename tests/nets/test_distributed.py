@@ -101,6 +101,19 @@ def test_adapters_beside_a_sharded_base_equal_those_of_one(tmp_path: Path) -> No
     assert_alike(tmp_path / "run", tmp_path / "one")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_isolated_references_of_sharded_nets_equal_those_of_one(tmp_path: Path, checkpointing: bool) -> None:
+    """The last block of a reference pass is gathered for the backward pass too."""
+    chosen = {"family": {"name": "flux", "isolated_references": True}}
+    chosen |= {"memory": {"gradient_checkpointing": checkpointing}}
+    two.train(tmp_path / "one", two.recipe(**chosen))
+    ends = two.together(tmp_path, two.train, tmp_path / "run", two.recipe("full", **chosen))
+    assert all("value" in end for end in ends), ends
+    assert_alike(tmp_path / "run", tmp_path / "one")
+    assert '"isolated_references": true' in (tmp_path / "run" / "final" / "npedit.json").read_text()
+
+
 # --------------------------------------------------------------------------------------------------- stop and go on
 
 

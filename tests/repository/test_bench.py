@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import fill_tables
 from benchmarks.critic_bits import bits_table
 from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
-from benchmarks.measure import peak_bytes_by_part, storage_bytes, table
+from benchmarks.measure import fill_tables, peak_bytes_by_part, storage_bytes, table
 from benchmarks.small_models import TINY
 from benchmarks.train_step import (
     LORA,
@@ -117,6 +116,18 @@ def test_the_benchmark_of_the_critic_shows_fewer_operations_when_packed() -> Non
     assert ratios["packed"] > 1.5 > ratios["packed, checkpointing"] > 1 > ratios["one row a question, checkpointing"]
 
 
+def test_the_benchmark_of_isolated_references_counts_fewer_operations_with_fewer_passes() -> None:
+    """Between what all linear layers and what all attention would have, with one reference pass instead of `steps`."""
+    text = isolation_table(1, TINY_NETS, (2, 4), TINY_NETS)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[name, n] for name in ("FLUX", "Qwen-Image", "Z-Image") for n in "24"]
+    ratio = {(row[0], int(row[1])): float(row[4]) for row in rows}
+    for name in ("FLUX", "Qwen-Image", "Z-Image"):
+        assert 0.4 < ratio[name, 4] < ratio[name, 2] < 1
+    assert all(row[4] == row[7] for row in rows)  # the same size, counted on the meta device
+    assert not [row for row in rows if any(word in " ".join(row) for word in ("nan", "inf"))]
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_small_models_shows_fewer_operations_with_replay() -> None:
     text = update_table(1, TINY, 64)
@@ -146,6 +157,7 @@ def test_the_benchmarks_page_has_the_markers_of_every_table() -> None:
         "processes",
         "critic",
         "small models",
+        "isolated references",
     )
     assert fill_tables(page, dict.fromkeys(names, "x")) != page
 

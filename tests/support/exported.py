@@ -25,7 +25,9 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1, base_name: str = "base") -> Path:
+def write_editor(
+    kind: str, folder: Path, lora: bool, seed: int = 1, base_name: str = "base", isolated: bool = False
+) -> Path:
     """A tiny editor with random weights as training leaves it, and its base model beside it."""
     family = find_class("families", kind).tiny(seed)
     family.pipe.save_pretrained(folder / base_name)
@@ -43,6 +45,7 @@ def write_editor(kind: str, folder: Path, lora: bool, seed: int = 1, base_name: 
     family.few_step_scheduler(shift).save_pretrained(final / "scheduler")
     times = flow.few_step_times(STEPS, shift).tolist()
     facts = {"format": 1, "family": kind, "base": str(folder / base_name), "steps": STEPS, "sizes": SIZES}
+    facts |= {"isolated_references": True} if isolated else {}
     (final / "npedit.json").write_text(json.dumps({**facts, "times": times}))
     return final
 

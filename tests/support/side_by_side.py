@@ -47,7 +47,10 @@ def recipe(shard: str = "none", **changes: Any) -> Recipe:
 
 
 def parts(made: Recipe) -> Parts:
-    return Parts(Flux.tiny(0), LlavaOnevision.tiny(0), "short", torch.device("cpu"), made.lora, made.memory)
+    family = Flux.tiny(0)
+    if made.family.isolated_references:
+        family.isolate_references()
+    return Parts(family, LlavaOnevision.tiny(0), "short", torch.device("cpu"), made.lora, made.memory)
 
 
 def train(run: Path, made: Recipe, at: tuple[int, int] | None = None, event: str = "") -> dict[str, Any]:
