@@ -75,7 +75,7 @@ class Step(Base):
             self.distribution_matching = DistributionMatching(settings, parts, self.learners["fake"])
         self.critic_gradient = CriticGradient(settings, parts)
         self.balance = GradientBalance(settings.balance, settings.critic_weight, has_dmd=bool(settings.dmd_weight))
-        self.item_errors = []
+        self.item_errors: list[ItemErrors] = []
         self.student_samples: list[Samples] = []  # the student's output in this update, by batch
         self.replay = ReplayBuffer(settings.replay_updates if settings.fake_samples == "replay" else 1, parts.device)
 
@@ -155,7 +155,7 @@ class Step(Base):
 
     def _update_student(self, batches: Sequence[Batch], update: int, timers: Timers) -> dict[str, float]:
         metrics: list[dict[str, float]] = []
-        self.item_errors: list[ItemErrors] = []
+        self.item_errors = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
             generator = seeded_generator(self.seed, "student", update, micro)
