@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -68,9 +69,10 @@ def _write_mask(folder: Path, number: int, height: int, width: int) -> dict[str,
     return {"mask_file_name": name}
 
 
-def _random_texts(edit_type: str, number: int) -> dict[str, str]:
+def _random_texts(edit_type: str, number: int) -> dict[str, Any]:
     thing = f"thing number {number}"
     return {
+        "questions": [{"question": f"Is the {thing} changed? Look at part {i}.", "answer": "yes"} for i in range(3)],
         "instruction": f"change the {thing} in this photo as {edit_type} asks",
         "edit_type": edit_type,
         "object": thing,

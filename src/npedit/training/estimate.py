@@ -11,6 +11,7 @@ kernels. A test compares the estimate with the measurements of torch's profiler 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from npedit.training.evaluation import CHUNK
 from npedit.training.parts import STAGE_SEEDS, check_processes
 
 PUBLISHED = Path(__file__).parents[1] / "published"
+SAMPLE_RUBRIC = json.dumps([{"question": "Is the fence in the photo dark red?", "answer": "yes"}] * 3)
 SAMPLE_PROMPT = "paint the fence dark red"  # used for every prompt; the stand-in tokenizers give it a usual length
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.on_device` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
@@ -328,7 +330,8 @@ def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
     has_scenes = getattr(settings, "shares", {}).get(SCENE, 0) > 0  # they have three questions, and another photo
     kinds = (SCENE if has_scenes else "replace",) * size
     others = pictures if has_scenes and settings.other_photos else None
-    return PairedBatch(texts, pictures, texts, kinds, texts, texts, texts, other_photos=others, edited=pictures)
+    own: dict[str, Any] = {"other_photos": others, "questions": (SAMPLE_RUBRIC,) * size}
+    return PairedBatch(texts, pictures, texts, kinds, texts, texts, texts, **own, edited=pictures)
 
 
 def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
