@@ -63,6 +63,7 @@ class ErrorRecord:
         return {
             f"{prefix}{part}.{what}": tensor
             for part, errors in (("types", self.types), ("items", self.items))
+            if errors  # not every writer of checkpoints takes empty tensors
             for what, tensor in (("names", _to_bytes(errors)), ("errors", _to_floats(errors.values())))
         }
 
