@@ -50,6 +50,15 @@ def test_two_editors_are_in_memory_at_most(folder):
     assert runs.sizes["two"] == first.sizes
 
 
+def test_more_editors_may_be_in_memory(folder):
+    opened = []
+    runs = Runs(folder, lambda path: opened.append(path) or Editor.open(path), most_editors=3)
+    make_runs(folder, "four")
+    for name in ("one", "two", "three", "two", "four", "one", "two", "three"):
+        runs.open(name)
+    assert opened == [str(folder / name / "final") for name in ("one", "two", "three", "four", "three")]
+
+
 def test_a_batch_has_one_runs_editor(folder):
     runs, sizes = Runs(folder, Editor.open), []
     queue = EditQueue(lambda: runs.open("one"), on_batch=lambda size, _: sizes.append(size), open_run=runs.open)

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from npedit.cli.listening import address, is_local, listen, require_page_packages
 from npedit.cli.options import BaseOption
+from npedit.cli.watch import require_watch_options, run_watch
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,9 +51,13 @@ def read_token(host: str, file: Path | None) -> str:
 
 
 def serve(
+    context: typer.Context,
     run: Annotated[
         str, typer.Argument(help="RUN, RUN/final, RUN/checkpoint-N, a folder of runs, or 'embedded'.")
     ] = "embedded",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="A status page of the trainings in the folder RUN; no editor is opened.")
+    ] = False,
     host: Annotated[str, typer.Option(help="The address to listen on. Others than localhost need a token.")] = (
         "127.0.0.1"
     ),
@@ -69,6 +74,9 @@ def serve(
     most_gib: Annotated[
         float, typer.Option("--max-memory-gib", help="Memory of all requests' pictures together, in GiB.", min=0.01)
     ] = 4.0,
+    most_editors: Annotated[
+        int, typer.Option("--max-editors", help="With a folder of runs: editors in memory.", min=2)
+    ] = 2,
     critic: Annotated[
         bool, typer.Option("--critic", help="Load the critic of the run's recipe, so that the page can ask it.")
     ] = False,
@@ -80,15 +88,20 @@ def serve(
     tile: Annotated[int | None, typer.Option(help="Side of the decoder's tiles, in pixels; 0: none.", min=0)] = None,
 ) -> None:
     """Put an editor behind a page and an HTTP interface. Ctrl-C or SIGTERM finishes the waiting edits."""
+    token = read_token(host, token_file)
+    if watch:
+        require_watch_options(context)
+        run_watch(Path(run), host, port, token)
+        return
     from npedit.editor import Editor
 
-    token = read_token(host, token_file)
     limits = make_limits(most_mib, most_megapixels, most_gib)
 
     def open_editor(name: str) -> Editor:
         return Editor.open(name, tile=tile, base=base, offload=offload, bits=bits)
 
-    run_server(run, open_editor, host, port, token, limits, waiting, seconds, critic, Console(soft_wrap=True))
+    options = ServerOptions(token, host, port, limits, waiting, seconds, critic, most_editors)
+    run_server(run, open_editor, options, Console(soft_wrap=True))
 
 
 def make_limits(mib: float, megapixels: float, memory_gib: float) -> Limits:
@@ -121,17 +134,20 @@ def public_names(run: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The token, the address to listen on, and the limits of requests."""
+    """The options of the server: the token, the address to listen on, the limits of requests, how many edits may wait
+    and for how many seconds, whether the critic is loaded, and how many editors of a folder of runs are in memory."""
 
     token: str
     host: str
+    port: int
     limits: Limits
+    waiting: int
+    seconds: float
+    with_critic: bool
+    most_editors: int
 
 
-def open_app(
-    name: str, open_editor: Callable[[str], Editor], runs: Runs | None, waiting: int, seconds: float,
-    options: ServerOptions,
-) -> FastAPI:  # fmt: skip
+def open_app(name: str, open_editor: Callable[[str], Editor], runs: Runs | None, options: ServerOptions) -> FastAPI:
     """The HTTP interface of the editor `name`, which is open when this returns. With `runs`, `name` is one of them.
 
     Raises:
@@ -141,17 +157,14 @@ def open_app(
     from npedit.serve.queue import EditQueue
 
     open_first = (lambda: runs.open(Path(name).name)) if runs else (lambda: open_editor(name))
-    queue = EditQueue(open_first, waiting, seconds, open_run=runs.open if runs else None)
+    queue = EditQueue(open_first, options.waiting, options.seconds, open_run=runs.open if runs else None)
     queue.editor.result()
     hosts = (*LOCAL_HOSTS, options.host) if is_local(options.host) else ()
     shown_name, editor = public_names(name)
-    return make_app(queue, ServerSettings(shown_name, options.token, hosts, options.limits, editor))
+    return make_app(queue, ServerSettings(shown_name, options.token, hosts, options.limits, editor), runs)
 
 
-def run_server(
-    name: str, open_editor: Callable[[str], Editor], host: str, port: int, token: str, limits: Limits, waiting: int,
-    seconds: float, with_critic: bool, out: Console,
-) -> None:  # fmt: skip
+def run_server(name: str, open_editor: Callable[[str], Editor], options: ServerOptions, out: Console) -> None:
     """Open the editor, then listen until a signal comes.
 
     Raises:
@@ -164,13 +177,13 @@ def run_server(
     from npedit.serve.verdict import find_critic, find_recipe
 
     first = next(iter(find_runs(name)), "")
-    runs = Runs(name, open_editor, with_critic) if first else None
+    runs = Runs(name, open_editor, options.with_critic, options.most_editors) if first else None
     own = str(Path(name, first)) if first else name
     recipe = find_recipe(own)
-    critic = find_critic(own, recipe, with_critic)
-    app = open_app(own, open_editor, runs, waiting, seconds, ServerOptions(token, host, limits))
+    critic = find_critic(own, recipe, options.with_critic)
+    app = open_app(own, open_editor, runs, options)
     add_page(app, critic, recipe is not None and recipe.family.weights == "embedded", runs)
-    sock = listen(host, port)
+    sock = listen(options.host, options.port)
     where = f"http://{address(sock)} (interface: /openapi.json)"
     out.print(escape(f"Serving {name} at {where}. Ctrl-C stops."), highlight=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end

@@ -23,10 +23,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from npedit import __version__
 from npedit.errors import UserError
 from npedit.serve.body_limit import BodyLimit
+from npedit.serve.editor_choice import EditorChoice
 from npedit.serve.limits import BadRequest, Limits, read_bool, read_instruction, read_int, read_picture
 from npedit.serve.metrics import Metrics
 from npedit.serve.pictures import MEDIA_TYPES, encode_picture
 from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
+from npedit.serve.runs import Runs
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 TOKEN_PATHS = ("/v1/", "/metrics")  # not /health, which a load balancer asks; the page has a login of its own
@@ -51,9 +53,9 @@ class ClientGone(Exception):
     """The client closed the connection before its edit was ready."""
 
 
-def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
-    """The app of one editor; `queue` is closed when the app ends. It has no pages /docs and /redoc, because those of
-    FastAPI load their scripts from elsewhere."""
+def make_app(queue: EditQueue, settings: ServerSettings, runs: Runs | None = None) -> FastAPI:
+    """The app of one editor, or of the editors of `runs`; `queue` is closed when the app ends. It has no pages /docs
+    and /redoc, because those of FastAPI load their scripts from elsewhere."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
@@ -64,6 +66,7 @@ def make_app(queue: EditQueue, settings: ServerSettings) -> FastAPI:
     metrics = Metrics(lambda: len(queue))
     queue.on_batch = metrics.note_batch
     app.state.queue, app.state.settings, app.state.metrics = queue, settings, metrics
+    app.state.choice = EditorChoice(settings.name, settings.editor, runs)
     _add_errors(app)
     _add_state(app)
     _add_edits(app)
@@ -175,7 +178,7 @@ def _answer(words: str, status: int) -> Callable[[Request, Exception], Awaitable
 
 
 def _add_state(app: FastAPI) -> None:
-    queue, settings, metrics = app.state.queue, app.state.settings, app.state.metrics
+    queue, choice, metrics = app.state.queue, app.state.choice, app.state.metrics
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -191,8 +194,8 @@ def _add_state(app: FastAPI) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The editor's name, as OpenAI's clients ask for it."""
-        return {"object": "list", "data": [{"id": settings.name, "object": "model", "owned_by": "npedit"}]}
+        """The names of the editors, as OpenAI's clients ask for them."""
+        return await asyncio.to_thread(choice.describe)
 
 
 # -------------------------------------------------------------------------------------------------------------- edits
@@ -218,8 +221,8 @@ async def _edited(request: Request, queue: EditQueue, wanted: Sequence[EditReque
 
 
 def _add_edits(app: FastAPI) -> None:
-    queue, settings = app.state.queue, app.state.settings
-    limits = settings.limits
+    queue, choice = app.state.queue, app.state.choice
+    limits = app.state.settings.limits
 
     @app.post("/v1/edits", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def edit(
@@ -235,10 +238,12 @@ def _add_edits(app: FastAPI) -> None:
         keep_resolution: Annotated[
             str, Form(description="true: what the edit left unchanged is the photo's own at full size.")
         ] = "false",
+        run: Annotated[str, Form(description="One of /v1/models; empty: the editor of the server's start.")] = "",
     ) -> Response:
         """Edit one picture; the answer is the edited picture's file."""
         media = _media_type(output_format)
-        further = await _references(reference or [], limits, queue)
+        chosen, editor = await asyncio.to_thread(choice.find, run, "run")
+        further = await _references(reference or [], limits, queue, chosen)
         wanted = EditRequest(
             await _picture(image, limits, "image"),
             read_instruction(instruction, limits, "instruction"),
@@ -246,9 +251,10 @@ def _add_edits(app: FastAPI) -> None:
             read_int(steps, "steps", None, 1, limits.steps),
             further,
             read_bool(keep_resolution, "keep_resolution"),
+            chosen,
         )
         (picture,) = await _edited(request, queue, [wanted])
-        data = await asyncio.to_thread(encode_picture, picture, output_format, settings.editor)
+        data = await asyncio.to_thread(encode_picture, picture, output_format, editor)
         return Response(data, media_type=media, headers={"X-Seed": str(wanted.seed)})
 
 
@@ -264,10 +270,13 @@ async def _picture(upload: UploadFile, limits: Limits, param: str) -> Image.Imag
     return await asyncio.to_thread(read_picture, await upload.read(), limits, param)
 
 
-async def _references(uploads: Sequence[UploadFile], limits: Limits, queue: EditQueue) -> tuple[Image.Image, ...]:
+async def _references(
+    uploads: Sequence[UploadFile], limits: Limits, queue: EditQueue, run: str
+) -> tuple[Image.Image, ...]:
+    """The further pictures. A chosen run's editor may not be open yet; it refuses itself what it does not take."""
     if not uploads:
         return ()
-    most = min(limits.references, queue.most_references)
+    most = limits.references if run else min(limits.references, queue.most_references)
     if len(uploads) > most:
         raise BadRequest(f"expected at most {most} further pictures; got {len(uploads)}", "reference")
     return tuple([await _picture(upload, limits, "reference") for upload in uploads])
@@ -285,8 +294,8 @@ def _add_rest(app: FastAPI) -> None:
 
 
 def _add_openai(app: FastAPI) -> None:
-    queue, settings = app.state.queue, app.state.settings
-    limits = settings.limits
+    queue, choice = app.state.queue, app.state.choice
+    limits = app.state.settings.limits
 
     @app.post("/v1/images/edits")
     async def openai_edit(
@@ -300,6 +309,7 @@ def _add_openai(app: FastAPI) -> None:
         size: Annotated[str, Form(description="Only 'auto': a result has its photo's size.")] = "auto",
         response_format: Annotated[str, Form(description="Only 'b64_json'.")] = "b64_json",
         output_format: Annotated[str, Form(description="png, jpeg or webp.")] = "png",
+        model: Annotated[str, Form(description="One of /v1/models, if there are several; else it has no effect.")] = "",
     ) -> dict[str, Any]:
         """Edit a picture, in the form of OpenAI's `images.edit`. Fields that are not named here have no effect."""
         _refuse_unsupported(mask, size, response_format)
@@ -308,13 +318,14 @@ def _add_openai(app: FastAPI) -> None:
         if not uploads:
             raise BadRequest("expected a picture in 'image'; got none", "image")
         photo = await _picture(uploads[0], limits, "image")
-        further = await _references(uploads[1:], limits, queue)
+        run, editor = await asyncio.to_thread(choice.find, model if choice.runs else "", "model")
+        further = await _references(uploads[1:], limits, queue, run)
         text = read_instruction(prompt, limits, "prompt")
         count = read_int(n, "n", 1, 1, limits.results) or 1
         first = read_int(seed, "seed", 0, 0, MOST_SEED - count) or 0
-        wanted = [EditRequest(photo, text, first + i, None, further) for i in range(count)]
+        wanted = [EditRequest(photo, text, first + i, None, further, run=run) for i in range(count)]
         pictures = await _edited(request, queue, wanted)
-        files = [await asyncio.to_thread(encode_picture, p, output_format, settings.editor) for p in pictures]
+        files = [await asyncio.to_thread(encode_picture, p, output_format, editor) for p in pictures]
         data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
         return {"created": int(time.time()), "output_format": output_format, "data": data}
 

@@ -19,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from npedit.serve.api import LOCAL_HOSTS
 from npedit.serve.page_headers import PageHeaders
+from npedit.serve.remote_files import refuse_remote_files
 
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the reader's own fonts
 THEME = gr.themes.Default(primary_hue="indigo", font=FONT, font_mono=MONO)
@@ -55,15 +56,10 @@ def make_local_app(blocks: gr.Blocks, keys: Mapping[str, str]) -> FastAPI:
         app, blocks, "/", footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
         theme=THEME, css=STYLE, head=SCRIPT.replace("KEYS", json.dumps(dict(keys))),
     )  # fmt: skip
-    app.state.page = app.routes[-1].app  # type: ignore[attr-defined]
+    app.state.page = refuse_remote_files(app)
     app.add_middleware(PageHeaders)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_HOSTS), www_redirect=False)
     return app
-
-
-def stop_page(app: FastAPI) -> None:
-    """Close the connections that open pages hold, so that the server can stop. Call it in the server's event loop."""
-    app.state.page.stop_event.set()
 
 
 def picture_html(picture: Image.Image, words: str, most_side: int, kind: str = "PNG") -> str:

@@ -19,13 +19,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.routing import Mount
 
 from npedit.errors import UserError
 from npedit.serve.examples import write_examples
 from npedit.serve.page_edit import MOST_RESULTS, PageParts, make_turn
 from npedit.serve.page_headers import PageHeaders
 from npedit.serve.queue import words_for
+from npedit.serve.remote_files import refuse_remote_files
 from npedit.serve.runs import Runs
 from npedit.serve.session import Result, Session, Turn
 from npedit.serve.verdict import CriticQueue
@@ -62,7 +62,7 @@ def add_page(app: FastAPI, critic: CriticQueue | None, is_toy: bool, runs: Runs 
         max_file_size=settings.limits.bytes, theme=THEME, css=CSS, auth=_check_token(settings.token),
         auth_message="Any user name will do. The password is the server's token.",
     )  # fmt: skip
-    app.state.page = next(route.app for route in reversed(app.routes) if isinstance(route, Mount))
+    app.state.page = refuse_remote_files(app)
     app.add_middleware(PageHeaders)
 
 
@@ -71,11 +71,6 @@ def _check_token(token: str) -> Any:
     if not token:
         return None
     return lambda _, password: secrets.compare_digest(password.strip().encode(), token.encode())
-
-
-def stop_page(app: FastAPI) -> None:
-    """Close the connections that open pages hold, so that the server can stop. Call it in the server's event loop."""
-    app.state.page.stop_event.set()
 
 
 # -------------------------------------------------------------------------------------------------------- the layout

@@ -15,6 +15,8 @@ from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.resolve import EditorSource, resolve_editor
 from npedit.serve.verdict import CriticQueue, find_critic, find_recipe
 
+MOST_EDITORS = 2  # in memory
+
 
 def find_runs(folder: str | Path) -> dict[str, EditorSource]:
     """The runs in a folder that have an editor, by name: finished ones, and others with their newest checkpoint. The
@@ -40,11 +42,18 @@ def _time(source: EditorSource) -> float:
 
 
 class Runs:
-    """The runs of `folder`. `open_editor` opens an editor's folder. Two editors are in memory at most: the first that
-    was opened, and the one that was asked for last."""
+    """The runs of `folder`. `open_editor` opens an editor's folder. At most `most_editors` (2 or more) are in memory:
+    the first that was opened, and those that were asked for last."""
 
-    def __init__(self, folder: str | Path, open_editor: Callable[[str], Editor], with_critic: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        open_editor: Callable[[str], Editor],
+        with_critic: bool = False,
+        most_editors: int = MOST_EDITORS,
+    ) -> None:
         self.folder, self._open_editor, self._with_critic = Path(folder), open_editor, with_critic
+        self.most_editors = most_editors
         self._opened: dict[EditorSource, Editor] = {}
         self._critic: tuple[str, CriticQueue | None] = ("", None)
         self._drawing = threading.Lock()
@@ -74,11 +83,19 @@ class Runs:
         """
         source = self.find(name)
         if source not in self._opened:
-            self._opened = dict(list(self._opened.items())[:1])  # the memory of the last one is free before the next
+            self._make_room()
             self._opened[source] = self._open_editor(str(source.folder))
+        elif source != next(iter(self._opened)):
+            self._opened[source] = self._opened.pop(source)  # asked for last
         editor = self._opened[source]
         self.sizes[name] = editor.sizes
         return editor
+
+    def _make_room(self) -> None:
+        """Forget the editor that was not asked for the longest, so that its memory is free before the next is opened.
+        The first one stays."""
+        if len(self._opened) >= self.most_editors:
+            del self._opened[list(self._opened)[1]]
 
     def critic(self, name: str) -> CriticQueue | None:
         """The critic of a run's recipe, as `find_critic` finds it; None if the recipe has none."""
