@@ -70,13 +70,7 @@ class ErrorRecord:
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], prefix: str) -> ErrorRecord:
         """The record that `state` returned; an empty one if the tensors hold none."""
-        found = []
-        for part in ("types", "items"):
-            names = tensors.get(f"{prefix}{part}.names")
-            errors = tensors.get(f"{prefix}{part}.errors")
-            is_there = names is not None and errors is not None
-            found.append(dict(zip(json.loads(bytes(names.tolist())), errors.tolist())) if is_there else {})
-        return cls(*found)
+        return cls(*(_read_errors(tensors, f"{prefix}{part}.") for part in ("types", "items")))
 
 
 class FailureSampler:
@@ -159,6 +153,14 @@ def _reports_errors(step: str, settings: Any) -> bool:
 
 def _moved(old: float | None, new: float, rate: float) -> float:
     return new if old is None else old + rate * (new - old)
+
+
+def _read_errors(tensors: dict[str, Tensor], prefix: str) -> dict[str, float]:
+    """The errors of one part of a record, by their names; none if the tensors hold none."""
+    names, errors = tensors.get(f"{prefix}names"), tensors.get(f"{prefix}errors")
+    if names is None or errors is None:
+        return {}
+    return dict(zip(json.loads(bytes(names.tolist())), errors.tolist(), strict=True))
 
 
 def _to_bytes(names: Iterable[str]) -> Tensor:
