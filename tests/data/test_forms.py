@@ -71,7 +71,10 @@ def as_tars(folder, place, per_shard=5):
             for item in rows[first : first + per_shard]:
                 fields = {k: v for k, v in item.items() if k not in ("file_name", "reference_file_names")}
                 files = {"png": (folder / item["file_name"]).read_bytes()}
-                for k, name in enumerate(item["reference_file_names"]):
+                if item.get("mask_file_name"):
+                    files["mask.png"] = (folder / item["mask_file_name"]).read_bytes()
+                    fields["mask_file_name"] = "mask.png"
+                for k, name in enumerate(item.get("reference_file_names", [])):
                     files[f"ref{k}.png"] = (folder / name).read_bytes()
                 fields["reference_file_names"] = [kind for kind in files if kind.startswith("ref")]
                 add(tar, item["file_name"].removesuffix(".png"), files | {"json": json.dumps(fields).encode()})
