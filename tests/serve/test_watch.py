@@ -13,7 +13,7 @@ from watched_runs import add_checkpoint, add_final, add_samples, append_rows, ma
 
 from npedit.errors import UserError
 from npedit.runs import lock
-from npedit.serve.api import LOCAL_HOSTS
+from npedit.serve.access import LOCAL_HOSTS
 from npedit.serve.watch import Watch
 from npedit.serve.watch_app import make_watch_app
 

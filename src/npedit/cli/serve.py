@@ -153,7 +153,8 @@ def open_app(name: str, open_editor: Callable[[str], Editor], runs: Runs | None,
     Raises:
         UserError: the editor cannot be opened.
     """
-    from npedit.serve.api import LOCAL_HOSTS, ServerSettings, make_app
+    from npedit.serve.access import LOCAL_HOSTS
+    from npedit.serve.api import ServerSettings, make_app
     from npedit.serve.queue import EditQueue
 
     open_first = (lambda: runs.open(Path(name).name)) if runs else (lambda: open_editor(name))

@@ -38,7 +38,7 @@ def run_watch(folder: Path, host: str, port: int, token: str) -> None:
     if not folder.is_dir():
         raise UserError(f"--watch: expected a folder of runs; got {folder}, which is none; npedit serve --watch runs/")
     require_page_packages()
-    from npedit.serve.api import LOCAL_HOSTS
+    from npedit.serve.access import LOCAL_HOSTS
     from npedit.serve.watch_app import make_watch_app
 
     hosts = (*LOCAL_HOSTS, host) if is_local(host) else ()

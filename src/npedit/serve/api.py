@@ -22,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from npedit import __version__
 from npedit.errors import UserError
+from npedit.serve.access import LOCAL_HOSTS
 from npedit.serve.body_limit import BodyLimit
 from npedit.serve.editor_choice import EditorChoice
 from npedit.serve.limits import BadRequest, Limits, read_bool, read_instruction, read_int, read_picture
@@ -30,7 +31,6 @@ from npedit.serve.pictures import MEDIA_TYPES, encode_picture
 from npedit.serve.queue import REFUSALS, Draining, EditQueue, EditRequest, QueueFull, TooLate
 from npedit.serve.runs import Runs
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 TOKEN_PATHS = ("/v1/", "/metrics")  # not /health, which a load balancer asks; the page has a login of its own
 MOST_SEED = 2**63 - 1
 SECONDS_BETWEEN_LOOKS = 0.25  # at whether the client is still there

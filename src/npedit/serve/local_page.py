@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from npedit.serve.api import LOCAL_HOSTS
+from npedit.serve.access import LOCAL_HOSTS
 from npedit.serve.page_headers import PageHeaders
 from npedit.serve.remote_files import refuse_remote_files
 

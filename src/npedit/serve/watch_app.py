@@ -26,10 +26,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from npedit import __version__
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import UserError
-from npedit.report.report import make_report
+from npedit.serve.access import Password
 from npedit.serve.curve_svg import PANELS
 from npedit.serve.page_headers import PageHeaders
-from npedit.serve.password import Password
 from npedit.serve.watch import RunStatus, Watch, sample_pictures
 from npedit.serve.watch_page import render_page
 
@@ -139,6 +138,8 @@ def _add_report(app: FastAPI, watch: Watch) -> None:
 
 
 def _make_report(run: Path) -> str:
+    from npedit.report.report import make_report  # it needs much memory, and is not used at each visit
+
     try:
         return make_report(run)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError) as error:

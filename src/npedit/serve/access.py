@@ -1,4 +1,4 @@
-"""Asks a browser or a program for the server's token."""
+"""Who may reach a server: the names of this machine, and the token that a browser or a program is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # names of this machine in requests
 ASKING = {"WWW-Authenticate": 'Basic realm="npedit", charset="UTF-8"'}
 
 
