@@ -20,7 +20,7 @@ from tests.support.exported import SIZES, STEPS, load, noise, seeds, write_edito
 from tests.support.family_checks import record_calls
 
 WORDS = ["paint the circle red", "make it night, and leave all else as it is"]
-KINDS = ("flux", "qwen_image", "z_image")
+KINDS = ("flux", "krea2", "qwen_image", "z_image")
 
 
 @pytest.fixture(scope="module", params=[(f, lora) for f in KINDS for lora in (False, True)], ids=str)
@@ -85,7 +85,7 @@ def test_the_facts_decide(exported: tuple[Any, Editor, Path], tmp_path: Path) ->
         require_known_model(json.loads((final / "npedit.json").read_text())["family"], editor.family, editor.net)
 
 
-@pytest.mark.parametrize("kind", ["krea2", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sana"])
 def test_an_editor_of_another_family_cannot_say_so(kind: str, tmp_path: Path) -> None:
     final = write_editor(kind, tmp_path, False, isolated=True)
     with pytest.raises(UserError, match=r"family\.isolated_references: expected false"):

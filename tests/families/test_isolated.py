@@ -20,7 +20,7 @@ from tests.support.family_checks import latents, record_calls
 from tests.support.masked_references import masked_velocity
 from tests.support.parts import nudge, trained
 
-KINDS = ("flux", "qwen_image", "z_image")
+KINDS = ("flux", "krea2", "qwen_image", "z_image")
 TIMES = (1.0, 0.6)
 
 

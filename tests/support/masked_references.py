@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_z_image
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_krea2,
+    transformer_qwenimage,
+    transformer_z_image,
+)
 from torch import Tensor, nn
 
-from npedit.families import qwen_image, z_image
+from npedit.families import krea2, qwen_image, z_image
 from npedit.families._shared import pack_latents, trim_padding, unpack_latents
 from npedit.families.base import EncodedText, Family
 from npedit.families.flux import Flux, _position_ids
+from npedit.families.krea2 import Krea2
 from npedit.families.qwen_image import QwenImage
 from npedit.families.z_image import ZImage
 from npedit.nets.lora import LoraAdapter, _activate_adapters, weights_module
@@ -27,7 +33,7 @@ def masked_velocity(
     family: Family, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor]
 ) -> Tensor:
     """v (b, c, h, w), as `family.velocity` gives it after `family.isolate_references()`."""
-    how: dict[type, Any] = {Flux: _flux, QwenImage: _qwen, ZImage: _z_image}
+    how: dict[type, Any] = {Flux: _flux, Krea2: _krea2, QwenImage: _qwen, ZImage: _z_image}
     return how[type(family)](family, net, x, t, text, references)
 
 
@@ -122,6 +128,31 @@ def _qwen(family: QwenImage, net: Any, x: Tensor, t: Tensor, text: EncodedText, 
         for module in switched:
             patch.setattr(module, "zero_cond_t", True)
         out = qwen_image._run(net, [x, *references], t, states, mask)
+    rows, columns = x.shape[2] // 2, x.shape[3] // 2
+    return unpack_latents(out[:, : rows * columns], rows, columns)
+
+
+# ------------------------------------------------------------------------------------------------------------- Krea 2
+
+
+def _krea2(family: Krea2, net: Any, x: Tensor, t: Tensor, text: EncodedText, references: Sequence[Tensor]) -> Tensor:
+    """The net's modulation has a dimension for tokens, of size 1, so it can be given one for each token."""
+    states, mask = trim_padding(*text.parts)
+    inner: Any = weights_module(net)
+    first, total = states.shape[1] + x.shape[2] * x.shape[3] // 4, states.shape[1]
+    total += sum(p.shape[2] * p.shape[3] // 4 for p in (x, *references))
+
+    def by_token(layer: Any, given: Any, now: Tensor) -> Tensor:
+        clean = inner.time_embed(torch.zeros_like(t), dtype=x.dtype)
+        clean = layer.forward(nn.functional.gelu(clean, approximate="tanh"))
+        return torch.cat([now.expand(-1, first, -1), clean.expand(-1, total - first, -1)], 1)
+
+    hook = inner.time_mod_proj.register_forward_hook(by_token)
+    try:
+        with _references_alone(transformer_krea2, lambda n: [range(first, n)] * len(x) if n == total else []):
+            out = krea2._run(net, [x, *references], t, states, mask)
+    finally:
+        hook.remove()
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
     return unpack_latents(out[:, : rows * columns], rows, columns)
 

@@ -42,9 +42,9 @@ class ReferenceProcessor:
         self._attention_backend = getattr(replaced, "_attention_backend", None)
 
     def _attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention's output (b, n, heads * width) of query, key and value (b, n, heads, width). The mask (b, n) says
-        which of these tokens are no padding."""
-        if not query.shape[1]:  # a layer of the text, in the reference pass
+        """Attention's output (b, n, heads * width) of query, key and value (b, n, heads, width). Keys and values may have
+        fewer heads, which the queries' heads share. The mask (b, n) says which tokens are no padding."""
+        if not query.numel():  # a layer of the text, in the reference pass
             return query.flatten(2, 3)
         if self.is_reference_pass:
             self.kept.by_layer.setdefault(layer, (key, value))  # a recomputed block must not replace what is in use
@@ -55,6 +55,8 @@ class ReferenceProcessor:
                 mask = torch.cat([mask, mask.new_ones(kept_key.shape[:2])], 1)
         if mask is not None:
             mask = mask[:, None, None, :]
+        if (shared := query.shape[2] // key.shape[2]) > 1:
+            key, value = key.repeat_interleave(shared, 2), value.repeat_interleave(shared, 2)
         out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         return out.flatten(2, 3).to(query.dtype)
 
@@ -85,6 +87,25 @@ class FluxReferenceProcessor(ReferenceProcessor):
             return out
         length = encoder_hidden_states.shape[1]
         return attn.to_out[1](attn.to_out[0](out[:, length:])), attn.to_add_out(out[:, :length])
+
+
+class Krea2ReferenceProcessor(ReferenceProcessor):
+    """For Krea 2. Layers that see the text alone have no rotary embedding and keep nothing."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        query, key, value = _project_heads(hidden_states, attn.to_q, attn.to_k, attn.to_v, width=attn.head_dim)
+        query, key, gate = attn.norm_q(query), attn.norm_k(key), attn.to_gate(hidden_states)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        return attn.to_out[0](self._attend(attn, query, key, value, mask) * torch.sigmoid(gate))
 
 
 class QwenReferenceProcessor(ReferenceProcessor):

@@ -13,7 +13,8 @@ editing model.)
   rest is masked. The result for a prompt does not depend on the length of the others.
 - references: packed likewise and appended after the picture's tokens with the ids' first coordinate 1, 2, ..., which is
   0 in every picture that the base model has seen; the net's output on them is dropped. This is what FLUX.1-Kontext
-  (arXiv 2506.15742) did to FLUX.1, whose ids are the same; no new weight is needed.
+  (arXiv 2506.15742) did to FLUX.1, whose ids are the same; no new weight is needed. Isolated references
+  (`_isolated.py`) have the same ids; their pass has no text.
 - guidance: the pipeline's 4.5 means cond + 4.5 (cond - uncond), which is 5.5 for `dmd.classifier_free_guidance`. A
   distilled checkpoint has none, which is 1.
 - schedule: exp(mu), mu from the number of tokens; a distilled checkpoint's mu is 1.15 at every size.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -31,6 +33,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, K
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 
+from npedit.families._isolated import KeptReferences, Krea2ReferenceProcessor, attend_to_references, keep_references
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     decode_with_qwen_vae,
@@ -40,8 +43,9 @@ from npedit.families._shared import (
     trim_padding,
     unpack_latents,
 )
-from npedit.families.base import EncodedText, Family, ModelProperties, References, require_latents
+from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.nets.distributed import compute_dtype
+from npedit.nets.lora import weights_module
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own, in tokens
@@ -53,6 +57,7 @@ class Krea2(Family):
 
     pipeline, denoiser = Krea2Pipeline, Krea2Transformer2DModel
     part_names = PARTS
+    can_isolate_references = True
 
     def __init__(self, pipe: Krea2Pipeline, device: torch.device):
         self.pipe = pipe
@@ -139,25 +144,49 @@ class Krea2(Family):
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
+        given = self.prepare_references(net, references, text)
         states, mask = trim_padding(*text.parts)
-        planes = [x, *require_latents(references)]
-        tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
-        ids = [_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in enumerate(planes)]
-        dtype = compute_dtype(net)
-        out = net(
-            hidden_states=tokens.to(dtype),
-            encoder_hidden_states=states.to(dtype),
-            timestep=t.float(),
-            position_ids=torch.cat([torch.zeros(states.shape[1], 3, device=x.device), *ids]),
-            encoder_attention_mask=mask,
-            return_dict=False,
-        )[0]
+        if isinstance(given, KeptReferences):
+            call = partial(_run, net, [x], t, states, mask)
+            out = attend_to_references(weights_module(net), Krea2ReferenceProcessor, given, call)
+        else:
+            out = _run(net, [x, *given], t, states, mask)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
+
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+        """Without text."""
+        states = text.parts[0][:, :0]
+        clean = torch.zeros(len(states), device=states.device)
+        call = partial(_run, net, references, clean, states, None, first_frame=1)
+        return keep_references(weights_module(net), Krea2ReferenceProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
+
+
+def _run(
+    net: nn.Module,
+    planes: Sequence[Tensor],
+    t: Tensor,
+    states: Tensor,
+    mask: Tensor | None,
+    first_frame: int = 0,
+) -> Tensor:
+    """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w), whose ids begin with the number
+    `first_frame` and the numbers after it."""
+    x, dtype, frames = planes[0], compute_dtype(net), enumerate(planes, first_frame)
+    tokens = torch.cat([pack_latents(p.to(x.dtype)) for p in planes], 1)
+    ids = [_position_ids(p.shape[2] // 2, p.shape[3] // 2, i, x.device) for i, p in frames]
+    return net(
+        hidden_states=tokens.to(dtype),
+        encoder_hidden_states=states.to(dtype),
+        timestep=t.float(),
+        position_ids=torch.cat([torch.zeros(states.shape[1], 3, device=x.device), *ids]),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]
 
 
 def _position_ids(rows: int, columns: int, frame: int, device: torch.device) -> Tensor:

@@ -3,18 +3,20 @@ trust_remote_code=True)`.
 
 The picture's and the references' latents are packed 2 x 2 into tokens. The references' tokens follow the picture's, and
 the first coordinate of their position ids is 1, 2, ...; it is 0 for the picture and for text. The net's output on the
-references is dropped.
+references is dropped. Isolated references attend to themselves alone, and one pass over them serves all steps.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline
 
 from npedit.export.pipelines.few_step import VideoVaeEditing
+from npedit.families._isolated import KeptReferences, Krea2ReferenceProcessor, attend_to_references, keep_references
 
 
 class NPEditPipeline(VideoVaeEditing, Krea2Pipeline):
@@ -60,26 +62,43 @@ class NPEditPipeline(VideoVaeEditing, Krea2Pipeline):
         states, mask = states[:, kept], mask[:, kept]
         return states, None if bool(mask.all()) else mask
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: list[torch.Tensor]) -> torch.Tensor:
+    def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
+        """The latents, or the keys and values of isolated references."""
+        if not self.config.editor.get("isolated_references"):
+            return references
+        states = text[0][:, :0]
+        clean = torch.zeros(len(states), device=states.device)
+        call = partial(self._run, references, clean, (states, None), first_frame=1)
+        return keep_references(self.transformer, Krea2ReferenceProcessor, len(references), call)
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
-        (states, mask), planes, dtype = text, [x, *references], self.transformer.dtype
-        tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
+        if isinstance(references, KeptReferences):
+            call = partial(self._run, [x], t, text)
+            out = attend_to_references(self.transformer, Krea2ReferenceProcessor, references, call)
+        else:
+            out = self._run([x, *references], t, text)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        out = self.transformer(
-            hidden_states=tokens.to(dtype),
-            encoder_hidden_states=states.to(dtype),
-            timestep=t.float(),
-            position_ids=self._position_ids(states.shape[1], planes),
-            encoder_attention_mask=mask,
-            return_dict=False,
-        )[0]
         size = [side * self.vae_scale_factor for side in x.shape[2:]]
         return self._unpack_latents(out[:, : rows * columns], *size).squeeze(2)
 
-    def _position_ids(self, text_length: int, planes: list[torch.Tensor]) -> torch.Tensor:
+    def _run(self, planes: list[torch.Tensor], t: torch.Tensor, text: Any, first_frame: int = 0) -> torch.Tensor:
+        """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w), numbered from `first_frame`."""
+        (states, mask), dtype = text, self.transformer.dtype
+        tokens = torch.cat([self._pack_latents(p, *p.shape) for p in planes], 1)
+        return self.transformer(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=states.to(dtype),
+            timestep=t.float(),
+            position_ids=self._position_ids(states.shape[1], planes, first_frame),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+
+    def _position_ids(self, text_length: int, planes: list[torch.Tensor], first_frame: int) -> torch.Tensor:
         """(tokens, 3): zeros for text; for each image its number, then row and column."""
         text, device = torch.zeros(text_length, 3, device=planes[0].device), planes[0].device
         ids = [self.prepare_position_ids(0, p.shape[2] // 2, p.shape[3] // 2, device) for p in planes]
-        for number, each in enumerate(ids):
+        for number, each in enumerate(ids, first_frame):
             each[:, 0] = number
         return torch.cat([text, *ids])
