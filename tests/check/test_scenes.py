@@ -59,7 +59,7 @@ def test_subjects_without_other_photos_are_told(count, severity):
     section = Section("data", "Data")
     report_scenes(section, [replace(e, other_photo=e.reference) if k < count else e for k, e in enumerate(EXAMPLES)])
     (finding,) = section.findings
-    assert finding.severity == severity and f"{count} of 4 scenes" in finding.fact
+    assert finding.severity == severity and f"{count} of 4 scenes" in finding.measured
     empty = Section("data", "Data")
     report_scenes(empty, [replace(EXAMPLES[0], edit_type="style")])
     assert not empty.findings
