@@ -1,5 +1,6 @@
-"""DreamBench's columns move as they must: a copy has the subject and not the scene, the base model has the scene and not
-the subject, and a right edit has both. In the toy world, with encoders that read a picture exactly."""
+"""DreamBench's columns move as they must: a copy has the subject, the base model has the scene, and a
+right edit has both. In the toy world, with encoders that read a picture exactly.
+"""
 
 import json
 
