@@ -248,7 +248,7 @@ def test_do_nothing_items_get_the_identity_question_alone(frozen, monkeypatch):
     asked, prompts = [], []
     real, real_text = frozen.critic.logits, frozen.family.encode_text
     monkeypatch.setattr(
-        frozen.critic, "logits", lambda q, seen, packed: asked.extend(zip(q, map(len, seen))) or real(q, seen)
+        frozen.critic, "logits", lambda q, seen, packed, answers: asked.extend(zip(q, map(len, seen))) or real(q, seen)
     )
     monkeypatch.setattr(frozen.family, "encode_text", lambda p: prompts.append(tuple(p)) or real_text(p))
     metrics = step.step([given] * 2, 0)
@@ -267,7 +267,7 @@ def test_the_removal_question_looks_at_the_edit_alone(frozen, monkeypatch):
     monkeypatch.setattr(
         frozen.critic, "encode_images", lambda images: seen_images.append(real_encode(images)) or seen_images[-1]
     )
-    monkeypatch.setattr(frozen.critic, "logits", lambda q, seen, packed: looks.extend(seen) or real(q, seen))
+    monkeypatch.setattr(frozen.critic, "logits", lambda q, seen, packed, answers: looks.extend(seen) or real(q, seen))
     step.step([given], 0)
     reference, edited = seen_images[0][0], seen_images[1][0]
     assert [len(s) for s in looks] == [1, 2]
@@ -405,7 +405,7 @@ def test_without_critic_none_is_needed():
 
 def test_without_identity_weight_only_the_edit_is_asked(frozen, monkeypatch):
     step, asked, real = make(frozen, identity_weight=0.0, dmd_weight=0.0), [], frozen.critic.logits
-    monkeypatch.setattr(frozen.critic, "logits", lambda q, seen, packed: asked.extend(q) or real(q, seen))
+    monkeypatch.setattr(frozen.critic, "logits", lambda q, seen, packed, answers: asked.extend(q) or real(q, seen))
     metrics = step.step([batch(0, 1, 2, nothing=(2,))], 0)
     assert asked == [
         WORDINGS["short"]["edit"].format(instruction="paint the circle red"),

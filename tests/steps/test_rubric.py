@@ -97,7 +97,8 @@ def written_out(shared: Parts, given: Batch, heat: float, **settings) -> tuple[T
         wrong, shares = 0.0, 0.0
         for question, weight, share in item_questions(*about, "short", choice):
             seen = [critic.encode_images(pictures[name][None])[0] for name in question.looks_at]
-            logits = critic.logits([question.text], [seen])[0, critic.answer_ids(question.answers)]
+            logits = critic.logits([question.text], [seen], answers=[question.answers])
+            logits = logits[0, critic.answer_ids(question.answers)]
             values = torch.linspace(0, 1, len(question.answers))
             scores = [(t * logits).softmax(0) @ (values if question.answer > 0 else 1 - values) for t in (heat, 1.0)]
             total = total - weight * scores[0].log() / len(given)
@@ -170,7 +171,7 @@ def test_a_critic_without_digits_is_refused_before_the_first_update(shared):
 
 def test_the_texts_reach_the_critic(shared, monkeypatch):
     asked, real = [], shared.critic.logits
-    monkeypatch.setattr(shared.critic, "logits", lambda q, seen, packed: asked.extend(q) or real(q, seen))
+    monkeypatch.setattr(shared.critic, "logits", lambda q, seen, packed, answers: asked.extend(q) or real(q, seen))
     feedback(shared, with_rubrics(RUBRICS[0]), rubric="instead", grade="beside")
     wanted = [q.text for q in rubric_questions(RUBRICS[0], "short")]
     assert asked == [*wanted, grade_question("paint the circle red", "short").text]

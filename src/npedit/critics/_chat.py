@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from npedit.critics._bits import freeze_on, quantisation_arguments
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
-from npedit.critics.base import Critic, answer_token
+from npedit.critics.base import Critic, answer_scale, answer_token
 from npedit.hub_access import is_local_only
 from npedit.questions import GRADES, WORDINGS
 
@@ -58,6 +58,7 @@ class ChatCritic(Critic):
                 f"expected an image processor with Pillow's filter {self.resample}; got {processor.resample}. "
                 "Its images would be scaled in another way than the model has learned."
             )
+        self._scales: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
         self._set_resolution(resolution)
         image = model.config.image_token_id
         self.image_token = tokenizer.convert_ids_to_tokens(image)
@@ -105,16 +106,26 @@ class ChatCritic(Critic):
         return {}
 
     def logits(
-        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[Tensor]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
     ) -> Tensor:
         """(b, vocabulary) float32; see `Critic.logits`."""
-        return self.model.lm_head(self.states(questions, visual_tokens, packed)).float()
+        return self.model.lm_head(self.states(questions, visual_tokens, packed, answers)).float()
 
     def states(
-        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[Tensor]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
     ) -> Tensor:
         """The language model's last hidden state at each question's answer position, (b, dim)."""
         rows = [self._prompt_ids(question, looks) for question, looks in zip(questions, visual_tokens)]
+        if answers:
+            rows = [row + self._answer_scale(words)[0] for row, words in zip(rows, answers, strict=True)]
         if packed and can_pack(self.model):
             packed_rows = pack_rows(rows, visual_tokens, self.model.config.image_token_id)
             if len(packed_rows) < len(rows):
@@ -132,6 +143,18 @@ class ChatCritic(Critic):
         """See `Critic.answer_id`."""
         prompt = self._prompt("is it?", 1)
         return answer_token(self.tokenizer, prompt, self._answer_text(prompt, word))
+
+    def answer_ids(self, answers: Sequence[str]) -> list[int]:
+        """See `Critic.answer_ids`."""
+        return self._answer_scale(tuple(answers))[1]
+
+    def _answer_scale(self, answers: tuple[str, ...]) -> tuple[list[int], list[int]]:
+        """The tokens before a question's answers, and the token of each answer; see `answer_scale`."""
+        if answers not in self._scales:
+            prompt = self._prompt("is it?", 1)
+            words = [self._answer_text(prompt, word) for word in answers]
+            self._scales[answers] = answer_scale(self.tokenizer, prompt, words)
+        return self._scales[answers]
 
     def _last_states(self, rows: Sequence[Sequence[int]], visual_tokens: Sequence[Sequence[Tensor]]) -> Tensor:
         """The last hidden state at the last token of each row of token ids, (b, dim)."""

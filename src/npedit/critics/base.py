@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -55,12 +56,21 @@ class Critic(ABC):
         under `no_grad`, once, for images that need no gradient."""
 
     @abstractmethod
-    def logits(self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Any]], packed: bool = False) -> Tensor:
+    def logits(
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[Any]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
+    ) -> Tensor:
         """Next-token logits (b, vocabulary) at the answer position, in float32. `visual_tokens[i]` are those (from
         `encode_images`) of the images that question i looks at, in order. Any batch, any mix of one image and several.
 
         `packed` asks the questions about the same images (the same objects in the same order) in one row, which
         computes the images once; see `_packing.py`. The logits differ by rounding only.
+
+        `answers[i]` are the answers that question i expects, Yes and No by default. Where a tokenizer writes a token
+        before all of them, such as a space before digits, the answer position is after that token.
         """
 
     @abstractmethod
@@ -91,7 +101,7 @@ class Critic(ABC):
         return logits[:, self.yes] - logits[:, self.no]
 
     def answer_ids(self, answers: Sequence[str]) -> list[int]:
-        """The tokens of a question's answers. Errors as in `answer_id`."""
+        """The tokens of a question's answers, at the answer position. Errors as in `answer_id`."""
         known = {"Yes": self.yes, "No": self.no}
         return [known[word] if word in known else self.answer_id(word) for word in answers]
 
@@ -142,6 +152,26 @@ def vocabulary_loss(logits: Tensor, answer: Tensor, yes: int, no: int, inverse_t
     """-log p(answer) per question (b,) over the whole vocabulary, the paper's ablation. logits (b, vocabulary)."""
     target = torch.where(answer > 0, yes, no).to(logits.device)
     return F.cross_entropy(inverse_temperature * logits, target, reduction="none")
+
+
+def answer_scale(tokenizer, prompt: str, words: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(tokens that begin all of these answers, the one further token of each answer), right after `prompt`.
+
+    Raises:
+        ValueError: an answer has more or fewer further tokens, or is an unknown word.
+    """
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    rows = [tokenizer(prompt + word, add_special_tokens=False).input_ids for word in words]
+    lead = [same[0] for same in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]
+    ids = [row[len(lead) :] for row in rows]
+    known = all(len(new) == 1 and new[0] != tokenizer.unk_token_id for new in ids)
+    if not known or lead[: len(before)] != before:
+        got = ", ".join(str(tokenizer.convert_ids_to_tokens(row[len(before) :])) for row in rows)
+        raise ValueError(
+            f"expected the answers {', '.join(map(repr, words))} to differ in one token each after the prompt; got "
+            f"{got}. This model cannot be asked questions with these answers."
+        )
+    return lead[len(before) :], [new for (new,) in ids]
 
 
 def answer_token(tokenizer, prompt: str, word: str) -> int:

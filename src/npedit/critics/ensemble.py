@@ -83,14 +83,18 @@ class Ensemble(Critic):
         return list(zip(*(m.encode_images(images) for m in self.members)))
 
     def logits(
-        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[tuple]], packed: bool = False
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[tuple]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
     ) -> Tensor:
         """(b, 2) or (b, 7), the mean of the members': plus and minus half the margin, and the digits if all members
         have them."""
         each = []
         for i, member in enumerate(self.members):
             seen = [[tokens[i] for tokens in looks] for looks in visual_tokens]
-            each.append(self._shared_words(i, member.logits(questions, seen, packed)))
+            each.append(self._shared_words(i, member.logits(questions, seen, packed, answers)))
         self.member_logits = dict(zip(self.names, (own.detach() for own in each), strict=True))
         return torch.stack(each).mean(0)
 

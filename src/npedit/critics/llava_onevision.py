@@ -168,9 +168,13 @@ class LlavaOnevision(Critic):
         return (images - mean) / std
 
     def logits(
-        self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]], packed: bool = False
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[Tensor]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
     ) -> Tensor:
-        """(b, vocabulary) float32; see `Critic.logits`."""
+        """(b, vocabulary) float32; see `Critic.logits`. No token stands before an answer."""
         if packed and can_pack(self.model):
             rows = self._prompt_rows(questions, visual_tokens)
             packed_rows = pack_rows(rows, visual_tokens, self.model.config.image_token_id)

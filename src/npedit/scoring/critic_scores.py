@@ -89,8 +89,8 @@ def score_with_critic(
 
 def _probabilities(critic: Critic, questions: Sequence[Question], visible: Sequence[Sequence[Any]]) -> Tensor:
     """P(wanted answer) of each question (q,), on the CPU. `visible` are the visual tokens that each one looks at."""
-    logits = critic.logits([q.text for q in questions], visible)
     scales = [q.answers for q in questions]
+    logits = critic.logits([q.text for q in questions], visible, answers=scales)
     ids = {scale: critic.answer_ids(scale) for scale in dict.fromkeys(scales)}
     answer = torch.tensor([q.answer for q in questions])
     return (question_margins(logits, scales, ids).float().cpu() * answer).sigmoid()

@@ -99,7 +99,8 @@ class CriticGradient:
         images["edited"] = critic.encode_images(self.parts.decode_latents(latents))
         looks = [[images[name][a.item] for name in a.question.looks_at] for a in asked]
         texts = [a.question.text for a in asked]
-        return asked, critic.logits(texts, looks, packed=self.parts.memory.packed_questions)
+        answers = [a.question.answers for a in asked]
+        return asked, critic.logits(texts, looks, packed=self.parts.memory.packed_questions, answers=answers)
 
     def _questions(self, batch: Batch) -> list[AskedQuestion]:
         """The questions of all items, without those whose weight is zero."""
