@@ -68,18 +68,18 @@ def score_with_critic(
     expected grade, scaled to [0, 1]. Errors as in `Critic.answer_id`."""
     items, kinds, names, probabilities = [], [], [], []
     rubrics = batch.questions or ("",) * len(batch)
+    texts = list(zip(batch.edit_types, batch.instructions, batch.objects, rubrics, strict=True))
     for start in range(0, len(batch), chunk):
         chunk_items = range(start, min(start + chunk, len(batch)))
-        before = critic.encode_images(batch.references[start : start + chunk].to(critic.device))
-        after = critic.encode_images(edited[start : start + chunk].to(critic.device).clamp(0, 1))
+        pictures = {"reference": batch.references, "edited": edited.clamp(0, 1)}
+        pictures |= {} if batch.other_photos is None else {"other": batch.other_photos}
+        seen = {n: critic.encode_images(p[start : start + chunk].to(critic.device)) for n, p in pictures.items()}
         questions = [
             (i, entry.question)
             for i in chunk_items
-            for entry in item_questions(
-                batch.edit_types[i], batch.instructions[i], batch.objects[i], rubrics[i], wording, choice
-            )
+            for entry in item_questions(*texts[i], wording, choice, "other" in seen)
         ]
-        visible = [[(before if n == "reference" else after)[i - start] for n in q.looks_at] for i, q in questions]
+        visible = [[seen[n][i - start] for n in q.looks_at] for i, q in questions]
         probabilities.append(_probabilities(critic, [q for _, q in questions], visible))
         items += [i for i, _ in questions]
         kinds += [q.kind for _, q in questions]
