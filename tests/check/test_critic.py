@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from npedit.check.critic import check_critic
-from npedit.check.critic_answers import ask_critic
+from npedit.check.critic_answers import ask_critic, ask_own_questions
 from npedit.check.known_edits import COPY, LEAST_CHANGE, OBJECT_ABSENT, make_known_edits
 from npedit.check.labelled_edits import read_labelled_edits, toy_labelled_edits
-from npedit.check.subject import CheckOptions
+from npedit.check.subject import CheckOptions, Subject
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
+from npedit.item_questions import QuestionChoice
 from npedit.nets.device import CPU
-from npedit.recipe.config import embedded_weights
+from npedit.recipe.config import embedded_weights, load_recipe
 from npedit.toy_models.critic import untrained_critic
 from tests.check.conftest import FEW, severities
 from tests.support.photo_sets import write_metadata
@@ -104,6 +106,60 @@ def test_a_critic_that_is_not_finite_is_found(with_parts) -> None:
     assert severities(check_critic(with_parts(critic=critic)))["critic-not-finite"] == "will not learn"
 
 
+def with_questions(demo, *overrides: str, critic=None, examples=None) -> Subject:
+    """The demo with other questions: KEY=VALUE of its second stage's settings."""
+    recipe = load_recipe("demo", [f"stages.1.settings.{change}" for change in overrides])
+    parts = demo.parts if critic is None else replace(demo.parts, critic=critic)
+    chosen = demo.examples[:FEW] if examples is None else examples
+    return Subject(recipe, demo.data, parts, CheckOptions(samples=FEW), chosen)
+
+
+def test_rubrics_are_tested_where_the_recipe_asks_them(demo) -> None:
+    section = check_critic(with_questions(demo, "rubric=beside"))
+    titles = {table.title: table.rows for table in section.tables}
+    found = {row[1]: row for row in titles["Rubrics and grades on edits with known answers"]}
+    assert set(found) == {"carried out", "not carried out", "an unedited photo"} and {r[0] for r in found.values()} == {
+        "rubric"
+    }
+    assert found["an unedited photo"][2] == FEW
+    accuracy = {row[0]: row for row in titles["Accuracy on edits with known answers"]}
+    assert set(accuracy) == {"edit", "presence", "identity", "rubric"} and accuracy["rubric"][1] > 4 * FEW
+    assert "Rubrics" not in " ".join(table.title for table in check_critic(with_questions(demo)).tables)
+
+
+def test_a_grade_is_tested_with_a_critic_that_has_digits(demo) -> None:
+    section = check_critic(with_questions(demo, "grade=instead", critic=LlavaOnevision.tiny(0)))
+    rows = next(t.rows for t in section.tables if t.title == "Rubrics and grades on edits with known answers")
+    assert {row[0] for row in rows} == {"grade"}
+    assert all(row[4] == pytest.approx(1 + 4 * row[3]) and 1 <= row[4] <= 5 for row in rows)
+
+
+def test_a_critic_without_digits_and_data_without_rubrics_are_found(demo) -> None:
+    bare = [replace(e, questions="") for e in demo.examples[:FEW]]
+    assert severities(check_critic(with_questions(demo, "rubric=beside", examples=bare)))["rubrics"] == "warning"
+    assert severities(check_critic(with_questions(demo, "grade=beside")))["critic-grades"] == "will not learn"
+
+
+def test_a_rubric_is_passed_if_all_its_answers_are_as_wanted(demo) -> None:
+    """The lowest p of the item's questions counts."""
+    edits = [e for e in toy_labelled_edits(9, 0) if e.example.edit_type in ("recolour", "background")]
+    texts = [json.loads(e.example.questions)[0] for e in edits]
+    twice = [
+        replace(
+            e,
+            example=replace(
+                e.example, questions=json.dumps([q, q | {"answer": {"yes": "no", "no": "yes"}[q["answer"]]}])
+            ),
+        )
+        for e, q in zip(edits, texts)
+    ]
+    choice = QuestionChoice(rubric="beside")
+    single = ask_own_questions(demo.parts.critic, "short", edits, choice)
+    both = ask_own_questions(demo.parts.critic, "short", twice, choice)
+    assert [a.p for a in both] == pytest.approx([min(a.p, 1 - a.p) for a in single], abs=1e-5)
+    assert [a.truth for a in single] == [e.applied for e in edits]
+
+
 def test_a_recipe_without_critic_is_a_note(with_parts) -> None:
     assert severities(check_critic(with_parts(critic=None))) == {"no-critic": "note"}
 
@@ -163,6 +219,13 @@ def test_a_labelled_folder_is_read(labelled) -> None:
     assert edit.edited.shape == edit.example.reference.shape == (3, 32, 48)
     assert float(edit.edited[2].mean()) == float(edit.example.reference[0].mean()) == 1.0
     assert other.applied is None
+
+
+def test_a_labelled_edit_may_have_a_rubric(labelled) -> None:
+    own = [{"question": "is it blue ?", "answer": "Yes"}]
+    (edit, other) = read_labelled_edits(labelled(labelled_row(questions=own), labelled_row()), (32, 32))
+    assert json.loads(edit.example.questions) == [{"question": "is it blue ?", "answer": "yes"}]
+    assert other.example.questions == ""
 
 
 def test_labels_may_be_in_a_csv_file(labelled, tmp_path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npedit.errors import UserError
 from npedit.toy.edits import sample_edit
+from npedit.toy.language import questions_about
 from npedit.toy.world import SIDE, render
 
 
@@ -85,5 +86,6 @@ def _write_items(folder: Path, count: int, seed: int, pairs: bool, side: int) ->
                 "object": edit.object,
                 "source_caption": edit.source_caption,
                 "target_caption": edit.target_caption,
+                "questions": questions_about(edit),
             }
             file.write(json.dumps(row) + "\n")
