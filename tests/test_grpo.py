@@ -102,6 +102,27 @@ def test_the_first_step_is_finite_and_as_the_authors_code_has_it() -> None:
     assert std == pytest.approx(sigma * math.sqrt(0.1))
 
 
+@pytest.mark.parametrize("noise_level", [0.0, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize(("t", "after"), [(1.0, 0.7), (0.8, 0.1), (0.5, 0.0)])
+def test_a_cps_step_has_the_right_law_however_long_it_is(noise_level: float, t: float, after: float) -> None:
+    """For data that are the point M: from N((1 - t) M, t^2) to N((1 - after) M, after^2). The SDE's step is wrong."""
+    x = torch.tensor([(1 - t) * M, (1 - t) * M + t], dtype=torch.float64).view(2, 1, 1, 1)  # mean, mean + deviation
+    v = (x - (1 - t) * M) / t - M
+    mean, std = grpo.cps_step(x, v, t, after, noise_level)
+    assert mean[0].item() == pytest.approx((1 - after) * M)
+    assert (mean[1] - mean[0]).item() ** 2 + std**2 == pytest.approx(after**2)
+    assert std == pytest.approx(after * math.sin(noise_level * math.pi / 2))
+
+
+def test_a_cps_step_without_noise_is_the_odes() -> None:
+    x, v = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean, std = grpo.cps_step(x, v, 0.8, 0.5, 0.0)
+    torch.testing.assert_close(mean, x + (0.5 - 0.8) * v)
+    assert std == 0
+    with pytest.raises(ValueError, match="noise level"):
+        grpo.cps_step(x, v, 0.8, 0.5, 1.1)
+
+
 @pytest.mark.parametrize(("t", "after"), [(0.5, 0.5), (0.4, 0.5), (1.1, 0.5), (0.5, -0.1)])
 def test_times_must_fall(t: float, after: float) -> None:
     with pytest.raises(ValueError, match="expected 0 <= after < t <= 1"):

@@ -5,7 +5,8 @@ With v = eps - x0 and t falling from 1 to 0 the ODE dx = v dt and, for every sig
     dx = [v + sigma_t^2 / (2 t) (x + (1 - t) v)] dt + sigma_t dw,      sigma_t = a sqrt(t / (1 - t))
 
 give the same distribution of x at each t (equations 8 and 9). One Euler-Maruyama step of the SDE from t to s < t is a
-Gaussian, the policy's action.
+Gaussian, the policy's action. Coefficients-preserving sampling (CPS, arXiv 2509.05952) is another Gaussian step, whose
+noise has the right strength for steps of any length. The authors' later settings use it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,22 @@ def sde_step(x: Latents, v: Latents, t: float, after: float, noise_level: float)
     variance = noise_level**2 * t / (1 - t if t < 1 else step)
     mean = x - step * (v + variance / (2 * t) * (x + (1 - t) * v))
     return mean, math.sqrt(variance * step)
+
+
+def cps_step(x: Latents, v: Latents, t: float, after: float, noise_level: float) -> tuple[Latents, float]:
+    """The mean and standard deviation of a CPS step from time t to `after`.
+
+    Of the noise that x has at `after`, the part sin(noise_level pi / 2) is drawn anew; 1 draws all of it anew. The
+    mean is (1 - after) x0 + sqrt(after^2 - std^2) eps. Gradients flow to x and v.
+
+    Raises:
+        ValueError: the times do not decrease, or the noise level is not in [0, 1].
+    """
+    if not 0 <= after < t <= 1 or not 0 <= noise_level <= 1:
+        raise ValueError(f"expected 0 <= after < t <= 1 and a noise level in [0, 1]; got {t}, {after}, {noise_level}")
+    std = after * math.sin(noise_level * math.pi / 2)
+    clean, noise = x - t * v, x + (1 - t) * v
+    return (1 - after) * clean + math.sqrt(max(0.0, after**2 - std**2)) * noise, std
 
 
 def log_prob(x: Latents, mean: Latents, std: float) -> PerSample:

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scipy import stats
 
-from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
 from npedit.recipe.config import validate_settings
 from npedit.recipe.packaged import recipe_path
 from npedit.runs import lock
 from npedit.runs.checkpoint import METRICS, read_config, read_rows
+from npedit.study import jobs, study
 from npedit.study import page as study_page
-from npedit.study import study
 from npedit.study.file import Study, load_study, variant_recipe
 from npedit.toy_models.build import train_graded_critic
 
@@ -39,78 +37,6 @@ TINY = {
     },
     "tables": [{"title": "Losses", "rows": ["full", "dmd_only"], "claims": ["full > dmd_only", "full ~ one_step"]}],
 }  # fmt: skip
-
-
-def row(name: str, n: int, *hits: int) -> dict:
-    """A row of as many seeds as hits."""
-    each = [h / n for h in hits]
-    return {
-        "both": wilson_interval(sum(hits) / len(hits), n),
-        "each": each,
-        "runs": [f"{name}-{i}" for i in range(len(hits))],
-    }
-
-
-def rates(a: int, b: int, n: int) -> dict:
-    return {"a": row("a", n, a), "b": row("b", n, b)}
-
-
-def test_difference_of_two_rates_has_newcombes_interval():
-    """The worked example of Newcombe (1998): 56/70 against 48/80 gives 0.2 [0.0524, 0.3339] by method 10."""
-    d, low, high = study_page.difference(wilson_interval(56, 70), wilson_interval(48, 80))
-    assert (d, low, high) == (pytest.approx(0.2), pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
-
-
-@pytest.mark.parametrize(
-    ("claim", "a", "b", "word"),
-    [
-        ("a > b", 60, 30, "holds"),
-        ("a > b", 30, 60, "refuted"),
-        ("a > b", 50, 48, "open"),
-        ("a ~ b", 50, 51, "open"),
-        ("a ~ b", 80, 20, "refuted"),
-    ],
-)
-def test_a_claim_is_judged_by_the_interval_of_the_difference(claim, a, b, word):
-    assert f"**{word}**" in study_page.judge_claim(claim, rates(a, b, 100))
-
-
-def test_equality_holds_only_with_the_whole_interval_within_a_tenth():
-    assert "**holds**" in study_page.judge_claim("a ~ b", rates(500, 505, 1000))
-
-
-def test_seed_deviation_is_pooled_over_rows_with_several_seeds():
-    """Two rows with deviations 0.02 and 0.0396 and 2 and 1 degrees of freedom; a third has a single seed."""
-    deviation, freedom = study_page.seed_std([[0.48, 0.50, 0.52], [0.272, 0.328], [0.7]])
-    assert freedom == 3 and deviation == pytest.approx(((2 * 0.02**2 + 0.0396**2) / 3) ** 0.5, rel=1e-3)
-    assert study_page.seed_std([[0.7]]) == (0.0, 0)
-
-
-def test_seed_deviation_widens_a_claims_interval():
-    """3 seeds against 1 by Student's t, added in quadrature to the scenes' interval; not between the same runs."""
-    scores = {"a": row("a", 900, 470, 480, 490), "b": row("b", 900, 420), "c": row("a", 900, 470, 480, 490)}
-    apart = study_page.seed_margin(scores["a"], scores["b"], (0.02, 8))
-    assert apart == pytest.approx(stats.t.ppf(0.975, 8) * 0.02 * (1 / 3 + 1) ** 0.5, rel=1e-4)
-    d, low, _ = study_page.difference(scores["a"]["both"], scores["b"]["both"])
-    assert low > 0 > d - ((d - low) ** 2 + apart**2) ** 0.5
-    assert "**holds**" in study_page.judge_claim("a > b", scores)
-    assert "**open**" in study_page.judge_claim("a > b", scores, (0.02, 8))
-    assert study_page.judge_claim("a > c", scores, (0.02, 8)) == study_page.judge_claim("a > c", scores)
-
-
-def test_student_t_quantiles_are_scipys():
-    """Beyond its end the table uses its last value, which is too wide and never too narrow."""
-    for k in range(1, 40):
-        half, true = study_page.seed_margin(row("a", 9, 1), row("b", 9, 1), (1.0, k)) / 2**0.5, stats.t.ppf(0.975, k)
-        assert half == pytest.approx(true, abs=1e-4) if k <= 14 else true < half < 1.1 * true
-
-
-def test_several_seeds_on_the_same_scenes_keep_the_interval_of_one():
-    """The mean of three seeds has the interval of one run, because the scenes are the same."""
-    one = {"n": 900, "by_type": {}, "copy_rate": 0.1, "run": "a", "alarms": [], "seconds": 60, "passes": {}}
-    one |= {"critic_right": None, "applied": wilson_interval(600, 900), "preserved": wilson_interval(600, 900)}
-    found = study_page.pool_seeds([one | {"both": wilson_interval(h, 900)} for h in (440, 450, 460)])
-    assert found["both"] == wilson_interval(450, 900) and found["each"] == [440 / 900, 0.5, 460 / 900]
 
 
 def make_study(**changes) -> Study:
@@ -153,14 +79,14 @@ def test_a_study_holds_a_run_while_it_scores_it_and_its_folder_while_it_writes(f
         monkeypatch.setattr(module, name, checking)
 
     (finished / "full-0" / "score-full.json").unlink()
-    require_held(study.toy, "score", finished / "full-0")
+    require_held(jobs.toy, "score", finished / "full-0")
     require_held(study, "write_results", finished)
     run(make_study(), finished)
     assert checked[-1] == "write_results" and len(checked) == 2
 
 
 def test_a_folder_that_another_process_holds_is_waited_for(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
     held, order = threading.Event(), []
 
     def other_process() -> None:
@@ -172,7 +98,7 @@ def test_a_folder_that_another_process_holds_is_waited_for(tmp_path, monkeypatch
     other = threading.Thread(target=other_process)
     other.start()
     held.wait()
-    with study.hold_when_free(tmp_path, "study: score"):
+    with jobs.hold_when_free(tmp_path, "study: score"):
         order.append("study")
     other.join()
     assert order == ["other", "study"] and caplog.text.count("waiting: expected") == 1
@@ -207,7 +133,7 @@ def test_a_study_trains_scores_writes_its_page_and_resumes(finished, tmp_path, m
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(study.trainer, "train", no_training)
+    monkeypatch.setattr(jobs.trainer, "train", no_training)
     assert run(made, finished) == words
     monkeypatch.chdir(tmp_path)  # a study can resume from its published copy
     shutil.copytree(page.with_suffix(""), Path("runs/tiny"))
@@ -218,21 +144,23 @@ def test_a_variants_own_seeds_are_trained_and_missing_ones_are_named(finished, t
     variants = {"full": {"seeds": [0, 1]}, "dmd_only": TINY["variants"]["dmd_only"]}
     made = make_study(variants=variants, tables=[{"title": "Losses", "rows": list(variants)}])
     shutil.rmtree(finished / "dmd_only-0")
-    train = study.trainer.train
+    train = jobs.trainer.train
 
     def stop(recipe, folder, **more):
         raise UserError(f"stopped at {folder.name}")
 
-    monkeypatch.setattr(study.trainer, "train", stop)
-    with pytest.raises(UserError, match="stopped at full-1"):
+    monkeypatch.setattr(jobs.trainer, "train", stop)
+    with pytest.raises(UserError, match=r"2 that did not:\s+full-1: stopped at full-1\s+dmd_only-0: stopped"):
         run(made, finished)
-    monkeypatch.setattr(study.trainer, "train", train)
+    assert "Not run: full (seed 1), dmd_only." in (finished / "results.md").read_text()  # the others are shown
+    monkeypatch.setattr(jobs.trainer, "train", train)
     words = run(made, finished, only=["dmd_only"])
     assert "Not run: full (seed 1)." in words and "no row has several seeds" in words
     words = run(made, finished)
     scores = json.loads((finished / "results.json").read_text())
     assert scores["full"]["runs"] == ["full-0", "full-1"] and len(scores["full"]["each"]) == 2
-    assert scores["full"]["n"] == 9 and "ot run" not in words and "(1 degrees of freedom)" in words
+    assert scores["full"]["n"] == 9 and "ot run" not in words and "1 degrees of freedom)" in words
+    assert [len(outcomes) for outcomes in scores["full"]["outcomes"]] == [9, 9]
     quick = make_study(variants={"full": {"seeds": [0, 1]}}, tables=[])
     assert run(quick, tmp_path / "q", quick=True)
     assert [p.name for p in (tmp_path / "q").iterdir() if p.is_dir()] == ["full-0"]
@@ -273,18 +201,22 @@ def test_every_recipe_of_the_packaged_study_is_valid():
             assert quick.total_updates() < variant_recipe(made, name, 3, recipe_path, Path("s")).total_updates() / 4
 
 
-def test_the_results_page_is_generated_from_the_published_scores(tmp_path):
-    """docs/results.md is made of docs/results/results.json, and that of the scores of its runs, with their recipes."""
+def test_the_published_page_and_scores_are_those_of_the_published_runs():
+    """Each row of docs/results.md has the figures of docs/results/results.json, each row there those of its runs, and
+    the runs have the recipes that the study's file states."""
     made, docs = load_study(recipe_path("study-toy")), Path(__file__).parents[2] / "docs"
-    scores = json.loads((docs / "results" / "results.json").read_text())
-    page = study_page.write_results(made, tmp_path, scores).read_text().replace("](", "](results/")
-    assert page == (docs / "results.md").read_text()
+    scores, page = json.loads((docs / "results" / "results.json").read_text()), (docs / "results.md").read_text()
     for name, score in scores.items():
         runs = [docs / "results" / run for run in score["runs"]]
-        assert score == study_page.pool_seeds([json.loads((run / f"score-{name}.json").read_text()) for run in runs])
+        kept = [json.loads((run / f"score-{name}.json").read_text()) for run in runs]
+        assert score["each"] == [k["both"]["value"] for k in kept]
+        assert score["both"]["value"] == pytest.approx(sum(score["each"]) / len(kept))
+        low, high = score["both"]["ci95"]
+        figures = f"**{score['both']['value']:.3f}** [{low:.3f}, {high:.3f}] | {score['applied']['value']:.3f}"
+        assert re.search(rf"^\| {name}\b.*{re.escape(figures)}", page, re.MULTILINE), name
         for run in [] if made.variants[name].of else runs:
             stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
-            study.require_same_recipe(run, stated)
+            jobs.require_same_recipe(run, stated)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +231,8 @@ def test_the_results_page_is_generated_from_the_published_scores(tmp_path):
         ({"critics": {"both": {"members": ["embeded", "embedded"]}}}, "embedded"),
         ({"critics": {"odd": {}}}, "give one of them"),
         ({"itemss": 3}, "items"),
+        ({"variants": {"a.b": {}}, "tables": []}, "without dots"),
+        ({"search": {"s": {"variant": "full", "budget": "one_step", "configurations": {"a": [], "b": []}}}}, "search"),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, change, said):

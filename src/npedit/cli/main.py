@@ -41,6 +41,7 @@ from npedit.cli.prepare import prepare
 from npedit.cli.push import push
 from npedit.cli.rehearse import rehearse
 from npedit.cli.serve import serve
+from npedit.cli.study import study
 from npedit.cli.toy import app as toy_app
 from npedit.cli.train import move_aside
 from npedit.errors import UserError, explain_write_errors, npedit_command, resume_command
@@ -92,6 +93,7 @@ app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
 app.command()(exit_on_user_error(prepare))
 app.command()(exit_on_user_error(serve))
+app.command()(exit_on_user_error(study))
 app.command()(exit_on_user_error(doctor))
 app.command("estimate")(exit_on_user_error(estimate_memory))
 app.command()(exit_on_user_error(export))
@@ -252,31 +254,6 @@ def edit(
 
 
 # ------------------------------------------------------------------------------------------ report, export
-
-
-@app.command()
-@exit_on_user_error
-def study(
-    path: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or 'study-toy' in the package.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="The study's folder; runs/NAME if not given.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed and a 25th of the updates: a check that every part works.")
-    ] = False,
-    page: Annotated[Path | None, typer.Option("--publish", help="Copy the page to this .md file.")] = None,
-    only: Annotated[str, typer.Option(help="Train only these variants, as 'A,B'.")] = "",
-) -> None:
-    """Train and score the variants of a study, and write results.md. The same command resumes."""
-    from npedit.study.file import load_study
-    from npedit.study.page import publish_results
-    from npedit.study.study import run_study
-
-    loaded = load_study(recipe_path(path))
-    folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    results = run_study(loaded, folder, recipe_path, lambda line: out.print(f"[bold]{escape(line)}[/]"), quick, names)
-    if page is not None:
-        results = publish_results(results, page)
-    out.print(f"Results: [bold]{escape(str(results.resolve()))}[/]")
 
 
 @app.command()

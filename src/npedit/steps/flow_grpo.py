@@ -14,8 +14,13 @@ unchanged copy with a half. The logarithm of the reward is minus NP-Edit's criti
 Deviations from the paper:
 - the last step, to t = 0, is the ODE's and is not trained. The SDE's noise would stay in the critic's image.
 - log-probabilities and KL are means over a latent's elements, as in the authors' code, and `clip` applies to these
-  means. The KL is that of the steps themselves, as in the paper (the code omits the step's length).
+  means. The KL is that of the steps themselves, as in the paper. The code omits the step's length, so a `beta` of the
+  authors corresponds here to a `kl_weight` of beta times the mean length of a step.
 - no classifier-free guidance, in training and at inference. At inference the images come from the few-step sampler.
+
+What the authors' code (github.com/yifan123/flow_grpo) does and the paper does not is behind settings that are off by
+default: `sampler: cps`, `window` (Flow-GRPO-Fast), `split_samples`, `advantage_clip`. docs/method.md compares all
+settings.
 """
 
 from __future__ import annotations
@@ -24,10 +29,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from npedit import flow, grpo
@@ -49,28 +54,54 @@ class FlowGrpoSettings(Settings):
     sampling_steps: int = Field(10, ge=2, le=64)  # of the SDE in training; independent of the few-step sampler
     group: int = Field(8, ge=2)  # samples of one item (paper: 24)
     noise_level: float = Field(0.7, gt=0)  # a
+    sampler: Literal["sde", "cps"] = "sde"  # of the noisy steps: `grpo.sde_step`, `grpo.cps_step`
+    window: int = Field(0, ge=0)  # so many steps in a row, drawn among the first half, are noisy and trained; 0: all
     advantage_std: Literal["group", "batch"] = "group"  # what advantages are divided by: `grpo.advantages`
     clip: float = Field(1e-4, gt=0, lt=1)  # of ratios of mean log-probabilities; smaller latents need a larger one
     kl_weight: float = Field(0.04, ge=0)  # beta
+    advantage_clip: float = Field(0, ge=0)  # largest size of an advantage (the authors' code: 5); 0: no limit
     policy_updates: int = Field(2, ge=1)  # on each set of samples; with one, every ratio is 1 and nothing is clipped
+    split_samples: bool = False  # each policy update uses another part of the samples, as in the authors' code
     student: LearnerSettings = LearnerSettings()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.window > self.sampling_steps // 2:
+            raise ValueError(
+                f"window: expected at most half of the {self.sampling_steps} sampling_steps; got {self.window}"
+            )
+        if self.sampler == "cps" and self.noise_level > 1:
+            raise ValueError(f"noise_level: expected at most 1 with sampler cps; got {self.noise_level}")
+        return self
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """What the policy did on one batch: n = group * b trajectories, sample g of item i in row g * b + i.
 
-    `states` holds x (n, c, h, w) at each of `times`; `before` the log-probability (n,) of each step but the last, and
-    `reference` the mean (n, c, h, w) that the reference policy gives it (none of these, if the KL's weight is 0).
+    `states` holds x (n, c, h, w) at each of `times`. `trained` are the numbers of the steps that are noisy. For each of
+    these, `before` holds the log-probability (n,), and `reference` the mean (n, c, h, w) that the reference policy
+    gives it (nothing, if the KL's weight is 0).
     """
 
     text: EncodedText
     references: Tensor
     times: tuple[float, ...]
     states: tuple[Tensor, ...]
+    trained: tuple[int, ...]
     before: tuple[Tensor, ...]
     reference: tuple[Tensor, ...]
     advantages: Tensor
+
+    def select(self, rows: Tensor) -> Trajectories:
+        """These rows of all."""
+        return replace(
+            self,
+            text=self.text.select(rows),
+            references=self.references[rows],
+            advantages=self.advantages[rows],
+            **{k: tuple(x[rows] for x in getattr(self, k)) for k in ("states", "before", "reference")},
+        )
 
 
 class Step(Base):
@@ -88,6 +119,15 @@ class Step(Base):
         """The critic; neither captions nor pairs."""
         return frozenset({"critic"})
 
+    @classmethod
+    def passes_per_update(cls, settings: FlowGrpoSettings, items: int) -> tuple[int, int]:
+        """Pictures that an update of so many items sends through the generator and through the critic, which is asked
+        two questions about each. "Do nothing" items are asked one, so the critic's number is an upper bound."""
+        s, n = settings, settings.group * items
+        trained = s.window or s.sampling_steps - 1
+        uses = (1 if s.split_samples else s.policy_updates) + bool(s.kl_weight)
+        return n * (s.sampling_steps + trained * uses), 2 * n
+
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One update: sample, compute rewards, improve the policy. Returns what to log."""
         timers = Timers()
@@ -95,13 +135,24 @@ class Step(Base):
         texts, images = [b.instructions for b in batches], [b.references for b in batches]
         with timers("sample"), self.parts.encode_ahead(texts, images):
             taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
-        losses = [partial(self._loss, s, k, metrics) for s in taken for k in range(len(s.before))]
         with timers("student"):
-            for _ in range(self.settings.policy_updates):
+            for used in self._samples_of_updates(taken, update):
+                losses = [partial(self._loss, s, k, metrics) for s in used for k in range(len(s.trained))]
                 logged = self.learners["student"].update(losses)
         keys = sorted({k for m in metrics for k in m})
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in keys}
         return means | {f"{k}/student": v for k, v in logged.items()} | timers.seconds
+
+    def _samples_of_updates(self, taken: list[Trajectories], update: int) -> Iterator[list[Trajectories]]:
+        """The samples that each policy update uses: all of them, or with `split_samples` a part, drawn at random."""
+        count = self.settings.policy_updates
+        if not self.settings.split_samples:
+            yield from [taken] * count
+            return
+        generator = seeded_generator(self.seed, "flow_grpo split", update, 0)
+        parts = [torch.randperm(len(s.advantages), generator=generator).tensor_split(count) for s in taken]
+        for k in range(count):
+            yield [s.select(rows[k].to(s.advantages.device)) for s, rows in zip(taken, parts)]
 
     # -------------------------------------------------------------------------------------------------- sampling
 
@@ -117,17 +168,36 @@ class Step(Base):
         shift = self.parts.family.noise_shift(*batch.references.shape[-2:])
         times = (1.0, *flow.few_step_times(s.sampling_steps, shift)[1:].tolist())
         x = torch.cat(sample_noise(latents, s.group, generator))
-        states, before = [x], []
-        for t, after in zip(times, times[1:]):
-            mean, std = grpo.sde_step(x, self._velocity(x, t, text, references), t, after, s.noise_level)
-            x = mean + std * torch.cat(sample_noise(latents, s.group, generator))
-            before.append(grpo.log_prob(x, mean, std))
+        states, before, trained = [x], [], self._draw_window(generator)
+        for k, (t, after) in enumerate(zip(times, times[1:])):
+            v = self._velocity(x, t, text, references)
+            if k in trained:
+                mean, std = self._noisy_step(x, v, t, after)
+                x = mean + std * torch.cat(sample_noise(latents, s.group, generator))
+                before.append(grpo.log_prob(x, mean, std))
+            else:
+                x = x + (after - t) * v
             states.append(x)
         x0 = x - times[-1] * self._velocity(x, times[-1], text, references)
         rewards = self._compute_rewards(batch, x0, metrics)
-        advantages = grpo.advantages(rewards, s.advantage_std == "batch")
-        found = Trajectories(text, references, times, tuple(states), tuple(before), (), advantages.flatten())
+        advantages = grpo.advantages(rewards, s.advantage_std == "batch").flatten()
+        if s.advantage_clip:
+            advantages = advantages.clamp(-s.advantage_clip, s.advantage_clip)
+        found = Trajectories(text, references, times, tuple(states), trained, tuple(before), (), advantages)
         return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
+
+    def _draw_window(self, generator: torch.Generator) -> tuple[int, ...]:
+        """The numbers of the steps that are noisy and trained. The last step never is."""
+        s = self.settings
+        if not s.window:
+            return tuple(range(s.sampling_steps - 1))
+        begin = int(torch.randint(s.sampling_steps // 2 - s.window + 1, (), generator=generator))
+        return tuple(range(begin, begin + s.window))
+
+    def _noisy_step(self, x: Tensor, v: Tensor, t: float, after: float) -> tuple[Tensor, float]:
+        """The mean and standard deviation of one noisy step."""
+        step = grpo.sde_step if self.settings.sampler == "sde" else grpo.cps_step
+        return step(x, v, t, after, self.settings.noise_level)
 
     def _velocity(self, x: Tensor, t: float, text: EncodedText, references: Tensor) -> Tensor:
         net, times = self.learners["student"].net, torch.full((len(x),), t, device=x.device)
@@ -159,15 +229,15 @@ class Step(Base):
     # ---------------------------------------------------------------------------------------------------- update
 
     def _policy_step(self, samples: Trajectories, k: int) -> tuple[Tensor, float]:
-        """The mean and standard deviation of the k-th SDE step under the current weights."""
-        x, (t, after) = samples.states[k], samples.times[k : k + 2]
-        v = self._velocity(x, t, samples.text, samples.references)
-        return grpo.sde_step(x, v, t, after, self.settings.noise_level)
+        """The mean and standard deviation of the k-th trained step under the current weights."""
+        step = samples.trained[k]
+        x, (t, after) = samples.states[step], samples.times[step : step + 2]
+        return self._noisy_step(x, self._velocity(x, t, samples.text, samples.references), t, after)
 
     def _loss(self, samples: Trajectories, k: int, metrics: list[dict[str, float]]) -> Tensor:
         s = self.settings
         mean, std = self._policy_step(samples, k)
-        now = grpo.log_prob(samples.states[k + 1], mean, std)
+        now = grpo.log_prob(samples.states[samples.trained[k] + 1], mean, std)
         loss = grpo.policy_loss(now, samples.before[k], samples.advantages, s.clip)
         far = (now.detach() - samples.before[k]).exp().sub(1).abs() > s.clip
         seen = {"loss/policy": float(loss.detach()), "policy/outside_clip": float(far.float().mean())}

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -44,14 +44,51 @@ class CriticVariant(Settings):
         return self
 
 
+class Claim(Settings):
+    """One comparison of two rows. In a study's file also the test alone."""
+
+    test: str  # "a > b": a is better; "a ~ b": they differ by less than 0.1
+    says: str = ""  # the paper's claim, in words; such comparisons are the lines of the claim table
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_test_alone(cls, value: Any) -> Any:
+        return {"test": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if not CLAIM_PATTERN.match(self.test):
+            raise ValueError(f"expected a claim such as 'full > dmd_only'; got {self.test!r}")
+        return self
+
+    def parts(self) -> tuple[str, str, str]:
+        """(first row, sign, second row)."""
+        first, sign, second = self.test.split()
+        return first, sign, second
+
+
 class Table(Settings):
     """One table: the variants in its rows, and claims about them."""
 
     title: str
     words: str = ""
     rows: list[str]
-    claims: list[str] = []  # "a > b": a is better; "a ~ b": they differ by less than 0.1
+    claims: list[Claim] = []
     by_critic: bool = False  # draw `both` over the share of questions that each row's critic answers right
+
+
+class Search(Settings):
+    """A search over settings of one variant in two stages (`search.py`). Its name can be a row: the best
+    configuration."""
+
+    variant: str  # recipe, start, critic and settings that every configuration changes
+    budget: str  # a trained variant: no configuration makes more generator passes or critic passes than it does
+    set: list[str] = []  # KEY=VALUE of all configurations, after those of `variant`
+    configurations: dict[str, list[str]] = Field(min_length=2)  # KEY=VALUE, after `set`
+    short: float = Field(0.25, gt=0, le=1)  # part of the budget that every configuration gets at first
+    keep: int = Field(3, ge=1)  # configurations that then get the whole budget
+    seeds: list[int] = Field([0, 1, 2], min_length=1)  # of the best; the others are trained with the first only
+    words: str = ""
 
 
 class Study(Settings):
@@ -65,22 +102,20 @@ class Study(Settings):
     items: int = Field(450, ge=9)
     critics: dict[str, CriticVariant] = {}
     variants: dict[str, Variant]
+    search: dict[str, Search] = {}
     tables: list[Table]
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        """Refuse names of variants that are not there, and claims that cannot be read."""
+        """Refuse names of variants that are not there."""
         named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
         named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
         for table in self.tables:
-            for claim in table.claims:
-                found = CLAIM_PATTERN.match(claim)
-                if not found:
-                    raise ValueError(f"expected a claim such as 'full > dmd_only'; got {claim!r}")
-                named += [(found[1], f"claim {claim!r}"), (found[3], f"claim {claim!r}")]
+            named += [(name, f"claim {c.test!r}") for c in table.claims for name in c.parts()[::2]]
+        rows = [*self.variants, *self.search]
         for name, place in named:
-            if name not in self.variants:
-                raise ValueError(f"{place} names {name!r}, which is no variant.{did_you_mean(name, self.variants)}")
+            if name not in rows:
+                raise ValueError(f"{place} names {name!r}, which is no variant.{did_you_mean(name, rows)}")
         taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
         asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
         asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
@@ -88,6 +123,8 @@ class Study(Settings):
         for name, variant in self.variants.items():
             asked += [(variant.start, list(earlier), f"start of variant {name!r}")] if variant.start else []
             earlier += [] if variant.of else [name]
+        trained = [name for name, variant in self.variants.items() if not variant.of]
+        asked += [(n, trained, f"search {k!r}") for k, s in self.search.items() for n in (s.variant, s.budget)]
         for name, known, place in asked:
             if name not in known:
                 raise ValueError(
@@ -95,6 +132,8 @@ class Study(Settings):
                 )
         for name, variant in self.variants.items():
             own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
+            if "." in name and not is_configuration(self, name):
+                raise ValueError(f"expected names of variants without dots; got {name!r}")
             if variant.of and (own or self.variants[variant.of].of):
                 raise ValueError(
                     f"variant {name!r} uses another's runs, so it has no recipe, set, start, critic or seeds"
@@ -139,6 +178,7 @@ def quick_study(study: Study) -> Study:
             "items": max(9, study.items // 10),
             "critics": critics,
             "variants": {k: v.model_copy(update={"seeds": []}) for k, v in study.variants.items()},
+            "search": {k: s.model_copy(update={"seeds": study.seeds[:1]}) for k, s in study.search.items()},
         }
     )
 
@@ -165,6 +205,12 @@ def variant_recipe(
     return make_recipe(
         {**whole, "stages": [{**s, "updates": max(1, s["updates"] // QUICK_FACTOR)} for s in whole["stages"]]}
     )
+
+
+def is_configuration(study: Study, variant: str) -> bool:
+    """Whether a variant is a configuration of one of the study's searches."""
+    search, dot, _ = variant.partition(".")
+    return bool(dot) and search in study.search
 
 
 def critic_weights(study: Study, critic: str, folder: Path) -> str:

@@ -1,0 +1,97 @@
+"""Claims: each is decided by the interval of the difference, over scenes and seeds; the table that README quotes."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from npedit.errors import UserError
+from npedit.recipe.config import validate_settings
+from npedit.scoring.seed_intervals import NO_SPREAD, SeedSpread
+from npedit.study import claims
+from npedit.study.file import Claim, Study
+from npedit.study.page import add_seed_intervals
+
+
+def row(name: str, n: int, *hits: int) -> dict:
+    """A row of as many seeds as hits; which items are right is drawn at random."""
+    drawn = random.Random(name)
+    outcomes = ["".join(drawn.sample("1" * h + "0" * (n - h), n)) for h in hits]
+    return {"outcomes": outcomes, "runs": [f"{name}-{i}" for i in range(len(hits))], "both": {}}
+
+
+def judge(test: str, spread: SeedSpread = NO_SPREAD, **rows: dict) -> claims.Verdict:
+    return claims.judge_claim(Claim(test=test), rows, spread)
+
+
+@pytest.mark.parametrize(
+    ("claim", "a", "b", "word"),
+    [
+        ("a > b", 60, 30, "holds"),
+        ("a > b", 30, 60, "fails"),
+        ("a > b", 50, 48, "undecided"),
+        ("a ~ b", 50, 51, "undecided"),
+        ("a ~ b", 80, 20, "fails"),
+    ],
+)
+def test_a_claim_is_judged_by_the_interval_of_the_difference(claim: str, a: int, b: int, word: str):
+    found = judge(claim, a=row("a", 100, a), b=row("b", 100, b))
+    assert found.word == word and found.difference == pytest.approx((a - b) / 100)
+    assert found.ci95[0] < found.difference < found.ci95[1]
+
+
+def test_equality_holds_only_with_the_whole_interval_within_a_tenth():
+    assert judge("a ~ b", a=row("a", 1000, 500), b=row("b", 1000, 505)).word == "holds"
+
+
+def test_a_row_that_was_not_run_is_named():
+    found = judge("a > c", a=row("a", 100, 50))
+    assert found.word == "not run" and found.numbers() == "c"
+
+
+def test_variation_between_seeds_widens_a_claims_interval():
+    rows = {"a": row("a", 900, 470, 480, 490), "b": row("b", 900, 420)}
+    spread = SeedSpread(0.04**2, 0.04**2, 8)
+    assert judge("a > b", **rows).word == "holds" and judge("a > b", spread, **rows).word == "undecided"
+    same = {"a": rows["a"], "c": dict(rows["a"])}  # the same runs, so their seeds are paired
+    assert judge("a ~ c", spread, **same).ci95 == (0.0, 0.0)
+
+
+def test_the_same_scenes_right_in_both_rows_narrow_the_interval():
+    a = row("a", 900, 500)
+    b = {"outcomes": [a["outcomes"][0].replace("1", "0", 30)], "runs": ["b-0"], "both": {}}
+    paired, apart = judge("a > b", a=a, b=b).ci95, judge("a > b", a=a, b=row("b", 900, 470)).ci95
+    assert paired[0] > 0 > apart[0] and paired[1] - paired[0] < 0.4 * (apart[1] - apart[0])
+
+
+def make_study() -> Study:
+    tables = [{"title": "t", "rows": ["a", "b"], "claims": [{"test": "a > b", "says": "A is better"}, "a ~ b"]}]
+    made = {"name": "s", "recipe": "demo", "items": 90, "variants": {"a": {}, "b": {}}, "tables": tables}
+    return validate_settings(Study, made, "")
+
+
+def test_rows_get_intervals_over_scenes_and_seeds():
+    scores = {"a": row("a", 90, 30, 60), "b": row("b", 90, 40)}
+    spread = claims.study_spread(make_study(), scores)
+    assert spread.freedom == 1 and spread.observed == pytest.approx(1 / 18)
+    wide = add_seed_intervals(make_study(), scores, spread)["a"]["both"]
+    narrow = add_seed_intervals(make_study(), scores, NO_SPREAD)["a"]["both"]
+    assert wide["value"] == pytest.approx(0.5) and wide["ci95"][0] < narrow["ci95"][0] < 0.5 < narrow["ci95"][1]
+
+
+def test_readme_quotes_the_claims_with_words_and_nothing_else(tmp_path):
+    verdicts = claims.judge_all(make_study(), {"a": row("a", 90, 60), "b": row("b", 90, 30)})
+    claims.write_claims(verdicts, tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text("before\n")
+    with pytest.raises(UserError, match="a page without; add them"):
+        claims.quote_claims(page, tmp_path / claims.CLAIMS_FILE)
+    page.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
+    claims.quote_claims(page, tmp_path / claims.CLAIMS_FILE)
+    quoted = page.read_text()
+    table = "\n".join(claims.claim_table(verdicts))
+    assert quoted == f"before\n{claims.BEGIN}\n\n{table}\n\n{claims.END}\nafter\n"
+    assert "| A is better | **holds** | `a > b` | +0.333 [" in table and "a ~ b" not in table
+    assert [v["verdict"] for v in json.loads((tmp_path / claims.CLAIMS_FILE).read_text())][0] == "holds"
