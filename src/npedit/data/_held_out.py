@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from npedit.data._groups import Groups
 from npedit.data._rows import Rows
 from npedit.errors import UserError, did_you_mean
 
@@ -68,25 +69,15 @@ def find_rows(rows: Rows, ids: Sequence[str]) -> list[int]:
 
 
 def _require_complete_groups(rows: Rows, held_out: Sequence[int]) -> None:
-    chosen = set(held_out)
-    for members in dict.fromkeys(_groups(rows).values()):
-        outside = [number for number in members if number not in chosen]
-        if len(outside) not in (0, len(members)):
-            inside = next(number for number in members if number in chosen)
+    groups, chosen = Groups(rows), set(held_out)
+    for number in held_out:
+        outside = [member for member in groups.members(number) if member not in chosen]
+        if outside:
             raise UserError(
-                f"data.held_out: expected all rows of a group or none; got {rows[inside].id!r} of the group "
-                f"{rows[inside].group!r} without {', '.join(repr(rows[number].id) for number in outside[:3])}"
+                f"data.held_out: expected all rows of a group or none; got {rows[number].id!r} of the group "
+                f"{rows[number].group!r} without {', '.join(repr(rows[member].id) for member in outside[:3])}"
                 f"{', ...' if len(outside) > 3 else ''}, whose photos show the same; add these ids, or remove it"
             )
-
-
-def _groups(rows: Rows) -> dict[int, tuple[int, ...]]:
-    """The numbers of all rows of its group, for each row that shares its group with another one."""
-    members: dict[str, list[int]] = defaultdict(list)
-    for number, (group,) in enumerate(rows.values("group")):
-        if group:
-            members[group].append(number)
-    return {number: tuple(group) for group in members.values() if len(group) > 1 for number in group}
 
 
 def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
@@ -102,9 +93,10 @@ def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
     """
     if count == 0:
         return []
-    together = _groups(rows)
-    lots, sizes = _lowest_lots(rows, bucket_of, len(rows) if together else count)
-    types = rows.column("edit_type").to_pylist() if together else []
+    groups = Groups(rows)
+    has_groups = bool(groups.shared)
+    lots, sizes = _lowest_lots(rows, bucket_of, len(rows) if has_groups else count)
+    types = rows.column("edit_type") if has_groups else []
     tally, chosen = _Tally(sizes), dict[int, None]()
     while len(chosen) < count:
         open_pairs = [pair for pair, left in lots.items() if left and tally.can_take([pair])]
@@ -115,8 +107,8 @@ def draw_rows(rows: Rows, bucket_of: np.ndarray, count: int) -> list[int]:
             )
         pair = min(open_pairs, key=lambda p: (*tally.priority(p), lots[p][0][0]))
         number = lots[pair].pop(0)[1]
-        members = together.get(number, (number,))
-        pairs = [(int(bucket_of[n]), types[n]) for n in members if bucket_of[n] >= 0] if number in together else [pair]
+        members = groups.members(number)
+        pairs = [(int(bucket_of[n]), types[n].as_py()) for n in members if bucket_of[n] >= 0] if has_groups else [pair]
         if number not in chosen and tally.can_take(pairs):
             chosen |= dict.fromkeys(members)
             tally.take(pairs)

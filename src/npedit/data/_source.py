@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from npedit.data import Batch, Example, collate
 from npedit.data._buckets import assign_sizes
 from npedit.data._example import load_example, with_identity_edits
+from npedit.data._groups import Groups
 from npedit.data._held_out import draw_rows, find_rows, read_held_out_ids
 from npedit.data._metadata import FieldName, Row
 from npedit.data._order import Order, plain_groups, shared_groups, weighted_groups
@@ -34,7 +35,7 @@ from npedit.data._prefetch import Prefetcher, check_batch_key
 from npedit.data._rows import CHUNK, Cache, Rows
 from npedit.data._scan import Facts
 from npedit.data._settings import PhotoSettings
-from npedit.data._subjects import Subjects, has_critic_photos, shuffled_other_photos
+from npedit.data._subjects import has_critic_photos, shuffled_other_photos
 from npedit.errors import BadRowsError, UserError
 from npedit.questions import SCENE
 
@@ -68,7 +69,7 @@ class PhotoSource:
         self.seed = seed
         self._cache: Cache | None = None
         self.rows = subsample(self._open_rows(settings.path, settings.columns), settings.share)
-        self._subjects = Subjects(self.rows)
+        self._groups = Groups(self.rows) if settings.other_photos and self.rows.has_scenes else None
         self._without = {field: self.rows.numbers_without(field) for field in ("source_caption", "target_caption")}
         self._bad: dict[int, dict] = {}  # by the row's number
         self._lock = threading.Lock()
@@ -243,7 +244,7 @@ class PhotoSource:
                 continue
             row = self.rows[number]
             try:
-                example = self._load_example(row, self._shapes[bucket][0], f"held out/{row.id}")
+                example = self._load_example(number, self._shapes[bucket][0], f"held out/{row.id}")
                 examples.setdefault(bucket, []).append(example)
             except BadImage as error:
                 self._record_bad_row(number, row, str(error))
@@ -331,7 +332,7 @@ class PhotoSource:
                 continue
             row = self.rows[number]
             try:
-                example = self._load_example(row, size, f"{bucket}/{position}")
+                example = self._load_example(number, size, f"{bucket}/{position}")
             except BadImage as error:
                 self._record_bad_row(number, row, str(error))
                 self._check_bad_share()
@@ -340,11 +341,13 @@ class PhotoSource:
             return with_identity_edits(example, rng, self.settings.nothing_share)
         raise UserError(f"expected at least one readable photo in {self.folder}; got none; correct the data")
 
-    def _load_example(self, row: Row, size: tuple[int, int], item: str) -> Example:
+    def _load_example(self, number: int, size: tuple[int, int], item: str) -> Example:
         """A row as an example, with its pictures cropped to `size`. `item` names its place, for the draw of another
         photo of the subject."""
+        row = self.rows[number]
         if not has_critic_photos(row, self.settings.other_photos):
             return load_example(row, size, self._find_picture, row.references)
         rng = random.Random(f"{self.seed}/other photo/{item}")
-        others = shuffled_other_photos(row, self._subjects.rows_of(row.group), rng)
+        members = self._groups.members(number) if self._groups else []
+        others = shuffled_other_photos(row, [self.rows[k] for k in members], rng)
         return load_example(row, size, self._find_picture, (), others)

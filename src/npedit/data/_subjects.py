@@ -9,27 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-import numpy as np
-
 from npedit.data._example import Place
 from npedit.data._metadata import Row
-from npedit.data._rows import Rows
 from npedit.questions import SCENE
-
-
-class Subjects:
-    """The rows of each subject in a data set, found by their group."""
-
-    def __init__(self, rows: Rows):
-        self._rows = rows
-        names = rows.column("group").to_numpy().astype(str) if rows.has_scenes else np.array([], dtype=str)
-        self._order = np.argsort(names, kind="stable")
-        self._names = names[self._order]
-
-    def rows_of(self, group: str) -> list[Row]:
-        """The rows of a group, in their order; none for ""."""
-        first, last = (int(np.searchsorted(self._names, group, side)) for side in ("left", "right"))
-        return [self._rows[int(number)] for number in self._order[first:last]] if group else []
 
 
 def shuffled_other_photos(row: Row, members: Iterable[Row], rng: random.Random) -> list[Place]:
