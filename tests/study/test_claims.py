@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,16 @@ def test_readme_quotes_the_claims_with_words_and_nothing_else(tmp_path):
     assert quoted == f"before\n{claims.BEGIN}\n\n{table}\n\n{claims.END}\nafter\n"
     assert "| A is better | **holds** | `a > b` | +0.333 [" in table and "a ~ b" not in table
     assert [v["verdict"] for v in json.loads((tmp_path / claims.CLAIMS_FILE).read_text())][0] == "holds"
+
+
+def test_readme_has_the_claims_of_the_published_study_once_they_are_there(tmp_path):
+    """docs/results/claims.json is written by `npedit study --publish`, README by `--quote`."""
+    root = Path(__file__).parents[2]
+    published, readme = root / "docs" / "results" / claims.CLAIMS_FILE, root / "README.md"
+    if not published.exists():
+        assert claims.BEGIN not in readme.read_text()
+        return
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    claims.quote_claims(copy, published)
+    assert copy.read_text() == readme.read_text()

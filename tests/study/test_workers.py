@@ -126,6 +126,15 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     assert all(c.isprintable() or c == "\n" for c in said.getvalue())
 
 
+def test_in_a_terminal_every_running_job_has_a_bar(tmp_path: Path) -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=120, force_terminal=True)
+    made = workers.WorkerPool(tmp_path, 2, lambda j: "sleep 0.5", ("sh", "-s"), console)
+    assert made.run([job("first"), job("second")]) == []
+    words = said.getvalue()
+    assert "first" in words and "second" in words and "0 of 10" in words and "━" in words
+
+
 def write_tiny(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))

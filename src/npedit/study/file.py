@@ -106,8 +106,8 @@ class Study(Settings):
     tables: list[Table]
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        """Refuse names of variants that are not there."""
+    def _check_rows(self) -> Self:
+        """Refuse tables, claims and variants that name a row that is not there."""
         named = [(r, f"table {t.title!r}") for t in self.tables for r in t.rows]
         named += [(v.of, f"variant {k!r}") for k, v in self.variants.items() if v.of]
         for table in self.tables:
@@ -116,20 +116,29 @@ class Study(Settings):
         for name, place in named:
             if name not in rows:
                 raise ValueError(f"{place} names {name!r}, which is no variant.{did_you_mean(name, rows)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        """Refuse critics, starts and searches that name a critic or a variant that is not there."""
         taught = [EMBEDDED, *(k for k, c in self.critics.items() if c.batches)]
         asked = [(m, taught, f"critic {k!r}") for k, c in self.critics.items() for m in c.members]
         asked += [(v.critic, list(self.critics), f"variant {k!r}") for k, v in self.variants.items() if v.critic]
-        earlier: list[str] = []
+        trained: list[str] = []
         for name, variant in self.variants.items():
-            asked += [(variant.start, list(earlier), f"start of variant {name!r}")] if variant.start else []
-            earlier += [] if variant.of else [name]
-        trained = [name for name, variant in self.variants.items() if not variant.of]
+            asked += [(variant.start, list(trained), f"start of variant {name!r}")] if variant.start else []
+            trained += [] if variant.of else [name]
         asked += [(n, trained, f"search {k!r}") for k, s in self.search.items() for n in (s.variant, s.budget)]
         for name, known, place in asked:
             if name not in known:
                 raise ValueError(
                     f"{place}: expected one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        """Refuse variants whose keys contradict each other."""
         for name, variant in self.variants.items():
             own = variant.set or variant.recipe or variant.start or variant.critic or variant.seeds
             if "." in name and not is_configuration(self, name):

@@ -133,12 +133,7 @@ class StudyWork:
             self._train_critic(job.critic)
             return
         run = self.folder / job.name
-        while not is_finished(run):
-            try:
-                train_and_count_passes(self.recipes[job.name], run)
-            except FolderHeldError as error:
-                log.warning("waiting: %s", error)
-                time.sleep(POLL_SECONDS)
+        train_when_free(self.recipes[job.name], run)
         for name in self._scored_names(job.variant):
             self.score(name, run, job.seed)
         if is_configuration(self.study, job.variant):
@@ -267,6 +262,20 @@ def hold_when_free(folder: Path, work: str) -> Iterator[Lock]:
                 waited = True
                 time.sleep(POLL_SECONDS)
         yield held
+
+
+def train_when_free(recipe: Recipe, run: Path) -> None:
+    """Train one run, unless it is finished. A run that another process trains is waited for. A wait is reported in the
+    log once."""
+    waited = False
+    while not is_finished(run):
+        try:
+            train_and_count_passes(recipe, run)
+        except FolderHeldError as error:
+            if not waited:
+                log.warning("waiting: %s", error)
+            waited = True
+            time.sleep(POLL_SECONDS)
 
 
 def require_same_recipe(run: Path, recipe: Recipe) -> None:
