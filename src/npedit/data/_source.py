@@ -69,7 +69,7 @@ class PhotoSource:
         self.seed = seed
         self._cache: Cache | None = None
         self.rows = subsample(self._open_rows(settings.path, settings.columns), settings.share)
-        self._groups = Groups(self.rows) if settings.other_photos and self.rows.has_scenes else None
+        self._subjects = Groups(self.rows) if settings.other_photos and self.rows.has_scenes else None
         self._without = {field: self.rows.numbers_without(field) for field in ("source_caption", "target_caption")}
         self._bad: dict[int, dict] = {}  # by the row's number
         self._lock = threading.Lock()
@@ -348,6 +348,6 @@ class PhotoSource:
         if not has_critic_photos(row, self.settings.other_photos):
             return load_example(row, size, self._find_picture, row.references)
         rng = random.Random(f"{self.seed}/other photo/{item}")
-        members = self._groups.members(number) if self._groups else []
+        members = self._subjects.members(number) if self._subjects else []
         others = shuffled_other_photos(row, [self.rows[k] for k in members], rng)
         return load_example(row, size, self._find_picture, (), others)
