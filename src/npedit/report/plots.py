@@ -20,6 +20,7 @@ Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Panel = tuple[str, Sequence[Mean]]  # title; for each editor its mean and 95 % interval, or None for no interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
+COMPARISON_COLUMNS = 3  # panels side by side
 NORMS = {
     "grad_norm/student": "student",
     "grad_norm/fake": "fake score",
