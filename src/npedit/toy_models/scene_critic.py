@@ -26,7 +26,7 @@ from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, _by_cell
 from npedit.toy_models.fit import fit
 from npedit.toy_models.mistakes import degrade, sample_scene_outcome
 
-STEPS = 1200  # batches; some ten minutes on one CPU core
+STEPS = 700  # batches; some twelve minutes on one CPU core
 EDITS_PER_STEP = 24
 RETURNED_SHARE = 0.4  # share of edits that get the third question too; the embedded critic nearly knows its answer
 HALF_DONE_SHARE = 0.1  # share of edits shown half done: a blend of reference and target, P(scene is there) is the share
