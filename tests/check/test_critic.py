@@ -106,12 +106,15 @@ def test_a_critic_that_is_not_finite_is_found(with_parts) -> None:
     assert severities(check_critic(with_parts(critic=critic)))["critic-not-finite"] == "will not learn"
 
 
+TWO = 2  # examples, for speed
+
+
 def with_questions(demo, *overrides: str, critic=None, examples=None) -> Subject:
     """The demo with other questions: KEY=VALUE of its second stage's settings."""
     recipe = load_recipe("demo", [f"stages.1.settings.{change}" for change in overrides])
     parts = demo.parts if critic is None else replace(demo.parts, critic=critic)
-    chosen = demo.examples[:FEW] if examples is None else examples
-    return Subject(recipe, demo.data, parts, CheckOptions(samples=FEW), chosen)
+    chosen = demo.examples[:TWO] if examples is None else examples
+    return Subject(recipe, demo.data, parts, CheckOptions(samples=len(chosen)), chosen)
 
 
 def test_rubrics_are_tested_where_the_recipe_asks_them(demo) -> None:
@@ -121,9 +124,9 @@ def test_rubrics_are_tested_where_the_recipe_asks_them(demo) -> None:
     assert set(found) == {"carried out", "not carried out", "an unedited photo"} and {r[0] for r in found.values()} == {
         "rubric"
     }
-    assert found["an unedited photo"][2] == FEW
+    assert found["an unedited photo"][2] == TWO
     accuracy = {row[0]: row for row in titles["Accuracy on edits with known answers"]}
-    assert set(accuracy) == {"edit", "presence", "identity", "rubric"} and accuracy["rubric"][1] > 4 * FEW
+    assert set(accuracy) == {"edit", "presence", "identity", "rubric"} and accuracy["rubric"][1] > 4 * TWO
     assert "Rubrics" not in " ".join(table.title for table in check_critic(with_questions(demo)).tables)
 
 
@@ -135,7 +138,7 @@ def test_a_grade_is_tested_with_a_critic_that_has_digits(demo) -> None:
 
 
 def test_a_critic_without_digits_and_data_without_rubrics_are_found(demo) -> None:
-    bare = [replace(e, questions="") for e in demo.examples[:FEW]]
+    bare = [replace(e, questions="") for e in demo.examples[:TWO]]
     assert severities(check_critic(with_questions(demo, "rubric=beside", examples=bare)))["rubrics"] == "warning"
     assert severities(check_critic(with_questions(demo, "grade=beside")))["critic-grades"] == "will not learn"
 

@@ -102,7 +102,7 @@ def written_out(shared: Parts, given: Batch, heat: float, **settings) -> tuple[T
             values = torch.linspace(0, 1, len(question.answers))
             scores = [(t * logits).softmax(0) @ (values if question.answer > 0 else 1 - values) for t in (heat, 1.0)]
             total = total - weight * scores[0].log() / len(given)
-            wrong, shares = wrong + share * (1 - float(scores[1])), shares + share
+            wrong, shares = wrong + share * (1 - float(scores[1].detach())), shares + share
         errors.append(wrong / shares)
     return torch.autograd.grad(total, x0)[0], torch.tensor(errors)
 
