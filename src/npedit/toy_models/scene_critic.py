@@ -97,7 +97,7 @@ def make_lessons(
 ) -> list[Lesson]:
     """The questions about one edit, with their labels. `reference`, `edited` and `other` are the numbers of the images
     of the reference, of `scene`, and of another photo of the subject."""
-    pictures = {"reference": reference, "edited": edited, "other": other}
+    pictures = {"reference": reference, "edited": edited, "other": reference if other is None else other}
     truths = true_answers(edit, scene)
     lessons = []
     for question in questions_for(SCENE, edit.instruction, edit.object, "short", has_other=other is not None):
@@ -143,7 +143,7 @@ def _missing_of_subject(edit: SceneEdit, scene: Scene) -> tuple[float, float, fl
 def _cell_labels(name: str, edit: SceneEdit, scene: Scene) -> tuple[tuple[float, ...], ...]:
     reading = expected_reading(scene)
     named, companions = _named_cells(edit, reading), companion_cells(edit, reading)
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for i, look in enumerate(reading.cells):
         if name == "scene":
             rows.append((float(i in named), -1.0, float(i in companions)))
