@@ -165,13 +165,14 @@ def _z_image(family: ZImage, net: Any, x: Tensor, t: Tensor, text: EncodedText, 
     padded, lengths = text.parts
     captions = [states[:n] for states, n in zip(padded, lengths.tolist())]
     of_references = sum(z_image._round_up(r.shape[2] * r.shape[3] // 4) for r in references)
-    of_pictures = of_references + z_image._round_up(x.shape[2] * x.shape[3] // 4)
+    inner: Any = weights_module(net)
+    before = [z_image._round_up(len(caption)) for caption in captions]
+    alone, none = [range(of_references)] * len(x), [range(0)] * len(x)
+    after_captions = [range(first, first + of_references) for first in before]
+    layers = iter([alone] * len(inner.noise_refiner) + [none] * len(inner.context_refiner))
 
     def places(n: int) -> list[range]:
-        if n < of_pictures:  # a layer of the captions
-            return [range(0)] * len(x)
-        before = [0 if n == of_pictures else z_image._round_up(len(caption)) for caption in captions]
-        return [range(first, first + of_references) for first in before]
+        return next(layers, after_captions)
 
     with _references_alone(transformer_z_image, places):
         return -z_image._run_omni(net, x, t, captions, list(references)).squeeze(2)

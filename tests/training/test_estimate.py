@@ -144,6 +144,23 @@ def test_the_estimated_peak_is_within_a_tenth_of_the_profilers(models, plain, me
     assert expected == pytest.approx(got, rel=0.1), f"estimated {expected}, measured {got}: {expected / got - 1:+.1%}"
 
 
+@pytest.mark.parametrize("memory", [{}, {"gradient_checkpointing": True}])
+def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
+    """Also that one pass over them is fewer operations than two, for the unroll with two transitions."""
+    family = {"name": "flux", "weights": str(models / "base"), "isolated_references": True}
+    of = recipe(models, family=family, memory=memory, stages=[NP_EDIT])
+    found = {p.name: p for p in estimate(of, at_once=False).phases}
+    expected = max(
+        sum(p.bytes_by_part.get(b, 0) for b in BETWEEN)
+        for name, p in found.items()
+        if name.startswith("np_edit: ") and name != "np_edit: set-up"
+    )
+    assert expected == pytest.approx(measured(of), rel=0.1)
+    if not memory:
+        joint = {p.name: p for p in plain.phases}
+        assert found["np_edit: draft"].flops < joint["np_edit: draft"].flops
+
+
 def test_lora_offload_and_checkpointing_lower_the_estimate(plain, models) -> None:
     """Each in the stage where the saving shows; LoRA and offload do not touch the same figures."""
     lora = estimate(recipe(models, stages=[NP_EDIT], lora={"rank": 2, "alpha": 2}, memory={"offload": True}))

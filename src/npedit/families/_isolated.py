@@ -42,8 +42,8 @@ class ReferenceProcessor:
         self._attention_backend = getattr(replaced, "_attention_backend", None)
 
     def _attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention's output (b, n, heads * width) of query, key and value (b, n, heads, width). Keys and values may have
-        fewer heads, which the queries' heads share. The mask (b, n) says which tokens are no padding."""
+        """Attention's output (b, n, heads * width) of query, key and value (b, n, heads, width). Keys and values may
+        have fewer heads, which the queries' heads share. The mask (b, n) says which tokens are no padding."""
         if not query.numel():  # a layer of the text, in the reference pass
             return query.flatten(2, 3)
         if self.is_reference_pass:
