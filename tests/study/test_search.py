@@ -29,7 +29,7 @@ TINY_SEARCH = TINY | {
             "recipe": "toy-supervised",
             "set": ["stages.0.updates=1", "stages.0.batch_size=2", "stages.1.updates=1", "stages.1.batch_size=2"],
         },
-        "np": {"start": "few", "set": ["stages.0=null", "stages.0.updates=2", "stages.0.batch_size=2"]},
+        "np": {"start": "few", "set": ["stages.0=null", "stages.1.updates=2", "stages.1.batch_size=2"]},
         "grpo": {
             "recipe": "toy-flow-grpo",
             "start": "few",
