@@ -100,7 +100,8 @@ def test_random_photos_are_a_training_set(tmp_path) -> None:
 
 def test_random_photos_have_masks_where_the_keep_loss_needs_them(tmp_path) -> None:
     write_random_photos(tmp_path, [(SIDE, SIDE)], with_masks=True)
-    source = build_source(load_recipe("sana-24gb", [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}]]"]))
+    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}]]", "data.held_out=0"]
+    source = build_source(load_recipe("sana-24gb", changes))
     mask = source.batch(0, 2).keep_mask
     assert source.has_keep_masks and not source.bad_rows
     assert float(mask[..., : SIDE // 2 - 2].max()) == 0 and float(mask[..., SIDE // 2 + 2 :].min()) == 1

@@ -189,7 +189,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load_checkpoint(run / "checkpoint-000005")[0]
 
 
-@pytest.mark.parametrize("at", [1, 3, 4])
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4))])
 def test_a_stopped_run_repeats_itself_bit_for_bit(alone, tmp_path: Path, at: int) -> None:
     with pytest.raises(SystemExit):
         two.train(tmp_path / "run", recipe(), (0, at), "stop")

@@ -208,10 +208,12 @@ class Step(Base):
         group = self.settings.group
         with self.parts.on_device("vae", "critic"):
             edited = self.parts.decode_latents(x0)
+            texts = ("ids", "instructions", "edit_types", "objects", "questions")
+            photos = {k: getattr(batch, k) for k in ("references", "other_photos")}
             again = replace(
                 batch,
-                references=batch.references.repeat(group, 1, 1, 1),
-                **{k: getattr(batch, k) * group for k in ("ids", "instructions", "edit_types", "objects")},
+                **{k: getattr(batch, k) * group for k in texts},
+                **{k: photo.repeat(group, 1, 1, 1) for k, photo in photos.items() if photo is not None},
             )
             assert self.parts.critic is not None  # `requirements` has asked for it
             scores = score_with_critic(self.parts.critic, self.parts.wording, again, edited)

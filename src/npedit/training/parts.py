@@ -70,7 +70,7 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
     check_dtype(part, torch_dtype(chosen.dtype), device)
-    if chosen.weights.count("/") > 1 and not Path(chosen.weights).is_dir():  # a Hub id has one slash
+    if chosen.weights.count("/") > 1 and not Path(chosen.weights).exists():  # a Hub id has one slash
         raise UserError(
             f"{part}.weights: expected a folder with a model; got {chosen.weights!r}, which does not exist; make it "
             "first, as the head of the recipe may say, or correct the recipe"
