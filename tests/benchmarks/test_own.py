@@ -187,7 +187,7 @@ def test_invalid_options_and_data_are_refused(done, tmp_path):
     assert "metadata.jsonl" in run("evaluate", "own", tmp_path / "none", "--out", tmp_path / "r", "--copy", code=2)
     assert "Did you mean 'own'" in run("evaluate", "owm", code=2)
     for wrong, words in (
-        ({"mask_file_name": 3}, "a file's name in 'mask_file_name'"),
+        ({"mask_file_name": 3}, "expected text in 'mask_file_name'"),
         ({"mask_file_name": "../x.png"}, "leads out of the data folder"),
         ({"id": "a"}, "each once"),
     ):

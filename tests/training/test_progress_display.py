@@ -17,10 +17,10 @@ RECIPE = {
     "critic": {"name": "llava_onevision"},
     "data": {"name": "toy"},
     "stages": [
-        {"step": "reference_copy", "settings": {"steps": 1}, **SHORT},
+        {"step": "reference_copy", "settings": {"steps": 2}, **SHORT},
         {"step": "np_edit", "settings": {"steps": 2}, **SHORT},
     ],
-    "trainer": {"sample_items": 1},
+    "trainer": {"sample_items": 1, "steps": 2},
 }
 
 
