@@ -95,7 +95,7 @@ def test_the_written_file_imports_nothing_of_npedit(family: str) -> None:
     tree = ast.parse(pipeline_source(family))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    known = {"__future__", "collections", "contextlib", "inspect", "io", "math", "typing"}
+    known = {"__future__", "collections", "contextlib", "functools", "inspect", "io", "math", "typing"}
     known |= {"diffusers", "PIL", "torch", "transformers"}
     assert {name.split(".")[0] for name in names} <= known
 
