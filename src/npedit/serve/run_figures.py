@@ -58,7 +58,7 @@ class RunFigures:
     def add(self, row: dict[str, Any]) -> None:
         """Read the next row. Values that are no finite numbers are left out."""
         step = row.get("step")
-        if not isinstance(step, int) or not 0 <= step < MOST_STEP:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MOST_STEP:
             return
         numbers = {key: value for key, value in row.items() if _is_finite(value)}
         self._begin_stage(row)

@@ -66,6 +66,11 @@ def _add_page(app: FastAPI, watch: Watch) -> None:
     def page() -> Response:
         return HTMLResponse(render_page(str(watch.folder), watch.look()), headers=NOT_KEPT)
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon() -> Response:
+        """No icon, which every browser asks for."""
+        return Response(status_code=204)
+
     @app.get("/runs")
     def runs() -> dict[str, Any]:
         """All runs as they are now."""
