@@ -30,8 +30,8 @@ p { margin: .4rem 0 } .soft, caption, figcaption, th { color: var(--soft) }
 figure { margin: 1rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
 figure img { display: block; max-width: 100%; height: auto } figcaption { font-size: .9rem; margin-top: .6rem }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; background: var(--card);
-  border: 1px solid var(--line) }
-th, td { padding: .4rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+  border: 1px solid var(--line); font-size: .95rem }
+th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; font-size: .85rem } th.left, td.left { text-align: left }
 tr.bold td { font-weight: 700 } tr.section td { border-top: 2px solid var(--line) }
 .words { white-space: normal; max-width: 15rem; text-align: left }
