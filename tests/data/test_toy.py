@@ -186,3 +186,13 @@ def test_a_broken_off_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         write_dataset(tmp_path / "toy", 2, seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_larger_scenes_are_enlarged_in_blocks(tmp_path):
+    small = write_dataset(tmp_path / "small", 2, seed=4, bare=True)
+    large = write_dataset(tmp_path / "large", 2, seed=4, bare=True, side=96)
+    for name in ("000000.png", "000001.png"):
+        pixels, blocks = (np.asarray(Image.open(folder / name)) for folder in (small, large))
+        assert blocks.shape == (96, 96, 3) and (blocks == pixels.repeat(3, 0).repeat(3, 1)).all()
+    with pytest.raises(UserError, match="--side: expected a multiple of 32; got 50; try 64"):
+        write_dataset(tmp_path / "none", 2, seed=4, side=50)
