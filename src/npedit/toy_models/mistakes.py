@@ -174,15 +174,15 @@ def sample_scene_outcome(edit: SceneEdit, rng: random.Random) -> Scene:
     """What an editor might return for a scene edit: right, the reference, the subject changed, part of the scene
     missing, ..."""
     roll = rng.random()
-    if roll < 0.28:
+    if roll < 0.30:
         return vary_free_facts(edit, rng)
-    if roll < 0.34:
+    if roll < 0.35:
         return edit.reference
-    if roll < 0.42:
+    if roll < 0.40:
         return _disturb(edit.reference, rng, ())
-    if roll < 0.62:
+    if roll < 0.55:
         return change_subject(edit, vary_free_facts(edit, rng), rng)
-    if roll < 0.82:
+    if roll < 0.85:
         return _miss_a_fact(edit, vary_free_facts(edit, rng), rng)
     if roll < 0.90:
         return change_subject(edit, _miss_a_fact(edit, vary_free_facts(edit, rng), rng), rng)
@@ -230,7 +230,8 @@ def change_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
 
 
 def _miss_a_fact(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
-    return miss_fact(edit, scene, rng.choice(edit.asked), rng)
+    harder = [fact for fact in edit.asked if fact in ("place", "companion")]
+    return miss_fact(edit, scene, rng.choice([*edit.asked, *harder]), rng)
 
 
 def miss_fact(edit: SceneEdit, scene: Scene, fact: str, rng: random.Random) -> Scene:

@@ -7,9 +7,10 @@ that are dropped after training predict facts of the toy world, so that the mode
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,9 +27,9 @@ from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, _by_cell
 from npedit.toy_models.fit import fit
 from npedit.toy_models.mistakes import degrade, sample_scene_outcome
 
-STEPS = 700  # batches; some twelve minutes on one CPU core
-EDITS_PER_STEP = 24
-RETURNED_SHARE = 0.4  # share of edits that get the third question too; the embedded critic nearly knows its answer
+STEPS = 1400  # batches; some twelve minutes on one CPU core
+EDITS_PER_STEP = 28
+SHARES = {"scene": 1.0, "subject": 0.5, "returned": 0.15}  # of edits that get a question: the first is learnt slowest
 HALF_DONE_SHARE = 0.1  # share of edits shown half done: a blend of reference and target, P(scene is there) is the share
 GRID = (SIDE // PATCH) ** 2
 CELL_FACTS = 3  # a cell holds the subject by name, by its whole look, or the other thing
@@ -92,17 +93,13 @@ def _missing_by_name(edit: SceneEdit, scene: Scene) -> set[str]:
 # ------------------------------------------------------------------------------------------------------------ lessons
 
 
-def make_lessons(
-    edit: SceneEdit, scene: Scene, reference: int, edited: int, other: int | None, with_returned: bool
-) -> list[Lesson]:
+def make_lessons(edit: SceneEdit, scene: Scene, reference: int, edited: int, other: int | None) -> list[Lesson]:
     """The questions about one edit, with their labels. `reference`, `edited` and `other` are the numbers of the images
     of the reference, of `scene`, and of another photo of the subject."""
     pictures = {"reference": reference, "edited": edited, "other": reference if other is None else other}
     truths = true_answers(edit, scene)
     lessons = []
     for question in questions_for(SCENE, edit.instruction, edit.object, "short", has_other=other is not None):
-        if question.name == "returned" and not with_returned:
-            continue
         looks_at = tuple(pictures[name] for name in question.looks_at)
         labels = _labels(question.name, edit, scene)
         lessons.append(Lesson(question, looks_at, float(truths[question.name]), *labels))
@@ -156,10 +153,14 @@ def _cell_labels(name: str, edit: SceneEdit, scene: Scene) -> tuple[tuple[float,
 
 
 def sample_lessons(
-    rng: random.Random, count: int, held_out: bool = False, half_done_share: float = 0.0, returned_share: float = 1.0
+    rng: random.Random,
+    count: int,
+    held_out: bool = False,
+    half_done_share: float = 0.0,
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Tensor, list[Lesson]]:
     """Images (3 * count, 3, 32, 32): references, edited images, other photos of the subjects; and the lessons about
-    them."""
+    them. `shares` are those of the edits that get a question, by its name; without a share, all do."""
     photos = [sample_photos(rng, 2) for _ in range(count)]
     edits = [sample_scene_edit(rng, held_out, p) for p in photos]
     scenes = [sample_scene_outcome(e, rng) for e in edits]
@@ -169,13 +170,14 @@ def sample_lessons(
         if rng.random() < half_done_share:
             share = rng.random()
             images[count + i] = torch.lerp(images[i], render([edit.target])[0], share)
-            (first, *_) = make_lessons(edit, edit.target, i, count + i, None, False)
+            (first, *_) = make_lessons(edit, edit.target, i, count + i, None)
             lessons.append(
                 Lesson(first.question, first.pictures, share, ((-1.0,) * CELL_FACTS,) * 4, first.asked, (-1.0,) * 7)
             )
             continue
         other = 2 * count + i if rng.random() < 0.5 else None
-        lessons += make_lessons(edit, scene, i, count + i, other, rng.random() < returned_share)
+        asked = make_lessons(edit, scene, i, count + i, other)
+        lessons += [lesson for lesson in asked if rng.random() < shares.get(lesson.question.name, 1.0)]
     return images, lessons
 
 
@@ -225,7 +227,7 @@ def train_scene_critic(
     heads = _Heads(model.config.text_config.hidden_size)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        images, lessons = sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE, RETURNED_SHARE)
+        images, lessons = sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE, SHARES)
         return _lesson_loss(critic, heads, degrade(images, vae, rng, generator), lessons)
 
     trained = nn.ModuleDict({"model": model, "heads": heads})
