@@ -70,9 +70,9 @@ def ask_own_questions(critic: Critic, wording: str, edits: Sequence[KnownEdit], 
 
 def recipe_choice(subject: Subject) -> QuestionChoice | None:
     """The rubrics and grades that the recipe's stages ask, each beside the usual questions; None if no stage does."""
-    stages = [s.settings for s in subject.recipe.stages if hasattr(s.settings, "rubric")]
-    rubric: Use = "beside" if any(s.rubric != "off" for s in stages) else "off"
-    grade: Use = "beside" if any(s.grade != "off" for s in stages) else "off"
+    stages = [stage.settings for stage in subject.recipe.stages]
+    rubric: Use = "beside" if any(getattr(s, "rubric", "off") != "off" for s in stages) else "off"
+    grade: Use = "beside" if any(getattr(s, "grade", "off") != "off" for s in stages) else "off"
     return None if rubric == grade == "off" else QuestionChoice(rubric, grade, identity_weight=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def split_batch(batch: Batch) -> Iterator[Example]:
     columns = (batch.instructions, batch.edit_types, batch.objects, batch.source_captions, batch.target_captions)
     rubrics = batch.questions or ("",) * len(batch)
     for key, reference, rubric, *texts in zip(batch.ids, batch.references, rubrics, *columns, strict=True):
-        yield Example(key, reference, *texts, questions=rubric)
+        yield replace(Example(key, reference, *texts), questions=rubric)
 
 
 def group_by_size(examples: Sequence[Example]) -> list[list[Example]]:

@@ -7,6 +7,7 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -75,7 +76,7 @@ def _write_items(folder: Path, count: int, seed: int, pairs: bool, side: int) ->
             edit = sample_edit(random.Random(f"{seed}/{i}"))
             name = f"{i:06d}.png"
             _save_picture(render([edit.reference])[0], folder / "images" / name, side)
-            row = {"file_name": f"images/{name}"}
+            row: dict[str, Any] = {"file_name": f"images/{name}"}
             if pairs:
                 _save_picture(render([edit.target])[0], folder / "edited" / name, side)
                 row["edited_file_name"] = f"edited/{name}"
