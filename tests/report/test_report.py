@@ -73,6 +73,18 @@ def add_pictures(run, updates=60):
     (run / "evaluation.json").write_text(json.dumps({"before": before, "after": after}))
 
 
+@pytest.fixture(autouse=True)
+def small_figures(request, monkeypatch):
+    """Figures with few pixels, which are drawn quickly, unless a test asks for `real_figures`."""
+    if "real_figures" not in request.fixturenames:
+        monkeypatch.setattr(plots, "DPI", 20)
+
+
+@pytest.fixture
+def real_figures():
+    """Figures in the size that people see."""
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "demo"
@@ -105,7 +117,7 @@ def test_small_pictures_are_enlarged_in_blocks(page):
     assert (picture[5::10, 5::10] == reference).all() and (picture[::10, ::10] == reference).all()
 
 
-def test_figures_are_drawn_for_light_and_dark(tmp_path):
+def test_figures_are_drawn_for_light_and_dark(tmp_path, real_figures):
     make_run(tmp_path / "r")
     from npedit.runs.checkpoint import read_rows
 
@@ -177,7 +189,7 @@ def test_report_command(tmp_path):
 # ---- several runs over each other
 
 
-def test_curves_plots_several_runs_in_the_same_axes(tmp_path):
+def test_curves_plots_several_runs_in_the_same_axes(tmp_path, real_figures):
     for name in ("a", "b"):
         make_run(tmp_path / name)
     other = tmp_path / "b" / METRICS  # a run without distribution matching, and half as long

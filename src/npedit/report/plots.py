@@ -20,6 +20,7 @@ Mean = tuple[float, tuple[float, float] | None]  # and its interval
 Panel = tuple[str, Sequence[Mean]]  # title; for each editor its mean and 95 % interval, or None for no interval
 Drawn = tuple[str, str, bytes, bytes]  # title, caption, light PNG, dark PNG
 
+DPI = 130  # pixels of an inch of a figure
 COMPARISON_COLUMNS = 3  # panels side by side
 NORMS = {
     "grad_norm/student": "student",
@@ -248,7 +249,7 @@ def _new_figure(size: tuple[float, float]) -> Figure:
 
 def _encode_png(figure: Figure, is_transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, transparent=is_transparent)
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=is_transparent)
     return buffer.getvalue()
 
 
