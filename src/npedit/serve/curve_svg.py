@@ -44,7 +44,7 @@ PANELS = (
     Panel("success", {SUCCESS: "success"}, is_share=True, is_evaluation=True),
     JUDGE_PANEL,
     Panel("critic", dict(zip(CRITIC_KEYS, ("applied", "rest kept"), strict=True)), is_share=True),
-    *(Panel(title, {key: key.removeprefix("loss/")}) for key, title in LOSSES.items()),
+    *(Panel(title.partition(" (")[0], {key: key.removeprefix("loss/")}) for key, title in LOSSES.items()),
 )
 
 
@@ -53,9 +53,8 @@ def draw_panel(panel: Panel, figures: RunFigures) -> str:
     of neighbouring updates."""
     keys = panel.keys_in(figures)
     curves = [figures.curves[key] for key in keys]
-    last_step = max((curve.last_step for curve in curves), default=1)
     top = 1.0 if panel.is_share else _highest(curves)
-    axes = _Axes(max(1, last_step), top)
+    axes = _Axes(max(1, figures.update), top)
     drawn = [_draw_curve(axes, curve, COLOURS[i], panel.is_evaluation) for i, curve in enumerate(curves)]
     legend = [(panel.curves[key], COLOURS[i]) for i, key in enumerate(keys)] if len(keys) > 1 else []
     parts = [_draw_title(panel, curves), *_draw_grid(axes, panel.is_share), *drawn, *_draw_legend(legend)]
@@ -67,8 +66,8 @@ def draw_panel(panel: Panel, figures: RunFigures) -> str:
 
 
 def format_figure(value: float, is_share: bool) -> str:
-    """A figure of a curve with two or three digits."""
-    return f"{100 * value:.0f} %" if is_share else f"{value:.3g}"
+    """A figure of a curve with two or three digits; its unit stays on its line."""
+    return f"{100 * value:.0f}\N{NO-BREAK SPACE}%" if is_share else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _draw_curve(axes: _Axes, curve: ThinnedCurve, colour: str, is_evaluation: bo
     low, high = [part.low for part in parts], [part.high for part in parts]
     band = f"{axes.points(steps, high)} {axes.points(steps[::-1], low[::-1])}"
     return (
-        f'<polygon points="{band}" fill="{colour}" fill-opacity=".22" clip-path="url(#axes)"/>'
+        f'<polygon points="{band}" fill="{colour}" stroke="{colour}" opacity=".25" clip-path="url(#axes)"/>'
         f"{_line(axes.points(steps, _means(parts)), colour)}"
     )
 
@@ -136,7 +135,7 @@ def _draw_grid(axes: _Axes, is_share: bool) -> list[str]:
         height = BOTTOM - share * (BOTTOM - TOP)
         if share:
             parts.append(f'<path class="grid" d="M{LEFT} {height}H{RIGHT}"/>')
-        words = format_figure(share * axes.top, is_share)
+        words = format_figure(share * axes.top, is_share) if is_share else f"{share * axes.top:.2g}"
         parts.append(f'<text x="{LEFT - 4}" y="{height + 4}" text-anchor="end">{words}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">0</text>')
     parts.append(f'<text x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">update {axes.last_step:,}</text>')

@@ -35,17 +35,16 @@ class ThinnedCurve:
 
     Attributes:
         last: the last value; NaN before the first.
-        last_step: the step of the last value.
     """
 
     def __init__(self) -> None:
         self.parts: list[CurvePart] = []
-        self.last, self.last_step = float("nan"), 0
+        self.last = float("nan")
         self._points_per_part = 1
 
     def add(self, step: int, value: float) -> None:
         """Add the next point."""
-        self.last, self.last_step = value, step
+        self.last = value
         point = CurvePart(step, 1, value, value, value)
         if self.parts and self.parts[-1].count < self._points_per_part:
             self.parts[-1].add(point)

@@ -32,7 +32,8 @@ details[open] > summary .name b::before { content: "\\25BE" }
 .training .state::before { background: #2484c6; animation: pulse 2s infinite } .finished .state::before {
   background: var(--good) } .stopped .state::before { background: var(--warn) } .crashed .state::before {
   background: var(--bad) } @keyframes pulse { 50% { opacity: .25 } }
-.bar { height: .45rem; border-radius: .25rem; background: var(--line); margin: .35rem 0; overflow: hidden }
+.bar { display: block; height: .45rem; border-radius: .25rem; background: var(--line); margin: .35rem 0;
+  overflow: hidden }
 .bar i { display: block; height: 100%; background: #2484c6 } .finished .bar i { background: var(--good) }
 .stopped .bar i { background: var(--warn) } .crashed .bar i { background: var(--bad) }
 .detail { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1rem; margin-top: .8rem }
@@ -120,12 +121,13 @@ def _name_cell(run: RunStatus) -> Html:
 
 def _progress_cell(run: RunStatus) -> Html:
     total = f" of {run.total:,}" if run.total else ""
-    share = "" if run.share is None else f" ({100 * run.share:.0f} %)"
+    share = "" if run.share is None else format_figure(run.share, True)
     bar = Html(f'<span class="bar"><i style="width: {100 * (run.share or 0):.1f}%"></i></span>')
     stage = f"stage {run.stage + 1} of {run.stages}: {run.stage_name.replace('_', ' ')}" if run.stage_name else ""
-    small = [stage or ("starting" if run.state == RunState.TRAINING else ""), *_reading_notes(run)]
-    lines = [element("small", words) for words in small if words]
-    return element("span", element("b", f"update {run.update:,}{total}{share}"), bar, *lines, kind="progress")
+    is_starting = run.state == RunState.TRAINING and not stage
+    words = ", ".join(part for part in (share, stage, "starting" if is_starting else "") if part)
+    lines = [element("small", line) for line in (words, *_reading_notes(run)) if line]
+    return element("span", element("b", f"update {run.update:,}{total}"), bar, *lines, kind="progress")
 
 
 def _reading_notes(run: RunStatus) -> Iterator[str]:
@@ -158,18 +160,14 @@ def _success_cell(run: RunStatus) -> Html:
     at = f"at update {run.evaluated_at:,}"
     if SUCCESS in run.evaluation:
         return _cell("", format_figure(run.evaluation[SUCCESS], True), "success", at)
-    names = JUDGE_PANEL.curves
-    shares = [
-        f"{format_figure(run.evaluation[key], True)} {name}" for key, name in names.items() if key in run.evaluation
-    ]
-    return _cell("", ", ".join(shares), "held-out judge", at)
+    found = {name: run.evaluation[key] for key, name in JUDGE_PANEL.curves.items() if key in run.evaluation}
+    shares = " / ".join(format_figure(share, True) for share in found.values())
+    return _cell("", shares, f"judge: {' / '.join(found)}", at)
 
 
 def _alarm_cell(run: RunStatus) -> Html:
-    if not run.alarms:
-        return _cell("", "none", "alarms of reward hacking")
-    count = element("span", f"{len(run.alarms)}", kind="no")
-    return _cell("", count, "alarms of reward hacking")
+    count = element("span", len(run.alarms), kind="no") if run.alarms else "none"
+    return _cell("", count, "reward-hacking alarms")
 
 
 def _alarm_box(run: RunStatus) -> Html:
