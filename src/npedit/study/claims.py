@@ -18,6 +18,7 @@ import numpy as np
 from npedit.errors import UserError
 from npedit.runs.checkpoint import write_text
 from npedit.scoring.seed_intervals import SeedSpread, difference_interval, pool_seed_spread
+from npedit.scoring.tables import markdown_table
 from npedit.study.file import Claim, Study
 from npedit.toy.edits import EDIT_TYPES
 
@@ -91,12 +92,12 @@ def judge_all(study: Study, scores: Mapping[str, Score]) -> list[Verdict]:
 
 def claim_table(verdicts: Sequence[Verdict]) -> list[str]:
     """The lines of the table of the paper's claims: those with words."""
-    lines = ["| the paper's claim | on the toy | rows compared | difference of the success rate |", "|" + " --- |" * 4]
+    rows = []
     for verdict in verdicts:
         if verdict.claim.says:
             numbers = "" if verdict.missing else verdict.numbers().removeprefix("difference ")
-            lines.append(f"| {verdict.claim.says} | **{verdict.word}** | `{verdict.claim.test}` | {numbers} |")
-    return lines
+            rows.append([verdict.claim.says, f"**{verdict.word}**", f"`{verdict.claim.test}`", numbers])
+    return markdown_table(["the paper's claim", "on the toy", "rows compared", "difference of the success rate"], rows)
 
 
 def write_claims(verdicts: Sequence[Verdict], folder: Path) -> None:

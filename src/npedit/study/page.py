@@ -18,6 +18,7 @@ from npedit.errors import UserError
 from npedit.report.plots import plot_comparison, points_plot_png
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.scoring.seed_intervals import SeedSpread, mean_interval
+from npedit.scoring.tables import format_interval, markdown_table
 from npedit.study.claims import (
     CLAIMS_FILE,
     Score,
@@ -199,31 +200,23 @@ def _plot_table(table: Table, rows: list[str], scores: Mapping[str, Score]) -> b
 def _score_table(study: Study, table: Table, rows: list[str], scores: Mapping[str, Score]) -> list[str]:
     names = ["variant", "both", "applied", "preserved", "copy rate", "each seed", "updates"]
     names += ["generator / critic passes per update", "minutes", "runs"]
-    return [*_table_header(names), *(_table_row(study, name, scores[name], table.by_critic) for name in rows)]
+    return markdown_table(names, [_score_cells(study, name, scores[name], table.by_critic) for name in rows])
 
 
 def _edit_type_table(rows: list[str], scores: Mapping[str, Score]) -> list[str]:
     kinds = list(scores[rows[0]]["by_type"])
-    cells = {name: [f"{scores[name]['by_type'][k]:.2f}" for k in kinds] for name in rows}
-    return [
-        *_table_header(["variant", *kinds]),
-        *(f"| {' | '.join([name, *values])} |" for name, values in cells.items()),
-    ]
+    rows_of_shares = [[name, *(f"{scores[name]['by_type'][k]:.2f}" for k in kinds)] for name in rows]
+    return markdown_table(["variant", *kinds], rows_of_shares)
 
 
-def _table_header(names: list[str]) -> list[str]:
-    return [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-
-
-def _table_row(study: Study, name: str, s: Score, by_critic: bool) -> str:
-    low, high = s["both"]["ci95"]
+def _score_cells(study: Study, name: str, s: Score, by_critic: bool) -> list[str]:
     passes = s["passes"]
     per = " / ".join("?" if passes[k] is None else f"{passes[k]:.0f}" for k in ("generator", "critic"))
     words, right = study.variants[name].words, s["critic_right"]
     judged = f" (share of right answers of the critic: {right:.3f})" if by_critic and right is not None else ""
-    cells = [
+    return [
         f"{name}{': ' if words else ''}{words}{judged}",
-        f"**{s['both']['value']:.3f}** [{low:.3f}, {high:.3f}]",
+        f"**{s['both']['value']:.3f}** {format_interval(s['both']['ci95'], digits=3)}",
         f"{s['applied']['value']:.3f}",
         f"{s['preserved']['value']:.3f}",
         f"{s['copy_rate']:.2f}",
@@ -233,4 +226,3 @@ def _table_row(study: Study, name: str, s: Score, by_critic: bool) -> str:
         f"{s['minutes']:.1f}",
         ", ".join(f"[{r}]({r}/manifest.json)" for r in s["runs"]),
     ]
-    return f"| {' | '.join(cells)} |"

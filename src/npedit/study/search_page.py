@@ -7,6 +7,7 @@ from pathlib import Path
 
 from npedit.report.reward_curves import plot_reward_curves, reward_ends
 from npedit.runs.checkpoint import METRICS, explain_write_errors, read_rows
+from npedit.scoring.tables import markdown_table
 from npedit.study.file import Study
 from npedit.study.search import describe_configuration, selection_rates
 
@@ -38,15 +39,15 @@ def search_section(study: Study, name: str, folder: Path) -> list[str]:
 def _configuration_table(study: Study, name: str, folder: Path, done: dict[str, Path]) -> list[str]:
     rates = {stage: selection_rates(study, folder, name, stage) for stage in ("short", "long")}
     cells = ["configuration", "settings", "short: success rate", "long: success rate", "updates", "reward: first, last"]
-    lines = [f"| {' | '.join(cells)} |", f"|{' --- |' * len(cells)}"]
+    rows = []
     for configuration, run in done.items():
         shown = [f"{rates[s][configuration]:.3f}" if configuration in rates[s] else "" for s in rates]
         ends = reward_ends(read_rows(run / METRICS))
         updates = json.loads((run / "passes.json").read_text())["updates"]
         reward = f"{ends[0]:.3f}, {ends[1]:.3f}" if ends else ""
         words = describe_configuration(study.search[name], configuration)
-        lines.append(f"| {' | '.join([configuration, words, *shown, str(updates), reward])} |")
-    return lines
+        rows.append([configuration, words, *shown, updates, reward])
+    return markdown_table(cells, rows)
 
 
 def _longest_run(study: Study, name: str, configuration: str, folder: Path) -> Path | None:
