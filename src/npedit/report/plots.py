@@ -101,9 +101,9 @@ def _held_out_section(rows: Rows, curves: Curves, evaluate_items: int) -> list[D
 def plot_comparison(editors: Sequence[str], panels: Sequence[Panel], dots: Sequence[Sequence[float]] = ()) -> bytes:
     """A PNG with a panel for each measure. `dots` are single values of each editor beneath their mean, drawn small in
     every panel."""
-    figure = _new_figure(_comparison_size(editors, panels))
+    figure = new_figure(_comparison_size(editors, panels))
     _plot_means(figure, editors, panels, dots)
-    return _encode_png(figure)
+    return encode_figure(figure)
 
 
 def draw_comparison(editors: Sequence[str], panels: Sequence[Panel]) -> Drawn:
@@ -161,7 +161,7 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
         raise UserError("expected runs with finite metrics to draw; got none in any of them; look at metrics.jsonl")
     columns = min(2, len(keys))
     lines = -(-len(keys) // columns)
-    figure = _new_figure((5.4 * columns, 2.7 * lines + 0.4))
+    figure = new_figure((5.4 * columns, 2.7 * lines + 0.4))
     for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, keys, strict=False):
         for i, (name, curves) in enumerate(found.items()):
             if points := curves.points(key):
@@ -182,12 +182,12 @@ def plot_runs(runs: Mapping[str, Rows]) -> bytes:
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label() in runs}
     names = [str(name) for name in drawn]
     figure.legend(list(drawn.values()), names, loc="outside upper center", ncols=min(5, len(runs)), frameon=False)
-    return _encode_png(figure)
+    return encode_figure(figure)
 
 
 def points_plot_png(across: str, up: str, points: Sequence[tuple[str, float, Mean]]) -> bytes:
     """A PNG of named points (name, x, mean and 95 % interval) with the axes' names."""
-    figure = _new_figure((6.4, 4.0))
+    figure = new_figure((6.4, 4.0))
     axes = figure.subplots()
     for k, (name, x, (value, ci)) in enumerate(points):
         colour = COLOURS[k % len(COLOURS)]
@@ -198,7 +198,7 @@ def points_plot_png(across: str, up: str, points: Sequence[tuple[str, float, Mea
     axes.set_xlabel(across, fontsize=9)
     axes.set_ylabel(up, fontsize=9)
     axes.grid(alpha=0.25)
-    return _encode_png(figure)
+    return encode_figure(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -210,14 +210,14 @@ LIGHT_PAGE_INK, DARK_PAGE_INK = "#1c2330", "#e8eaee"
 def _render_light_and_dark(
     title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
 ) -> Drawn:
-    figure = _new_figure(size)
+    figure = new_figure(size)
     draw(figure)
     _style_figure(figure, title, LIGHT_PAGE_INK)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is computed once for both pages
-    light = _encode_png(figure, is_transparent=True)
+    light = encode_figure(figure, is_transparent=True)
     _style_figure(figure, title, DARK_PAGE_INK)
-    return title, caption, light, _encode_png(figure, is_transparent=True)
+    return title, caption, light, encode_figure(figure, is_transparent=True)
 
 
 def _style_figure(figure: Figure, title: str, ink: str) -> None:
@@ -240,14 +240,15 @@ def _style_figure(figure: Figure, title: str, ink: str) -> None:
                 words.set_color(ink)
 
 
-def _new_figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
     """An empty figure of this size in inches."""
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _encode_png(figure: Figure, is_transparent: bool = False) -> bytes:
+def encode_figure(figure: Figure, is_transparent: bool = False) -> bytes:
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, transparent=is_transparent)
     return buffer.getvalue()

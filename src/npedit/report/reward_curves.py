@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from npedit.report.curves import COLOURS, Curves, Rows, running_mean
+from npedit.report.plots import encode_figure, new_figure
 
 PANELS = {"reward/mean": "mean reward of the samples", "eval/both": "success rate on held-out scenes"}
 
@@ -17,8 +15,7 @@ PANELS = {"reward/mean": "mean reward of the samples", "eval/both": "success rat
 def plot_reward_curves(runs: Mapping[str, Rows]) -> bytes:
     """A PNG with the rewards and the success rates of several runs over their updates, one colour for each run. The
     rewards are running means. A run without such numbers has no line."""
-    figure = Figure(figsize=(10.8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10.8, 3.6))
     for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for i, (name, rows) in enumerate(runs.items()):
             if points := Curves(rows).points(key):
@@ -33,9 +30,7 @@ def plot_reward_curves(runs: Mapping[str, Rows]) -> bytes:
     lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     if lines:
         figure.legend(list(lines.values()), list(lines), loc="outside right center", frameon=False, fontsize=8.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return encode_figure(figure)
 
 
 def reward_ends(rows: Rows) -> tuple[float, float] | None:
