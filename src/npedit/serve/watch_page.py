@@ -42,7 +42,8 @@ details[open] > summary .name b::before { content: "\\25BE" }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .4rem .8rem }
 .curves img { width: 100%; height: auto; display: block }
 @media (max-width: 60rem) { details.run > summary { grid-template-columns: repeat(3, 1fr) } .name {
-  grid-column: span 2 } .detail { grid-template-columns: 1fr } }
+  grid-column: span 2 } .detail {
+  grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 34rem) { details.run > summary { grid-template-columns: repeat(2, 1fr) } .name, .progress {
   grid-column: 1 / -1 } }
 """
