@@ -15,7 +15,7 @@ from npedit.families.flux import Flux
 from npedit.nets.device import CPU
 from npedit.recipe.config import EMBEDDED, load_recipe
 from npedit.rehearsal.random_models import limit_depth, write_random_models
-from npedit.rehearsal.random_photos import write_random_photos
+from npedit.rehearsal.random_photos import types_of_shares, write_random_photos
 from npedit.rehearsal.rehearse import rehearsal_recipe
 from npedit.training.parts import build_source
 from tests.support.command_line import run
@@ -105,6 +105,22 @@ def test_random_photos_have_masks_where_the_keep_loss_needs_them(tmp_path) -> No
     mask = source.batch(0, 2).keep_mask
     assert source.has_keep_masks and not source.bad_rows
     assert float(mask[..., : SIDE // 2 - 2].max()) == 0 and float(mask[..., SIDE // 2 + 2 :].min()) == 1
+
+
+def test_random_photos_of_a_scene_recipe_are_scenes_with_other_photos(tmp_path) -> None:
+    write_random_photos(tmp_path, [(SIDE, SIDE), (16, 48)], types=types_of_shares({"scene": 1.0}))
+    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}], [16, 48]]", "data.held_out=0"]
+    source = build_source(load_recipe("z-image-scene-80gb", [*changes, "data.nothing_share=0"]))
+    batches = [source.batch(i, 2) for i in range(8)]
+    assert {kind for b in batches for kind in b.edit_types} == {"scene"}
+    for b in batches:
+        assert b.other_photos is not None and not torch.equal(b.other_photos[0], b.references[0])
+
+
+def test_a_rehearsal_has_the_edit_types_of_the_shares() -> None:
+    assert "scene" not in types_of_shares({}) and "nothing" not in types_of_shares({})
+    assert types_of_shares({"scene": 0.3}) == (*types_of_shares({}), "scene")
+    assert types_of_shares({"scene": 0.3, "style": 0.7, "add": 0}) == ("scene", "style")
 
 
 NESTED_PARTS = """

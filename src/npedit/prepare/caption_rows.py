@@ -1,7 +1,7 @@
 """Captions for rows that have a photo and an instruction already: the row-wise function of `npedit prepare --captions`.
 
 Of a row without a source caption, the model is asked what is in the photo (`passes.look`). Of a row without a target
-caption, or a removal without an object, it is asked to complete the row; the result is checked and verified as the
+caption, or a removal or a scene without an object, it is asked to complete the row; the result is checked and verified as the
 edits that `npedit prepare` writes. What a row has is kept.
 """
 
@@ -18,6 +18,7 @@ from npedit.prepare.answers import caption_schema, parse_caption
 from npedit.prepare.asking import Unanswered
 from npedit.prepare.passes import Passes, find_caption_fault, load_picture, look, verify
 from npedit.prepare.writer import Request
+from npedit.questions import OBJECT_OF
 
 Row = dict[str, Any]
 FILLED = ("object", "source_caption", "target_caption", "questions")  # the columns that may be filled
@@ -58,8 +59,8 @@ def is_complete(row: Mapping[str, Any]) -> bool:
 
 
 def is_target_missing(row: Mapping[str, Any]) -> bool:
-    """Whether a row has no target caption, or is a removal that does not name its object."""
-    return not row["target_caption"] or (row["edit_type"] == "remove" and not row["object"])
+    """Whether a row has no target caption, or does not name the object that the questions of its edit type name."""
+    return not row["target_caption"] or (row["edit_type"] in OBJECT_OF and not row["object"])
 
 
 def complete_row(photo: Mapping[str, Any], image: Image.Image, row: Row, passes: Passes) -> Row:
