@@ -1,8 +1,8 @@
 """Captions for rows that have a photo and an instruction already: the row-wise function of `npedit prepare --captions`.
 
 Of a row without a source caption, the model is asked what is in the photo (`passes.look`). Of a row without a target
-caption, or a removal or a scene without an object, it is asked to complete the row; the result is checked and verified as the
-edits that `npedit prepare` writes. What a row has is kept.
+caption, or a removal or a scene without an object, it is asked to complete the row; the result is checked and verified
+as the edits that `npedit prepare` writes. What a row has is kept.
 """
 
 from __future__ import annotations
