@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from npedit.check.labelled_edits import toy_labelled_edits
 from npedit.questions import SCENE, questions_for
 from npedit.recipe.config import embedded_weights
 from npedit.toy.oracle import expected_reading, judge_edit
@@ -77,3 +78,10 @@ def test_the_evaluation_counts_right_answers():
     critic, vae = load_critic(embedded_weights("critic")), load_vae()
     shares = evaluate_scene_critic(critic, vae, 12, 0, damage=True)
     assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_the_check_knows_the_answers_about_scene_edits():
+    known = toy_labelled_edits(60, 0, (SCENE,))
+    assert {e.example.edit_type for e in known} == {SCENE}
+    for name in ("applied", "preserved", "returned"):
+        assert {getattr(e, name) for e in known} == {True, False}

@@ -85,7 +85,10 @@ def _edits_to_ask(section: Section, subject: Subject, critic: Critic) -> list[Kn
         )  # fmt: skip
     if options.labelled is not None:
         return edits + read_labelled_edits(options.labelled, subject.data.sizes[0])
-    return edits + (toy_labelled_edits(4 * options.samples, seed) if subject.recipe.data.name == "toy" else [])
+    data = subject.recipe.data
+    return edits + (
+        toy_labelled_edits(4 * options.samples, seed, data.settings.edit_types) if data.name == "toy" else []
+    )
 
 
 def _ask_own_questions(section: Section, subject: Subject, critic: Critic, edits: Sequence[KnownEdit]) -> list[Answer]:

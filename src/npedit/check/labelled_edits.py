@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from npedit.data._metadata import METADATA, METADATA_FILES, parse_questions, res
 from npedit.data._photos import BadImage, crop_to_fill, read_photo
 from npedit.errors import UserError
 from npedit.questions import OBJECT_OF, normalise_edit_type
-from npedit.toy.edits import EDIT_TYPES, sample_edit
+from npedit.toy.edits import EDIT_TYPES, Edit
 from npedit.toy.language import questions_about
-from npedit.toy.world import render
+from npedit.toy.scene_edits import SceneEdit, sample_item
+from npedit.toy.world import Scene, render
 from npedit.toy_models.critic import questions_about_edit
-from npedit.toy_models.mistakes import sample_outcome
+from npedit.toy_models.mistakes import sample_outcome, sample_scene_outcome
+from npedit.toy_models.scene_critic import true_answers
 
 PROBE = "labelled"
 LABELS = {"true": True, "false": False}  # in a csv file
@@ -87,17 +90,25 @@ def _load(folder: Path, name: str, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
-def toy_labelled_edits(count: int, seed: int) -> list[KnownEdit]:
+def toy_labelled_edits(count: int, seed: int, edit_types: Sequence[str] = EDIT_TYPES) -> list[KnownEdit]:
     """`count` right and wrong edits of toy scenes, in the training phrasings, with the oracle's answers."""
     rng = random.Random(f"check/{seed}")
-    edits = [sample_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)]) for i in range(count)]
-    outcomes = [sample_outcome(edit, rng) for edit in edits]
+    edits = [sample_item(rng, edit_types[i % len(edit_types)]) for i in range(count)]
+    outcomes = [sample_scene_outcome(e, rng) if isinstance(e, SceneEdit) else sample_outcome(e, rng) for e in edits]
     pictures = render([e.reference for e in edits] + outcomes)
-    found = []
-    for i, (edit, outcome) in enumerate(zip(edits, outcomes, strict=True)):
-        texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)
-        truth = [bool(answer) for _, _, answer in questions_about_edit(edit, outcome)]
-        applied = truth[0] != (edit.edit_type == "remove")  # of a removal it is asked whether the object is there
-        example = Example(f"toy/{i}", pictures[i], *texts, questions=json.dumps(questions_about(edit)))
-        found.append(KnownEdit(PROBE, example, pictures[count + i], applied, truth[1]))
-    return found
+    return [
+        _toy_known_edit(f"toy/{i}", edit, outcome, pictures[i], pictures[count + i])
+        for i, (edit, outcome) in enumerate(zip(edits, outcomes, strict=True))
+    ]
+
+
+def _toy_known_edit(name: str, edit: Edit, outcome: Scene, reference: Tensor, edited: Tensor) -> KnownEdit:
+    texts = (edit.instruction, edit.edit_type, edit.object, edit.source_caption, edit.target_caption)
+    if isinstance(edit, SceneEdit):
+        example = Example(name, reference, *texts)
+        answers = true_answers(edit, outcome)
+        return KnownEdit(PROBE, example, edited, answers["scene"], answers["subject"], answers["returned"])
+    truth = [bool(answer) for _, _, answer in questions_about_edit(edit, outcome)]
+    applied = truth[0] != (edit.edit_type == "remove")  # of a removal it is asked whether the object is there
+    example = Example(name, reference, *texts, questions=json.dumps(questions_about(edit)))
+    return KnownEdit(PROBE, example, edited, applied, truth[1])
