@@ -77,7 +77,8 @@ def _labelled_edit(row: dict, where: str, folder: Path, size: tuple[int, int]) -
         raise UserError(f"{where}: expected an 'object' for edit type {kind!r}; got none; name {OBJECT_OF[kind]}")
     rubric = parse_questions(row, "questions", where)
     example = Example(str(row.get("id", where)), before, row["instruction"], kind, thing, "", "", questions=rubric)
-    return KnownEdit(PROBE, example, after, *labels, returned=False if labels[0] else None)
+    applied, preserved = labels
+    return KnownEdit(PROBE, example, after, applied, preserved, returned=False if applied else None)
 
 
 def _read_label(value: Any) -> Any:

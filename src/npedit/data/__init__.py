@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The batch with its images on a device."""
-        return replace(self, **{name: c.to(device) for name, c in vars(self).items() if isinstance(c, Tensor)})
+        moved: dict[str, Any] = {name: c.to(device) for name, c in vars(self).items() if isinstance(c, Tensor)}
+        return replace(self, **moved)
 
     def slice(self, start: int, stop: int) -> Self:
         """The items from `start` to before `stop`, as a batch."""
