@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,10 +86,8 @@ def _edits_to_ask(section: Section, subject: Subject, critic: Critic) -> list[Kn
         )  # fmt: skip
     if options.labelled is not None:
         return edits + read_labelled_edits(options.labelled, subject.data.sizes[0])
-    data = subject.recipe.data
-    return edits + (
-        toy_labelled_edits(4 * options.samples, seed, data.settings.edit_types) if data.name == "toy" else []
-    )
+    data, settings = subject.recipe.data, cast(Any, subject.recipe.data.settings)
+    return edits + (toy_labelled_edits(4 * options.samples, seed, settings.edit_types) if data.name == "toy" else [])
 
 
 def _ask_own_questions(section: Section, subject: Subject, critic: Critic, edits: Sequence[KnownEdit]) -> list[Answer]:
