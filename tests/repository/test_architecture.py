@@ -162,8 +162,10 @@ def read_names(tree: ast.AST) -> set[str]:
 
 def unread(path: str, tree: ast.Module, elsewhere: set[str]) -> list[str]:
     """Fields of settings that nobody reads. They are to be read in the same file; those of recipe/config.py and
-    study/file.py, which describe the recipe and the study for all, anywhere (`elsewhere`)."""
-    read = read_names(tree) | (elsewhere if path.endswith(("/recipe/config.py", "/study/file.py")) else set())
+    study/file.py, which describe the recipe and the study for all, and those that several data sources share, anywhere
+    (`elsewhere`)."""
+    shared = ("/recipe/config.py", "/study/file.py", "/data/_settings.py")
+    read = read_names(tree) | (elsewhere if path.endswith(shared) else set())
     return [
         f"{path}: {cls}.{field}"
         for cls, fields in settings_fields(tree).items()

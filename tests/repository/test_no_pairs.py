@@ -127,5 +127,6 @@ def test_training_reads_no_edited_image_of_a_paired_source():
 
 def test_no_field_could_hold_an_edited_image():
     pictures = [f.name for kind in (Example, Batch) for f in dataclasses.fields(kind) if "Tensor" in str(f.type)]
-    assert pictures == ["reference", "extra_references", "references", "extra_references"]
+    of_example, of_batch = ["reference", "extra_references"], ["references", "extra_references"]
+    assert pictures == [*of_example, "other_photo", "keep_mask", *of_batch, "other_photos", "keep_mask"]
     assert not [f for f in _metadata.FIELDS if _metadata.EDITED_COLUMN.fullmatch(f)]
