@@ -12,7 +12,6 @@ from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import (
     Settings,
     available_names,
-    differences,
     embedded_weights,
     find_class,
     find_module,
@@ -20,6 +19,7 @@ from npedit.recipe.config import (
     make_recipe,
     validate_settings,
 )
+from npedit.recipe.differences import differences
 
 
 def plain() -> dict:
