@@ -34,7 +34,7 @@ from npedit.toy_models.fit import fit
 from npedit.toy_models.mistakes import degrade, sample_outcome
 from npedit.toy_models.scene_critic import load_critic, load_vae
 
-STEPS = 1200  # batches; some ten minutes on one CPU core
+STEPS = 600  # batches; some ten minutes on one CPU core
 EDITS_PER_STEP = 18  # each with two usual questions, two of rubrics and a grade
 HALF_DONE_SHARE = 0.2  # share of edits shown half done: a blend of reference and target
 GRID = (SIDE // PATCH) ** 2
