@@ -45,10 +45,16 @@ class UnsharedCritic(Critic):
         """The pictures themselves; they are encoded when a question is asked."""
         return list(images)
 
-    def logits(self, questions: Sequence[str], seen: Sequence[Sequence[Tensor]], packed: bool = False) -> Tensor:
+    def logits(
+        self,
+        questions: Sequence[str],
+        visual_tokens: Sequence[Sequence[Tensor]],
+        packed: bool = False,
+        answers: Sequence[tuple[str, ...]] = (),
+    ) -> Tensor:
         """Logits, after encoding each picture as often as it is asked about."""
-        tokens = iter(self.critic.encode_images(torch.stack([image for look in seen for image in look])))
-        return self.critic.logits(questions, [[next(tokens) for _ in look] for look in seen], packed)
+        tokens = iter(self.critic.encode_images(torch.stack([image for look in visual_tokens for image in look])))
+        return self.critic.logits(questions, [[next(tokens) for _ in look] for look in visual_tokens], packed, answers)
 
     load = tiny = generate_text = answer_id = None  # not used here
 
