@@ -39,7 +39,8 @@ class MetricsFile:
         At most `most_bytes` are read, or `MOST_LINE` if that is more; the next look reads on. A last line without its
         end is still being written, and is read at a later look. A file that is missing or cannot be read has no rows.
         """
-        was_begun, rows = self._offset > 0, []
+        was_begun = self._offset > 0
+        rows: list[Row] = []
         try:
             with open(self.path, "rb") as file:
                 is_same = was_begun and self._is_same(file)
