@@ -174,6 +174,13 @@ def test_every_weight_of_the_last_block_is_in_the_backward_pass_of_the_reference
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+def test_what_another_net_kept_is_refused() -> None:
+    made, other = case("flux"), case("flux")
+    kept = other.family.prepare_references(other.net, other.references, other.text)
+    with pytest.raises(ValueError, match="that this net has read"):
+        made.velocity(0.7, kept)
+
+
 @pytest.mark.parametrize("kind", sorted(set(available_names("families")) - set(KINDS)))
 def test_other_families_refuse(kind: str) -> None:
     family = find_class("families", kind).tiny(0)

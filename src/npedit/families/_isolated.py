@@ -168,7 +168,13 @@ def keep_references(net: nn.Module, processor: Any, count: int, call: Callable[[
 
 def attend_to_references(net: nn.Module, processor: Any, kept: KeptReferences, call: Callable[[], Tensor]) -> Tensor:
     """The output of `call()`, which calls `net`, or an adapter of it, on a picture. The net attends to the kept
-    references too. Gradient flows to them."""
+    references too. Gradient flows to them.
+
+    Raises:
+        ValueError: another net kept them.
+    """
+    if not set(kept.by_layer) <= set(net.modules()):
+        raise ValueError("expected references that this net has read; got those of another net; read them again")
     with _replace_processors(net, processor, kept, is_reference_pass=False):
         out = call()
     return _BackwardThrough.apply(out, kept.output)

@@ -185,8 +185,8 @@ class Family(ABC):
         """
         if not self.can_isolate_references:
             raise UserError(
-                "family.isolated_references: expected false with this model, which needs references beside the "
-                "picture; got true; set it to false, or choose flux, krea2, qwen_image or z_image"
+                "family.isolated_references: expected false with this model, whose references are part of every "
+                "call; got true; set it to false, or choose flux, krea2, qwen_image or z_image"
             )
         self.isolates_references = True
 
