@@ -151,6 +151,6 @@ class WorkerPool:
         self.console.print(f"Stopped: {len(self.done)} of {total} jobs finished, {len(self.failures)} failed.")
         for worker in self.running:
             self.console.print(f"  {worker.progress.describe()}", markup=False)
-        self.console.print("All of it is saved. To resume, run the same command:")
+        self.console.print("Each run is saved up to its last checkpoint. To resume, run the same command:")
         self.console.print(f"  {resume_command()}", markup=False)
         raise SystemExit(exit_code(number))
