@@ -106,14 +106,14 @@ def scores(data, tmp_path_factory):
     untrained = Editor.open_untrained("embedded", "cpu")
     sources = {
         "copy": lambda photos, prompts, seed: list(photos),
-        "base": TextToImage(untrained.family, untrained.sizes, steps=10),
+        "base": TextToImage(untrained.family, untrained.sizes),
         "right": right_edits,
     }
     found = {}
     for name, edit in sources.items():
         folder = tmp_path_factory.mktemp(name)
-        edit_missing_pictures(bench.edit_jobs(subjects, 0, 1), edit, folder, lambda done, total: None)
-        rows = bench.score_pictures(subjects, folder, Things(), Scenes(), lambda done, total: None, 1)
+        edit_missing_pictures(bench.edit_jobs(subjects, 0, 2), edit, folder, lambda done, total: None)
+        rows = bench.score_pictures(subjects, folder, Things(), Scenes(), lambda done, total: None, 2)
         found[name] = {key: sum(row.scores[key] for row in rows) / len(rows) for key in rows[0].scores}
     return found
 
