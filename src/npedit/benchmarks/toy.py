@@ -249,14 +249,15 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def results_table(after: Scores, before: Scores | None = None, title: str = "") -> TextTable:
     """A table by edit type: `applied`, `preserved`, and `both` with 95 % intervals, before (if given) and after."""
-    metrics = ("scene right", "subject kept") if set(after["by_type"]) == {SCENE} else ("applied", "preserved")
+    is_scene = set(after["by_type"]) == {SCENE}
+    metrics = ("scene right", "subject kept") if is_scene else ("applied", "preserved")
     columns = (*metrics, "both") if before is None else ("both, before", *metrics, "both, after")
     table = TextTable(
         title or f"Edits on held-out scenes, judged by the oracle ({SIDE}x{SIDE}, n = {after['n']})",
         ("edit type", "n", *columns),
         left=("edit type",),
-        caption=f"both = applied and preserved, with 95 % interval; copy rate {100 * after['copy_rate']:.1f} %, "
-        f"pixel change outside the edit {after['outside_change']:.3f}",
+        caption=f"both = {' and '.join(metrics)}, with 95 % interval; copy rate {100 * after['copy_rate']:.1f} %"
+        + ("" if is_scene else f", pixel change outside the edit {after['outside_change']:.3f}"),
     )
     for kind, row in [*after["by_type"].items(), ("all", after)]:
         cells = [kind, str(row["n"])]
