@@ -18,7 +18,8 @@ from npedit.serve.watch import RunStatus
 SECONDS_BETWEEN_LOOKS = 5
 STYLE = """
 body { max-width: 84rem; padding: 1.2rem 1rem 3rem }
-h1 { font-size: 1.4rem } .lost { color: var(--bad); display: none } .is-lost .lost { display: block }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere }
+.lost { color: var(--bad); display: none } .is-lost .lost { display: block }
 details.run { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin: .8rem 0;
   padding: .7rem 1rem }
 details.run > summary { color: var(--ink); margin: 0; display: grid; gap: .3rem 1.2rem; align-items: start;
