@@ -14,7 +14,7 @@ from npedit.report.page_parts import Html, element
 from npedit.report.result_pictures import ResultPicture
 from npedit.scoring.comparison import AGREEMENTS
 from npedit.scoring.results import Results
-from npedit.scoring.tables import TextTable, format_estimate
+from npedit.scoring.tables import Interval, TextTable, format_estimate
 
 PICTURES_PER_TASK, MOST_PICTURES = 2, 24
 SHOWN_SCORES = 3  # metrics under a picture
@@ -88,9 +88,14 @@ def preference_table(found: Mapping[str, Any]) -> TextTable:
         left=("metric",),
     )
     for row in found["agreement"]:
-        ties = format_estimate(*row["with_ties"], digits=3) if row["with_ties"] else "-"
-        table.add_row(row["metric"], row["n"], format_estimate(*row["accuracy"], digits=3), ties)
+        ties = _format_share(row["with_ties"]) if row["with_ties"] else "-"
+        table.add_row(row["metric"], row["n"], _format_share(row["accuracy"]), ties)
     return table
+
+
+def _format_share(estimate: tuple[float, Interval]) -> str:
+    value, interval = estimate
+    return format_estimate(value, interval, digits=3)
 
 
 def preference_sentence(found: Mapping[str, Any]) -> str:

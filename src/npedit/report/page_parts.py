@@ -95,7 +95,7 @@ def details(summary: str, text: str, is_open: bool = False) -> Html:
 def text_table(table: TextTable) -> Html:
     """The table with its caption beneath it; its title is the page's to write."""
     left = [name in table.left for name in table.head]
-    rows = []
+    rows: list[Html] = []
     for row in table.rows:
         kinds = ["bold"] * row.is_bold + ["section"] * (row.begins_section and bool(rows))
         rows.append(element("tr", *_cells("td", row.cells, left), kind=" ".join(kinds)))
