@@ -19,6 +19,10 @@ LOSSES = {
     "loss/copy": "identity edits: distance to the reference",
     "loss/fake": "fake score: flow matching",
     "loss/supervised": "supervised: distance to the true edit",
+    "loss/prior": "bootstrap: prior of the edit",
+    "loss/prior_reverse": "bootstrap: prior of the reverse edit",
+    "loss/cycle": "bootstrap: the reference from its edit",
+    "loss/identity": "bootstrap: the reference from itself",
     "loss/kl": "Flow-GRPO: KL divergence to the initial weights",
 }
 
