@@ -13,6 +13,8 @@ import torch
 from benchmarks.critic_bits import bits_table
 from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
+from benchmarks.isolated_reference import TINY as TINY_NETS
+from benchmarks.isolated_reference import isolation_table
 from benchmarks.measure import fill_tables, peak_bytes_by_part, storage_bytes, table
 from benchmarks.small_models import TINY
 from benchmarks.train_step import (

@@ -133,7 +133,7 @@ ROWS: dict[str, tuple[Any, str]] = {
     "a list as caption": (row(target_caption=["a"]), "expected text in 'target_caption'"),
     "half a character": ('{"file_name": "good.png", "instruction": "\\ud83d"}', "half a character"),
     "unknown edit type": (row(edit_type="recolor"), "did you mean 'recolour'"),
-    "scene": (row(edit_type="scene"), "remove the rows of this type"),
+    "scene": (row(edit_type="scene"), "fill 'object'"),
     "removal without object": (row(edit_type="remove"), "expected an 'object' for edit type 'remove'"),
     "wrong questions": (row(questions=[{"question": "?", "answer": "maybe"}]), '"answer": "yes" or "no"'),
     "wrong references": (row(reference_file_names=[3]), "expected a list of file names"),

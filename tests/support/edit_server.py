@@ -17,11 +17,12 @@ class Server:
         self.url = self._wait()
 
     def _wait(self):
-        for _ in range(600):
+        for _ in range(1800):
             if found := re.search(r"http://[\w.:\[\]]+", self.log.read_text()):
                 return found[0]
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
+        self.process.kill()
         raise AssertionError(self.log.read_text())
 
     def stop(self, number):
