@@ -121,13 +121,23 @@ def test_examples_work_at_once(page):
     assert all(int(share) > 50 for share in re.findall(r"(\d+)%", caption))
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "http://127.0.0.1:9/x.png"])
-def test_only_files_of_the_page_are_read(client, path):
-    """What a browser may send is not what the page sends: here the path of another file."""
+def join_with(client, path):
+    """Ask for an edit of the file with this path, as the page's script does."""
     edit = next(d for d in client.get("/config").json()["dependencies"] if len(d["inputs"]) == 8)
     photo = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
     sent = {"data": ["", photo, "paint it red", 0, 1, False, False, None], "fn_index": edit["id"], "session_hash": path}
-    assert client.post("/gradio_api/queue/join", json=sent).status_code == 200
+    return client.post("/gradio_api/queue/join", json=sent)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.png", "https://example.org/x.png"])
+def test_a_url_in_place_of_an_upload_is_refused(client, url):
+    assert join_with(client, url).status_code == client.get(f"/gradio_api/file={url}").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png"])
+def test_only_files_of_the_page_are_read(client, path):
+    """What a browser may send is not what the page sends: here the path of another file."""
+    assert join_with(client, path).status_code == 200
     events = client.get("/gradio_api/queue/data", params={"session_hash": path}).text
     done = next(json.loads(line[6:]) for line in events.splitlines() if "process_completed" in line)
     assert not done["success"] and "Traceback" not in events and "root:" not in events
