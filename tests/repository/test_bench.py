@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.critic_bits import bits_table
 from benchmarks.critic_packing import critic_table, update_table
 from benchmarks.inference import inference_table
 from benchmarks.isolated_reference import TINY as TINY_NETS
-from benchmarks.isolated_reference import isolation_table
+from benchmarks.isolated_reference import _edits, _operations, isolation_table
 from benchmarks.measure import fill_tables, peak_bytes_by_part, storage_bytes, table
 from benchmarks.small_models import TINY
 from benchmarks.train_step import (
@@ -126,7 +128,9 @@ def test_the_benchmark_of_isolated_references_counts_fewer_operations_with_fewer
     ratio = {(row[0], int(row[1])): float(row[4]) for row in rows}
     for name in ("FLUX", "Qwen-Image", "Z-Image"):
         assert 0.4 < ratio[name, 4] < ratio[name, 2] < 1
-    assert all(row[4] == row[7] for row in rows)  # the same size, counted on the meta device
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _edits("FLUX", 4, TINY_NETS, torch.device("cpu"))["isolated"]()
+    assert counter.get_total_flops() == _operations("FLUX", 4, TINY_NETS)["isolated"]
     assert not [row for row in rows if any(word in " ".join(row) for word in ("nan", "inf"))]
 
 
