@@ -342,7 +342,7 @@ def _plot_losses(figure: Figure, curves: Curves, keys: Sequence[str]) -> None:
     grid = list(figure.subplots(-(-len(keys) // 2), 2, squeeze=False).flat)
     for i, (axes, key) in enumerate(zip(grid, keys, strict=False)):
         points = curves.points(key)
-        _plot_smoothed(axes, points, COLOURS[i], faint=True)
+        _plot_smoothed(axes, points, COLOURS[i % len(COLOURS)], faint=True)
         top = float(np.quantile([v for _, v in points], 0.995))
         axes.set_ylim(0, 1.1 * top if top > 0 else 1)
         _label_axes(axes, curves.stage_starts, LOSSES[key], "loss")
