@@ -72,3 +72,10 @@ def test_a_sheet_puts_each_picture_in_its_place_and_cuts_long_texts():
         assert (sheet[top : top + 20, left : left + 40] == expected).all()
     text = (sheet != 255).any(-1)
     assert text[52:106, 12:104].any() and not text[52 : 12 + height, 104:128].any()  # the long text stays in its cell
+
+
+def test_a_very_long_text_is_drawn_as_its_beginning():
+    """A sheet's time must not grow with the square of a text's length."""
+    picture = Image.new("RGB", (40, 40))
+    short, long = (draw_sheet([[SheetCell((picture,), "word " * count)]], 40, text_lines=2) for count in (500, 100_000))
+    assert (np.asarray(short) == np.asarray(long)).all()

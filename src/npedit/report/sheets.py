@@ -70,7 +70,7 @@ def _draw_cell(sheet: Image.Image, cell: SheetCell, corner: tuple[int, int], sid
 
 def _wrapped_lines(text: str, font: Font, width: int, most: int) -> Iterator[str]:
     """At most `most` lines of the text, none wider than `width` pixels; the last ends with "..." if text is left."""
-    words = _drawable(text).split()
+    words = _drawable(text[: most * width + 1]).split()  # no character is narrower than a pixel
     for number in range(most):
         if not words:
             return
