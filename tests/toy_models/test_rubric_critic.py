@@ -13,6 +13,7 @@ from npedit.toy.language import answer_question, questions_about
 from npedit.toy.oracle import expected_reading, judge_edit
 from npedit.toy.world import sample_scene
 from npedit.toy_models import build as models
+from npedit.toy_models.embedded_critic import load_critic
 from npedit.toy_models.mistakes import sample_outcome
 from npedit.toy_models.rubric_critic import (
     grade_targets,
@@ -21,7 +22,6 @@ from npedit.toy_models.rubric_critic import (
     share_done,
     tokenizer_with_digits,
 )
-from npedit.toy_models.scene_critic import load_critic
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,9 @@ def test_digits_take_the_place_of_unused_words():
 
 
 def test_the_embedded_critic_is_trained_on(tmp_path):
-    found = models.build_rubric_critic(tmp_path, steps=2, items=12, edits_per_step=10)
+    found = models.train_critic_on(tmp_path, "rubric", steps=2, items=12, edits_per_step=10)
     assert {"usual", "grade", "grade error"} < set(found["critic_right_clean"])
     assert json.loads((tmp_path / "parts.json").read_text())["lessons"] == "rubric"
     after = load_critic(tmp_path / "critic")
     assert len({*after.answer_ids(GRADES), after.yes, after.no}) == 7
-    assert models.build_rubric_critic(tmp_path, steps=2, items=12, edits_per_step=10) == found
+    assert models.train_critic_on(tmp_path, "rubric", steps=2, items=12, edits_per_step=10) == found

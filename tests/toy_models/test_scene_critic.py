@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from npedit.check.labelled_edits import toy_labelled_edits
+from npedit.errors import UserError
 from npedit.questions import SCENE, questions_for
 from npedit.recipe.config import embedded_weights
 from npedit.toy.oracle import expected_reading, judge_edit
 from npedit.toy.scene_edits import sample_scene_edit
 from npedit.toy_models import build as models
+from npedit.toy_models.embedded_critic import load_critic, load_vae
 from npedit.toy_models.mistakes import sample_scene_outcome
 from npedit.toy_models.scene_critic import (
     evaluate_scene_critic,
     is_returned,
-    load_critic,
-    load_vae,
     sample_lessons,
     true_answers,
 )
@@ -62,7 +62,7 @@ def test_lessons_show_each_question_its_pictures():
 
 
 def test_the_embedded_critic_is_trained_on_without_new_words(tmp_path):
-    found = models.build_scene_critic(tmp_path, steps=2, items=12, edits_per_step=2)
+    found = models.train_critic_on(tmp_path, "scene", steps=2, items=12, edits_per_step=2)
     assert set(found["critic_right_clean"]) == {"returned", "scene", "subject", "subject/other"}
     assert json.loads((tmp_path / "parts.json").read_text())["lessons"] == "scene"
     before, after = load_critic(embedded_weights("critic")), load_critic(tmp_path / "critic")
@@ -70,8 +70,11 @@ def test_the_embedded_critic_is_trained_on_without_new_words(tmp_path):
     changed = [not torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
     written = (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns
-    assert models.build_scene_critic(tmp_path, steps=2, items=12, edits_per_step=2) == found
+    assert models.train_critic_on(tmp_path, "scene", steps=2, items=12, edits_per_step=2) == found
     assert (tmp_path / "critic" / "model.safetensors").stat().st_mtime_ns == written
+    for other in (lambda: models.train_critic_on(tmp_path, "rubric"), lambda: models.build_toy_models(tmp_path)):
+        with pytest.raises(UserError, match="has 'scene'; choose another folder"):
+            other()
 
 
 def test_the_evaluation_counts_right_answers():

@@ -59,9 +59,8 @@ def toy_build(
 
     if fresh:
         move_aside(folder)
-    if lessons in ("scene", "rubric"):
-        build = models.build_scene_critic if lessons == "scene" else models.build_rubric_critic
-        _print_right_shares(build(folder))
+    if lessons in models.LESSONS:
+        _print_right_shares(models.train_critic_on(folder, lessons))
         out.print(f"Critic: {escape(str(folder / 'critic'))}")
     else:
         models.build_toy_models(folder)

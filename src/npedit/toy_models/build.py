@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,10 @@ from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.toy.edits import EDIT_TYPES, sample_edit
 from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import render
+from npedit.toy_models import rubric_critic, scene_critic
 from npedit.toy_models.base_model import caption_accuracy, train_base
 from npedit.toy_models.critic import evaluate_critic, train_critic
-from npedit.toy_models.rubric_critic import EDITS_PER_STEP as RUBRIC_EDITS_PER_STEP
-from npedit.toy_models.rubric_critic import STEPS as RUBRIC_STEPS
-from npedit.toy_models.rubric_critic import evaluate_rubric_critic, train_rubric_critic
-from npedit.toy_models.scene_critic import EDITS_PER_STEP as SCENE_EDITS_PER_STEP
-from npedit.toy_models.scene_critic import STEPS as SCENE_STEPS
-from npedit.toy_models.scene_critic import evaluate_scene_critic, load_critic, load_vae, train_scene_critic
+from npedit.toy_models.embedded_critic import load_critic, load_vae
 from npedit.toy_models.vae import reconstruction_psnr, train_vae
 
 STEPS = {"vae": 1500, "base": 24000, "critic": 13500}  # batches; some three and a half hours on two CPU cores
@@ -48,9 +45,14 @@ CPU = torch.device("cpu")
 
 def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: int = 0) -> dict[str, object]:
     """Train VAE, text-to-image model and critic, one after the other, and measure them. Returns the content of
-    `parts.json`."""
+    `parts.json`.
+
+    Raises:
+        UserError: the folder belongs to other lessons, or cannot be written.
+    """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _require_lessons(folder, "all")
     steps = STEPS | (steps or {})
     if not (folder / "vae").is_dir():
         _write_folder(train_vae(folder, steps["vae"], seed), folder / "vae")
@@ -69,40 +71,64 @@ def build_toy_models(folder: Path, steps: dict[str, int] | None = None, seed: in
     return measured
 
 
-def build_scene_critic(
-    folder: Path,
-    steps: int = SCENE_STEPS,
-    seed: int = 0,
-    items: int = 900,
-    edits_per_step: int = SCENE_EDITS_PER_STEP,
-) -> dict[str, object]:
-    """Train the embedded critic on with scene edits, into FOLDER/critic, and measure it. Returns the content of
-    `parts.json`: shares of right answers by question. Resumable like `build_toy_models`."""
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "critic").is_dir():
-        critic = train_scene_critic(folder, steps, seed, edits_per_step)
-        critic.model.half()
-        _write_folder(critic, folder / "critic")
-    return _measure_critic(folder, evaluate_scene_critic, items, {"lessons": "scene", "steps": steps, "seed": seed})
+@dataclass(frozen=True)
+class Lessons:
+    """How the embedded critic is trained on: the functions, and their usual numbers of batches and of edits a batch."""
+
+    train: Callable[..., LlavaOnevision]
+    evaluate: Callable[..., dict[str, float]]
+    steps: int
+    edits_per_step: int
 
 
-def build_rubric_critic(
-    folder: Path,
-    steps: int = RUBRIC_STEPS,
-    seed: int = 0,
-    items: int = 900,
-    edits_per_step: int = RUBRIC_EDITS_PER_STEP,
+LESSONS = {
+    "scene": Lessons(
+        scene_critic.train_scene_critic,
+        scene_critic.evaluate_scene_critic,
+        scene_critic.STEPS,
+        scene_critic.EDITS_PER_STEP,
+    ),
+    "rubric": Lessons(
+        rubric_critic.train_rubric_critic,
+        rubric_critic.evaluate_rubric_critic,
+        rubric_critic.STEPS,
+        rubric_critic.EDITS_PER_STEP,
+    ),
+}
+
+
+def train_critic_on(
+    folder: Path, lessons: str, steps: int = 0, seed: int = 0, items: int = 900, edits_per_step: int = 0
 ) -> dict[str, object]:
-    """Train the embedded critic on with rubrics and grades, into FOLDER/critic, and measure it. Returns the content of
-    `parts.json`, as `evaluate_rubric_critic` gives it. Resumable like `build_toy_models`."""
+    """Train the embedded critic on with one of `LESSONS`, into FOLDER/critic, and measure it on `items` held-out edits.
+    Returns the content of `parts.json`: shares of right answers by question. With 0, `steps` (batches) and
+    `edits_per_step` are the usual ones. Resumable like `build_toy_models`.
+
+    Raises:
+        UserError: the folder belongs to other lessons, or cannot be written.
+    """
+    chosen = LESSONS[lessons]
+    steps = steps or chosen.steps
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _require_lessons(folder, lessons)
     if not (folder / "critic").is_dir():
-        critic = train_rubric_critic(folder, steps, seed, edits_per_step)
+        critic = chosen.train(folder, steps, seed, edits_per_step or chosen.edits_per_step)
         critic.model.half()
         _write_folder(critic, folder / "critic")
-    return _measure_critic(folder, evaluate_rubric_critic, items, {"lessons": "rubric", "steps": steps, "seed": seed})
+    return _measure_critic(folder, chosen.evaluate, items, {"lessons": lessons, "steps": steps, "seed": seed})
+
+
+def _require_lessons(folder: Path, lessons: str) -> None:
+    """Refuse a folder whose critic had other lessons.
+
+    Raises:
+        UserError: it had.
+    """
+    facts = folder / "parts.json"
+    found = json.loads(facts.read_text()).get("lessons", "all") if facts.is_file() else lessons
+    if found != lessons:
+        raise UserError(f"expected a folder of the lessons {lessons!r}; {folder} has {found!r}; choose another folder")
 
 
 def _measure_critic(
@@ -145,12 +171,12 @@ def train_graded_critic(folder: Path, batches: int, items: int, seed: int = 0) -
         folder.mkdir(parents=True, exist_ok=True)
     result_file = folder / "right.json"
     if not result_file.is_file():
-        vae = AutoencoderKL.from_pretrained(embedded_weights("base") / "vae").requires_grad_(False)
+        vae = load_vae()
         if batches and not (folder / "critic").is_dir():
             critic = train_critic(folder, vae, batches, seed)
             critic.model.half()
             _write_folder(critic, folder / "critic")
-        critic = LlavaOnevision.load(folder / "critic" if batches else embedded_weights("critic"), torch.float32, CPU)
+        critic = load_critic(folder / "critic" if batches else embedded_weights("critic"))
         accuracy = evaluate_critic(critic, vae, items, seed=1, damage=False)
         write_text(result_file, json.dumps({"batches": batches, "items": items, "right": accuracy}, indent=1) + "\n")
     found = json.loads(result_file.read_text())

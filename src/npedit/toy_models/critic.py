@@ -137,7 +137,7 @@ class _AuxiliaryHeads(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _by_cell(tokens: Tensor) -> Tensor:
+def by_cell(tokens: Tensor) -> Tensor:
     """Visual tokens (n, 16, d) -> (n, 4 cells, 4 patches, d)."""
     n, _, d = tokens.shape
     return tokens.view(n, 2, 2, 2, 2, d).permute(0, 1, 3, 2, 4, 5).reshape(n, 4, 4, d)
@@ -178,7 +178,7 @@ def train_critic(
         labels = _cell_labels(scenes)
         image_tokens = torch.stack([s[:grid] for s in visual_tokens])
         # a head on the projector's output trains the vision tower and the projector
-        dense_loss = heads.cell_loss(heads.cell(_by_cell(image_tokens))[..., : sum(heads.sizes)], labels)
+        dense_loss = heads.cell_loss(heads.cell(by_cell(image_tokens))[..., : sum(heads.sizes)], labels)
         texts: list[str] = []
         truths: list[float] = []
         token_lists, second_images, single_image_scenes = [], [], []
@@ -229,7 +229,7 @@ def train_critic(
         answer_positions = last[[r for _, _, r in rows]]
         positions = answer_positions[:, None] - 1 - grid + torch.arange(grid)
         second_states = states[-2][torch.tensor([r for _, _, r in rows])[:, None], positions]
-        own_logits, other_logits, wanted_logits, fault_logits = heads.cell(_by_cell(second_states)).split(
+        own_logits, other_logits, wanted_logits, fault_logits = heads.cell(by_cell(second_states)).split(
             [sum(heads.sizes)] * 3 + [4], -1
         )
         first_labels, second_labels = labels[[a for a, _, _ in rows]], labels[[b for _, b, _ in rows]]
@@ -244,7 +244,7 @@ def train_critic(
         # questions about one image: does the cell hold what the question asks for?
         single = {r: scene for r, scene in enumerate(single_image_scenes) if scene is not None}
         positions = last[list(single)][:, None] - 1 - grid + torch.arange(grid)
-        match_logits = heads.cell(_by_cell(states[-2][torch.tensor(list(single))[:, None], positions]))[..., -1]
+        match_logits = heads.cell(by_cell(states[-2][torch.tensor(list(single))[:, None], positions]))[..., -1]
         matches = torch.tensor([_cells_that_match(texts[r], scene) for r, scene in single.items()])
         match_loss = match_loss + F.binary_cross_entropy_with_logits(
             match_logits, matches[:, :, None].expand_as(match_logits)

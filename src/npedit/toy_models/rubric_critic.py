@@ -29,10 +29,9 @@ from npedit.toy.edits import EDIT_TYPES, Edit, sample_edit
 from npedit.toy.language import QUESTIONS, answer_question, find_things, questions_about, read_question
 from npedit.toy.oracle import expected_reading, find_faults
 from npedit.toy.world import BACKGROUNDS, PATTERNS, PLACES, SIDE, SIZES, STYLES, Scene, render, sample_thing
-from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, _by_cell, questions_about_edit
-from npedit.toy_models.fit import fit
+from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, by_cell, questions_about_edit
+from npedit.toy_models.embedded_critic import load_critic, train_on
 from npedit.toy_models.mistakes import degrade, sample_outcome
-from npedit.toy_models.scene_critic import load_critic, load_vae
 
 STEPS = 600  # batches; some ten minutes on one CPU core
 EDITS_PER_STEP = 18  # each with two usual questions, two of rubrics and a grade
@@ -152,19 +151,19 @@ def train_rubric_critic(
 ) -> LlavaOnevision:
     """The embedded critic, trained on for `steps` batches of rubrics, grades and usual questions. `folder` keeps the
     state of an interrupted training."""
-    critic, vae = load_critic(embedded_weights("critic")), load_vae()
+    critic = load_critic(embedded_weights("critic"))
     critic.tokenizer = tokenizer_with_digits(critic.tokenizer)
-    model = critic.model.requires_grad_(True)
-    head = nn.Linear(model.config.text_config.hidden_size, 1)
-
-    def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        images, lessons = sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE)
-        return _lesson_loss(critic, head, degrade(images, vae, rng, generator), lessons)
-
-    trained = nn.ModuleDict({"model": model, "head": head})
-    fit("rubric-critic", trained, loss, folder, steps, 8e-4, betas=(0.9, 0.98), weight_decay=0.01, ema=0.99, seed=seed)
-    model.requires_grad_(False)
-    return critic
+    head = nn.Linear(critic.model.config.text_config.hidden_size, 1)
+    return train_on(
+        "rubric-critic",
+        critic,
+        head,
+        lambda rng: sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE),
+        lambda images, lessons: _lesson_loss(critic, head, images, lessons),
+        folder,
+        steps,
+        seed,
+    )
 
 
 def _lesson_loss(
@@ -179,7 +178,7 @@ def _lesson_loss(
     answer_loss = -(_answer_targets(critic, lessons) * logits.log_softmax(1)).sum(1).mean()
     held = [r for r, lesson in enumerate(lessons) if lesson.cells]
     positions = last[held][:, None] - 1 - GRID + torch.arange(GRID)  # the tokens before newline and "answer"
-    cells = head(_by_cell(states[-2][torch.tensor(held)[:, None], positions]))[..., 0]
+    cells = head(by_cell(states[-2][torch.tensor(held)[:, None], positions]))[..., 0]
     labels = torch.tensor([lessons[r].cells for r in held])[:, :, None].expand_as(cells)
     cell_loss = F.binary_cross_entropy_with_logits(cells, labels)
     figures = _right_shares(critic, logits.detach(), lessons) | {"cells": float(cell_loss.detach())}

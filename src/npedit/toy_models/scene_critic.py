@@ -23,8 +23,8 @@ from npedit.recipe.config import embedded_weights
 from npedit.toy.oracle import Reading, companion_cells, expected_reading, is_subject_kept
 from npedit.toy.scene_edits import SCENE, SceneEdit, sample_photos, sample_scene_edit
 from npedit.toy.world import BACKGROUNDS, PATTERNS, PLACES, SIDE, SIZES, STYLES, Scene, render
-from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, _by_cell
-from npedit.toy_models.fit import fit
+from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, by_cell
+from npedit.toy_models.embedded_critic import load_critic, train_on
 from npedit.toy_models.mistakes import degrade, sample_scene_outcome
 
 STEPS = 1400  # batches; some twelve minutes on one CPU core
@@ -222,18 +222,18 @@ def train_scene_critic(
 ) -> LlavaOnevision:
     """The embedded critic, trained on for `steps` batches of scene edits. `folder` keeps the state of an interrupted
     training."""
-    critic, vae = load_critic(embedded_weights("critic")), load_vae()
-    model = critic.model.requires_grad_(True)
-    heads = _Heads(model.config.text_config.hidden_size)
-
-    def loss(step: int, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        images, lessons = sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE, SHARES)
-        return _lesson_loss(critic, heads, degrade(images, vae, rng, generator), lessons)
-
-    trained = nn.ModuleDict({"model": model, "heads": heads})
-    fit("scene-critic", trained, loss, folder, steps, 8e-4, betas=(0.9, 0.98), weight_decay=0.01, ema=0.99, seed=seed)
-    model.requires_grad_(False)
-    return critic
+    critic = load_critic(embedded_weights("critic"))
+    heads = _Heads(critic.model.config.text_config.hidden_size)
+    return train_on(
+        "scene-critic",
+        critic,
+        heads,
+        lambda rng: sample_lessons(rng, edits_per_step, False, HALF_DONE_SHARE, SHARES),
+        lambda images, lessons: _lesson_loss(critic, heads, images, lessons),
+        folder,
+        steps,
+        seed,
+    )
 
 
 def _lesson_loss(
@@ -248,7 +248,7 @@ def _lesson_loss(
     smoothed, log_p = LABEL_SMOOTHING + (1 - 2 * LABEL_SMOOTHING) * truth, logits.log_softmax(1)
     answer_loss = -(smoothed * log_p[:, critic.yes] + (1 - smoothed) * log_p[:, critic.no]).mean()
     positions = last[:, None] - 1 - GRID + torch.arange(GRID)  # the last image's tokens, before newline and "answer"
-    cell_loss = heads.cell_loss(_by_cell(states[-2][rows[:, None], positions]), lessons)
+    cell_loss = heads.cell_loss(by_cell(states[-2][rows[:, None], positions]), lessons)
     fact_loss = heads.answer_loss(states[-2][rows, last], lessons)
     right = ((logits[:, critic.yes] > logits[:, critic.no]) == (truth > 0.5)).float()
     figures = {
@@ -282,13 +282,3 @@ def evaluate_scene_critic(
             name = lesson.question.name + ("/other" if "other" in lesson.question.looks_at else "")
             results.setdefault(name, []).append(answer == (lesson.truth > 0.5))
     return {name: sum(right) / len(right) for name, right in sorted(results.items())}
-
-
-def load_critic(folder: Path) -> LlavaOnevision:
-    """The critic in a folder, in float32 on the CPU."""
-    return LlavaOnevision.load(folder, torch.float32, torch.device("cpu"))
-
-
-def load_vae() -> AutoencoderKL:
-    """The embedded VAE, frozen."""
-    return AutoencoderKL.from_pretrained(embedded_weights("base") / "vae").requires_grad_(False)
