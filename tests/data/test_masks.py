@@ -1,6 +1,5 @@
 """The mask of a row: white where the edit may change the photo; cropped as its photo, in every form of a set."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -31,12 +30,8 @@ def expected(seed):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, caches):
     """Four photos, the first three with masks."""
-    monkeypatch.setenv("NPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)
-    datasets.disable_progress_bars()
     photos = tmp_path / "photos"
     rows = []
     for i in range(4):

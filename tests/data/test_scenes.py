@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 
@@ -23,12 +22,8 @@ def colour(subject, photo):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, caches):
     """Four subjects with three photos each, of two sizes; a photo's colour says which it is. One row is local."""
-    monkeypatch.setenv("NPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)
-    datasets.disable_progress_bars()
     rows = []
     for s in range(SUBJECTS):
         for p in range(PHOTOS):

@@ -6,7 +6,6 @@ import tarfile
 import threading
 from collections import Counter
 
-import datasets
 import pytest
 import torch
 
@@ -19,10 +18,7 @@ SOURCES = {"hub": hub, "webdataset": webdataset}
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)  # 5 s at the end of each pass otherwise
+def folder(tmp_path, caches):
     rows = make_rows()
     for number, item in enumerate(rows):
         save(tmp_path / "photos", item["file_name"], picture(number))
