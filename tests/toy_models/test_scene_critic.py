@@ -88,3 +88,12 @@ def test_the_check_knows_the_answers_about_scene_edits():
     assert {e.example.edit_type for e in known} == {SCENE}
     for name in ("applied", "preserved", "returned"):
         assert {getattr(e, name) for e in known} == {True, False}
+
+
+@pytest.mark.parametrize("lessons", ["scene", "rubric"])
+def test_a_seed_decides_what_is_learnt(tmp_path, lessons):
+    weights = []
+    for name in ("a", "b"):
+        models.train_critic_on(tmp_path / name, lessons, steps=1, seed=3, items=1, edits_per_step=2)
+        weights.append((tmp_path / name / "critic" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

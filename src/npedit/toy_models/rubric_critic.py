@@ -153,6 +153,7 @@ def train_rubric_critic(
     state of an interrupted training."""
     critic = load_critic(embedded_weights("critic"))
     critic.tokenizer = tokenizer_with_digits(critic.tokenizer)
+    torch.manual_seed(seed)
     head = nn.Linear(critic.model.config.text_config.hidden_size, 1)
     return train_on(
         "rubric-critic",

@@ -223,6 +223,7 @@ def train_scene_critic(
     """The embedded critic, trained on for `steps` batches of scene edits. `folder` keeps the state of an interrupted
     training."""
     critic = load_critic(embedded_weights("critic"))
+    torch.manual_seed(seed)
     heads = _Heads(critic.model.config.text_config.hidden_size)
     return train_on(
         "scene-critic",
