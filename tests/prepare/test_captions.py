@@ -144,6 +144,19 @@ def test_what_is_in_a_photo_is_asked_once_for_all_of_its_rows(tmp_path):
     assert "instruction: remove the chair" in asked[0] and "caption of this photo: a red chair in a room" in asked[0]
 
 
+def test_masks_come_along(tmp_path):
+    """A set in a sub-folder of the source: names of masks are relative to the new folder, as those of photos are."""
+    source = bare_set(tmp_path / "rows" / "part", mask_file_name="masks/a.png").parent
+    photo(source / "part" / "masks" / "a.png", 1)
+    with captioning() as server:
+        captions(server.url, source, tmp_path / "set")
+        (source / "part" / "masks" / "a.png").unlink()
+        assert "no such file" in captions(server.url, source, tmp_path / "none", code=2)
+    rows = rows_of(tmp_path / "set")
+    assert [row["mask_file_name"] for row in rows] == ["part/masks/a.png"] * 2
+    assert (tmp_path / "set" / "part" / "masks" / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "step", "reason"),
     [

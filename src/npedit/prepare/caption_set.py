@@ -41,7 +41,7 @@ from npedit.runs.lock import hold
 from npedit.scoring.tables import markdown_table
 
 Row = dict[str, Any]
-UNNAMED = "?"  # stands for the object of a removal that has none yet
+UNNAMED = "?"  # stands for the object of a removal or of a scene that has none yet
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,9 @@ def read_entries(source: Path) -> tuple[Path, list[Entry]]:
 def _read_entry(number: int, values: Row, edited: Collection[str], file: Path, line: int, folder: Path) -> Entry:
     row = parse_row({**values, "object": values.get("object") or UNNAMED}, line, file, {}, folder)
     prefix = "" if row.subfolder == "." else f"{row.subfolder}/"
+    pictures = (row.file_name, *row.references, *filter(None, [row.mask]))
     try:
-        places = {
-            relative_name(prefix + n): resolve_photo_path(file.parent, n) for n in (row.file_name, *row.references)
-        }
+        places = {relative_name(prefix + name): resolve_photo_path(file.parent, name) for name in pictures}
     except BadImage as error:
         raise UserError(f"{row.location}: {error}; correct the name") from None
     names = list(places)
@@ -128,6 +127,8 @@ def _read_entry(number: int, values: Row, edited: Collection[str], file: Path, l
     found |= {"source_caption": row.source_caption, "target_caption": row.target_caption}
     if row.references:
         found["reference_file_names"] = [relative_name(prefix + name) for name in row.references]
+    if row.mask:
+        found["mask_file_name"] = relative_name(prefix + row.mask)
     return Entry(number, found, places)
 
 
@@ -220,7 +221,7 @@ def write_captioned_set(
         UserError: the disk is full, or the folder cannot be written.
     """
     files = {name: path for entry in entries for name, path in entry.files.items()}
-    for name in dict.fromkeys(n for row in rows for n in (row["file_name"], *row.get("reference_file_names", ()))):
+    for name in dict.fromkeys(name for row in rows for name in _picture_names(row)):
         place_photo(files[name], out / name)
     write_lines(out / METADATA, rows)
     write_lines(out / REJECTED, rejected)
@@ -230,6 +231,11 @@ def write_captioned_set(
         write_text(out / HELD_OUT, "".join(f"{i}\n" for i in held_out))
     write_text(out / FACTS, json.dumps(_old_facts(folder) | {"captions": facts}, indent=1, ensure_ascii=False) + "\n")
     write_text(out / CARD, _card(folder, facts))
+
+
+def _picture_names(row: Row) -> list[str]:
+    """The names of a row's pictures in the new set: the photo, its further references, and its mask."""
+    return [row["file_name"], *row.get("reference_file_names", ()), *filter(None, [row.get("mask_file_name")])]
 
 
 def _old_facts(folder: Path) -> Row:
