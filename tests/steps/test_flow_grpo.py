@@ -285,6 +285,7 @@ def test_offloading_changes_nothing_and_adapters_are_trained_too() -> None:
         {"beta": 1},
         {"window": 6},
         {"sampler": "cps", "noise_level": 1.2},
+        {"split_samples": True, "group": 2, "policy_updates": 3},
     ],
 )
 def test_settings_out_of_range(wrong: dict) -> None:

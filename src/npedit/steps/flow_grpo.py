@@ -72,6 +72,11 @@ class FlowGrpoSettings(Settings):
             )
         if self.sampler == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level: expected at most 1 with sampler cps; got {self.noise_level}")
+        if self.split_samples and self.policy_updates > self.group:  # a part without samples has no loss
+            raise ValueError(
+                f"policy_updates: expected at most {self.group}, the group, with split_samples; got "
+                f"{self.policy_updates}"
+            )
         return self
 
 
