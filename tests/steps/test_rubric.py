@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import tests.support.side_by_side as two
 from npedit.critics.base import scale_margin
 from npedit.critics.ensemble import Ensemble
 from npedit.critics.internvl import InternVL
@@ -21,6 +22,7 @@ from npedit.questions import GRADES, questions_for
 from npedit.recipe.config import MemorySettings, embedded_weights
 from npedit.steps._critic_gradient import CriticFeedback, CriticGradient, CriticGradientSettings
 from npedit.steps.base import Parts
+from npedit.training import trainer
 from tests.support.parts import batch, parts
 
 RUBRICS = (
@@ -167,6 +169,24 @@ def test_a_critic_without_digits_is_refused_before_the_first_update(shared):
     with pytest.raises(UserError, match="grade: expected the answer '1' to be one token.*set grade to off"):
         CriticGradient(CriticGradientSettings(grade="beside"), replace(shared, critic=toy))
     CriticGradient(CriticGradientSettings(rubric="beside"), replace(shared, critic=toy))
+
+
+def test_such_a_critic_is_refused_before_the_stages_that_do_not_ask_it(tmp_path):
+    """The recipe has a stage without a critic first, which would be trained in vain."""
+    toy = LlavaOnevision.load(embedded_weights("critic"), torch.float32, torch.device("cpu"))
+    stages = [
+        {"step": "reference_copy", "updates": 2, "batch_size": 4, "settings": {"steps": 2}},
+        {"step": "np_edit", "updates": 2, "batch_size": 4, "settings": {"steps": 2, "grade": "beside"}},
+    ]
+    events = []
+    with pytest.raises(UserError, match=r"stages\.1\.settings\.grade: expected the answer '1' to be one token"):
+        trainer.train(
+            two.recipe(stages=stages),
+            tmp_path / "run",
+            lambda name, _: events.append(name),
+            parts=lambda made: replace(two.parts(made), critic=toy),
+        )
+    assert not events
 
 
 def test_the_texts_reach_the_critic(shared, monkeypatch):

@@ -63,7 +63,11 @@ class CriticFeedback(NamedTuple):
 
 
 class CriticGradient:
-    """The gradient of the critic's loss at x0. The decoder's and the critic's memory is freed before it returns."""
+    """The gradient of the critic's loss at x0. The decoder's and the critic's memory is freed before it returns.
+
+    Raises:
+        UserError: the critic cannot answer with a grade in one token, and the settings ask for a grade.
+    """
 
     def __init__(self, settings: CriticGradientSettings, parts: Parts):
         self.settings, self.parts = settings, parts

@@ -261,8 +261,18 @@ class Step(ABC):
 
     @classmethod
     def requirements(cls, settings: Any) -> frozenset[str]:
-        """What the step needs: any of "critic", "target_caption", "source_caption", "edited"."""
+        """What the step needs: any of "critic", "target_caption", "source_caption", "keep_mask", "edited"."""
         return frozenset()
+
+    @classmethod
+    def check_parts(cls, settings: Any, parts: Parts) -> None:
+        """Refuse frozen models that the step cannot work with. Training calls this for all stages before the first
+        update, so that no stage fails after those before it have been trained.
+
+        Raises:
+            UserError: the message begins with the setting's name.
+        """
+        return  # any will do
 
     @abstractmethod
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:

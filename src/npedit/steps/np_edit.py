@@ -93,6 +93,11 @@ class Step(Base):
         weights["keep_mask"] = settings.keep_weight
         return frozenset(need for need, weight in weights.items() if weight)
 
+    @classmethod
+    def check_parts(cls, settings: NpEditSettings, parts: Parts) -> None:
+        """Refuse a critic that cannot answer what it is asked. Errors as in `CriticGradient`."""
+        CriticGradient(settings, parts)
+
     def step(self, batches: Sequence[Batch], update: int) -> dict[str, float]:
         """One student update and `fake_updates` fake score updates. Returns what to log."""
         per_update = self.batches_per_update(self.settings)

@@ -221,6 +221,19 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         log.warning("data: %s", message)
 
 
+def check_steps(recipe: Recipe, parts: Parts) -> None:
+    """Refuse frozen models that one of the stages cannot work with.
+
+    Raises:
+        UserError: names the stage and the setting.
+    """
+    for i, stage in enumerate(recipe.stages):
+        try:
+            find_class("steps", stage.step).check_parts(stage.settings, parts)
+        except UserError as error:
+            raise UserError(f"stages.{i}.settings.{error}") from None
+
+
 def _rows_without(data: Any, caption: str) -> str:
     """Which rows lack a caption, in words; by file and line if the data source knows them."""
     return data.rows_without(caption) if hasattr(data, "rows_without") else "data without"

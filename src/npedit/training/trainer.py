@@ -35,7 +35,14 @@ from npedit.training.failure_sampling import FailureSampler
 from npedit.training.finite import require_finite_weights
 from npedit.training.gradient_ratio import GradientRatioCheck
 from npedit.training.out_of_memory import Progress, explain_out_of_memory
-from npedit.training.parts import STAGE_SEEDS, build_parts, build_source, check_recipe_fits, load_start_weights
+from npedit.training.parts import (
+    STAGE_SEEDS,
+    build_parts,
+    build_source,
+    check_recipe_fits,
+    check_steps,
+    load_start_weights,
+)
 from npedit.training.progress_display import ProgressDisplay, plain_console
 from npedit.training.run_folder import list_bad_rows, print_changes, require_shared_files, restore_held_out_rows
 from npedit.training.signals import catch_stop_signals, exit_code
@@ -81,6 +88,7 @@ def train(
         restore_held_out_rows(run, data)
         made = parts(recipe)
         check_recipe_fits(recipe, data, made)
+        check_steps(recipe, made)
         fingerprint = data.fingerprint()
         if distributed.is_main_process():
             manifest = checkpoint.make_manifest(recipe, fingerprint, made.device)
