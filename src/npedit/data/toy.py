@@ -47,7 +47,6 @@ class Settings(Base):
     other_photos: bool = Field(
         True, repr=False, description="of scene items: another photo of the subject is for the critic"
     )
-
     masks: bool = Field(
         False, repr=False, description="each item has a mask of the cells that its edit leaves as they are"
     )
