@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import time
@@ -13,6 +14,7 @@ from watched_runs import add_checkpoint, add_final, add_samples, append_rows, ma
 
 from npedit.errors import UserError
 from npedit.runs import lock
+from npedit.serve import watch
 from npedit.serve.access import LOCAL_HOSTS
 from npedit.serve.watch import Watch
 from npedit.serve.watch_app import make_watch_app
@@ -92,6 +94,37 @@ def test_a_run_of_100_000_updates_is_read_once(folder, monkeypatch):
     assert watch.look()[0].update == 100_000
     assert time.monotonic() - began < 0.2
     assert metrics.bytes_read - before == len(json.dumps(make_row(100_000))) + 1
+
+
+@pytest.mark.parametrize("name", ["is_run", "find_state"])
+def test_a_run_that_cannot_be_read_hides_no_other_run(folder, monkeypatch, name):
+    """As on NFS, after another machine has deleted a folder."""
+    for run in ("a", "lost", "z"):
+        append_rows(make_run(folder / run), 1, 3)
+    works = getattr(watch, name)
+
+    def fail(path, *more):
+        if path.name == "lost":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return works(path, *more)
+
+    monkeypatch.setattr(watch, name, fail)
+    assert {status.name for status in Watch(folder).look()} == {"a", "z"}
+    page, lost = ask(watch_app(folder), "/", "/runs/lost")
+    assert (page.status_code, lost.status_code) == (200, 404)
+
+
+def test_a_finished_run_is_finished_while_its_log_is_still_being_read(folder, monkeypatch):
+    monkeypatch.setattr("npedit.serve.watch.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("npedit.serve.watch.MOST_BYTES", 0)  # a look reads a MiB all the same
+    run = make_run(folder / "one")
+    append_rows(run, 1, 120, words="x" * 2**14)
+    add_final(run)
+    runs = Watch(folder)
+    (first,) = runs.look()
+    assert first.is_behind and first.update < 120 and first.state == "finished"
+    (second,) = runs.look()
+    assert not second.is_behind and (second.update, second.state) == (120, "finished")
 
 
 def test_a_resumed_run_begins_anew_where_its_log_was_cut(folder, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from npedit import __version__
 from npedit.errors import UserError
-from npedit.serve.access import LOCAL_HOSTS
+from npedit.serve.access import LOCAL_HOSTS, has_bearer_token
 from npedit.serve.body_limit import BodyLimit
 from npedit.serve.editor_choice import EditorChoice
 from npedit.serve.limits import BadRequest, Limits, read_bool, read_instruction, read_int, read_picture
@@ -121,8 +120,7 @@ def _is_allowed(request: Request, token: str) -> bool:
     path = request.scope["path"]  # not that of `request.url`, in which the client's header Host has a part
     if not token or not path.startswith(TOKEN_PATHS):
         return True
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), token.encode())
+    return has_bearer_token(request.headers.get("authorization", ""), token)
 
 
 def _error(message: str, status: int, param: str = "") -> JSONResponse:

@@ -45,8 +45,8 @@ class HolderWatch:
 
 
 def find_state(run: Path, is_held: bool, update: int, total: int | None) -> RunState:
-    """The state of a run after its last logged `update` of `total` (None: not known). `is_held` says whether a process
-    holds its folder."""
+    """The state of a run after its last logged `update` (-1: not known) of `total` (None: not known). `is_held` says
+    whether a process holds its folder."""
     if is_held:
         return RunState.TRAINING
     has_all_updates = total is None or update < 0 or update >= total

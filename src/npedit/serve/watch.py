@@ -5,6 +5,7 @@ No model is opened, and nothing is written. A look reads what was appended to ea
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from npedit.serve.curve_svg import Panel, draw_panel
 from npedit.serve.metrics_file import MetricsFile
 from npedit.serve.run_figures import RunFigures
 from npedit.serve.run_state import HolderWatch, RunState, find_state
+
+log = logging.getLogger(__name__)
 
 MOST_BYTES = 32 * 2**20  # of metrics that one look reads, so that the first look at long runs does not take minutes
 LEAST_SECONDS = 1.0  # between two looks
@@ -97,7 +100,8 @@ class WatchedRun:
             self._figures = RunFigures(plan.evaluate_items)
         for row in rows:
             self._figures.add(row)
-        state = find_state(self.folder, is_held, self._figures.update, plan.total)
+        last_update = self._figures.update if self.metrics.is_at_end else -1  # not known yet
+        state = find_state(self.folder, is_held, last_update, plan.total)
         return self._describe(state, plan)
 
     def _read_plan(self) -> RunPlan:
@@ -191,28 +195,34 @@ class Watch:
         left = MOST_BYTES
         for run in self._runs.values():
             before = run.metrics.bytes_read
-            yield run.look(left)
+            try:
+                status = run.look(left)
+            except OSError as error:  # the run was deleted just now, or its file system has failed
+                log.warning("%s is left out: %s", run.folder, error)
+                continue
             left -= run.metrics.bytes_read - before
+            yield status
 
 
 def find_run_folders(folder: Path) -> dict[str, Path]:
-    """The runs in a folder by their name, or the folder itself if it is a run. Names that are no Unicode are left
-    out."""
-    if is_run(folder):
-        return {folder.resolve().name: folder}
+    """The runs in a folder by their name, or the folder itself if it is a run. Left out are names that are no Unicode,
+    and runs that cannot be read now."""
     try:
-        found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)}
+        if is_run(folder):
+            return {folder.resolve().name: folder}
+        paths = sorted(folder.iterdir())
     except OSError:
         return {}
-    return {name: path for name, path in found.items() if _is_unicode(name)}
+    return {path.name: path for path in paths if _can_be_shown(path)}
 
 
-def _is_unicode(name: str) -> bool:
+def _can_be_shown(path: Path) -> bool:
+    """Whether a folder is a run that can be read, and has a name that a page can show."""
     try:
-        name.encode()
-    except UnicodeEncodeError:
+        path.name.encode()
+        return path.is_dir() and is_run(path)
+    except (OSError, UnicodeEncodeError):
         return False
-    return True
 
 
 def read_plan(run: Path) -> RunPlan:
