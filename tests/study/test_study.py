@@ -21,6 +21,7 @@ from npedit.study import jobs, study
 from npedit.study import page as study_page
 from npedit.study.file import Study, load_study, variant_recipe
 from npedit.toy_models.build import train_graded_critic
+from tests.support.command_line import run as run_command
 
 TINY = {
     "name": "tiny",
@@ -246,6 +247,17 @@ def test_a_variant_with_an_unknown_key_stops_the_study_before_it_trains(tmp_path
     variants = TINY["variants"] | {"odd": {"set": ["stages.1.settings.critc_weight=0"]}}
     with pytest.raises(UserError, match="critic_weight"):
         study.run_study(validate_settings(Study, TINY | {"variants": variants}, ""), tmp_path / "s", recipe_path, print)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "said"), [("--quote", "README.md", "a page without"), ("--publish", "docs", "ends in .md")]
+)
+def test_a_page_that_cannot_be_written_is_told_before_the_first_run(tmp_path, option, name, said):
+    path, page = tmp_path / "s.yaml", tmp_path / name
+    path.write_text(yaml.safe_dump(TINY))
+    page.write_text("no marks")
+    assert said in run_command("study", path, "--out", tmp_path / "s", option, page, code=2)
     assert not (tmp_path / "s").exists()
 
 

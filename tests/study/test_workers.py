@@ -40,12 +40,11 @@ def pool(folder: Path, scripts: dict[str, str], count: int = 2) -> tuple[workers
 
 
 def test_jobs_wait_for_those_that_they_need_and_at_most_so_many_run(tmp_path: Path) -> None:
-    script = (
-        f"echo $$ >> {tmp_path}/now; wc -l < {tmp_path}/now >> {tmp_path}/most; sleep 0.1; sed -i 1d {tmp_path}/now"
-    )
-    scripts = {"a": f"{script}; touch {tmp_path}/a-done", "b": script, "c": f"test -e {tmp_path}/a-done && {script}"}
+    (tmp_path / "now").mkdir()
+    script = f"cd {tmp_path}; touch now/$$; ls now | wc -l >> most; sleep 0.2; rm now/$$"
+    scripts = {"a": f"{script}; touch a-done", "b": script, "c": f"test -e {tmp_path}/a-done && {script}", "d": script}
     made, said = pool(tmp_path, scripts)
-    assert made.run([job("c", "a"), job("a"), job("b")]) == []
+    assert made.run([job("c", "a"), job("a"), job("b"), job("d")]) == []
     assert max(int(n) for n in (tmp_path / "most").read_text().split()) <= 2
     assert said.getvalue().index("a finished") < said.getvalue().index("c finished")
 
@@ -53,6 +52,7 @@ def test_jobs_wait_for_those_that_they_need_and_at_most_so_many_run(tmp_path: Pa
 def test_a_failed_job_stops_only_those_that_need_it(tmp_path: Path) -> None:
     scripts = {
         "bad": "echo before; echo 'error: expected more; got less' >&2; exit 2",
+        "quoting": "echo 'error: expected JSON; got a parse error: line 1' >&2; exit 2",
         "killed": "kill -9 $$",
         "broken": "echo 'Traceback ...'; echo 'ZeroDivisionError: division by zero'; exit 1",
         "next": "true",
@@ -60,10 +60,12 @@ def test_a_failed_job_stops_only_those_that_need_it(tmp_path: Path) -> None:
         "good": f"touch {tmp_path}/good-done",
     }
     made, _ = pool(tmp_path, scripts)
-    names = [job("bad"), job("killed"), job("broken"), job("next", "bad"), job("after", "next"), job("good")]
+    single = [job(name) for name in ("bad", "quoting", "killed", "broken", "good")]
+    names = [*single, job("next", "bad"), job("after", "next")]
     failures = {f.name: f.reason for f in made.run(names)}
-    assert (tmp_path / "good-done").exists() and set(failures) == {"bad", "killed", "broken", "next", "after"}
+    assert (tmp_path / "good-done").exists() and set(failures) == set(scripts) - {"good"}
     assert failures["bad"].startswith("expected more; got less (all that it printed: ")
+    assert failures["quoting"].startswith("expected JSON; got a parse error: line 1 (all")
     assert failures["killed"].startswith("killed by signal 9 (SIGKILL)")
     assert failures["broken"].startswith("ZeroDivisionError: division by zero")
     assert failures["next"] == "needs bad, which failed" and failures["after"] == "needs next, which failed"

@@ -30,11 +30,15 @@ def study(
     ] = None,
 ) -> None:
     """Train and score the variants of a study, and write results.md. The same command resumes."""
-    from npedit.study.claims import CLAIMS_FILE, quote_claims
+    from npedit.study.claims import CLAIMS_FILE, quote_claims, read_quoting_page
     from npedit.study.file import load_study
-    from npedit.study.page import publish_results
+    from npedit.study.page import publish_results, require_page_name
     from npedit.study.study import run_study
 
+    if page is not None:
+        require_page_name(page)
+    if quote is not None:
+        read_quoting_page(quote)  # told now, and not when all runs have ended
     loaded = load_study(recipe_path(path))
     folder = folder or Path("runs") / (loaded.name + ("-quick" if quick else ""))
     names = [name.strip() for name in only.split(",") if name.strip()]

@@ -105,20 +105,34 @@ def write_claims(verdicts: Sequence[Verdict], folder: Path) -> None:
     write_text(folder / CLAIMS_FILE, json.dumps([v.facts() for v in verdicts], indent=1) + "\n")
 
 
+def read_quoting_page(page: Path) -> tuple[str, str]:
+    """The text before the line `BEGIN` and the text after the line `END` of a page.
+
+    Raises:
+        UserError: the page cannot be read, or does not have the two lines.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected a page to quote the claims in; got {page}: {error}; correct its name") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"expected the lines {BEGIN} and {END} in {page}; got a page without; add them")
+    return before, after
+
+
 def quote_claims(page: Path, claims: Path) -> None:
     """Write the claim table of a `claims.json` into another page, between the lines `BEGIN` and `END`.
 
     Raises:
         UserError: the page does not have the two lines, or a file cannot be read.
     """
+    before, after = read_quoting_page(page)
     try:
-        text, found = page.read_text(encoding="utf-8"), json.loads(claims.read_text(encoding="utf-8"))
+        found = json.loads(claims.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"expected a page and a study's {CLAIMS_FILE}; got {page} and {claims}: {error}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"expected the lines {BEGIN} and {END} in {page}; got a page without; add them")
+        raise UserError(f"expected a study's {CLAIMS_FILE}; got {claims}: {error}; run the study again") from None
     table = "\n".join(claim_table([_read_verdict(facts) for facts in found]))
     write_text(page, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 

@@ -78,7 +78,7 @@ class Table(Settings):
 
 
 class Search(Settings):
-    """A search over settings of one variant in two stages (`search.py`). Its name can be a row: the best
+    """A search over settings of one variant in three stages (`search.py`). Its name can be a row: the best
     configuration."""
 
     variant: str  # recipe, start, critic and settings that every configuration changes

@@ -91,7 +91,7 @@ class StudyWork:
                 require_same_recipe(folder / run, recipe)
 
     def missing_jobs(self, only: Collection[str] = ()) -> list[Job]:
-        """The jobs that are not done; with `only`, those that these variants need."""
+        """The jobs that are not done; with `only`, those of these variants and of the critics that they need."""
         runs = [self._run_job(*found) for found in self.runs.values() if not only or found[0] in only]
         runs = [job for job in runs if not self.is_done(job)]
         return [*self._critic_jobs({job.variant for job in runs if not is_finished(self.folder / job.name)}), *runs]

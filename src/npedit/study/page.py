@@ -135,8 +135,8 @@ def _describe_intervals(spread: SeedSpread) -> str:
         "row's seeds. It is pooled over all rows that have several seeds, because few seeds of one row say little; so "
         "it supposes that the seeds of all rows vary alike. Rows that use the same runs are paired by seed as well. "
         "The interval is Student's t times the root of the sum, with the degrees of freedom of Satterthwaite (1946); "
-        "for a single row it is Wilson's interval with that variance. In this study the standard deviation of `both` "
-        f"between seeds is {spread.observed**0.5:.3f} ({spread.variance**0.5:.3f} without the scenes' part; "
+        "for a single row the scenes' part is that of Wilson's interval. In this study the standard deviation of "
+        f"`both` between seeds is {spread.observed**0.5:.3f} ({spread.variance**0.5:.3f} without the scenes' part; "
         f"{spread.freedom} degrees of freedom). Rows of one seed borrow it from the others. The small dots in the "
         "plots are single seeds. Intervals are not corrected for the number of claims."
     )
@@ -154,6 +154,16 @@ def _missing_runs(study: Study, scores: Mapping[str, Score]) -> list[str]:
     return found + [name for name in study.search if name not in study.variants]
 
 
+def require_page_name(page: Path) -> None:
+    """Check the name of a page to publish.
+
+    Raises:
+        UserError: it does not end in .md.
+    """
+    if page.suffix != ".md":
+        raise UserError(f"expected a page that ends in .md, beside which its folder goes; got {page}; add .md")
+
+
 def publish_results(results: Path, page: Path) -> Path:
     """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and, of
     each run that they name, manifest, recipe and scores, where the page's links find them. Returns the page.
@@ -164,8 +174,7 @@ def publish_results(results: Path, page: Path) -> Path:
     Raises:
         UserError: the page's name does not end in .md.
     """
-    if page.suffix != ".md":
-        raise UserError(f"expected a page that ends in .md, beside which its folder goes; got {page}; add .md")
+    require_page_name(page)
     study, target = results.parent, page.with_suffix("")
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
     runs |= {path.parent.name for path in study.glob("*.*.*-*/passes.json")}  # configurations of searches

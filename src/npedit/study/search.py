@@ -6,8 +6,8 @@
 
 The budget is what another variant computes in its whole training: pictures through the generator, and pictures through
 the critic. The number of updates of a configuration is the largest that exceeds neither. Configurations are selected by
-their success rate on other held-out scenes than those of the study's tables, so the selection does not flatter the row
-of the best one.
+their success rate on other held-out scenes than those of the study's tables, so a lucky choice of scenes does not
+flatter the row of the best one. Luck of the first seed can: the run by which it was selected is part of the row.
 
 A configuration's variant is called SEARCH.STAGE.NAME. The row SEARCH uses the runs of the best one.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from npedit.study.jobs import StudyWork
 from npedit.training.signals import exit_code
 
 ERROR = "error: "  # begins the line with the message of a user error
-INTERRUPTED = 2  # SIGINT
+USER_ERROR = 2  # exit code
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def main() -> int:
         run_task(task)
     except UserError as error:
         sys.stderr.write(f"{ERROR}{error}\n")
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return exit_code(INTERRUPTED)
+        return exit_code(signal.SIGINT)
     return os.EX_OK
 
 

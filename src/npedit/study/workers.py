@@ -24,7 +24,7 @@ from npedit.errors import resume_command
 from npedit.runs.checkpoint import explain_write_errors
 from npedit.study.jobs import Failure, Job
 from npedit.study.progress import JobProgress, StudyProgress
-from npedit.study.worker import ERROR
+from npedit.study.worker import ERROR, USER_ERROR
 from npedit.training.launch import end_with_parent, forward_signals
 from npedit.training.signals import exit_code
 
@@ -51,7 +51,7 @@ class Worker:
         self.log.close()
         if code == 0:
             return None
-        reason = said.rpartition(ERROR)[2] if ERROR in said else said.rpartition("\n")[2]
+        reason = f"\n{said}".rpartition(f"\n{ERROR}" if code == USER_ERROR else "\n")[2]
         if code < 0:
             reason = f"killed by signal {-code} ({signal.Signals(-code).name})"
         return Failure(self.job.name, f"{reason or f'exit code {code}'} (all that it printed: {self.log.name})")
