@@ -163,6 +163,9 @@ def test_the_page_of_compare_holds_the_printed_figures_and_every_editors_picture
     assert len(rows) == sum(min(2, count) for count in tasks.values()) > 9
     assert all(row.count("<img") == 4 for row in rows)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text.partition("How the results were made")[0])
+    joined = [f"{folder}+{folder}" for folder in folders]  # as of two judges
+    run("compare", *joined, *words[:-1])
+    assert len(re.findall(r'<tr><td><img src="data:image/png;base64,', page.read_text())) == len(rows)
     assert "end in .html" in run("compare", *folders, "--page", tmp_path / "c.txt", code=2)
 
 

@@ -42,7 +42,24 @@ def test_one_row_without_spread_has_wilsons_interval():
 @pytest.mark.parametrize("right", [0, 1])
 def test_a_row_that_is_always_right_or_wrong_has_an_interval(right):
     mean, low, high = mean_interval(np.full((3, 900), float(right)), ["a"] * 900, SeedSpread(1e-4, 1e-4, 2))
-    assert mean == right and 0 <= low <= high <= 1 and 0.001 < high - low < 0.03
+    assert mean == right and 0 <= low <= high <= 1 and 0.001 < high - low < 0.05
+
+
+def test_one_right_outcome_more_hardly_changes_the_interval():
+    """A row that is nearly always wrong, in a study whose other rows differ from seed to seed."""
+    outcomes, spread = np.zeros((3, 900)), SeedSpread(0.02**2, 0.022**2, 20)
+    none = mean_interval(outcomes, TASKS * 10, spread)[2]
+    outcomes[0, 0] = 1
+    one = mean_interval(outcomes, TASKS * 10, spread)[2]
+    half = stats.t.ppf(0.975, 20) * 0.02 / 3**0.5
+    assert half < one < none < half + 0.005
+
+
+def test_a_row_without_variance_has_no_fewer_degrees_of_freedom_than_the_seeds():
+    """The pooled seeds vary by what the items of other rows add; nothing is left for a row that is never right."""
+    _, low, high = mean_interval(np.zeros((3, 900)), TASKS * 10, SeedSpread(0.0, 1e-4, 20))
+    z = stats.t.ppf(0.975, 20) ** 2 / 900
+    assert low == 0 and high == pytest.approx(z / (1 + z))
 
 
 def test_seeds_alone_give_students_t_of_their_number():

@@ -144,6 +144,13 @@ def test_ranks_follow_the_scores():
     assert turned.theta == pytest.approx(-found.theta, abs=1e-6)
 
 
+def test_the_elo_interval_of_an_editor_that_always_wins_is_its_estimate():
+    """All draws agree with all items. A draw that counted fewer items would be shrunk more."""
+    scores = np.repeat(np.array([[2.0], [1.0], [0.0]]), 9, 1)
+    found, ci = st.rank_editors(scores, [*"aabbcccde"], draws=20)
+    assert ci == pytest.approx(np.stack([found.elo, found.elo], 1)) and np.ptp(found.elo) > 400
+
+
 def test_correlations_equal_scipy():
     rng = np.random.default_rng(6)
     a, b = rng.integers(0, 6, 80), rng.integers(0, 4, 80)

@@ -142,10 +142,12 @@ def _write_page(
     from npedit.report.comparison import make_comparison_page, preference_table
     from npedit.report.result_pictures import read_result_pictures
     from npedit.runs.checkpoint import write_text
+    from npedit.scoring.comparison import split_folders
 
+    folders = [split_folders(folder)[0] for folder in request.folders]  # all judges have seen the same pictures
     shown = [*tables, preference_table(values["people"])] if values.get("people") else tables
     try:
-        pictures = [read_result_pictures(f, r, request.data) for f, r in zip(request.folders, results, strict=True)]
+        pictures = [read_result_pictures(f, r, request.data) for f, r in zip(folders, results, strict=True)]
         note = ""
     except UserError as error:
         pictures, note = [], f"No pictures: {error}"

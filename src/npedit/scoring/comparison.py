@@ -60,11 +60,18 @@ def _without_judge_names(fact: Any) -> Any:
     return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
 
 
+def split_folders(folder: Path) -> list[Path]:
+    """The folders of one editor's results under several judges, which are joined by +; or one folder."""
+    if folder.exists() or "+" not in str(folder):
+        return [folder]
+    return [Path(part) for part in str(folder).split("+")]
+
+
 def _read_results(folder: Path) -> Results:
     """The results in one folder, or the mean over judges of several folders that are joined by +."""
-    if folder.exists() or "+" not in str(folder):
-        return Results.read(folder)
-    judged = [Results.read(Path(part)) for part in str(folder).split("+")]
+    judged = [Results.read(part) for part in split_folders(folder)]
+    if len(judged) == 1:
+        return judged[0]
     if len({json.dumps(r.settings.get("protocol"), sort_keys=True) for r in judged}) > 1:
         raise UserError(f"{folder}: expected results of one protocol; got several protocols; evaluate again with one")
     return average_judges(judged)

@@ -55,14 +55,16 @@ def pool_seed_spread(rows: Iterable[np.ndarray], tasks: Sequence[str]) -> SeedSp
 def mean_interval(outcomes: np.ndarray, tasks: Sequence[str], spread: SeedSpread) -> tuple[float, float, float]:
     """(mean, low, high) of a row's outcomes (seeds, items) with its 95 % interval.
 
-    The interval is Wilson's, which also holds near 0 and 1, for the number of items that has the variance found here.
+    The interval is that of all shares p whose variance, p (1 - p) / size for the items and the seeds' part as it is,
+    leaves the mean within t standard errors of p. Without the seeds' part this is Wilson's interval, which also holds
+    near 0 and 1. `size` is the number of independent items that have the variance found here.
     """
     seeds, n = outcomes.shape
-    mean = float(outcomes.mean())
-    variance, t = _variance_and_t(_item_variance(outcomes.mean(0), tasks), spread, 1 / seeds, n)
-    spread_of_one = mean * (1 - mean)
-    size = min(spread_of_one / variance, float(seeds * n)) if variance and spread_of_one else float(n)
-    return mean, *_wilson_interval(mean, size, t)
+    mean, items = float(outcomes.mean()), _item_variance(outcomes.mean(0), tasks)
+    _, t = _variance_and_t(items, spread, 1 / seeds, n)
+    of_one = mean * (1 - mean)
+    size = min(of_one / items, float(seeds * n)) if items and of_one else float(n)
+    return mean, *_wilson_interval(mean, size, spread.variance / seeds, t)
 
 
 def difference_interval(
@@ -87,11 +89,15 @@ def difference_interval(
 
 def _variance_and_t(items: float, spread: SeedSpread, share: float, n: int) -> tuple[float, float]:
     """The variance of a mean, and the 97.5 % quantile of Student's t for it. `items` is the items' part; `share` is the
-    sum of 1 / seeds over the rows."""
+    sum of 1 / seeds over the rows.
+
+    A sum of variances has no fewer degrees of freedom than its part with the fewest. Satterthwaite's formula can give
+    fewer here, because the pooled noise of other rows was taken off: for example in a row that is always wrong."""
     total = items + share * spread.variance
     doubt = items**2 / max(1, n - 1)
     doubt += (share * spread.observed) ** 2 / spread.freedom if spread.freedom else 0.0
-    return total, float(stats.t.ppf(0.975, max(1.0, total**2 / doubt) if doubt else max(1, n - 1)))
+    fewest = min(n - 1, spread.freedom or n - 1)
+    return total, float(stats.t.ppf(0.975, max(1, fewest, total**2 / doubt if doubt else 0.0)))
 
 
 def _item_variance(values: np.ndarray, tasks: Sequence[str]) -> float:
@@ -110,8 +116,9 @@ def _interaction_variance(outcomes: np.ndarray, tasks: Sequence[str]) -> float:
     return found / outcomes.shape[1] ** 2
 
 
-def _wilson_interval(mean: float, size: float, z: float) -> tuple[float, float]:
-    """Wilson's interval of a share of `size` items; `z` is the quantile."""
-    middle = (mean + z * z / (2 * size)) / (1 + z * z / size)
-    half = z * math.sqrt(mean * (1 - mean) / size + z * z / (4 * size * size)) / (1 + z * z / size)
-    return min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half))
+def _wilson_interval(mean: float, size: float, other: float, t: float) -> tuple[float, float]:
+    """Wilson's interval of a share of `size` items, with another variance `other` that does not depend on the share;
+    `t` is the quantile."""
+    c = t * t / size
+    middle, half = mean + c / 2, t * math.sqrt(mean * (1 - mean) / size + c / (4 * size) + (1 + c) * other)
+    return min(mean, max(0.0, (middle - half) / (1 + c))), max(mean, min(1.0, (middle + half) / (1 + c)))

@@ -303,15 +303,22 @@ def rank_editors(
     items, off = scores.shape[1], ~np.eye(k, dtype=bool)
     wins, ties = ((better > 0).reshape(k * k, items) * 1.0, (better == 0).reshape(k * k, items) * 1.0)
 
-    def rank(picked: np.ndarray) -> Ranking:
-        times = np.bincount(picked, minlength=items).astype(float)  # how often each item was drawn
-        return fit_davidson((wins @ times).reshape(k, k), (ties @ times).reshape(k, k) * off)
+    def rank(weights: np.ndarray) -> Ranking:
+        level = (ties @ weights).reshape(k, k) * off
+        return fit_davidson((wins @ weights).reshape(k, k), (level + level.T) / 2)  # equal but for rounding
 
-    found, groups, rng = rank(np.arange(items)), strata_of_tasks(tasks), np.random.default_rng(seed)
+    found, groups, rng = rank(np.ones(items)), strata_of_tasks(tasks), np.random.default_rng(seed)
     if not groups:
         return found, None
-    drawn = []
-    for _ in range(draws):
-        picks = [g[rng.integers(len(g), size=len(g) - 1)] for g in groups]
-        drawn.append(rank(np.concatenate(picks)).elo)
+    drawn = [rank(_bootstrap_weights(groups, items, rng)).elo for _ in range(draws)]
     return found, np.quantile(np.array(drawn), (0.025, 0.975), axis=0).T
+
+
+def _bootstrap_weights(groups: Sequence[np.ndarray], items: int, rng: np.random.Generator) -> np.ndarray:
+    """(items,) how much each item counts in one draw. A group of n items counts n in all, though n - 1 are drawn: the
+    penalty of `fit_davidson` would otherwise weigh more in a draw than in the fit of all items."""
+    weights = np.zeros(items)
+    for group in groups:
+        drawn = group[rng.integers(len(group), size=len(group) - 1)]
+        weights += np.bincount(drawn, minlength=items) * len(group) / (len(group) - 1)
+    return weights
