@@ -58,7 +58,8 @@ def test_a_grade_takes_the_place_of_the_edit_questions():
     assert asked(QuestionChoice(grade="instead", grade_weight=0.5)) == [("grade", 0.5, 1), ("identity", 1, 1)]
     assert asked(QuestionChoice(grade="beside", grade_weight=0.5))[2:] == [("grade", 0.5, 1)]
     assert asked(QuestionChoice(grade="instead"), kind=SCENE) == [("grade", 2, 2), ("identity", 1, 1)]
-    assert asked(QuestionChoice(grade="beside"), kind=IDENTITY_EDIT) == [("identity", 1, 1)]
+    for name in (IDENTITY_EDIT, "do_nothing"):  # the second is a data set's word for the first
+        assert asked(QuestionChoice(grade="beside"), kind=name) == [("identity", 1, 1)]
 
 
 def test_a_grade_and_a_rubric_together():

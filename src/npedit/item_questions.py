@@ -15,7 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from npedit.questions import GRADES, IDENTITY_EDIT, PAIR, WORDINGS, Picture, Question, questions_for
+from npedit.questions import (
+    GRADES,
+    IDENTITY_EDIT,
+    NO,
+    PAIR,
+    WORDINGS,
+    YES,
+    Picture,
+    Question,
+    normalise_edit_type,
+    questions_for,
+)
 
 Use = Literal["off", "beside", "instead"]
 BOTH_IMAGES = "both"  # the value of "images" of a question that looks at the reference too
@@ -69,7 +80,8 @@ def item_questions(
         for question in questions_for(edit_type, instruction, object, wording, has_other)
         if question.kind == "edit" or choice.identity_weight
     ]
-    grade = [] if edit_type == IDENTITY_EDIT or choice.grade == "off" else [grade_question(instruction, wording)]
+    has_grade = choice.grade != "off" and normalise_edit_type(edit_type) != IDENTITY_EDIT
+    grade = [grade_question(instruction, wording)] if has_grade else []
     own = rubric_questions(rubric, wording) if choice.rubric != "off" else []
     if grade and choice.grade == "instead":
         edit = [entry for entry in asked if entry.question.kind == "edit"]
@@ -101,7 +113,7 @@ def rubric_questions(rubric: str, wording: str = "plain") -> list[Question]:
             "rubric",
             _with_answer_hint(entry["question"], WORDINGS[wording]["rubric"]),
             LOOKS_AT[entry.get("images", "edited")],
-            +1 if entry["answer"] == "yes" else -1,
+            YES if entry["answer"] == "yes" else NO,
             "rubric",
         )
         for entry in (json.loads(rubric) if rubric else [])

@@ -9,8 +9,9 @@ from npedit.check.critic_answers import ask_critic
 from npedit.check.findings import Section
 from npedit.check.known_edits import COPY, OTHER_SUBJECT, make_known_edits
 from npedit.check.scenes import report_scenes
+from npedit.check.subject import read_examples
 from npedit.critics.llava_onevision import LlavaOnevision
-from npedit.data import Example
+from npedit.data import Example, collate, toy
 
 
 def scene(number, thing):
@@ -63,3 +64,18 @@ def test_subjects_without_other_photos_are_told(count, severity):
     empty = Section("data", "Data")
     report_scenes(empty, [replace(EXAMPLES[0], edit_type="style")])
     assert not empty.findings
+
+
+def test_the_examples_of_a_check_have_the_photos_that_the_critic_sees_in_training():
+    source = toy.Source(toy.Settings(edit_types=("scene", "add"), nothing_share=0.0), 3)
+    examples = read_examples(source, 12)
+    assert {e.edit_type for e in examples} == {"scene", "add"}
+    for example in examples:
+        assert (example.other_photo is None) == (example.edit_type == "add")
+    batch = source.batch(0, 1)
+    assert torch.equal(batch.references, collate(examples[:1]).references)
+    first, own = collate(examples[:1]).other_photos, batch.other_photos
+    assert (first is None and own is None) or torch.equal(first, own)
+    section = Section("data", "Data")
+    report_scenes(section, examples)
+    assert [f.severity for f in section.findings] == ["ok"]

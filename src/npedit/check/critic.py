@@ -284,7 +284,8 @@ def _harder_row(name: str, subject: Subject, critic: Critic, edits: Sequence[Kno
 def _changed(edit: KnownEdit, change: Callable[[Tensor], Tensor], of_both: bool = False) -> KnownEdit:
     example = edit.example
     if of_both:
-        example = replace(example, reference=change(example.reference))
+        other = None if example.other_photo is None else change(example.other_photo)
+        example = replace(example, reference=change(example.reference), other_photo=other)
     return replace(edit, example=example, edited=change(edit.edited))
 
 

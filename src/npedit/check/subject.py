@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from npedit.data import Batch, Example
@@ -73,11 +74,14 @@ def read_examples(data: Any, count: int) -> list[Example]:
 
 
 def split_batch(batch: Batch) -> Iterator[Example]:
-    """The examples of a batch."""
+    """The examples of a batch, without masks and further references."""
     columns = (batch.instructions, batch.edit_types, batch.objects, batch.source_captions, batch.target_captions)
     rubrics = batch.questions or ("",) * len(batch)
-    for key, reference, rubric, *texts in zip(batch.ids, batch.references, rubrics, *columns, strict=True):
-        yield replace(Example(key, reference, *texts), questions=rubric)
+    others = batch.references if batch.other_photos is None else batch.other_photos
+    pictures = zip(batch.references, others, strict=True)
+    for key, (reference, other), rubric, *texts in zip(batch.ids, pictures, rubrics, *columns, strict=True):
+        other_photo = None if torch.equal(other, reference) else other
+        yield replace(Example(key, reference, *texts), questions=rubric, other_photo=other_photo)
 
 
 def group_by_size(examples: Sequence[Example]) -> list[list[Example]]:
