@@ -12,9 +12,10 @@ from npedit.questions import SCENE, questions_for
 from npedit.recipe.config import embedded_weights
 from npedit.toy.oracle import expected_reading, judge_edit
 from npedit.toy.scene_edits import sample_scene_edit
+from npedit.toy.world import sample_thing
 from npedit.toy_models import build as models
 from npedit.toy_models.embedded_critic import load_critic, load_vae
-from npedit.toy_models.mistakes import sample_scene_outcome
+from npedit.toy_models.mistakes import lose_subject, repeat_subject, sample_scene_outcome
 from npedit.toy_models.scene_critic import (
     evaluate_scene_critic,
     is_returned,
@@ -46,6 +47,30 @@ def test_outcomes_are_of_every_kind(edits):
     verdicts = [judge_edit(e, expected_reading(s)) for e, s in zip(edits, outcomes, strict=True)]
     for verdict in ((True, True), (True, False), (False, True), (False, False)):
         assert 0.08 < verdicts.count(verdict) / len(edits) < 0.5
+
+
+def test_a_lost_or_repeated_subject_is_not_kept(edits):
+    for i, edit in enumerate(edits):
+        assert not true_answers(edit, lose_subject(edit, edit.target))["subject"]
+        several = true_answers(edit, repeat_subject(edit, edit.target, random.Random(i)))
+        assert several["scene"] and not several["subject"]  # the target has an empty cell
+
+
+def test_a_full_scene_with_a_repeated_subject_loses_another_thing(edits):
+    for i, edit in enumerate(edits):
+        full = edit.target
+        for cell in full.empty:
+            full = full.with_cell(cell, sample_other_thing(edit, random.Random(cell)))
+        scene = repeat_subject(edit, full, random.Random(i))
+        alike = [t for t in scene.cells if t and t.appearance[:2] == edit.subject.appearance[:2]]
+        assert len(alike) == 2 and not scene.empty
+
+
+def sample_other_thing(edit, rng):
+    thing = sample_thing(rng)
+    while thing.appearance[:2] == edit.subject.appearance[:2]:
+        thing = sample_thing(rng)
+    return thing
 
 
 def test_lessons_show_each_question_its_pictures():

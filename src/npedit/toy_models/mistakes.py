@@ -172,22 +172,26 @@ def sample_outcome(edit: Edit, rng: random.Random) -> Scene:
 
 def sample_scene_outcome(edit: SceneEdit, rng: random.Random) -> Scene:
     """What an editor might return for a scene edit: right, the reference, the subject changed, part of the scene
-    missing, ..."""
+    missing, the subject drawn several times, ..."""
     roll = rng.random()
-    if roll < 0.30:
+    if roll < 0.28:
         return vary_free_facts(edit, rng)
-    if roll < 0.35:
+    if roll < 0.32:
         return edit.reference
-    if roll < 0.40:
+    if roll < 0.36:
         return _disturb(edit.reference, rng, ())
-    if roll < 0.55:
+    if roll < 0.48:
         return change_subject(edit, vary_free_facts(edit, rng), rng)
-    if roll < 0.85:
+    if roll < 0.70:
         return _miss_a_fact(edit, vary_free_facts(edit, rng), rng)
-    if roll < 0.90:
+    if roll < 0.74:
         return change_subject(edit, _miss_a_fact(edit, vary_free_facts(edit, rng), rng), rng)
-    if roll < 0.96:
-        return _lose_or_repeat_subject(edit, vary_free_facts(edit, rng), rng)
+    if roll < 0.79:
+        return lose_subject(edit, vary_free_facts(edit, rng))
+    if roll < 0.90:
+        return repeat_subject(edit, vary_free_facts(edit, rng), rng)
+    if roll < 0.97:
+        return repeat_subject(edit, _miss_a_fact(edit, vary_free_facts(edit, rng), rng), rng)
     return sample_scene(rng)
 
 
@@ -260,12 +264,23 @@ def _spoil_companion(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene
     return scene.with_cell(cell, replace(scene.thing(cell), **_field(field, value)))
 
 
-def _lose_or_repeat_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
-    """The scene without its subject, or with the subject in several cells."""
-    if rng.random() < 0.5 or not scene.empty:
-        return scene.with_cell(_subject_cell(edit, scene), None)
-    for cell in rng.sample(scene.empty, rng.randint(1, len(scene.empty))):
-        scene = scene.with_cell(cell, shift_thing(edit.subject, rng))
+def lose_subject(edit: SceneEdit, scene: Scene) -> Scene:
+    """A right scene without its subject."""
+    return scene.with_cell(_subject_cell(edit, scene), None)
+
+
+def repeat_subject(edit: SceneEdit, scene: Scene, rng: random.Random) -> Scene:
+    """The scene with the subject in further cells, which were empty. Half of the repetitions have another size or
+    pattern. A scene without an empty cell loses another thing."""
+    looks = edit.subject.appearance[:2]
+    others = [i for i in range(4) if i not in scene.empty and scene.thing(i).appearance[:2] != looks]
+    cells = scene.empty or others[:1]
+    for cell in rng.sample(cells, min(len(cells), rng.choice((1, 1, 3)))):
+        thing = shift_thing(edit.subject, rng)
+        if rng.random() < 0.5:
+            field = rng.choice(("size", "pattern"))
+            thing = _with_value(thing, field, rng.choice([v for v in VALUES[field] if v != getattr(thing, field)]), rng)
+        scene = scene.with_cell(cell, thing)
     return scene
 
 

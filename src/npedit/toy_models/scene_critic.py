@@ -27,14 +27,15 @@ from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, by_cell
 from npedit.toy_models.embedded_critic import load_critic, train_on
 from npedit.toy_models.mistakes import degrade, sample_scene_outcome
 
-STEPS = 1400  # batches; some twelve minutes on one CPU core
+STEPS = 2000  # batches; some twenty minutes on one CPU core
 EDITS_PER_STEP = 28
 SHARES = {"scene": 1.0, "subject": 0.5, "returned": 0.15}  # of edits that get a question: the first is learnt slowest
 HALF_DONE_SHARE = 0.1  # share of edits shown half done: a blend of reference and target, P(scene is there) is the share
 GRID = (SIDE // PATCH) ** 2
 CELL_FACTS = 3  # a cell holds the subject by name, by its whole look, or the other thing
 ASKED = (("", *BACKGROUNDS), ("", *STYLES), ("", *PLACES), PATTERNS, tuple(SIZES))
-MISSING = ("background", "style", "place", "companion", "subject", "pattern", "size")
+MISSING = ("background", "style", "place", "companion", "subject", "pattern", "size", "repeated")
+NO_LABELS = (-1.0,) * len(MISSING)
 
 
 @dataclass(frozen=True)
@@ -116,24 +117,26 @@ def _labels(name: str, edit: SceneEdit, scene: Scene) -> tuple[tuple, tuple[int,
         asked = [
             ASKED[k].index(values[f] if f in edit.asked else "") for k, f in enumerate(("background", "style", "place"))
         ]
-        return cells, (*asked, -1, -1), (*(float(m in missing) for m in MISSING[:5]), -1.0, -1.0)
+        return cells, (*asked, -1, -1), (*(float(m in missing) for m in MISSING[:5]), -1.0, -1.0, -1.0)
     if name == "subject":
         subject = edit.subject
         asked = [PATTERNS.index(subject.pattern), tuple(SIZES).index(subject.size)]
         return cells, (-1, -1, -1, *asked), (-1.0,) * 4 + _missing_of_subject(edit, scene)
-    return cells, (-1,) * 5, (-1.0,) * 7
+    return cells, (-1,) * 5, NO_LABELS
 
 
-def _missing_of_subject(edit: SceneEdit, scene: Scene) -> tuple[float, float, float]:
-    """Whether no thing has the subject's colour and shape; else whether none of these has its pattern, its size."""
+def _missing_of_subject(edit: SceneEdit, scene: Scene) -> tuple[float, float, float, float]:
+    """Whether no thing has the subject's colour and shape; else whether none of these has its pattern, its size, and
+    whether there are several."""
     subject = edit.subject
     alike = [t for t in scene.cells if t and (t.shape, t.colour) == (subject.shape, subject.colour)]
     if not alike:
-        return 1.0, -1.0, -1.0
+        return 1.0, -1.0, -1.0, -1.0
     return (
         0.0,
         float(all(t.pattern != subject.pattern for t in alike)),
         float(all(t.size != subject.size for t in alike)),
+        float(len(alike) > 1),
     )
 
 
@@ -172,7 +175,7 @@ def sample_lessons(
             images[count + i] = torch.lerp(images[i], render([edit.target])[0], share)
             (first, *_) = make_lessons(edit, edit.target, i, count + i, None)
             lessons.append(
-                Lesson(first.question, first.pictures, share, ((-1.0,) * CELL_FACTS,) * 4, first.asked, (-1.0,) * 7)
+                Lesson(first.question, first.pictures, share, ((-1.0,) * CELL_FACTS,) * 4, first.asked, NO_LABELS)
             )
             continue
         other = 2 * count + i if rng.random() < 0.5 else None
