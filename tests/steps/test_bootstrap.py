@@ -12,6 +12,7 @@ from npedit.errors import UserError
 from npedit.families.base import EncodedText
 from npedit.generator import sample_noise, seeded_generator
 from npedit.recipe.config import validate_settings
+from npedit.steps import np_edit, np_edit_bootstrap
 from npedit.steps._bootstrap_losses import direction_cosine, prior_loss, straight_through
 from npedit.steps.bootstrap import BootstrapSettings, Step
 from tests.support.parts import batch, nets, nudge, parts, weights
@@ -242,3 +243,37 @@ def test_offloading_changes_nothing(frozen):
 def test_settings_out_of_range(wrong: dict):
     with pytest.raises(UserError):
         validate_settings(BootstrapSettings, wrong, "stages.0.settings")
+
+
+NO_LOSS = {"critic_weight": 0.0, "dmd_weight": 0.0}  # of NP-Edit but the copy loss
+
+
+def student_gradient(module, **settings) -> Tensor:
+    """The student's gradient in the step of `module`, with the copy loss alone beside these settings."""
+    frozen, found = parts(critic=False), []
+    chosen = module.Step.Settings(**NO_LOSS, **settings)
+    step = module.Step(chosen, frozen, frozen.create_trainable("student", 0), 10, 0)
+    net = step.learners["student"].net
+    nudge(net)
+
+    def collect(losses) -> dict[str, float]:
+        losses[0]().backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        return {}
+
+    step.learners["student"].update = collect
+    step.step([batch(0, 1, nothing=(1,))], 0)
+    return found[0]
+
+
+def test_np_edit_gets_the_losses_added_with_their_weight():
+    without = student_gradient(np_edit)
+    one, two = (student_gradient(np_edit_bootstrap, bootstrap_weight=weight) for weight in (1.0, 2.0))
+    assert not torch.allclose(without, one)
+    torch.testing.assert_close(two - without, 2 * (one - without), rtol=1e-3, atol=1e-5)
+
+
+def test_np_edit_needs_both_captions_for_them():
+    alone = np_edit_bootstrap.NpEditBootstrapSettings(**NO_LOSS)
+    assert np_edit_bootstrap.Step.requirements(alone) == {"source_caption", "target_caption"}
+    assert np_edit.Step.requirements(alone) == frozenset()

@@ -118,9 +118,13 @@ class Step(Base):
         """`Parts.encode_ahead` for all texts and references of an update."""
         has_dmd = bool(self.settings.dmd_weight)
         prompts = [b.instructions for b in batches] + [b.target_captions for b in batches if has_dmd]
-        prompts += self.replay.local_captions()
+        prompts += [*self.replay.local_captions(), *self._further_prompts(of_student)]
         negative = [[self.settings.negative_prompt] * len(b) for b in of_student if has_dmd]
         return self.parts.encode_ahead(prompts, [image for b in batches for image in b.all_references()], negative)
+
+    def _further_prompts(self, of_student: Sequence[Batch]) -> list[tuple[str, ...]]:
+        """Further texts that the student's update needs: none, for steps that add a loss."""
+        return []
 
     # ------------------------------------------------------------------------------------------------ fake score
 
@@ -163,14 +167,9 @@ class Step(Base):
         self.item_errors = []
 
         def loss(batch: Batch, micro: int) -> Tensor:
-            generator = seeded_generator(self.seed, "student", update, micro)
-            with timers("draft"):
-                references = self.parts.encode_images(batch.references)
-                x0 = self._generate(batch, update, generator, references)
-            self.student_samples.append(Samples(x0.detach(), batch.target_captions))
-            gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, timers)
+            value, seen = self._student_loss(batch, update, micro, timers)
             metrics.append(seen)
-            return (x0.float() * gradient).sum()  # the gradient of this sum at x0 is `gradient`
+            return value
 
         logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
         if self.settings.dmd_weight and self.settings.fake_samples == "replay":
@@ -179,6 +178,16 @@ class Step(Base):
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
         return means | {f"{k}/student": v for k, v in logged.items()}
+
+    def _student_loss(self, batch: Batch, update: int, micro: int, timers: Timers) -> tuple[Tensor, dict[str, float]]:
+        """A scalar with the gradient of the micro-th batch's losses, and what to log."""
+        generator = seeded_generator(self.seed, "student", update, micro)
+        with timers("draft"):
+            references = self.parts.encode_images(batch.references)
+            x0 = self._generate(batch, update, generator, references)
+        self.student_samples.append(Samples(x0.detach(), batch.target_captions))
+        gradient, seen = self._gradient_at_x0(batch, references, x0.detach(), update, generator, timers)
+        return (x0.float() * gradient).sum(), seen  # the gradient of this sum at x0 is `gradient`
 
     def _generate(
         self, batch: Batch, update: int, generator: torch.Generator, references: Tensor | None = None
