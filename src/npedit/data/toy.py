@@ -21,6 +21,7 @@ from torch import Tensor
 
 from npedit.data import Batch, Example, collate
 from npedit.recipe.config import Settings as Base
+from npedit.toy.caption_pairs import with_paired_captions
 from npedit.toy.edits import EDIT_TYPES, IDENTITY_INSTRUCTIONS, Edit
 from npedit.toy.language import questions_about
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
@@ -49,6 +50,9 @@ class Settings(Base):
     )
     masks: bool = Field(
         False, repr=False, description="each item has a mask of the cells that its edit leaves as they are"
+    )
+    paired_captions: bool = Field(
+        False, repr=False, description="the two captions of an item use the same words, and differ by the edit alone"
     )
 
     @field_validator("edit_types")
@@ -163,7 +167,10 @@ class Source:
 
     def _sample_edit(self, number: int, rng: random.Random) -> Edit:
         kind = rng.choice(self.settings.edit_types)
-        return sample_item(rng, kind, photos=self._photos(number) if kind == SCENE else ())
+        edit = sample_item(rng, kind, photos=self._photos(number) if kind == SCENE else ())
+        if not self.settings.paired_captions or kind == SCENE:
+            return edit
+        return with_paired_captions(edit, random.Random(f"{self.seed}/captions/{number}"))
 
     def _photos(self, number: int) -> list[Photo]:
         """The photos of an item's subject, the item's own first. Items of one subject stand `SUBJECTS` apart."""
