@@ -90,13 +90,15 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def meddling_siblings(path: str, tree: ast.Module) -> list[str]:
-    """Imports of a sibling adapter. `base` and files that begin with an underscore are shared by all."""
+    """Imports of a sibling adapter. `base` and files that begin with an underscore are shared by all, and
+    `np_edit_bootstrap` may extend `np_edit`: its name says so."""
     parts = Path(path).relative_to("src/npedit").parts
     if parts[0] not in FLAT:
         return []
     own = {f"npedit.{parts[0]}.{parts[-1].removesuffix('.py')}", f"npedit.{parts[0]}"}
     siblings = {p.stem for p in (PACKAGE / parts[0]).glob("*.py")} - {"base"}
-    siblings = {f"npedit.{parts[0]}.{s}" for s in siblings if not s.startswith("_")} - own
+    siblings = {s for s in siblings if not s.startswith("_") and not parts[-1].startswith(f"{s}_")}
+    siblings = {f"npedit.{parts[0]}.{s}" for s in siblings} - own
     return [f"{path} imports {name}" for name in sorted(imported(tree) & siblings)]
 
 
