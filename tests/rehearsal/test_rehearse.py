@@ -117,6 +117,15 @@ def test_random_photos_of_a_scene_recipe_are_scenes_with_other_photos(tmp_path) 
         assert b.other_photos is not None and not torch.equal(b.other_photos[0], b.references[0])
 
 
+def test_random_photos_of_one_size_have_every_edit_type_with_a_share(tmp_path) -> None:
+    """There are more edit types than `PER_SIZE`; a share of a type without rows is refused."""
+    shares = {"scene": 0.3, "tone": 0.1}
+    write_random_photos(tmp_path, [(SIDE, SIDE)], types=types_of_shares(shares))
+    changes = [f"data.path={tmp_path}", f"data.sizes=[[{SIDE}, {SIDE}]]", "data.held_out=0", f"data.shares={shares}"]
+    source = build_source(load_recipe("z-image-scene-80gb", changes))
+    assert {"scene", "tone"} < {kind for i in range(8) for kind in source.batch(i, 4).edit_types}
+
+
 def test_a_rehearsal_has_the_edit_types_of_the_shares() -> None:
     assert "scene" not in types_of_shares({}) and "nothing" not in types_of_shares({})
     assert types_of_shares({"scene": 0.3}) == (*types_of_shares({}), "scene")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from npedit.errors import explain_write_errors
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, SCENE
 
-PER_SIZE = 8  # photos of each training size
+PER_SIZE = 8  # photos of each training size; more if these would not show all edit types
 LARGER = 1.25  # a photo's sides, as a multiple of the training size's
 PER_SUBJECT = 2  # photos of one subject
 LOCAL_TYPES = tuple(t for t in EDIT_TYPES if t not in (IDENTITY_EDIT, SCENE))
@@ -33,17 +34,18 @@ def write_random_photos(
     types: Sequence[str] = LOCAL_TYPES,
     with_masks: bool = False,
 ) -> Path:
-    """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels. Two photos
-    that follow each other show one subject. With masks, the edit may change the left half of each photo.
+    """Write JPEG photos of noise and `metadata.jsonl`; returns the folder. `sizes` are (H, W) in pixels. The edit types
+    take turns, and all of them occur. Two photos that follow each other show one subject. With masks, the edit may
+    change the left half of each photo.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    rng = np.random.default_rng(seed)
+    rng, per_size = np.random.default_rng(seed), max(PER_SIZE, math.ceil(len(types) / len(sizes)))
     rows = []
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (height, width) in enumerate(size for size in sizes for _ in range(PER_SIZE)):
+        for i, (height, width) in enumerate(size for size in sizes for _ in range(per_size)):
             name = f"{i:04d}.jpg"
             _random_photo(rng, round(height * LARGER), round(width * LARGER)).save(folder / name, quality=90)
             group = f"subject {i // PER_SUBJECT}"
