@@ -158,7 +158,7 @@ def test_memory_of_a_part_leaves_out_the_parts_inside_it() -> None:
     assert outer == pytest.approx(0.0625, abs=0.02)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capfd) -> None:
     place = tmp_path / "rehearsal"
     said = run("rehearse", recipe_file, "--layers", 1, "--processes", processes, "--out", place, "--json")
