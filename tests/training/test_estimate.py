@@ -161,6 +161,13 @@ def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
         assert found["np_edit: draft"].flops < joint["np_edit: draft"].flops
 
 
+def test_scenes_of_photos_and_of_the_toy_have_another_photo_in_the_critic(models, plain) -> None:
+    photos = {"name": "imagefolder", "path": "photos", "sizes": [[SIDE, SIDE], [16, 16]], "shares": {"scene": 0.3}}
+    for data in (photos, {"name": "toy", "edit_types": ["scene"]}):  # of one picture size
+        found = estimate(recipe(models, data=data, stages=[NP_EDIT]), at_once=False)
+        assert worst(found, "activations", "np_edit: critic") > worst(plain, "activations", "np_edit: critic")
+
+
 def test_lora_offload_and_checkpointing_lower_the_estimate(plain, models) -> None:
     """Each in the stage where the saving shows; LoRA and offload do not touch the same figures."""
     lora = estimate(recipe(models, stages=[NP_EDIT], lora={"rank": 2, "alpha": 2}, memory={"offload": True}))

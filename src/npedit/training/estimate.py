@@ -327,7 +327,8 @@ def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
     height, width = max(_picture_sizes(recipe), key=lambda s: s[0] * s[1])
     pictures, texts = torch.empty(size, 3, height, width, device=META), (SAMPLE_PROMPT,) * size
     settings: Any = recipe.data.settings
-    has_scenes = getattr(settings, "shares", {}).get(SCENE, 0) > 0  # they have three questions, and another photo
+    has_share = getattr(settings, "shares", {}).get(SCENE, 0) > 0
+    has_scenes = has_share or SCENE in getattr(settings, "edit_types", ())  # with three questions, and another photo
     kinds = (SCENE if has_scenes else "replace",) * size
     others = pictures if has_scenes and settings.other_photos else None
     own: dict[str, Any] = {"other_photos": others, "questions": (SAMPLE_RUBRIC,) * size}
