@@ -20,6 +20,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+# Where `patchify_and_embed` of diffusers' Z-Image returns the ids of picture and caption, and the picture's padding:
+Z_IMAGE_PARTS = (3, 4, 5)
+
 
 class KeptReferences:
     """What a pass over `count` references leaves: the keys and values of the references' tokens, each
@@ -178,6 +181,26 @@ def attend_to_references(net: nn.Module, processor: Any, kept: KeptReferences, c
     with _replace_processors(net, processor, kept, is_reference_pass=False):
         out = call()
     return _BackwardThrough.apply(out, kept.output)
+
+
+@contextmanager
+def z_image_frames_after(net: Any, count: int) -> Iterator[None]:
+    """Inside the `with` block, a call of a Z-Image net without references gives caption and picture the frames that
+    they have after `count` references, each of which takes two."""
+    unchanged, (picture, caption, padding) = net.patchify_and_embed, Z_IMAGE_PARTS
+
+    def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        parts = list(unchanged(*args, **kwargs))
+        moved = parts[picture][0].new_tensor([2 * count, 0, 0])
+        parts[picture] = [ids + moved * ~pad[:, None] for ids, pad in zip(parts[picture], parts[padding])]
+        parts[caption] = [ids + moved for ids in parts[caption]]
+        return tuple(parts)
+
+    net.patchify_and_embed = patchify
+    try:
+        yield
+    finally:
+        del net.patchify_and_embed
 
 
 class _BackwardThrough(torch.autograd.Function):

@@ -39,7 +39,13 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from npedit.families._isolated import KeptReferences, ZImageReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    KeptReferences,
+    ZImageReferenceProcessor,
+    attend_to_references,
+    keep_references,
+    z_image_frames_after,
+)
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import check_pipeline_folder, decode_with_kl_vae, encode_with_kl_vae, schedule_shift
 from npedit.families.base import EncodedText, Family, ModelProperties, References
@@ -49,8 +55,6 @@ from npedit.nets.lora import weights_module
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 TEXT_LENGTH = 512  # the pipeline's own
-# Where `patchify_and_embed` of diffusers returns position ids, and the mask of the pictures' padding:
-BASIC_PICTURE_IDS, BASIC_CAPTION_IDS, BASIC_PICTURE_PADDING = 3, 4, 5
 OMNI_PICTURE_IDS = 4  # where `patchify_and_embed_omni` of diffusers returns the position ids of all images
 FRAMES = {"_references": "frames"}  # in a net's config; diffusers keeps what begins with an underscore
 TINY_TEMPLATE = (  # Qwen3's, for one turn
@@ -185,7 +189,7 @@ class ZImage(Family):
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
         if isinstance(given, KeptReferences):
-            with _frames_after_references(net, given.count):
+            with z_image_frames_after(weights_module(net), given.count):
                 call = partial(_run_alone, net, x.to(dtype), t, captions)
                 out = attend_to_references(weights_module(net), ZImageReferenceProcessor, given, call)
         elif given and _takes_frames(net):
@@ -304,28 +308,6 @@ def _picture_after_padded_caption(net: Any, tokens: int, lengths: Sequence[int])
         yield
     finally:
         del inner.patchify_and_embed_omni
-
-
-@contextmanager
-def _frames_after_references(net: Any, count: int) -> Iterator[None]:
-    """Inside the block, a call of the net without references gives caption and picture the frames that they have after
-    `count` references, each of which takes two."""
-    inner: Any = weights_module(net)
-    unchanged = inner.patchify_and_embed
-
-    def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        parts = list(unchanged(*args, **kwargs))
-        pictures, captions, padding = (parts[i] for i in (BASIC_PICTURE_IDS, BASIC_CAPTION_IDS, BASIC_PICTURE_PADDING))
-        moved = pictures[0].new_tensor([2 * count, 0, 0])
-        parts[BASIC_PICTURE_IDS] = [ids + moved * ~pad[:, None] for ids, pad in zip(pictures, padding)]
-        parts[BASIC_CAPTION_IDS] = [ids + moved for ids in captions]
-        return tuple(parts)
-
-    inner.patchify_and_embed = patchify
-    try:
-        yield
-    finally:
-        del inner.patchify_and_embed
 
 
 def _round_up(tokens: int) -> int:

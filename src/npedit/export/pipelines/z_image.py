@@ -20,7 +20,13 @@ from diffusers import ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from npedit.export.pipelines.few_step import FewStepEditing
-from npedit.families._isolated import KeptReferences, ZImageReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    KeptReferences,
+    ZImageReferenceProcessor,
+    attend_to_references,
+    keep_references,
+    z_image_frames_after,
+)
 
 
 class NPEditPipeline(FewStepEditing, ZImagePipeline):
@@ -28,7 +34,6 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
 
     _text_length = 512  # in tokens, ZImagePipeline's own
     _block = SEQ_MULTI_OF  # the net pads captions and images to multiples of it
-    _basic_parts = (3, 4, 5)  # where `patchify_and_embed` returns ids of picture, caption, and the picture's padding
     _omni_image_ids = 4  # where `patchify_and_embed_omni` returns the position ids of all images
 
     def __init__(
@@ -95,29 +100,10 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w), which attends to the kept references."""
         planes = list(x.unsqueeze(2).unbind())
         call = partial(self.transformer, x=planes, t=1 - t, cap_feats=captions, return_dict=False)
-        with self._frames_after_references(kept.count):
+        with z_image_frames_after(self.transformer, kept.count):
             return attend_to_references(
                 self.transformer, ZImageReferenceProcessor, kept, lambda: torch.stack(call()[0])
             )
-
-    @contextmanager
-    def _frames_after_references(self, count: int) -> Iterator[None]:
-        """Inside the block, the net gives caption and picture the frames after `count` references of two frames."""
-        net = self.transformer
-        unchanged, (picture, caption, padding) = net.patchify_and_embed, self._basic_parts
-
-        def patchify(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            parts = list(unchanged(*args, **kwargs))
-            moved = parts[picture][0].new_tensor([2 * count, 0, 0])
-            parts[picture] = [ids + moved * ~pad[:, None] for ids, pad in zip(parts[picture], parts[padding])]
-            parts[caption] = [ids + moved for ids in parts[caption]]
-            return tuple(parts)
-
-        net.patchify_and_embed = patchify
-        try:
-            yield
-        finally:
-            del net.patchify_and_embed
 
     def _run_omni(
         self, planes: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
