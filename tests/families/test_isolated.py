@@ -1,4 +1,4 @@
-"""Isolated references: what is kept once equals one call of all tokens with a mask and modulation by token."""
+"""Isolated references: what is cached once equals one call of all tokens with a mask and modulation by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from npedit import flow
 from npedit.errors import UserError
-from npedit.families.base import EncodedText, Family, KeptReferences
+from npedit.families.base import EncodedText, Family, ReferenceKVCache
 from npedit.families.z_image import FRAMES
 from npedit.generator import generate_few_step
 from npedit.nets.lora import LoraAdapter, enable_gradient_checkpointing
@@ -34,7 +34,7 @@ class Case:
     text: EncodedText
     references: tuple[Tensor, ...]
 
-    def velocity(self, t: float, references: Sequence[Tensor] | KeptReferences | None = None) -> Tensor:
+    def velocity(self, t: float, references: Sequence[Tensor] | ReferenceKVCache | None = None) -> Tensor:
         times = torch.tensor([t, t / 2])
         given = self.references if references is None else references
         return self.family.velocity(self.net, self.x, times, self.text, given)
@@ -69,7 +69,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 @both_nets
 @pytest.mark.parametrize("count", [1, 2])
-def test_kept_references_equal_a_call_with_a_mask(kind: str, lora: bool, count: int) -> None:
+def test_cached_references_equal_a_call_with_a_mask(kind: str, lora: bool, count: int) -> None:
     """Values, and gradients of all trained weights."""
     made = case(kind, lora, count)
     found = made.velocity(0.7)
@@ -106,15 +106,15 @@ def test_references_may_have_other_sizes_and_are_seen_in_their_order(kind: str) 
 
 @every_kind
 @both_nets
-def test_what_is_kept_depends_neither_on_the_picture_nor_on_its_time(kind: str, lora: bool) -> None:
-    """One pass serves all times: kept references give bit for bit what the same references give anew at each time."""
+def test_the_cache_depends_neither_on_the_picture_nor_on_its_time(kind: str, lora: bool) -> None:
+    """One pass serves all times: cached references give bit for bit what the same references give anew at each time."""
     made = case(kind, lora)
-    kept = made.family.prepare_references(made.net, made.references, made.text)
-    assert isinstance(kept, KeptReferences)
-    again = made.family.prepare_references(made.net, kept, made.text)
-    assert again is kept
+    cache = made.family.prepare_references(made.net, made.references, made.text)
+    assert isinstance(cache, ReferenceKVCache)
+    again = made.family.prepare_references(made.net, cache, made.text)
+    assert again is cache
     for t in (1.0, 0.3):
-        assert torch.equal(made.velocity(t, kept), made.velocity(t))
+        assert torch.equal(made.velocity(t, cache), made.velocity(t))
 
 
 @every_kind
@@ -163,22 +163,22 @@ def test_without_references_nothing_changes(kind: str) -> None:
 def test_every_weight_of_the_last_block_is_in_the_backward_pass_of_the_references(kind: str) -> None:
     """Else FSDP2 would not gather the last block's weights for the gradient of its keys and values."""
     made = case(kind)
-    kept = made.family.prepare_references(made.net, made.references, made.text)
-    assert isinstance(kept, KeptReferences)
+    cache = made.family.prepare_references(made.net, made.references, made.text)
+    assert isinstance(cache, ReferenceKVCache)
     arrived = []
-    kept.output.register_hook(lambda g: arrived.append(g.abs().max()))
-    made.velocity(0.7, kept).sum().backward()
+    cache.output.register_hook(lambda g: arrived.append(g.abs().max()))
+    made.velocity(0.7, cache).sum().backward()
     assert arrived == [0]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_what_another_net_kept_is_refused() -> None:
+def test_the_cache_of_another_net_is_refused() -> None:
     made, other = case("flux"), case("flux")
-    kept = other.family.prepare_references(other.net, other.references, other.text)
+    cache = other.family.prepare_references(other.net, other.references, other.text)
     with pytest.raises(ValueError, match="that this net has read"):
-        made.velocity(0.7, kept)
+        made.velocity(0.7, cache)
 
 
 @pytest.mark.parametrize("kind", sorted(set(available_names("families")) - set(KINDS)))
@@ -187,7 +187,7 @@ def test_other_families_refuse(kind: str) -> None:
     with pytest.raises(UserError, match=r"family\.isolated_references: expected false"):
         family.isolate_references()
     with pytest.raises(TypeError, match="latents of references"):
-        family.velocity(family.base, latents(family, 1), torch.ones(1), family.encode_text(["x"]), KeptReferences(1))
+        family.velocity(family.base, latents(family, 1), torch.ones(1), family.encode_text(["x"]), ReferenceKVCache(1))
 
 
 def test_a_z_image_that_takes_frames_refuses() -> None:

@@ -1,4 +1,4 @@
-"""Isolated references computed in one call without anything kept: all tokens at once, with an attention mask that keeps
+"""Isolated references computed in one call without a cache: all tokens at once, with an attention mask that keeps
 the references to themselves, and with modulation by token. The closed form that `families/_isolated.py` must equal."""
 
 from __future__ import annotations

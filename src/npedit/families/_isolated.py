@@ -1,9 +1,9 @@
 """Isolated references: one pass of a net over the references serves all later calls of the net.
 
 In the reference pass the net sees the references' tokens alone, at time 0, which is the time of a clean picture. The
-keys and values of each attention layer are kept. In a later call, which sees the noised picture and the text, each
-layer appends the kept keys and values to its keys and values. So picture and text attend to the references, and the
-references attend to themselves alone. Keys are kept after the rotary embedding.
+keys and values of each attention layer are cached. In a later call, which sees the noised picture and the text, each
+layer appends the cached keys and values to its keys and values. So picture and text attend to the references, and the
+references attend to themselves alone. Keys are cached after the rotary embedding.
 
 Precedent: `Flux2KleinKVPipeline` of diffusers. `npedit export` copies the code below into an exported editor's
 `pipeline.py`, so this file imports nothing of npedit.
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 Z_IMAGE_PARTS = (3, 4, 5)
 
 
-class KeptReferences:
-    """What a pass over `count` references leaves: the keys and values of the references' tokens, each
-    (b, tokens, heads, width), by attention layer, and the output of the pass, whose values are not used."""
+class ReferenceKVCache:
+    """The KV cache of `count` references: the keys and values of their tokens, each (b, tokens, heads, width), by
+    attention layer. `output` is the output of the reference pass, whose values are not used."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -34,14 +34,14 @@ class KeptReferences:
         self.output: Tensor = torch.empty(0)
 
 
-class ReferenceProcessor:
+class ReferenceAttnProcessor:
     """Replaces the attention processor of one layer during a call. A family's class adds `__call__`, which computes
     what the replaced processor computes, with `_attend` in the place of the attention function."""
 
     _parallel_config = None  # diffusers reads this attribute of every processor
 
-    def __init__(self, kept: KeptReferences, is_reference_pass: bool, replaced: Any) -> None:
-        self.kept, self.is_reference_pass = kept, is_reference_pass
+    def __init__(self, cache: ReferenceKVCache, is_reference_pass: bool, replaced: Any) -> None:
+        self.cache, self.is_reference_pass = cache, is_reference_pass
         self._attention_backend = getattr(replaced, "_attention_backend", None)
 
     def _attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -50,12 +50,12 @@ class ReferenceProcessor:
         if not query.numel():  # a layer of the text, in the reference pass
             return query.flatten(2, 3)
         if self.is_reference_pass:
-            self.kept.by_layer.setdefault(layer, (key, value))  # a recomputed block must not replace what is in use
-        elif layer in self.kept.by_layer:
-            kept_key, kept_value = self.kept.by_layer[layer]
-            key, value = torch.cat([key, kept_key], 1), torch.cat([value, kept_value], 1)
+            self.cache.by_layer.setdefault(layer, (key, value))  # a recomputed block must not replace what is in use
+        elif layer in self.cache.by_layer:
+            cached_key, cached_value = self.cache.by_layer[layer]
+            key, value = torch.cat([key, cached_key], 1), torch.cat([value, cached_value], 1)
             if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(kept_key.shape[:2])], 1)
+                mask = torch.cat([mask, mask.new_ones(cached_key.shape[:2])], 1)
         if mask is not None:
             mask = mask[:, None, None, :]
         if (shared := query.shape[2] // key.shape[2]) > 1:
@@ -64,7 +64,7 @@ class ReferenceProcessor:
         return out.flatten(2, 3).to(query.dtype)
 
 
-class FluxReferenceProcessor(ReferenceProcessor):
+class FluxReferenceAttnProcessor(ReferenceAttnProcessor):
     """For FLUX.1. A layer of two streams gets the text's tokens separately, and a layer of one stream gets all."""
 
     def __call__(
@@ -92,8 +92,8 @@ class FluxReferenceProcessor(ReferenceProcessor):
         return attn.to_out[1](attn.to_out[0](out[:, length:])), attn.to_add_out(out[:, :length])
 
 
-class Krea2ReferenceProcessor(ReferenceProcessor):
-    """For Krea 2. Layers that see the text alone have no rotary embedding and keep nothing."""
+class Krea2ReferenceAttnProcessor(ReferenceAttnProcessor):
+    """For Krea 2. Layers that see the text alone have no rotary embedding and no cache."""
 
     def __call__(
         self,
@@ -111,7 +111,7 @@ class Krea2ReferenceProcessor(ReferenceProcessor):
         return attn.to_out[0](self._attend(attn, query, key, value, mask) * torch.sigmoid(gate))
 
 
-class QwenReferenceProcessor(ReferenceProcessor):
+class QwenReferenceAttnProcessor(ReferenceAttnProcessor):
     """For Qwen-Image. In the reference pass the last rotary embeddings are those of the references, because the first
     are of a picture that is not there."""
 
@@ -141,8 +141,8 @@ class QwenReferenceProcessor(ReferenceProcessor):
         return attn.to_out[1](attn.to_out[0](out[:, length:])), attn.to_add_out(out[:, :length])
 
 
-class ZImageReferenceProcessor(ReferenceProcessor):
-    """For Z-Image. Layers that see the caption alone keep nothing."""
+class ZImageReferenceAttnProcessor(ReferenceAttnProcessor):
+    """For Z-Image. Layers that see the caption alone have no cache."""
 
     def __call__(
         self,
@@ -160,27 +160,27 @@ class ZImageReferenceProcessor(ReferenceProcessor):
         return attn.to_out[0](self._attend(attn, query, key, value, attention_mask))
 
 
-def keep_references(net: nn.Module, processor: Any, count: int, call: Callable[[], Tensor]) -> KeptReferences:
-    """What the reference pass `call()` leaves. It calls `net`, or an adapter of it, on `count` references alone.
-    `processor` is the family's subclass of `ReferenceProcessor`."""
-    kept = KeptReferences(count)
-    with _replace_processors(net, processor, kept, is_reference_pass=True):
-        kept.output = call()
-    return kept
+def cache_references(net: nn.Module, processor: Any, count: int, call: Callable[[], Tensor]) -> ReferenceKVCache:
+    """The KV cache that the reference pass `call()` fills. The pass calls `net`, or an adapter of it, on `count`
+    references alone. `processor` is the family's subclass of `ReferenceAttnProcessor`."""
+    cache = ReferenceKVCache(count)
+    with _replace_processors(net, processor, cache, is_reference_pass=True):
+        cache.output = call()
+    return cache
 
 
-def attend_to_references(net: nn.Module, processor: Any, kept: KeptReferences, call: Callable[[], Tensor]) -> Tensor:
-    """The output of `call()`, which calls `net`, or an adapter of it, on a picture. The net attends to the kept
+def attend_to_references(net: nn.Module, processor: Any, cache: ReferenceKVCache, call: Callable[[], Tensor]) -> Tensor:
+    """The output of `call()`, which calls `net`, or an adapter of it, on a picture. The net attends to the cached
     references too. Gradient flows to them.
 
     Raises:
-        ValueError: another net kept them.
+        ValueError: the cache is that of another net.
     """
-    if not set(kept.by_layer) <= set(net.modules()):
+    if not set(cache.by_layer) <= set(net.modules()):
         raise ValueError("expected references that this net has read; got those of another net; read them again")
-    with _replace_processors(net, processor, kept, is_reference_pass=False):
+    with _replace_processors(net, processor, cache, is_reference_pass=False):
         out = call()
-    return _BackwardThrough.apply(out, kept.output)
+    return _BackwardThrough.apply(out, cache.output)
 
 
 @contextmanager
@@ -223,9 +223,9 @@ class _WithProcessors(nn.Module):
     """A block whose attention layers have the processors of a call, also when gradient checkpointing runs the block
     again in the backward pass."""
 
-    def __init__(self, block: nn.Module, processor: Any, kept: KeptReferences, is_reference_pass: bool) -> None:
+    def __init__(self, block: nn.Module, processor: Any, cache: ReferenceKVCache, is_reference_pass: bool) -> None:
         super().__init__()
-        self.block, self.choice = block, (processor, kept, is_reference_pass)
+        self.block, self.choice = block, (processor, cache, is_reference_pass)
 
     def forward(self, *args: Any) -> Any:
         with _replace_processors(self.block, *self.choice):
@@ -233,17 +233,17 @@ class _WithProcessors(nn.Module):
 
 
 @contextmanager
-def _replace_processors(net: Any, processor: Any, kept: KeptReferences, is_reference_pass: bool) -> Iterator[None]:
+def _replace_processors(net: Any, processor: Any, cache: ReferenceKVCache, is_reference_pass: bool) -> Iterator[None]:
     """Inside the `with` block every attention layer of the net has a processor of the given class, and so have the
     blocks that gradient checkpointing runs again later."""
     layers = [layer for layer in net.modules() if hasattr(layer, "processor")]
     before = [layer.processor for layer in layers]
     checkpoint = getattr(net, "_gradient_checkpointing_func", None)
     for layer, replaced in zip(layers, before):
-        layer.processor = processor(kept, is_reference_pass, replaced)
+        layer.processor = processor(cache, is_reference_pass, replaced)
     if checkpoint is not None:
         net._gradient_checkpointing_func = lambda block, *args: checkpoint(
-            _WithProcessors(block, processor, kept, is_reference_pass), *args
+            _WithProcessors(block, processor, cache, is_reference_pass), *args
         )
     try:
         yield

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from npedit.errors import UserError
-from npedit.families._isolated import KeptReferences
+from npedit.families._isolated import ReferenceKVCache
 from npedit.families._prompts import text_after_tokens
 from npedit.families._shared import check_pipeline_folder
 
-References = Sequence[Tensor] | KeptReferences  # latents (b, c, h, w), or what one pass over them left
+References = Sequence[Tensor] | ReferenceKVCache  # latents (b, c, h, w), or their KV cache
 Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part as diffusers takes it, with a "default"
 
 
@@ -64,8 +64,8 @@ def require_latents(references: References) -> Sequence[Tensor]:
     Raises:
         TypeError: they are those of a family that isolates them.
     """
-    if isinstance(references, KeptReferences):
-        raise TypeError("expected the latents of references; got kept keys and values, which this family does not take")
+    if isinstance(references, ReferenceKVCache):
+        raise TypeError("expected the latents of references; got their KV cache, which this family does not take")
     return references
 
 
@@ -192,14 +192,14 @@ class Family(ABC):
 
     def prepare_references(self, net: nn.Module, references: References, text: EncodedText) -> References:
         """What `velocity` takes as references at every time, with this net and these texts: the given references, or
-        with `isolates_references` what one pass of the net over them left. Gradient flows to the net."""
-        if not self.isolates_references or isinstance(references, KeptReferences) or not references:
+        with `isolates_references` their KV cache, from one pass of the net over them. Gradient flows to the net."""
+        if not self.isolates_references or isinstance(references, ReferenceKVCache) or not references:
             return references
         return self._reference_pass(net, references, text)
 
-    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
-        """The keys and values of one pass of the net over the references. Only a family with `can_isolate_references`
-        has it."""
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> ReferenceKVCache:
+        """The KV cache of one pass of the net over the references. Only a family with `can_isolate_references` has
+        it."""
         raise NotImplementedError
 
     @abstractmethod

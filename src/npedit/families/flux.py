@@ -31,7 +31,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._isolated import FluxReferenceProcessor, KeptReferences, attend_to_references, keep_references
+from npedit.families._isolated import (
+    FluxReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, pack_latents, schedule_shift, unpack_latents
 from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.nets.distributed import compute_dtype
@@ -128,20 +133,20 @@ class Flux(Family):
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: EncodedText, references: References = ()) -> Tensor:
         """v (b, c, h, w); see the head of this file."""
         given = self.prepare_references(net, references, text)
-        if isinstance(given, KeptReferences):
+        if isinstance(given, ReferenceKVCache):
             call = partial(self._run, net, [x], t, text.parts)
-            out = attend_to_references(weights_module(net), FluxReferenceProcessor, given, call)
+            out = attend_to_references(weights_module(net), FluxReferenceAttnProcessor, given, call)
         else:
             out = self._run(net, [x, *given], t, text.parts)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
-    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> ReferenceKVCache:
         """Without the text's tokens. The pooled text and the guidance scale modulate the references too."""
         sequence, pooled = text.parts
         parts, clean = (sequence[:, :0], pooled), torch.zeros(len(pooled), device=pooled.device)
         call = partial(self._run, net, references, clean, parts, first_frame=1)
-        return keep_references(weights_module(net), FluxReferenceProcessor, len(references), call)
+        return cache_references(weights_module(net), FluxReferenceAttnProcessor, len(references), call)
 
     def _run(
         self, net: nn.Module, planes: Sequence[Tensor], t: Tensor, text: tuple[Tensor, ...], first_frame: int = 0

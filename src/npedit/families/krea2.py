@@ -33,7 +33,12 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, K
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 
-from npedit.families._isolated import KeptReferences, Krea2ReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    Krea2ReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     decode_with_qwen_vae,
@@ -146,20 +151,20 @@ class Krea2(Family):
         """v (b, c, h, w); see the head of this file."""
         given = self.prepare_references(net, references, text)
         states, mask = trim_padding(*text.parts)
-        if isinstance(given, KeptReferences):
+        if isinstance(given, ReferenceKVCache):
             call = partial(_run, net, [x], t, states, mask)
-            out = attend_to_references(weights_module(net), Krea2ReferenceProcessor, given, call)
+            out = attend_to_references(weights_module(net), Krea2ReferenceAttnProcessor, given, call)
         else:
             out = _run(net, [x, *given], t, states, mask)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
-    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> ReferenceKVCache:
         """Without text."""
         states = text.parts[0][:, :0]
         clean = torch.zeros(len(states), device=states.device)
         call = partial(_run, net, references, clean, states, None, first_frame=1)
-        return keep_references(weights_module(net), Krea2ReferenceProcessor, len(references), call)
+        return cache_references(weights_module(net), Krea2ReferenceAttnProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""

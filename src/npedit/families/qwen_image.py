@@ -41,7 +41,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from npedit.families._isolated import KeptReferences, QwenReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    QwenReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 from npedit.families._prompts import count_tokens
 from npedit.families._shared import (
     decode_with_qwen_vae,
@@ -146,20 +151,20 @@ class QwenImage(Family):
         """v (b, c, h, w); see the head of this file."""
         given = self.prepare_references(net, references, text)
         states, mask = trim_padding(*text.parts)
-        if isinstance(given, KeptReferences):
+        if isinstance(given, ReferenceKVCache):
             call = partial(_run, net, [x], t, states, mask)
-            out = attend_to_references(weights_module(net), QwenReferenceProcessor, given, call)
+            out = attend_to_references(weights_module(net), QwenReferenceAttnProcessor, given, call)
         else:
             out = _run(net, [x, *given], t, states, mask)
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         return unpack_latents(out[:, : rows * columns], rows, columns).to(x.dtype)
 
-    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> ReferenceKVCache:
         """Without text. The net is given the shape of one picture more, since the first one is the edited picture's."""
         states = text.parts[0][:, :0]
         clean, before = torch.zeros(len(states), device=states.device), references[:1]
         call = partial(_run, net, references, clean, states, None, before)
-        return keep_references(weights_module(net), QwenReferenceProcessor, len(references), call)
+        return cache_references(weights_module(net), QwenReferenceAttnProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from npedit.families._isolated import (
-    KeptReferences,
-    ZImageReferenceProcessor,
+    ReferenceKVCache,
+    ZImageReferenceAttnProcessor,
     attend_to_references,
-    keep_references,
+    cache_references,
     z_image_frames_after,
 )
 from npedit.families._prompts import count_tokens
@@ -188,10 +188,10 @@ class ZImage(Family):
         dtype = compute_dtype(net)
         padded, lengths = text.parts
         captions = [states[:n] for states, n in zip(padded.to(dtype), lengths.tolist())]
-        if isinstance(given, KeptReferences):
+        if isinstance(given, ReferenceKVCache):
             with z_image_frames_after(weights_module(net), given.count):
                 call = partial(_run_alone, net, x.to(dtype), t, captions)
-                out = attend_to_references(weights_module(net), ZImageReferenceProcessor, given, call)
+                out = attend_to_references(weights_module(net), ZImageReferenceAttnProcessor, given, call)
         elif given and _takes_frames(net):
             out = _run_film(net, x.to(dtype), t, captions, [r.to(dtype) for r in given])
         elif given:
@@ -201,11 +201,11 @@ class ZImage(Family):
         return -out.squeeze(2).to(x.dtype)
 
     def _check_batch(self, x: Tensor, text: EncodedText, references: References) -> None:
-        counts = [] if isinstance(references, KeptReferences) else [len(r) for r in references]
+        counts = [] if isinstance(references, ReferenceKVCache) else [len(r) for r in references]
         if len(text) != len(x) or any(count != len(x) for count in counts):
             raise ValueError(f"expected {len(x)} of each; got {len(text)} prompts, references for {counts} items")
 
-    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> KeptReferences:
+    def _reference_pass(self, net: nn.Module, references: Sequence[Tensor], text: EncodedText) -> ReferenceKVCache:
         """In the omni mode, with empty captions and without a picture. The references' frames are 1, 3, 5, ..."""
         if _takes_frames(net):
             raise ValueError("expected a net that takes separate references; got one that was trained with frames")
@@ -224,7 +224,7 @@ class ZImage(Family):
             )[0]
             return torch.stack(out)
 
-        return keep_references(weights_module(net), ZImageReferenceProcessor, len(references), call)
+        return cache_references(weights_module(net), ZImageReferenceAttnProcessor, len(references), call)
 
     def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""

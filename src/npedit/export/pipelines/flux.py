@@ -15,7 +15,12 @@ import torch
 from diffusers import FluxPipeline
 
 from npedit.export.pipelines.few_step import FewStepEditing, _unpack_tokens
-from npedit.families._isolated import FluxReferenceProcessor, KeptReferences, attend_to_references, keep_references
+from npedit.families._isolated import (
+    FluxReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 
 
 class NPEditPipeline(FewStepEditing, FluxPipeline):
@@ -50,20 +55,20 @@ class NPEditPipeline(FewStepEditing, FluxPipeline):
         return self.encode_prompt(prompts, None, device, max_sequence_length=length)[:2]
 
     def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
-        """The latents, or the keys and values of isolated references."""
+        """The latents, or the KV cache of isolated references."""
         if not self.config.editor.get("isolated_references"):
             return references
         sequence, pooled = text
         clean, words = torch.zeros(len(pooled), device=pooled.device), (sequence[:, :0], pooled)
         call = partial(self._run, references, clean, words, first_frame=1)
-        return keep_references(self.transformer, FluxReferenceProcessor, len(references), call)
+        return cache_references(self.transformer, FluxReferenceAttnProcessor, len(references), call)
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
-        if not isinstance(references, KeptReferences):
+        if not isinstance(references, ReferenceKVCache):
             return _unpack_tokens(self._run([x, *references], t, text), x)
         call = partial(self._run, [x], t, text)
-        return _unpack_tokens(attend_to_references(self.transformer, FluxReferenceProcessor, references, call), x)
+        return _unpack_tokens(attend_to_references(self.transformer, FluxReferenceAttnProcessor, references, call), x)
 
     def _run(self, planes: list[torch.Tensor], t: torch.Tensor, text: Any, first_frame: int = 0) -> torch.Tensor:
         """The net's output (b, n, 4c) on the tokens of all planes (b, c, h, w), numbered from `first_frame`."""

@@ -16,7 +16,12 @@ import torch
 from diffusers import Krea2Pipeline
 
 from npedit.export.pipelines.few_step import VideoVaeEditing
-from npedit.families._isolated import KeptReferences, Krea2ReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    Krea2ReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 
 
 class NPEditPipeline(VideoVaeEditing, Krea2Pipeline):
@@ -63,19 +68,19 @@ class NPEditPipeline(VideoVaeEditing, Krea2Pipeline):
         return states, None if bool(mask.all()) else mask
 
     def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
-        """The latents, or the keys and values of isolated references."""
+        """The latents, or the KV cache of isolated references."""
         if not self.config.editor.get("isolated_references"):
             return references
         states = text[0][:, :0]
         clean = torch.zeros(len(states), device=states.device)
         call = partial(self._run, references, clean, (states, None), first_frame=1)
-        return keep_references(self.transformer, Krea2ReferenceProcessor, len(references), call)
+        return cache_references(self.transformer, Krea2ReferenceAttnProcessor, len(references), call)
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
-        if isinstance(references, KeptReferences):
+        if isinstance(references, ReferenceKVCache):
             call = partial(self._run, [x], t, text)
-            out = attend_to_references(self.transformer, Krea2ReferenceProcessor, references, call)
+            out = attend_to_references(self.transformer, Krea2ReferenceAttnProcessor, references, call)
         else:
             out = self._run([x, *references], t, text)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size

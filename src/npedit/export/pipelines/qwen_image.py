@@ -16,7 +16,12 @@ import torch
 from diffusers import QwenImagePipeline
 
 from npedit.export.pipelines.few_step import VideoVaeEditing, _unpack_tokens
-from npedit.families._isolated import KeptReferences, QwenReferenceProcessor, attend_to_references, keep_references
+from npedit.families._isolated import (
+    QwenReferenceAttnProcessor,
+    ReferenceKVCache,
+    attend_to_references,
+    cache_references,
+)
 
 
 class NPEditPipeline(VideoVaeEditing, QwenImagePipeline):
@@ -37,20 +42,20 @@ class NPEditPipeline(VideoVaeEditing, QwenImagePipeline):
         return states, None if mask is None else mask.bool()
 
     def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
-        """The latents, or the keys and values of isolated references. The positions count the edited picture too."""
+        """The latents, or the KV cache of isolated references. The positions count the edited picture too."""
         if not self.config.editor.get("isolated_references"):
             return references
         states = text[0][:, :0]
         clean = torch.zeros(len(states), device=states.device)
         call = partial(self._run, references, clean, (states, None), references[:1])
-        return keep_references(self.transformer, QwenReferenceProcessor, len(references), call)
+        return cache_references(self.transformer, QwenReferenceAttnProcessor, len(references), call)
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]."""
-        if not isinstance(references, KeptReferences):
+        if not isinstance(references, ReferenceKVCache):
             return _unpack_tokens(self._run([x, *references], t, text), x)
         call = partial(self._run, [x], t, text)
-        return _unpack_tokens(attend_to_references(self.transformer, QwenReferenceProcessor, references, call), x)
+        return _unpack_tokens(attend_to_references(self.transformer, QwenReferenceAttnProcessor, references, call), x)
 
     def _run(
         self, planes: list[torch.Tensor], t: torch.Tensor, text: Any, before: list[torch.Tensor] | tuple[()] = ()

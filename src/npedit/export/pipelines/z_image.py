@@ -21,10 +21,10 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from npedit.export.pipelines.few_step import FewStepEditing
 from npedit.families._isolated import (
-    KeptReferences,
-    ZImageReferenceProcessor,
+    ReferenceKVCache,
+    ZImageReferenceAttnProcessor,
     attend_to_references,
-    keep_references,
+    cache_references,
     z_image_frames_after,
 )
 
@@ -68,7 +68,7 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
         return [states[kept] for states, kept in zip(out.hidden_states[-2], mask)]
 
     def _prepare_references(self, references: list[torch.Tensor], text: Any) -> Any:
-        """The latents, or the keys and values of isolated references, whose pass has empty captions."""
+        """The latents, or the KV cache of isolated references, whose pass has empty captions."""
         if not self.config.editor.get("isolated_references"):
             return references
         dtype, count, items = self.transformer.dtype, len(references), len(text)
@@ -82,27 +82,27 @@ class NPEditPipeline(FewStepEditing, ZImagePipeline):
             image_noise_mask=[[0] * count] * items,
             return_dict=False,
         )
-        return keep_references(self.transformer, ZImageReferenceProcessor, count, lambda: torch.stack(call()[0]))
+        return cache_references(self.transformer, ZImageReferenceAttnProcessor, count, lambda: torch.stack(call()[0]))
 
     def _velocity(self, x: torch.Tensor, t: torch.Tensor, text: Any, references: Any) -> torch.Tensor:
         """v (b, c, h, w) at x and the times t (b,) in [0, 1]. The net's time is 1 - t, and its output is -v."""
         dtype = self.transformer.dtype
         captions = [states.to(dtype) for states in text]
-        if isinstance(references, KeptReferences):
-            return -self._run_with_kept(x.to(dtype), t.float(), captions, references).squeeze(2)
+        if isinstance(references, ReferenceKVCache):
+            return -self._run_with_cache(x.to(dtype), t.float(), captions, references).squeeze(2)
         planes = [plane.to(dtype).unsqueeze(2) for plane in (*references, x)]
         run = self._run_frames if self._takes_frames else self._run_omni
         return -torch.stack(run(planes, t.float(), captions)).squeeze(2)
 
-    def _run_with_kept(
-        self, x: torch.Tensor, t: torch.Tensor, captions: list[torch.Tensor], kept: KeptReferences
+    def _run_with_cache(
+        self, x: torch.Tensor, t: torch.Tensor, captions: list[torch.Tensor], cache: ReferenceKVCache
     ) -> torch.Tensor:
-        """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w), which attends to the kept references."""
+        """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w), which attends to the cached references."""
         planes = list(x.unsqueeze(2).unbind())
         call = partial(self.transformer, x=planes, t=1 - t, cap_feats=captions, return_dict=False)
-        with z_image_frames_after(self.transformer, kept.count):
+        with z_image_frames_after(self.transformer, cache.count):
             return attend_to_references(
-                self.transformer, ZImageReferenceProcessor, kept, lambda: torch.stack(call()[0])
+                self.transformer, ZImageReferenceAttnProcessor, cache, lambda: torch.stack(call()[0])
             )
 
     def _run_omni(
