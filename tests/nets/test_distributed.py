@@ -102,10 +102,12 @@ def test_adapters_beside_a_sharded_base_equal_those_of_one(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_isolated_references_of_sharded_nets_equal_those_of_one(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "lora"), [(False, False), (True, False), (True, True)])
+def test_isolated_references_of_sharded_nets_equal_those_of_one(
+    tmp_path: Path, checkpointing: bool, lora: bool
+) -> None:
     """The last block of a reference pass is gathered for the backward pass too."""
-    chosen = {"family": {"name": "flux", "isolated_references": True}}
+    chosen = {"family": {"name": "flux", "isolated_references": True}, "lora": {"rank": 4} if lora else None}
     chosen |= {"memory": {"gradient_checkpointing": checkpointing}}
     two.train(tmp_path / "one", two.recipe(**chosen))
     ends = two.together(tmp_path, two.train, tmp_path / "run", two.recipe("full", **chosen))
