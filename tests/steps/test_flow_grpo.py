@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from npedit import flow, grpo
 from npedit.data import PairedBatch
 from npedit.errors import UserError
+from npedit.families.base import ReferenceKVCache
 from npedit.recipe.config import Recipe, make_recipe, validate_settings
 from npedit.runs import checkpoint
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
@@ -79,6 +80,28 @@ def test_trajectories_are_the_sdes_with_the_editors_own_reading_of_references(fr
     assert not torch.equal(found.states[0][:2], found.states[0][2:4])
 
 
+def test_isolated_references_are_read_once_for_all_steps_of_a_trajectory(
+    frozen: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen.family.isolate_references()
+    step, given = make(frozen), []
+    nudge(step.learners["student"].net)
+    velocity = frozen.family.velocity
+
+    def note(net: Any, x: Any, t: Any, text: Any, references: Any) -> torch.Tensor:
+        given.append(references)
+        return velocity(net, x, t, text, references)
+
+    monkeypatch.setattr(frozen.family, "velocity", note)
+    samples, _ = sampled(step)
+    caches = [found for found in given if isinstance(found, ReferenceKVCache)]
+    assert len(caches) == SMALL["sampling_steps"] and all(cache is caches[0] for cache in caches)
+    monkeypatch.setattr(frozen.family, "velocity", velocity)
+    mean, std = step._policy_step(samples, 0)  # reads the references again, with gradient
+    again = grpo.log_prob(samples.states[samples.trained[0] + 1], mean.detach(), std)
+    torch.testing.assert_close(again, samples.before[0], rtol=1e-3, atol=1e-3)
+
+
 def test_the_reward_is_the_product_of_the_critics_answers_on_what_the_last_step_draws(
     frozen: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +152,7 @@ def test_the_reference_policy_is_the_start_and_stays_it(frozen: Parts) -> None:
     first, _ = sampled(step)
     for mean, (state, t, after) in zip(first.reference, zip(first.states, first.times, first.times[1:])):
         with torch.no_grad():
-            v = step._velocity(state, t, first.text, first.references)
+            v = step._velocity(state, t, first.text, (first.references,))
         torch.testing.assert_close(mean, grpo.sde_step(state, v, t, after, 0.7)[0], atol=1e-6, rtol=1e-6)
     before = weights(step.learners["student"].net)
     nudge(step.learners["student"].net)
@@ -190,7 +213,7 @@ def test_a_window_of_noisy_steps_is_drawn_in_the_first_half_and_the_other_steps_
         for k in range(5):
             x, t, after = found.states[k], found.times[k], found.times[k + 1]
             with torch.no_grad():
-                v = step._velocity(x, t, found.text, found.references)
+                v = step._velocity(x, t, found.text, (found.references,))
             if k not in found.trained:
                 torch.testing.assert_close(found.states[k + 1], x + (after - t) * v)
                 continue

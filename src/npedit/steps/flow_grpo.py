@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from npedit import flow, grpo
 from npedit.data import Batch
 from npedit.errors import UserError
-from npedit.families.base import EncodedText
+from npedit.families.base import EncodedText, References
 from npedit.generator import sample_noise, seeded_generator
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.nets.master_weights import master_weight, set_weight
@@ -172,10 +172,11 @@ class Step(Base):
         text, references = self.parts.encode_text(batch.instructions).select(rows), latents.repeat(s.group, 1, 1, 1)
         shift = self.parts.family.noise_shift(*batch.references.shape[-2:])
         times = (1.0, *flow.few_step_times(s.sampling_steps, shift)[1:].tolist())
+        given = self.parts.family.prepare_references(self.learners["student"].net, (references,), text)
         x = torch.cat(sample_noise(latents, s.group, generator))
         states, before, trained = [x], [], self._draw_window(generator)
         for k, (t, after) in enumerate(zip(times, times[1:])):
-            v = self._velocity(x, t, text, references)
+            v = self._velocity(x, t, text, given)
             if k in trained:
                 mean, std = self._noisy_step(x, v, t, after)
                 x = mean + std * torch.cat(sample_noise(latents, s.group, generator))
@@ -183,7 +184,7 @@ class Step(Base):
             else:
                 x = x + (after - t) * v
             states.append(x)
-        x0 = x - times[-1] * self._velocity(x, times[-1], text, references)
+        x0 = x - times[-1] * self._velocity(x, times[-1], text, given)
         rewards = self._compute_rewards(batch, x0, metrics)
         advantages = grpo.advantages(rewards, s.advantage_std == "batch").flatten()
         if s.advantage_clip:
@@ -204,9 +205,9 @@ class Step(Base):
         step = grpo.sde_step if self.settings.sampler == "sde" else grpo.cps_step
         return step(x, v, t, after, self.settings.noise_level)
 
-    def _velocity(self, x: Tensor, t: float, text: EncodedText, references: Tensor) -> Tensor:
+    def _velocity(self, x: Tensor, t: float, text: EncodedText, references: References) -> Tensor:
         net, times = self.learners["student"].net, torch.full((len(x),), t, device=x.device)
-        return self.parts.family.velocity(net, x, times, text, (references,)).float()
+        return self.parts.family.velocity(net, x, times, text, references).float()
 
     def _compute_rewards(self, batch: Batch, x0: Tensor, metrics: list[dict[str, float]]) -> Tensor:
         """P(all wanted answers) of each sample, (group, b)."""
@@ -239,7 +240,7 @@ class Step(Base):
         """The mean and standard deviation of the k-th trained step under the current weights."""
         step = samples.trained[k]
         x, (t, after) = samples.states[step], samples.times[step : step + 2]
-        return self._noisy_step(x, self._velocity(x, t, samples.text, samples.references), t, after)
+        return self._noisy_step(x, self._velocity(x, t, samples.text, (samples.references,)), t, after)
 
     def _loss(self, samples: Trajectories, k: int, metrics: list[dict[str, float]]) -> Tensor:
         s = self.settings
