@@ -55,6 +55,7 @@ def build_parts(recipe: Recipe) -> Parts:
         except ValueError as error:
             raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
+    _require_folder("family.weights", chosen.weights)
     with explain_loading_errors("family.weights", chosen.weights):
         family = find_class("families", chosen.name).load(chosen.folder(), chosen.dtypes(), device)
     if chosen.isolated_references:
@@ -70,14 +71,21 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
     check_dtype(part, torch_dtype(chosen.dtype), device)
-    if chosen.weights.count("/") > 1 and not Path(chosen.weights).exists():  # a Hub id has one slash
-        raise UserError(
-            f"{part}.weights: expected a folder with a model; got {chosen.weights!r}, which does not exist; make it "
-            "first, as the head of the recipe may say, or correct the recipe"
-        )
+    _require_folder(f"{part}.weights", chosen.weights)
     with explain_loading_errors(f"{part}.weights", chosen.weights):
         kind = find_class("critics", chosen.name)
         return kind.load(chosen.folder(), torch_dtype(chosen.dtype), device, chosen.resolution, chosen.bits)
+
+
+def _require_folder(key: str, weights: str) -> None:
+    """Refuse the name of a folder that does not exist. A Hub id has one slash, and no folder here is its owner."""
+    folder = Path(weights)
+    is_hub_id = "/" not in weights or (weights.count("/") == 1 and not folder.parent.is_dir())
+    if not folder.exists() and not is_hub_id:
+        raise UserError(
+            f"{key}: expected a folder with a model; got {weights!r}, which does not exist; make it first, as the head "
+            "of the recipe may say, or correct the recipe"
+        )
 
 
 def load_start_weights(recipe: Recipe, parts: Parts, student: nn.Module) -> None:
