@@ -123,7 +123,7 @@ class Step(Base):
         return self.parts.encode_ahead(prompts, [image for b in batches for image in b.all_references()], negative)
 
     def _further_prompts(self, of_student: Sequence[Batch]) -> list[tuple[str, ...]]:
-        """Further texts that the student's update needs. There are none here; a step that adds a loss returns its own."""
+        """Further texts that the student's update needs. There are none here; a step that adds a loss has its own."""
         return []
 
     # ------------------------------------------------------------------------------------------------ fake score
