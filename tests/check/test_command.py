@@ -94,7 +94,7 @@ def test_cost_has_time_memory_estimate_and_eta(demo) -> None:
     seconds, peak, planned = rows["np_edit: critic"]
     assert seconds > 0 and planned > 0
     assert peak is None or peak > 0.01  # the models alone
-    assert any("700 updates take about" in f.measured for f in section.findings)
+    assert any("850 updates take about" in f.measured for f in section.findings)
 
 
 def test_updates_that_are_not_finite_are_found(demo) -> None:
