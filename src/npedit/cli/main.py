@@ -140,7 +140,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/demo"),
     minutes: Annotated[
-        float, typer.Option(help="Length of training: the number of updates is proportional; 10 suits two CPU cores.")
+        float, typer.Option(help="Length of training: updates are proportional to it; 10 is the recipe's own length.")
     ] = 10.0,
     items: Annotated[int, typer.Option(help="Held-out scenes for the table at the end.", min=1)] = DEMO_ITEMS,
     fresh: FreshOption = False,

@@ -43,9 +43,9 @@ def toy_build(
     lessons: Annotated[
         str,
         typer.Option(
-            help="all: every part from scratch. scene: the embedded critic, trained on with questions about scene "
-            "edits, for recipes/toy-scene.yaml; some ten minutes on one CPU core. rubric: the same with rubrics and "
-            "grades, for the settings rubric and grade."
+            help="all: every part from scratch. scene: the embedded critic, trained further with questions about "
+            "scene edits, for recipes/toy-scene.yaml; some twenty minutes on one CPU core. rubric: the same with "
+            "rubrics and grades, for the settings rubric and grade."
         ),
     ] = "all",
     fresh: FreshOption = False,

@@ -1,4 +1,4 @@
-"""The embedded critic, trained on with other lessons: what `scene_critic.py` and `rubric_critic.py` share."""
+"""The embedded critic, trained further with other lessons: what `scene_critic.py` and `rubric_critic.py` share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from npedit.toy_models.critic import LABEL_SMOOTHING, PATCH, by_cell, questions_
 from npedit.toy_models.embedded_critic import load_critic, train_on
 from npedit.toy_models.mistakes import degrade, sample_outcome
 
-STEPS = 600  # batches; some ten minutes on one CPU core
+STEPS = 600  # batches; some twenty minutes on one CPU core
 EDITS_PER_STEP = 18  # each with two usual questions, two of rubrics and a grade
 HALF_DONE_SHARE = 0.2  # share of edits shown half done: a blend of reference and target
 GRID = (SIDE // PATCH) ** 2
