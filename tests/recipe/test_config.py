@@ -209,3 +209,13 @@ def test_a_stage_with_several_mistakes_is_not_reported_as_a_list_that_is_too_sho
         make_recipe({"name": "x", "family": {"name": "flux"}, "data": {"name": "toy"}, "stages": [{}]})
     lines = str(caught.value).splitlines()
     assert len(lines) == 4 and all(line.startswith("stages.0.") for line in lines)
+
+
+@pytest.mark.parametrize("name", available_names("families"))
+def test_only_families_that_can_isolate_references_are_asked_to(name):
+    raw = plain() | {"family": {"name": name, "weights": "owner/model", "isolated_references": True}}
+    if find_class("families", name).can_isolate_references:
+        assert make_recipe(raw).family.isolated_references
+    else:
+        with pytest.raises(UserError, match=f"family.isolated_references: expected false with {name}.*flux, krea2"):
+            make_recipe(raw)

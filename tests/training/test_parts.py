@@ -22,11 +22,3 @@ def test_an_id_of_the_hub_is(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="expected a model that opens"):
         build_parts(load_recipe("demo", [f"critic.weights={name}"]))
-
-
-@pytest.mark.parametrize("name", ["sana", "sd3"])
-def test_isolated_references_are_refused_before_anything_is_loaded(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    chosen = [f"family={{name: {name}, weights: owner/model, isolated_references: true}}"]
-    with pytest.raises(UserError, match=r"family\.isolated_references: expected false with this model"):
-        build_parts(load_recipe("demo", chosen))

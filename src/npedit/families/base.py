@@ -183,7 +183,11 @@ class Family(ABC):
         Raises:
             UserError: this family cannot do that.
         """
-        require_isolation(self)
+        if not self.can_isolate_references:
+            raise UserError(
+                "family.isolated_references: expected false with this model, whose references are part of every "
+                "call; got true; set it to false, or choose flux, krea2, qwen_image or z_image"
+            )
         self.isolates_references = True
 
     def prepare_references(self, net: nn.Module, references: References, text: EncodedText) -> References:
@@ -206,16 +210,3 @@ class Family(ABC):
     @abstractmethod
     def few_step_scheduler(self, shift: float) -> SchedulerMixin:
         """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
-
-
-def require_isolation(family: Family | type[Family]) -> None:
-    """Refuse a family, or a model of a family, that cannot isolate references.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not family.can_isolate_references:
-        raise UserError(
-            "family.isolated_references: expected false with this model, whose references are part of every "
-            "call; got true; set it to false, or choose flux, krea2, qwen_image or z_image"
-        )

@@ -229,6 +229,7 @@ def make_recipe(raw: Mapping[str, Any]) -> Recipe:
 
 def _check_consistency(recipe: Recipe) -> None:
     """Refuse a recipe whose parts contradict each other."""
+    _check_isolated_references(recipe.family)
     for i, stage in enumerate(recipe.stages):
         if recipe.critic is None and "critic" in find_class("steps", stage.step).requirements(stage.settings):
             raise UserError(
@@ -258,6 +259,16 @@ def _check_consistency(recipe: Recipe) -> None:
         got = ", ".join(f"{path} = {number}" for path, number in steps.items())
         raise UserError(
             f"{' and '.join(steps)}: expected one number, the few-step editor's steps; got {got}; make them equal"
+        )
+
+
+def _check_isolated_references(chosen: FamilyChoice) -> None:
+    """Refuse isolated references with a family that cannot isolate them, before any of its weights are opened."""
+    if chosen.isolated_references and not find_class("families", chosen.name).can_isolate_references:
+        able = [n for n in available_names("families") if find_class("families", n).can_isolate_references]
+        raise UserError(
+            f"family.isolated_references: expected false with {chosen.name}, whose references are part of every call; "
+            f"got true; set it to false, or choose a family among {', '.join(able)}"
         )
 
 

@@ -16,7 +16,6 @@ from npedit.critics._bits import quantisation_arguments
 from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.families._prompts import truncation_message
-from npedit.families.base import require_isolation
 from npedit.nets import distributed
 from npedit.nets.device import allow_tf32, device_name, pick_device, supports_dtype
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
@@ -57,11 +56,8 @@ def build_parts(recipe: Recipe) -> Parts:
             raise UserError(f"{part}.bits: {error}") from None
     chosen = recipe.family
     _require_folder("family.weights", chosen.weights)
-    kind = find_class("families", chosen.name)
-    if chosen.isolated_references:
-        require_isolation(kind)  # before the weights are loaded, which may take minutes
     with explain_loading_errors("family.weights", chosen.weights):
-        family = kind.load(chosen.folder(), chosen.dtypes(), device)
+        family = find_class("families", chosen.name).load(chosen.folder(), chosen.dtypes(), device)
     if chosen.isolated_references:
         family.isolate_references()
     if distributed.is_main_process():
