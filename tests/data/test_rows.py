@@ -66,6 +66,12 @@ def test_changed_metadata_are_read_again_and_old_tables_do_not_pile_up(many, cac
     assert len(list(folder.glob("*.arrow"))) == 1
 
 
+def test_another_limit_of_pixels_looks_at_all_photos_again(many, cached):
+    assert "bad rows" in refused(many, max_pixels=1000)
+    assert not opened(many).bad_rows
+    assert "bad rows" in refused(many, max_pixels=1000)
+
+
 def test_a_photo_that_is_lost_broken_or_back_again_is_seen(many, cached):
     before = opened(many, max_bad_share=0.5).fingerprint()
     saved = (many / "3.png").read_bytes()

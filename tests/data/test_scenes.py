@@ -94,6 +94,48 @@ def test_a_broken_other_photo_is_passed_over(folder):
     assert {o for i, o in scenes_of(opened(folder, sizes=SIZES, max_bad_share=0.5), 40) if i == "00"} == {(0, 1)}
 
 
+FORMS = [("imagefolder", None), ("hub", as_parquet), ("webdataset", as_tars)]
+
+
+def in_form(folder, tmp_path, form, make, **settings):
+    tmp_path.mkdir(exist_ok=True)
+    place = make(folder, tmp_path / "set") if make else folder
+    columns = {"file_name": "image"} if form == "hub" else {}
+    return opened_form(form, place, sizes=SIZES, nothing_share=0.0, columns=columns, **settings)
+
+
+def scene_rows(names, **more):
+    return [row(name, edit_type="scene", object="cat", id=f"r{k}", **more) for k, name in enumerate(names)]
+
+
+def copies(folder):
+    """Three files with the same photo."""
+    for name in ("copy.png", "again.png"):
+        (folder / name).write_bytes((folder / "00.png").read_bytes())
+    return ["00.png", "copy.png", "again.png"]
+
+
+@pytest.mark.parametrize("unrelated", [False, True])
+@pytest.mark.parametrize(("form", "make"), FORMS)
+def test_a_broken_photo_for_the_critic_alone_makes_no_row_bad(folder, tmp_path, form, make, unrelated):
+    (folder / "02.png").write_bytes(b"damaged before the start")
+    rows = scene_rows(copies(folder), reference_file_names=["02.png", "01.png"])
+    rows += [row("10.png", id="local", reference_file_names=["11.png"])] if unrelated else []
+    source = in_form(write_metadata(folder, rows), tmp_path, form, make)
+    found = {id_: other for id_, other in scenes_of(source) if id_ != "local"}
+    assert source.bad_rows == [] and found == {f"r{k}": (0, 1) for k in range(3)}
+
+
+@pytest.mark.parametrize(("form", "make"), FORMS)
+def test_a_photo_in_several_rows_is_no_other_photo_of_itself(folder, tmp_path, form, make):
+    names = copies(folder)
+    alone = in_form(write_metadata(folder, scene_rows(names, group="g")), tmp_path / "a", form, make)
+    assert {other for _, other in scenes_of(alone)} == {None}
+    more = write_metadata(folder, scene_rows([*names, "01.png"], group="g"))
+    found = set(scenes_of(in_form(more, tmp_path / "b", form, make), 40))
+    assert found == {("r0", (0, 1)), ("r1", (0, 1)), ("r2", (0, 1)), ("r3", (0, 0))}
+
+
 def test_no_edited_image_is_opened(folder, monkeypatch):
     source = opened(folder, sizes=SIZES)
     paths = spy_on_files(monkeypatch)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from npedit.data import Example
@@ -22,7 +23,8 @@ def load_example(
     row: Row, size: tuple[int, int], find: FindPicture, references: Iterable[str], others: Iterable[Place] = ()
 ) -> Example:
     """A row as an example, with its pictures cropped to `size` = (H, W). `references` are the names of the further
-    references that the student sees. The first of `others` that can be read is the other photo of the subject.
+    references that the student sees. The first of `others` that can be read, and that is not the row's own picture
+    under another name, is the other photo of the subject.
 
     Raises:
         BadImage: the photo, a reference or the mask cannot be used.
@@ -31,7 +33,7 @@ def load_example(
     more = tuple(_load_reference(find, row, name, size) for name in references)
     texts = (row.instruction, row.edit_type, row.object, row.source_caption, row.target_caption)
     mask = _load_mask(find, row, size) if row.mask else None
-    return Example(row.id, picture, *texts, more, row.questions, _first_readable(find, others, size), mask)
+    return Example(row.id, picture, *texts, more, row.questions, _find_other(find, others, size, picture), mask)
 
 
 def _load_reference(find: FindPicture, row: Row, name: str, size: tuple[int, int]) -> Tensor:
@@ -48,13 +50,16 @@ def _load_mask(find: FindPicture, row: Row, size: tuple[int, int]) -> Tensor:
         raise BadImage(f"mask {row.mask!r}: {error}") from error
 
 
-def _first_readable(find: FindPicture, places: Iterable[Place], size: tuple[int, int]) -> Tensor | None:
-    """A broken photo here is no fault of the row; it is reported where it is a row's own photo."""
+def _find_other(find: FindPicture, places: Iterable[Place], size: tuple[int, int], picture: Tensor) -> Tensor | None:
+    """The first photo that can be read and differs from `picture`: a set may hold one photo in several rows. A broken
+    photo here is no fault of the row; it is reported where it is a row's own photo."""
     for row, name in places:
         try:
-            return load_photo(find(row, name), size)
+            other = load_photo(find(row, name), size)
         except BadImage:
             continue
+        if not torch.equal(other, picture):
+            return other
     return None
 
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +33,7 @@ Entry = tuple[int, int, int, int]  # as FACTS
 Change = tuple[int, Entry, str]  # (place in the list, what is known now, why the photo cannot be used or "")
 # The rows of a list, as values by column, whose photo is not as it was, given what was known of each (None: nothing).
 Inspect = Callable[[Sequence[tuple[Any, ...]], Sequence[Entry] | None], list[Change]]
+ReferencesOf = Callable[..., Sequence[str]]  # the further references of a row that must be readable
 
 
 def scan(
@@ -109,26 +109,26 @@ def _load(cache: Cache, name: str, count: int) -> Facts | None:
     return Facts(values, {int(number): str(reason) for number, reason in reasons})
 
 
-def file_inspector(folders: Sequence[Path], max_pixels: int) -> Inspect:
-    """An `Inspect` for photos that are files, with the columns file_name, file and, where rows have several,
-    references. A file whose size and time are as before is not opened. `folders` are those of the metadata files."""
+def file_inspector(folders: Sequence[Path], max_pixels: int, references_of: ReferencesOf) -> Inspect:
+    """An `Inspect` for photos that are files, with the columns file_name, file and those that `references_of` takes. A
+    file whose size and time are as before is not opened. `folders` are those of the metadata files."""
     prefixes = [f"{folder}/" for folder in folders]
 
     def inspect(rows: Sequence[tuple[Any, ...]], known: Sequence[Entry] | None) -> list[Change]:
         found = []
-        for place, (name, file, *references) in enumerate(rows):
-            bytes_, time = -1, 0
+        for place, (name, file, *more) in enumerate(rows):
+            bytes_, time, references = -1, 0, references_of(*more)
             try:
                 path = prefixes[file] + relative_name(name)
                 try:
                     status = os.stat(path)
                     bytes_, time = status.st_size, status.st_mtime_ns
-                    if known and known[place][2] == bytes_ and known[place][3] == time and not any(references):
+                    if known and known[place][2] == bytes_ and known[place][3] == time and not references:
                         continue
                 except (OSError, ValueError):
                     pass  # the next lines say what is wrong
                 height, width = read_photo_size(Path(path), max_pixels)
-                for reference in chain(*references):
+                for reference in references:
                     _check_reference(prefixes[file], reference, max_pixels)
                 found.append((place, (height, width, bytes_, time), ""))
             except BadImage as error:

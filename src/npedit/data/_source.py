@@ -298,6 +298,15 @@ class PhotoSource:
             list(bad.values()),
         )
 
+    def _references_of(self, references: Sequence[str] = (), edit_type: str = "") -> Sequence[str]:
+        """The further references of a row without which it cannot be used: those that the student sees."""
+        return () if has_critic_photos(edit_type, self.settings.other_photos) else references
+
+    def _scan_name(self, max_pixels: int) -> str:
+        """The name under which a cache keeps what the scan of the photos found. It has every setting that the result
+        depends on."""
+        return f"photos-{self.settings.share:g}-{max_pixels}-{self.settings.other_photos:d}"
+
     def _reference_counts(self) -> np.ndarray:
         """How many further references the student sees of each row."""
         counts = pc.list_value_length(self.rows.column("references")).to_numpy()
@@ -345,7 +354,7 @@ class PhotoSource:
         """A row as an example, with its pictures cropped to `size`. `item` names its place, for the draw of another
         photo of the subject."""
         row = self.rows[number]
-        if not has_critic_photos(row, self.settings.other_photos):
+        if not has_critic_photos(row.edit_type, self.settings.other_photos):
             return load_example(row, size, self._find_picture, row.references)
         rng = random.Random(f"{self.seed}/other photo/{item}")
         members = self._subjects.members(number) if self._subjects else []

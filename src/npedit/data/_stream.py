@@ -62,11 +62,11 @@ class Sample:
         """
         photo = read_photo_size(BytesIO(self.photo), settings.max_pixels)
         size = choose_size(photo, settings.sizes, settings.min_kept_share, settings.max_enlargement)
-        return size, 0 if has_critic_photos(self.row, settings.other_photos) else len(self.references)
+        return size, 0 if has_critic_photos(self.row.edit_type, settings.other_photos) else len(self.references)
 
     def load(self, settings: PhotoSettings, size: tuple[int, int], rng: random.Random) -> Example:
         """The sample as an example. Errors as in `load_example`."""
-        if has_critic_photos(self.row, settings.other_photos):
+        if has_critic_photos(self.row.edit_type, settings.other_photos):
             others = shuffled_other_photos(self.row, (), rng)
             return load_example(self.row, size, self.find_picture, (), others)
         return load_example(self.row, size, self.find_picture, self.row.references)

@@ -25,6 +25,7 @@ def shuffled_other_photos(row: Row, members: Iterable[Row], rng: random.Random) 
     return places
 
 
-def has_critic_photos(row: Row, other_photos: bool) -> bool:
-    """Whether the other photos of a row are for the critic: those of a scene, unless `data.other_photos` is off."""
-    return other_photos and row.edit_type == SCENE
+def has_critic_photos(edit_type: str, other_photos: bool) -> bool:
+    """Whether the other photos of a row of this type are for the critic: those of a scene, unless `data.other_photos`
+    is off."""
+    return other_photos and edit_type == SCENE

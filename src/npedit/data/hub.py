@@ -148,15 +148,15 @@ class IndexedSource(PhotoSource):
 
     def _scan_photos(self, max_pixels: int) -> Facts:
         inspect = bytes_inspector(self._all_pictures, max_pixels)
-        name = f"photos-{self.settings.share:g}-{max_pixels}"
-        return scan_kept(self.rows, ["line"], inspect, self._cache, name, self._stop_early, can_change=False)
+        columns, name = ("line", "references", "edit_type"), self._scan_name(max_pixels)
+        return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early, can_change=False)
 
     def _all_pictures(self, values: tuple[Any, ...]) -> Iterator[IO[bytes]]:
-        number = values[0] - 1
-        yield self._photos.open(number)
-        for k in range(self._references.count(number) if self._references else 0):
+        line, *more = values
+        yield self._photos.open(line - 1)
+        for k in range(len(self._references_of(*more))):
             assert self._references is not None
-            yield self._references.open(number, k)
+            yield self._references.open(line - 1, k)
 
     def _find_picture(self, row: Row, name: str) -> Path | bytes:
         if name == row.mask and self._masks is not None:

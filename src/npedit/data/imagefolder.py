@@ -74,10 +74,10 @@ class Source(PhotoSource):
                 log.warning("%s: ignored, never opened: the edited images in %s", file, ", ".join(names))
 
     def _scan_photos(self, max_pixels: int) -> Facts:
-        inspect = file_inspector([file.parent for file in self.metadata], max_pixels)
-        columns = ["file_name", "file", *(["references"] if self._reference_counts().any() else [])]
-        name = f"photos-{self.settings.share:g}"
-        return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early)
+        folders = [file.parent for file in self.metadata]
+        inspect = file_inspector(folders, max_pixels, self._references_of)
+        columns = ["file_name", "file", *(["references", "edit_type"] if self._reference_counts().any() else [])]
+        return scan_kept(self.rows, columns, inspect, self._cache, self._scan_name(max_pixels), self._stop_early)
 
     def _find_picture(self, row: Row, name: str) -> Path | bytes:
         return row.metadata.parent / relative_name(name)

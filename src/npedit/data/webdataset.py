@@ -77,13 +77,13 @@ class IndexedSource(PhotoSource):
 
     def _scan_photos(self, max_pixels: int) -> Facts:
         inspect = bytes_inspector(self._all_pictures, max_pixels)
-        columns, name = ("file", "offset", "length", "references"), f"photos-{self.settings.share:g}-{max_pixels}"
+        columns, name = ("file", "offset", "length", "references", "edit_type"), self._scan_name(max_pixels)
         return scan_kept(self.rows, columns, inspect, self._cache, name, self._stop_early, can_change=False)
 
     def _all_pictures(self, values: tuple[Any, ...]) -> Iterator[IO[bytes]]:
-        file, offset, length, references = values
+        file, offset, length, *more = values
         yield BytesIO(_read(self.shards[file], (offset, length)))
-        for name in references:
+        for name in self._references_of(*more):
             yield BytesIO(_read(self.shards[file], _member_of(name)))
 
     def _find_picture(self, row: Row, name: str) -> Path | bytes:
