@@ -31,6 +31,9 @@ def rows(points: list[tuple], held: str = "eval", every: int = 10) -> list[dict]
     return found
 
 
+NAMED = rows(DECEIVED)[1:]
+
+
 @pytest.mark.parametrize("held", ["eval", "judge"])
 def test_alarm_is_raised_when_the_critic_is_deceived(held: str) -> None:
     found = reward_hacking_alarms(rows(DECEIVED, held), 180)
@@ -70,8 +73,40 @@ def test_evaluation_after_the_warm_up_is_a_baseline_for_later_ones() -> None:
 def test_the_critic_score_is_averaged_over_the_last_updates() -> None:
     evaluations = rows([(100, 0.0, 0.0, 0, 0), (200, 1.0, 0.5, 0, 0)])
     assert monitor_rows(evaluations, 90).critic_scores() == [(100, 0.0), (200, pytest.approx(0.75))]
-    one_key = [{"step": 1, "critic/p_edit": 0.5, "eval/applied": 0.5, "eval/preserved": 0.5}]
-    assert monitor_rows(one_key, 90).critic_scores() == []
+
+
+ASKED = [
+    ("critic/p_edit",),  # without the identity question
+    ("critic/p_grade", "critic/p_identity"),  # grade: instead
+    ("critic/p_rubric",),  # rubric: instead
+    ("critic/p_rubric", "critic/p_edit", "critic/p_identity"),
+    ("critic/p_grade", "critic/p_rubric"),
+]
+
+
+@pytest.mark.parametrize("keys", ASKED, ids=lambda keys: " ".join(k.partition("_")[2] for k in keys))
+def test_a_deceived_critic_is_seen_whatever_it_is_asked(keys: tuple[str, ...]) -> None:
+    """The edit's figure under the names that such a recipe logs."""
+    figures = [{k: row["critic/p_identity" if "identity" in k else "critic/p_edit"] for k in keys} for row in NAMED]
+    hidden = [{k: v for k, v in row.items() if not k.startswith("critic/")} for row in NAMED]
+    found = reward_hacking_alarms([{"step": 0}, *(a | b for a, b in zip(hidden, figures, strict=True))], 180)
+    assert [(a.step, a.since) for a in found] == [(300, 100), (400, 100)]
+    has_identity = "critic/p_identity" in keys
+    assert found[-1].critic == pytest.approx((0.475, 0.865) if has_identity else (0.05, 0.85))
+
+
+def test_a_figure_that_begins_later_is_no_rise_of_the_critic() -> None:
+    """Rubrics that only some rows have: the first updates have none of these rows."""
+    points = [(100, 0.2, 0.2, 0.9, 0.9), (200, 0.2, 0.2, 0.1, 0.1)]
+    with_rubric = [row | ({"critic/p_rubric": 1.0} if row["step"] > 100 else {}) for row in rows(points)]
+    assert reward_hacking_alarms(with_rubric, 180) == []
+    assert monitor_rows(with_rubric, 180).critic_scores() == [(100, pytest.approx(0.2)), (200, pytest.approx(0.4))]
+
+
+def test_the_identity_question_alone_does_not_tell() -> None:
+    points = [(100, 0.2, 0.2, 0.9, 0.9), (200, 0.9, 0.9, 0.1, 0.1)]
+    alone = [{k: v for k, v in row.items() if k != "critic/p_edit"} for row in rows(points)]
+    assert reward_hacking_alarms(alone, 180) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])

@@ -143,6 +143,8 @@ def _plot_means(
 OVERLAID = {
     "eval/both": "oracle: applied and preserved",
     "critic/p_edit": "critic: P(wanted answer), is the edit applied?",
+    "critic/p_grade": "critic: expected grade, from 0 (grade 1) to 1 (grade 5)",
+    "critic/p_rubric": "critic: P(wanted answer), the item's own questions",
     "critic/p_identity": "critic: P(wanted answer), is the rest preserved?",
     **{k: LOSSES[k] for k in ("loss/dmd", "loss/fake")},
     **{k: f"gradient norm: {words}" for k, words in NORMS.items() if k != "grad_norm/fake"},

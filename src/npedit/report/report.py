@@ -18,7 +18,7 @@ from npedit.report import plots
 from npedit.report.page_parts import Html, element
 from npedit.runs.checkpoint import FAILURES, METRICS, is_run, read_config, read_manifest, read_rows, write_text
 from npedit.runs.files import read_json_object
-from npedit.scoring.reward_hacking import HELD_OUT_EDIT_KEYS, RewardHackingAlarm, monitor_rows
+from npedit.scoring.reward_hacking import RewardHackingAlarm, monitor_rows
 from npedit.scoring.tables import TextTable
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,7 @@ def _alarm_box(rows: Sequence[dict[str, Any]], evaluate_items: int) -> Html:
     left_out = f" {monitor.non_finite_message()}" if monitor.non_finite else ""
     if found := sorted(monitor.alarms, key=lambda alarm: alarm.step):
         return _alarms(found, left_out)
-    both = any("critic/p_edit" in r for r in rows) and any(k in r for r in rows for k in HELD_OUT_EDIT_KEYS)
-    if not both:
+    if not monitor.critic_scores():
         return NOTHING
     section = element("i", "Critic and held-out scores")
     return element("p", "No reward hacking found: see ", section, f".{left_out}", kind="soft")

@@ -1,10 +1,12 @@
 """Detection of reward hacking: the training critic's score rises while a score that is held out from training falls.
 
 A score is the mean of two figures, "is the edit applied?" and "is the rest preserved?". The training critic's are
-`critic/p_edit` and `critic/p_identity`, averaged over the last updates before an evaluation. The held-out judge's are
+`critic/p_edit` and `critic/p_identity`, averaged over the last updates before an evaluation. Where the critic is asked
+for grades or rubrics (`item_questions.py`), the first figure is the mean of those and of `critic/p_edit`; where it is
+not asked whether the rest is preserved, the score is the first figure alone. The held-out judge's figures are
 `judge/p_edit` and `judge/p_identity`, the toy oracle's `eval/applied` and `eval/preserved`. Each evaluation is compared
-with the best earlier one. The two questions are not compared separately: an editor that deceives the critic with a bad
-edit damages the rest of the picture first.
+with the best earlier one, by the critic's figures that both have. The two questions are not compared separately: an
+editor that deceives the critic with a bad edit damages the rest of the picture first.
 
 Values that are missing, NaN or infinite are left out and counted. metrics.jsonl has null for NaN and infinity.
 """
@@ -14,16 +16,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
-CRITIC_KEYS = ("critic/p_edit", "critic/p_identity")
+CRITIC_EDIT_KEYS = ("critic/p_edit", "critic/p_grade", "critic/p_rubric")
+CRITIC_KEYS = (*CRITIC_EDIT_KEYS, "critic/p_identity")
 HELD_OUT_KEYS = {"held-out judge": ("judge/p_edit", "judge/p_identity"), "oracle": ("eval/applied", "eval/preserved")}
-HELD_OUT_EDIT_KEYS = tuple(keys[0] for keys in HELD_OUT_KEYS.values())
 WINDOW_BEFORE = 50  # updates before an evaluation over which the training critic's score is averaged
 WINDOW_AFTER = 5  # updates after an evaluation that count where there is no score before it: the first critic stage
 MIN_CRITIC_RISE = 0.03  # rise of the critic's score; smaller differences are noise of a window
@@ -52,15 +55,23 @@ class RewardHackingAlarm:
 
 @dataclass
 class _Evaluation:
-    """One evaluation: each judge's score, and the critic's scores around it."""
+    """One evaluation: each judge's score, and the critic's figures around it, of each update by key."""
 
     step: int
     held_out: dict[str, float]
-    critic_scores: list[float] = field(default_factory=list)
+    critic_figures: list[dict[str, float]] = field(default_factory=list)
 
-    @property
-    def critic(self) -> float:
-        return sum(self.critic_scores) / len(self.critic_scores)
+    def critic_keys(self) -> set[str]:
+        """The keys that the critic's score is made of."""
+        return {key for figures in self.critic_figures for key in figures}
+
+    def critic(self, keys: Collection[str]) -> float:
+        """The critic's score from the figures with these keys."""
+        parts = [[k for k in CRITIC_KEYS if k in keys and (k in CRITIC_EDIT_KEYS) == is_edit] for is_edit in (1, 0)]
+        return fmean(fmean(self._mean(key) for key in part) for part in parts if part)
+
+    def _mean(self, key: str) -> float:
+        return fmean(figures[key] for figures in self.critic_figures if key in figures)
 
 
 class RewardHackingMonitor:
@@ -78,7 +89,7 @@ class RewardHackingMonitor:
         self.items = items
         self.alarms: list[RewardHackingAlarm] = []
         self.non_finite = 0
-        self._recent: deque[tuple[int, float]] = deque()  # (step, critic's score) of the last updates
+        self._recent: deque[tuple[int, dict[str, float]]] = deque()  # (step, critic's figures) of the last updates
         self._best: dict[str, _Evaluation] = {}
         self._waiting: list[_Evaluation] = []  # evaluations that take the critic's scores after them
         self._critic_scores: list[tuple[int, float]] = []
@@ -88,8 +99,8 @@ class RewardHackingMonitor:
         step = row.get("step")
         if not isinstance(step, int):
             return []
-        if (score := self._mean_score(row, CRITIC_KEYS)) is not None:
-            self._add_critic_score(step, score)
+        if figures := self._finite_figures(row, CRITIC_KEYS):
+            self._add_critic_figures(step, figures)
         found = self._finish_waiting(step)
         held_out = {name: s for name, keys in HELD_OUT_KEYS.items() if (s := self._mean_score(row, keys)) is not None}
         if held_out:
@@ -99,7 +110,7 @@ class RewardHackingMonitor:
 
     def critic_scores(self) -> list[tuple[int, float]]:
         """(step, critic's score) of each evaluation that has critic scores around it, by step."""
-        return sorted([*self._critic_scores, *((e.step, e.critic) for e in self._waiting if e.critic_scores)])
+        return sorted([*self._critic_scores, *(_critic_score(e) for e in self._waiting if e.critic_figures)])
 
     def non_finite_message(self) -> str:
         """A sentence that counts the scores left out; "" if there are none."""
@@ -108,54 +119,71 @@ class RewardHackingMonitor:
 
     def _mean_score(self, row: Row, keys: Sequence[str]) -> float | None:
         """The mean of a row's values under `keys`; None if one is missing or not finite."""
-        values = [row[k] for k in keys if k in row]
-        finite = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
-        self.non_finite += len(values) - len(finite)
-        return sum(finite) / len(keys) if len(finite) == len(keys) else None
+        found = self._finite_figures(row, keys)
+        return fmean(found.values()) if len(found) == len(keys) else None
 
-    def _add_critic_score(self, step: int, score: float) -> None:
-        self._recent.append((step, score))
+    def _finite_figures(self, row: Row, keys: Sequence[str]) -> dict[str, float]:
+        """A row's values under those of `keys` that it has; nothing if one is not finite."""
+        values = {k: row[k] for k in keys if k in row}
+        bad = sum(not isinstance(v, int | float) or not math.isfinite(v) for v in values.values())
+        self.non_finite += bad
+        return {} if bad else values
+
+    def _add_critic_figures(self, step: int, figures: dict[str, float]) -> None:
+        self._recent.append((step, figures))
         while self._recent[0][0] <= step - WINDOW_BEFORE:
             self._recent.popleft()
         for evaluation in self._waiting:
             if step <= evaluation.step + WINDOW_AFTER:
-                evaluation.critic_scores.append(score)
+                evaluation.critic_figures.append(figures)
 
     def _finish_waiting(self, step: int) -> list[RewardHackingAlarm]:
         """Compare the evaluations whose updates after them are all read by now; those without a score are dropped."""
         ready = [e for e in self._waiting if step >= e.step + WINDOW_AFTER]
         self._waiting = [e for e in self._waiting if step < e.step + WINDOW_AFTER]
-        return [alarm for e in ready if e.critic_scores for alarm in self._compare(e)]
+        return [alarm for e in ready if e.critic_figures for alarm in self._compare(e)]
 
     def _add_evaluation(self, evaluation: _Evaluation) -> list[RewardHackingAlarm]:
-        evaluation.critic_scores = [s for n, s in self._recent if evaluation.step - WINDOW_BEFORE < n]
-        if evaluation.critic_scores:
+        evaluation.critic_figures = [f for n, f in self._recent if evaluation.step - WINDOW_BEFORE < n]
+        if evaluation.critic_figures:
             return self._compare(evaluation)
         self._waiting.append(evaluation)
         return []
 
     def _compare(self, now: _Evaluation) -> list[RewardHackingAlarm]:
         """Compare an evaluation with the best earlier one of each judge, and keep the better of the two."""
-        self._critic_scores.append((now.step, now.critic))
+        self._critic_scores.append(_critic_score(now))
         found = []
         for name, score in now.held_out.items():
             earlier = [
-                e for e in (self._best.get(name), *self._waiting) if e and name in e.held_out and e.critic_scores
+                e for e in (self._best.get(name), *self._waiting) if e and name in e.held_out and e.critic_figures
             ]
             earlier = [e for e in earlier if e.step < now.step]
             if earlier:
                 best = max(earlier, key=lambda e: (e.held_out[name], -e.step))
-                if self._is_alarm(best, now, name):
-                    critic, held_out = (best.critic, now.critic), (best.held_out[name], score)
+                critic, held_out = _comparable_scores(best, now), (best.held_out[name], score)
+                if critic and self._is_alarm(critic, held_out):
                     found.append(RewardHackingAlarm(now.step, best.step, name, critic, held_out))
             if name not in self._best or score > self._best[name].held_out[name]:
                 self._best[name] = now
         return found
 
-    def _is_alarm(self, best: _Evaluation, now: _Evaluation, name: str) -> bool:
-        before, after = best.held_out[name], now.held_out[name]
-        rise, fall = now.critic - best.critic, before - after
+    def _is_alarm(self, critic: tuple[float, float], held_out: tuple[float, float]) -> bool:
+        before, after = held_out
+        rise, fall = critic[1] - critic[0], before - after
         return rise > MIN_CRITIC_RISE and fall > MIN_FALL_STANDARD_ERRORS * _standard_error(before, after, self.items)
+
+
+def _critic_score(evaluation: _Evaluation) -> tuple[int, float]:
+    """(step, critic's score) of an evaluation."""
+    return evaluation.step, evaluation.critic(evaluation.critic_keys())
+
+
+def _comparable_scores(best: _Evaluation, now: _Evaluation) -> tuple[float, float] | None:
+    """The critic's scores of two evaluations from the figures that both have; None if these do not tell whether the
+    edit is applied."""
+    keys = best.critic_keys() & now.critic_keys()
+    return (best.critic(keys), now.critic(keys)) if keys & set(CRITIC_EDIT_KEYS) else None
 
 
 def monitor_rows(rows: Iterable[Row], items: int) -> RewardHackingMonitor:

@@ -43,7 +43,7 @@ JUDGE_PANEL = Panel(
 PANELS = (
     Panel("success", {SUCCESS: "success"}, is_share=True, is_evaluation=True),
     JUDGE_PANEL,
-    Panel("critic", dict(zip(CRITIC_KEYS, ("applied", "rest kept"), strict=True)), is_share=True),
+    Panel("critic", dict(zip(CRITIC_KEYS, ("applied", "grade", "rubric", "rest kept"), strict=True)), is_share=True),
     *(Panel(title.partition(" (")[0], {key: key.removeprefix("loss/")}) for key, title in LOSSES.items()),
 )
 
