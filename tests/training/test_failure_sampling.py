@@ -14,7 +14,7 @@ import tests.support.side_by_side as two
 from npedit.data import Batch, toy
 from npedit.errors import UserError
 from npedit.nets import distributed
-from npedit.questions import IDENTITY_EDIT
+from npedit.questions import EDIT_TYPES, IDENTITY_EDIT
 from npedit.recipe.config import FailureSampling, Recipe
 from npedit.runs import checkpoint
 from npedit.steps.base import ItemErrors
@@ -79,11 +79,26 @@ def test_an_item_of_a_finite_set_has_its_own_error():
     assert not endless.record.items
 
 
-@pytest.mark.parametrize("kind, error", [(IDENTITY_EDIT, 1.0), ("add", float("nan"))])
-def test_what_says_nothing_about_the_items_edit_is_left_out(kind, error):
+def test_an_error_that_is_not_a_number_is_left_out():
     made = sampler(items=5)
-    made.observe(saw(("a", kind, error)))
+    made.observe(saw(("a", "add", float("nan"))))
     assert made.record == ErrorRecord()
+
+
+def test_an_identity_edit_says_nothing_about_the_items_own_edit():
+    made = sampler(items=5)
+    made.observe(saw(("a", IDENTITY_EDIT, 1.0)))
+    assert made.record == ErrorRecord({IDENTITY_EDIT: 1.0})
+
+
+@pytest.mark.parametrize("kind", EDIT_TYPES)
+@pytest.mark.parametrize("items", [0, 5])
+def test_what_succeeds_comes_less_often_whatever_its_type(kind, items):
+    made = sampler(items=items)
+    for _ in range(300):
+        made.observe(saw(("0/1", kind, 0.0), ("0/2", kind, 0.0)))
+    made.before_update(0)
+    assert made.weight("0/1", kind) == pytest.approx(FLOOR, abs=0.01)
 
 
 def test_weights_change_at_their_updates_only():

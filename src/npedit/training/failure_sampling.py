@@ -42,12 +42,12 @@ class ErrorRecord:
     items: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, edit_type: str, error: float, with_item: bool) -> None:
-        """Take the error of one item into the means. Identity edits are another task than the item's own edit, and an
-        error that is not a number says nothing: both are left out."""
-        if edit_type == IDENTITY_EDIT or not math.isfinite(error):
+        """Take the error of one item into the means. An identity edit may be another task than the item's own edit, so
+        its error counts for its type alone. An error that is not a number says nothing and is left out."""
+        if not math.isfinite(error):
             return
         self.types[edit_type] = _moved(self.types.get(edit_type), error, TYPE_RATE)
-        if with_item:
+        if with_item and edit_type != IDENTITY_EDIT:
             self.items[name] = _moved(self.items.get(name), error, ITEM_RATE)
 
     def error(self, name: str, edit_type: str) -> float:
