@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import Tensor
@@ -257,7 +259,8 @@ def student_gradient(module, **settings) -> Tensor:
     nudge(net)
 
     def collect(losses) -> dict[str, float]:
-        losses[0]().backward()
+        for loss in losses:
+            (loss() / len(losses)).backward()
         found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         return {}
 
@@ -271,6 +274,32 @@ def test_np_edit_gets_the_losses_added_with_their_weight():
     one, two = (student_gradient(np_edit_bootstrap, bootstrap_weight=weight) for weight in (1.0, 2.0))
     assert not torch.allclose(without, one)
     torch.testing.assert_close(two - without, 2 * (one - without), rtol=1e-3, atol=1e-5)
+
+
+def test_one_loss_at_a_time_has_its_graph_in_memory():
+    """No tensor that a backward pass needs is alive when the next loss begins, also with accumulation."""
+
+    class Saved:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+    alive, at_start = WeakSet[Saved](), []
+
+    def keep(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    frozen = parts(critic=False)
+    step = np_edit_bootstrap.Step(
+        np_edit_bootstrap.NpEditBootstrapSettings(**NO_LOSS), frozen, frozen.create_trainable("student", 0), 10, 0
+    )
+    for owner, name in ((step, "_student_loss"), (step.bootstrap, "loss")):
+        own = getattr(owner, name)
+        setattr(owner, name, lambda *given, own=own: at_start.append(len(alive)) or own(*given))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        step.step([batch(0, 1), batch(2, 3)], 0)
+    assert at_start == [0, 0, 0, 0]
 
 
 def test_np_edit_needs_both_captions_for_them():

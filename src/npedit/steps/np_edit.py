@@ -20,7 +20,7 @@ Source: NP-Edit (arXiv 2510.14978), section 3 and its algorithm. Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal
@@ -42,6 +42,8 @@ from npedit.steps._gradient_balance import Balance, GradientBalance
 from npedit.steps._replay import ReplayBuffer, Samples
 from npedit.steps.base import ItemErrors, Parts, Timers
 from npedit.steps.base import Step as Base
+
+LossFn = Callable[[], tuple[Tensor, dict[str, float]]]  # computes a loss, a scalar, and what to log
 
 
 class NpEditSettings(DistributionMatchingSettings, CriticGradientSettings):
@@ -166,18 +168,24 @@ class Step(Base):
         metrics: list[dict[str, float]] = []
         self.item_errors = []
 
-        def loss(batch: Batch, micro: int) -> Tensor:
-            value, seen = self._student_loss(batch, update, micro, timers)
+        def value(loss: LossFn) -> Tensor:
+            found, seen = loss()
             metrics.append(seen)
-            return value
+            return found * (len(losses) / len(batches))  # the learner takes the mean of all
 
-        logged = self.learners["student"].update([partial(loss, b, i) for i, b in enumerate(batches)])
+        losses = [loss for i, b in enumerate(batches) for loss in self._student_losses(b, update, i, timers)]
+        logged = self.learners["student"].update([partial(value, loss) for loss in losses])
         if self.settings.dmd_weight and self.settings.fake_samples == "replay":
             self.replay.add(self.student_samples)
         self.balance.end_update()
         keys = {k for m in metrics for k in m}
         means = {k: sum(m[k] for m in metrics if k in m) / sum(k in m for m in metrics) for k in sorted(keys)}
         return means | {f"{k}/student": v for k, v in logged.items()}
+
+    def _student_losses(self, batch: Batch, update: int, micro: int, timers: Timers) -> list[LossFn]:
+        """The losses of the micro-th batch. They are added up, and each is differentiated by itself, so that only one
+        has its graph in memory."""
+        return [partial(self._student_loss, batch, update, micro, timers)]
 
     def _student_loss(self, batch: Batch, update: int, micro: int, timers: Timers) -> tuple[Tensor, dict[str, float]]:
         """A scalar with the gradient of the micro-th batch's losses, and what to log."""

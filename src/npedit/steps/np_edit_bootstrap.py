@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -47,7 +48,12 @@ class Step(np_edit.Step):
         with self.bootstrap.with_rollouts(self.learners["student"], batches, update):
             return super()._update_student(batches, update, timers)
 
-    def _student_loss(self, batch: Batch, update: int, micro: int, timers: Timers) -> tuple[Tensor, dict[str, float]]:
-        value, seen = super()._student_loss(batch, update, micro, timers)
+    def _student_losses(self, batch: Batch, update: int, micro: int, timers: Timers) -> list[np_edit.LossFn]:
+        return [
+            *super()._student_losses(batch, update, micro, timers),
+            partial(self._bootstrap_loss, batch, update, micro),
+        ]
+
+    def _bootstrap_loss(self, batch: Batch, update: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         added, losses = self.bootstrap.loss(self.learners["student"].net, batch, update, micro)
-        return value + self.weight * added, seen | losses
+        return self.weight * added, losses
