@@ -10,12 +10,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from npedit.cli.main import app
-from npedit.families._published import CHECKPOINTS, find_published
+from npedit.families._published import CHECKPOINTS, find_published, sampling_guidance
 from npedit.families._without_weights import family_without_weights
 from npedit.families.flux import Flux
 from npedit.families.krea2 import Krea2
 from npedit.families.sana import FLOAT16_MAX, Sana
-from npedit.recipe.config import load_recipe, make_recipe
+from npedit.generator import generate_images
+from npedit.recipe.config import find_class, load_recipe, make_recipe
 from npedit.recipe.packaged import recipe_path
 from npedit.training.checkpoint_warnings import checkpoint_warnings
 from npedit.training.estimate import PUBLISHED
@@ -117,3 +118,49 @@ def test_no_recipe_that_ships_is_warned_of(name):
     recipe = load_recipe(recipe_path(name))
     assert checkpoint_warnings(recipe) == []
     assert (PUBLISHED / recipe.family.weights.replace("/", "--")).is_dir()
+
+
+def rows_through(net: nn.Module, run) -> int:
+    """How many pictures go through the net while `run` runs."""
+    rows = []
+
+    def count(module, args, named):
+        given = args[0] if args else named.get("hidden_states", named.get("x"))
+        rows.append(len(given))
+
+    hook = net.register_forward_pre_hook(count, with_kwargs=True)
+    run()
+    hook.remove()
+    return sum(rows)
+
+
+# Seed 1 is FLUX with the scale as an input. Without it FLUX is the toy, or distilled.
+BASES = [("flux", 1), ("krea2", 0), ("qwen_image", 0), ("sana", 0), ("sd3", 0), ("z_image", 0)]
+
+
+@pytest.mark.parametrize(("name", "seed"), BASES)
+@torch.no_grad()
+def test_a_base_model_is_guided_as_often_as_by_its_own_pipeline(name: str, seed: int):
+    family = find_class("families", name).tiny(seed)
+    side = 32
+    words = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"}
+    if name not in ("krea2", "sana"):
+        words |= {"negative_prompt": " "}  # Qwen-Image does not guide without one
+    words |= {"use_resolution_binning": False} if name == "sana" else {}
+    theirs = rows_through(family.base, lambda: family.pipe("a dog", **words))
+    noise = torch.randn(1, family.facts.channels, *[side // family.facts.stride] * 2)
+    guidance = sampling_guidance(family)
+    assert rows_through(family.base, lambda: generate_images(family, ["a dog"], noise, [1.0, 0.5], guidance)) == theirs
+
+
+@pytest.mark.parametrize(("name", "folder"), [("flux", "FLUX.1-schnell"), ("z_image", "Z-Image-Turbo")])
+def test_a_distilled_checkpoint_makes_its_pictures_without_guidance(tmp_path: Path, name: str, folder: str):
+    kind = find_class("families", name)
+    assert sampling_guidance(kind.tiny(0)) == kind.tiny(0).facts.guidance > 1
+    kind.tiny(0).pipe.save_pretrained(tmp_path / folder)
+    assert sampling_guidance(kind.load(tmp_path / folder, torch.float32, CPU)) == 1
+
+
+def test_the_warning_of_a_distilled_teacher_says_once_what_to_take_instead():
+    (warning,) = checkpoint_warnings(toy_recipe(name="flux", weights="FLUX.1-schnell", dtype="bfloat16"))
+    assert warning.count("Prefer") == 1 and warning.endswith(" Prefer black-forest-labs/FLUX.1-dev.")

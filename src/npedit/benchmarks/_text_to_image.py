@@ -9,6 +9,7 @@ from PIL import Image
 
 from npedit import flow
 from npedit.data._photos import nearest_size, resize, to_pil
+from npedit.families._published import sampling_guidance
 from npedit.families.base import Family
 from npedit.generator import generate_images, seeded_generator
 
@@ -20,7 +21,7 @@ class TextToImage:
     """The base model of a family, in the place of an editor. `sizes` are those that the editor was trained at, as
     (H, W); each picture gets the size nearest to its photo's and is scaled to the photo's size, as an edit is.
 
-    Euler steps with the guidance that the family's own pipeline uses.
+    Euler steps with the guidance that the family's own pipeline uses (`sampling_guidance`).
     """
 
     def __init__(self, family: Family, sizes: Sequence[tuple[int, int]], steps: int | None = None):
@@ -45,4 +46,4 @@ class TextToImage:
         shape = (1, family.facts.channels, *(side // family.facts.stride for side in size))
         noise = torch.randn(shape, generator=seeded_generator(seed, "text to image")).to(family.device)
         noise = noise.expand(len(prompts), -1, -1, -1)
-        return [to_pil(image) for image in generate_images(family, prompts, noise, times, family.facts.guidance)]
+        return [to_pil(image) for image in generate_images(family, prompts, noise, times, sampling_guidance(family))]

@@ -14,6 +14,7 @@ from npedit.check.grids import draw_grid
 from npedit.check.subject import Subject
 from npedit.critics.base import Critic
 from npedit.data import Example
+from npedit.families._published import sampling_guidance
 from npedit.flow import few_step_times
 from npedit.generator import generate_images, seeded_generator
 from npedit.questions import questions_for
@@ -82,7 +83,7 @@ def captioned_objects(examples: Sequence[Example]) -> list[CaptionedObject]:
 def _guidance(subject: Subject) -> float:
     """The teacher's guidance in the recipe; the model's own where no stage has a teacher."""
     stage = subject.editing_stage
-    return float(getattr(stage.settings, "guidance", 0) if stage else 0) or subject.parts.family.facts.guidance
+    return float(getattr(stage.settings, "guidance", 0) if stage else 0) or sampling_guidance(subject.parts.family)
 
 
 def _generate(subject: Subject, cases: Sequence[CaptionedObject], steps: int, guidance: float) -> Tensor:

@@ -6,8 +6,13 @@ these weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npedit.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,20 @@ def find_published(weights: str | Path) -> PublishedCheckpoint | None:
         return CHECKPOINTS[str(weights)]
     folder = Path(weights).name
     return next((c for name, c in CHECKPOINTS.items() if folder in (name.replace("/", "--"), name.split("/")[1])), None)
+
+
+def is_step_distilled(weights: str | Path, pipe_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was trained for a few steps: by what is known of it, or by its pipeline's own mark."""
+    known = find_published(weights)
+    return bool(known and known.is_step_distilled) or bool(pipe_config.get("is_distilled", False))
+
+
+def sampling_guidance(family: Family) -> float:
+    """The scale of classifier-free guidance with which a base model makes its pictures: that of its own pipeline, and 1
+    (one pass, none) where the net has the scale as an input or the checkpoint is distilled to a few steps."""
+    pipe: Any = family.pipe
+    net_config: Any = family.base.config
+    embeds_scale = bool(net_config.get("guidance_embeds"))
+    if embeds_scale or is_step_distilled(str(pipe.name_or_path), pipe.config):
+        return 1.0
+    return family.facts.guidance

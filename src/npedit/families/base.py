@@ -34,7 +34,9 @@ class ModelProperties:
     channels: int  # of a latent
     stride: int  # pixels per latent pixel
     multiple: int  # widths and heights in pixels must be multiples of it
-    guidance: float  # the guidance that its own pipeline uses by default
+    guidance: (
+        float  # the guidance that its own pipeline uses by default: the scale that the net takes, or of two passes
+    )
     blocks: tuple[str, ...]  # names of the lists of blocks to shard and to checkpoint
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from npedit.families._published import PublishedCheckpoint, find_published
+from npedit.families._published import PublishedCheckpoint, find_published, is_step_distilled
 from npedit.families.base import Family
 from npedit.recipe.config import FamilyChoice, Recipe
 
@@ -15,7 +15,7 @@ def checkpoint_warnings(recipe: Recipe, family: Family | None = None) -> list[st
     known, chosen = find_published(recipe.family.weights), recipe.family
     found = _dtype_warnings(known, chosen) if known else []
     pipe_config: Any = family.pipe.config if family is not None else {}
-    is_distilled = bool(known and known.is_step_distilled) or bool(pipe_config.get("is_distilled", False))
+    is_distilled = is_step_distilled(recipe.family.weights, pipe_config)
     if is_distilled and any(getattr(stage.settings, "dmd_weight", 0) for stage in recipe.stages):
         found.append(_distilled_teacher_warning(chosen.weights, known))
     return found
@@ -47,6 +47,6 @@ def _distilled_teacher_warning(weights: str, known: PublishedCheckpoint | None) 
     return (
         f"{weights} is distilled to a few steps. It was trained at the few times of its own schedule, so at the other "
         "times that distribution matching draws its velocity may be no usable score. Classifier-free guidance is not "
-        "meant for it either: set guidance to 1. No result with such a teacher is known to us. "
-        f"Prefer {instead}."
+        "meant for it either: set guidance to 1. No result with such a teacher is known to us."
+        f"{instead}"
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from npedit.critics.base import Critic
 from npedit.data import Batch
 from npedit.errors import UserError
+from npedit.families._published import sampling_guidance
 from npedit.flow import few_step_times
 from npedit.generator import edit_images, generate_images, seeded_generator
 from npedit.nets import distributed
@@ -201,7 +202,7 @@ class Evaluation:
             captions = batch.target_captions[start : start + CHUNK]
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
-            images = generate_images(family, captions, noise, times, (guidance or [family.facts.guidance])[-1])
+            images = generate_images(family, captions, noise, times, (guidance or [sampling_guidance(family)])[-1])
             generated.append(images.cpu())
         items = benchmark_items(self.recipe, len(edited))
         counts = module.attribute_failures(items, edited, is_accepted, torch.cat(generated))
