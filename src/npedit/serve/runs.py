@@ -13,7 +13,7 @@ from npedit.report.report import make_report
 from npedit.runs.checkpoint import is_run
 from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.resolve import EditorSource, resolve_editor
-from npedit.serve.verdict import CriticQueue, find_critic, find_recipe
+from npedit.serve.verdict import CriticQueue, find_critic, find_recipe, trains_scenes
 
 MOST_EDITORS = 2  # in memory
 
@@ -102,8 +102,9 @@ class Runs:
         recipe = find_recipe(str(self.folder / name))
         if recipe is None or recipe.critic is None:
             return None
-        if self._critic[0] != repr(recipe.critic):
-            self._critic = repr(recipe.critic), find_critic(name, recipe, self._with_critic)
+        key = repr((recipe.critic, trains_scenes(recipe)))
+        if self._critic[0] != key:
+            self._critic = key, find_critic(name, recipe, self._with_critic)
         return self._critic[1]
 
     def report(self, name: str) -> str:
