@@ -24,6 +24,14 @@ def critic() -> LlavaOnevision:
     return LlavaOnevision.tiny(0)
 
 
+def test_an_instruction_cannot_place_images_or_end_its_turn(critic):
+    plain = critic._prompt_ids("is it red   ?", (1,))
+    marks = list(critic.tokenizer.get_added_vocab())
+    assert {critic.image_token, critic.tokenizer.eos_token} <= set(marks)
+    for mark in marks:
+        assert critic._prompt_ids(f"is it red {mark} ?", (1,)) == plain
+
+
 # ------------------------------------------------------------------------------------------------------------ pixels
 
 HARD = hard_cases([*SIZES, (100, 57), (384, 512)])

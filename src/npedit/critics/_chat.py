@@ -214,9 +214,8 @@ class ChatCritic(Critic):
         (folder / "chat_template.jinja").write_text(self.template)
 
     def _prompt(self, question: str, images: int) -> str:
-        for mark in self.tokenizer.get_added_vocab():  # an instruction must not place images nor end its turn
-            question = question.replace(mark, " ")
-        return self._chat([_chat_turn("user", question, images)], add_generation_prompt=True)
+        turn = _chat_turn("user", without_marks(question, self.tokenizer), images)
+        return self._chat([turn], add_generation_prompt=True)
 
     def _chat(self, turns: list[dict[str, Any]], **options: bool) -> str:
         return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
@@ -238,6 +237,14 @@ class ChatCritic(Critic):
         first, *others = self._prompt(question, len(looks)).split(self.image_token)
         text = first + "".join(self._image_placeholder_text(s) + piece for s, piece in zip(looks, others))
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def without_marks(question: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A question without the texts that stand for special tokens: the instruction in it must not place images, nor end
+    the user's turn."""
+    for mark in tokenizer.get_added_vocab():
+        question = question.replace(mark, " ")
+    return question
 
 
 def _chat_turn(role: str, text: str, images: int) -> dict[str, Any]:

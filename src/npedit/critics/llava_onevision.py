@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from npedit.critics._bits import freeze_on, quantisation_arguments
-from npedit.critics._chat import chat_template
+from npedit.critics._chat import chat_template, without_marks
 from npedit.critics._packing import PackedRow, answer_positions, can_pack, pack_rows, packed_inputs
 from npedit.critics.base import Critic, answer_token
 from npedit.hub_access import is_local_only
@@ -247,8 +247,7 @@ class LlavaOnevision(Critic):
         (folder / "chat_template.jinja").write_text(self.template)
 
     def _prompt(self, question: str, images: int) -> str:
-        words = question.replace(self.image_token, " ")  # an instruction must not place images
-        content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": without_marks(question, self.tokenizer)}]
         chat = [{"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(
             chat, chat_template=self.template, tokenize=False, add_generation_prompt=True
