@@ -46,7 +46,10 @@ def explain_write_errors(path: Path) -> Iterator[None]:
                 f"expected room on the disk for {path}; got a full one; free some space and run the same command "
                 "again: everything that was complete is kept, and the work resumes from there"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
+        if (
+            isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
+            or number == errno.EROFS
+        ):
             raise UserError(f"expected a place that can be written; got {path} ({error}); choose another") from error
         raise
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_the_page_of_compare_holds_the_printed_figures_and_every_editors_picture
     joined = [f"{folder}+{folder}" for folder in folders]  # as of two judges
     run("compare", *joined, *words[:-1])
     assert len(re.findall(r'<tr><td><img src="data:image/png;base64,', page.read_text())) == len(rows)
+    assert "can be written" in run("compare", *folders, "--page", Path(__file__) / "c.html", code=2)
     assert "end in .html" in run("compare", *folders, "--page", tmp_path / "c.txt", code=2)
 
 

@@ -280,7 +280,7 @@ def test_the_critic_families_of_a_run(tmp_path, monkeypatch):
     (run_folder / "final" / "npedit.json").write_text("{}")
     assert cli_judged.critic_families(str(run_folder)) == set()
     file = run_folder / "config.resolved.yaml"
-    file.write_text(yaml.safe_dump({"critic": {"name": "internvl", "weights": "x"}}))
+    file.write_text(yaml.safe_dump({"trainer": {}, "critic": {"name": "internvl", "weights": "x"}}))
     assert (
         cli_judged.critic_families(str(run_folder))
         == {"internvl"}
@@ -288,7 +288,12 @@ def test_the_critic_families_of_a_run(tmp_path, monkeypatch):
     )
     members = [{"name": "qwen_vl", "weights": "x"}, {"name": "smolvlm", "weights": "y"}]
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(members))
-    file.write_text(yaml.safe_dump({"critic": {"name": "ensemble", "weights": str(tmp_path / "m.yaml")}}))
+    file.write_text(
+        yaml.safe_dump({"trainer": {}, "critic": {"name": "ensemble", "weights": str(tmp_path / "m.yaml")}})
+    )
     assert cli_judged.critic_families(str(run_folder)) == {"qwen_vl", "smolvlm"}
-    file.write_text(yaml.safe_dump({"critic": None}))
+    file.write_text(yaml.safe_dump({"trainer": {}, "critic": None}))
     assert cli_judged.critic_families(str(run_folder)) == set()
+    file.write_text("critic: [")
+    with pytest.raises(UserError, match="config"):
+        cli_judged.critic_families(str(run_folder))

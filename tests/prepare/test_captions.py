@@ -209,6 +209,7 @@ def test_bad_input(tmp_path):
         captions(server.url, source, tmp_path / "set")
     (rejected,) = rows_of(tmp_path / "set", "rejected.jsonl")
     assert rejected["reason"] == "no such file: gone.png"
+    assert "expected a shard of npedit prepare" in run("prepare", "--merge", tmp_path / "m", tmp_path / "set", code=2)
     outside = bare_set(tmp_path / "outside", {"instruction": "x", "file_name": "../a.png"})
     assert "metadata.jsonl:1: the name leads out" in captions(server.url, outside, tmp_path / "o", code=2)
     assert "does not exist" in captions(server.url, tmp_path / "nowhere", tmp_path / "o", code=2)

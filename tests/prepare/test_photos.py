@@ -94,6 +94,8 @@ def test_a_table_of_rights(tmp_path):
     table = tmp_path / "r.csv"
     table.write_text("file_name,license,source\n./a.png,CC-BY,flickr\n")
     assert scanning.read_rights_table(table) == {"a.png": {"licence": "CC-BY", "source": "flickr"}}
+    table.write_text(" file_name , licence, source \nb.png, CC0, me\n")
+    assert scanning.read_rights_table(table) == {"b.png": {"licence": "CC0", "source": "me"}}
     table.write_text("name,what\n")
     with pytest.raises(UserError, match="file_name"):
         scanning.read_rights_table(table)

@@ -224,7 +224,7 @@ def test_prompts_of_the_users_own(tmp_path):
     with pytest.raises(UserError, match=r"look\.yaml; got \$photo"):
         load_prompts(folder)
     (folder / "look.yaml").write_text("version: 1\n")
-    with pytest.raises(UserError, match="system, user"):
+    with pytest.raises(UserError, match=r"(?s)look\.yaml: system: .*user: "):
         load_prompts(folder)
     (folder / "look.yaml").unlink()
     with pytest.raises(UserError, match="expected a file"):
@@ -234,6 +234,26 @@ def test_prompts_of_the_users_own(tmp_path):
         load_prompts(custom=tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_text("edit_types: {rain: {trained_as: ton}}\n")
     with pytest.raises(UserError, match="Did you mean 'tone'"):
+        load_prompts(custom=tmp_path / "c.yaml")
+
+
+WRONG_VALUES = [
+    {"temperature": "warm"}, {"temperature": -1}, {"max_tokens": None}, {"edit_types": ["add"]}, {"edit_types": "add"},
+    {"edit_types": {"add": 3}}, {"styles": "plain"}, {"examples": "hello"}, {"language": ["French"]}, {"verson": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_VALUES, ids=str)
+def test_a_wrong_value_in_a_prompts_file_is_named(tmp_path, change):
+    """In a folder of prompts; the keys that a small file may have, there too."""
+    (key,) = change
+    folder = shutil.copytree(PACKAGED, tmp_path / "own")
+    write = yaml.safe_load((folder / "write.yaml").read_text())
+    (folder / "write.yaml").write_text(yaml.safe_dump(write | change))
+    with pytest.raises(UserError, match=rf"--prompts, .*write\.yaml: {key}"):
+        load_prompts(folder)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(change))
+    with pytest.raises(UserError, match=rf"--custom, .*c\.yaml: {key}"):
         load_prompts(custom=tmp_path / "c.yaml")
 
 

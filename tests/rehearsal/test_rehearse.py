@@ -191,6 +191,8 @@ def test_an_old_rehearsal_is_not_written_over(recipe_file, tmp_path) -> None:
     (tmp_path / "rehearsal.txt").write_text("old")
     said = run("rehearse", recipe_file, "--out", tmp_path, code=2)
     assert "expected a new or empty folder" in said and "--out" in said
+    on_a_file = run("rehearse", recipe_file, "--out", tmp_path / "rehearsal.txt", code=2)
+    assert "expected a new or empty folder" in on_a_file
 
 
 def test_a_size_that_the_data_cannot_have_is_refused(tmp_path) -> None:

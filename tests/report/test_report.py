@@ -203,6 +203,10 @@ def test_curves_plots_several_runs_in_the_same_axes(tmp_path, real_figures):
         assert (np.abs(picture - colour).max(-1) < 8).sum() > 500
     make_run(tmp_path / "new")
     (tmp_path / "new" / METRICS).unlink()
+    nowhere = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), "-o", str(tmp_path)])
+    assert nowhere.exit_code == 2 and "is a folder" in nowhere.output
+    deep = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), "-o", str(tmp_path / "not" / "yet" / "c.png")])
+    assert deep.exit_code == 0 and (tmp_path / "not" / "yet" / "c.png").is_file()
     refused = CliRunner().invoke(app, ["curves", str(tmp_path / "a"), str(tmp_path / "new")])
     assert refused.exit_code == 2 and "got new" in refused.output
 

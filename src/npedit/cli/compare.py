@@ -88,6 +88,7 @@ def compare(
 
 def _compare(request: _Request) -> dict[str, Any]:
     """Print the tables, and write the plot and the page; returns the figures in them."""
+    from npedit.output_pictures import check_writable
     from npedit.report.comparison import agreement_table, differences_table, ranking_table
     from npedit.scoring.comparison import (
         measure_agreement,
@@ -97,6 +98,8 @@ def _compare(request: _Request) -> dict[str, Any]:
         select_common_metrics,
     )
 
+    for place in filter(None, (request.plot, request.page)):
+        check_writable(place)
     results = open_results(request.folders, request.force)
     measures, left_out = select_common_metrics(results, request.wanted)
     for note in left_out:

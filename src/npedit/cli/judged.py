@@ -287,15 +287,20 @@ def shared_origin_warning(judge: Any, request: EvaluationRequest) -> str:
 
 
 def critic_families(model: str) -> set[str]:
-    """The families of the critics that a run's editor was trained with; empty if there is no record."""
+    """The families of the critics that a run's editor was trained with; empty if there is no record.
+
+    Raises:
+        UserError: the run's recipe is damaged.
+    """
     import yaml
 
+    from npedit.runs.checkpoint import read_config
     from npedit.runs.resolve import resolve_editor
 
     if model == "embedded":
         return {"llava_onevision"}
     run = resolve_editor(model).run
-    critic = (yaml.safe_load((run / "config.resolved.yaml").read_text()) if run else {}).get("critic") or {}
+    critic = (read_config(run) if run else {}).get("critic") or {}
     if critic.get("name") == "ensemble" and Path(critic["weights"]).is_file():
         return {member["name"] for member in yaml.safe_load(Path(critic["weights"]).read_text())}
     return {critic["name"]} if critic else set()

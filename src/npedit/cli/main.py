@@ -273,9 +273,11 @@ def curves(
     picture: Annotated[Path, typer.Option("--out", "-o", help="A PNG.")] = Path("curves.png"),
 ) -> None:
     """Plot the metrics of several runs in the same axes."""
+    from npedit.output_pictures import check_writable
     from npedit.report.plots import plot_runs
     from npedit.runs.checkpoint import METRICS, read_rows, require_run
 
+    check_writable(picture)
     has_duplicate_names = len({run.resolve().name for run in runs}) < len(runs)
     names = [str(run) if has_duplicate_names else run.resolve().name for run in runs]
     rows = {name: read_rows(require_run(run) / METRICS) for name, run in zip(names, runs, strict=True)}

@@ -88,7 +88,7 @@ def run_rehearse(
 
 
 def _require_new_folder(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}; remove it, or choose another with --out")
 
 

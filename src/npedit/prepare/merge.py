@@ -54,6 +54,11 @@ def _read_facts(shard: Path) -> dict[str, Any]:
         raise UserError(
             f"--merge: expected a finished shard in {shard}; got {error}; run npedit prepare --shard for it to the end"
         ) from None
+    if missing := [name for name in (*SAME, "settings") if name not in facts]:
+        raise UserError(
+            f"--merge: expected a shard of npedit prepare in {shard}; got a folder whose {FACTS} has no "
+            f"{', '.join(missing)}; give the folders that npedit prepare --shard made"
+        )
     if facts.get("stopped"):
         raise UserError(f"--merge: expected a finished shard in {shard}; it stopped: {facts['stopped']}; finish it")
     return facts

@@ -203,7 +203,7 @@ def read_rights_table(path: Path) -> dict[str, dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            columns = [c.strip() for c in reader.fieldnames or ()]
+            columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--licences: expected a csv file in UTF-8; got {path} ({error}); correct it") from None

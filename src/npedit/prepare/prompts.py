@@ -15,22 +15,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from npedit.errors import UserError, did_you_mean
 from npedit.judges.cache import hash_json
 from npedit.questions import EDIT_TYPES, IDENTITY_EDIT, OTHER
+from npedit.recipe.config import Settings, validate_settings
 from npedit.recipe.yaml_file import parse_yaml
 
 PASSES = ("look", "write", "verify")
 CAPTION = "caption"  # completes rows that have an instruction; a user's folder may leave it out
 PACKAGED = Path(__file__).with_name("prompts")
 LOCAL_TYPES = ("add", "remove", "replace", "shape", "action", "style", "text", "recolour", "material", "background")
-CUSTOM_KEYS = ("language", "edit_types", "styles", "examples")
 TEMPLATE_NAMES = {
     "look": (),
     "write": ("photo", "wanted", "examples", "language"),
     CAPTION: ("edit_type", "instruction", "object", "source_caption"),
     "verify": ("edit_type", "instruction", "object", "source_caption", "target_caption", "questions"),
 }
+
+
+class EditTypeEntry(Settings):
+    """An edit type in a file: a description, and the edit type of `questions.py` that its rows are trained as."""
+
+    description: str = ""
+    trained_as: str = ""
+
+
+class CustomFile(Settings):
+    """The keys of a user's own small file."""
+
+    language: str | None = None
+    edit_types: dict[str, str | EditTypeEntry | None] | None = None
+    styles: list[str] | None = None
+    examples: list[str | dict[str, Any]] | None = None
+
+
+class PromptFile(CustomFile):
+    """The keys of a prompt's file; those of `CustomFile` are for write.yaml."""
+
+    version: str | int | float
+    system: str
+    user: str
+    temperature: float = Field(ge=0)
+    max_tokens: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -107,9 +135,7 @@ def load_prompts(folder: Path | None = None, custom: Path | None = None, languag
 def _read_prompt(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.yaml"
     value = _read_mapping(path, "--prompts")
-    missing = [key for key in ("version", "system", "user", "temperature", "max_tokens") if key not in value]
-    if missing:
-        raise UserError(f"expected the keys of a prompt in {path}; {', '.join(missing)} missing; add them")
+    _check(PromptFile, value, f"--prompts, {path}")
     template = string.Template(str(value["user"]))
     names = set(template.get_identifiers())
     if not template.is_valid() or names != set(TEMPLATE_NAMES[name]):
@@ -126,13 +152,16 @@ def _as_prompt(value: Mapping[str, Any]) -> Prompt:
     )  # fmt: skip
 
 
+def _check(model: type[Settings], value: Mapping[str, Any], place: str) -> None:
+    try:
+        validate_settings(model, value, "")
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
 def _add_custom(write: dict[str, Any], path: Path) -> dict[str, Any]:
     custom = _read_mapping(path, "--custom")
-    for key in custom:
-        if key not in CUSTOM_KEYS:
-            raise UserError(
-                f"expected the keys {', '.join(CUSTOM_KEYS)} in {path}; got {key!r}.{did_you_mean(key, CUSTOM_KEYS)}"
-            )
+    _check(CustomFile, custom, f"--custom, {path}")
     types = {**(write.get("edit_types") or {}), **(custom.get("edit_types") or {})}
     examples = [*(write.get("examples") or []), *(custom.get("examples") or [])]
     return {**write, **custom, "edit_types": types, "examples": examples}
