@@ -29,7 +29,10 @@ def prepare_words(folder, url):
 
 @pytest.mark.parametrize(
     ("words", "right"),
-    [(evaluate_words, lambda body: '{"score": [7, 8]}'), (prepare_words, lambda body: json.dumps(good_answer(body)))],
+    [
+        pytest.param(evaluate_words, lambda body: '{"score": [7, 8]}', marks=pytest.mark.slow),
+        (prepare_words, lambda body: json.dumps(good_answer(body))),
+    ],
 )
 def test_one_ctrl_c_ends_the_command_with_a_server_that_never_answers(tmp_path, words, right):
     released = threading.Event()

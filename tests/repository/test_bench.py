@@ -104,7 +104,10 @@ def test_peaks_are_by_part_and_checkpointing_lowers_the_critics_peak(bench) -> N
     assert 0 < found["again"]["critic"] < found["plain"]["critic"]
 
 
-@pytest.mark.parametrize("make", [parts_table, memory_settings_table, arithmetic_table])
+SLOW_TABLES = [pytest.param(make, marks=pytest.mark.slow) for make in (memory_settings_table, arithmetic_table)]
+
+
+@pytest.mark.parametrize("make", [parts_table, *SLOW_TABLES])
 def test_a_benchmark_makes_a_table(bench, make) -> None:
     assert_is_table(make(bench, 1))
 

@@ -19,7 +19,8 @@ from npedit.runs import lock
 from npedit.runs.checkpoint import METRICS, read_config, read_rows
 from npedit.study import jobs, study
 from npedit.study import page as study_page
-from npedit.study.file import Study, load_study, variant_recipe
+from npedit.study.file import Study, load_study, quick_study, variant_recipe
+from npedit.study.jobs import StudyWork
 from npedit.toy_models.build import train_graded_critic
 from tests.support.command_line import run as run_command
 
@@ -141,7 +142,7 @@ def test_a_study_trains_scores_writes_its_page_and_resumes(finished, tmp_path, m
     assert run(made, Path("runs/tiny")) == words
 
 
-def test_a_variants_own_seeds_are_trained_and_missing_ones_are_named(finished, tmp_path, monkeypatch):
+def test_a_variants_own_seeds_are_trained_and_missing_ones_are_named(finished, monkeypatch):
     variants = {"full": {"seeds": [0, 1]}, "dmd_only": TINY["variants"]["dmd_only"]}
     made = make_study(variants=variants, tables=[{"title": "Losses", "rows": list(variants)}])
     shutil.rmtree(finished / "dmd_only-0")
@@ -162,9 +163,7 @@ def test_a_variants_own_seeds_are_trained_and_missing_ones_are_named(finished, t
     assert scores["full"]["runs"] == ["full-0", "full-1"] and len(scores["full"]["each"]) == 2
     assert scores["full"]["n"] == 9 and "ot run" not in words and "1 degrees of freedom)" in words
     assert [len(outcomes) for outcomes in scores["full"]["outcomes"]] == [9, 9]
-    quick = make_study(variants={"full": {"seeds": [0, 1]}}, tables=[])
-    assert run(quick, tmp_path / "q", quick=True)
-    assert [p.name for p in (tmp_path / "q").iterdir() if p.is_dir()] == ["full-0"]
+    assert quick_study(make_study(variants={"full": {"seeds": [0, 1]}}, tables=[])).seeds_of("full") == [0]
 
 
 def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finished):
@@ -190,7 +189,7 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
         train_graded_critic(finished / "critics" / "weak-1", 2, 9)
     edited = make_study(variants=variants, tables=tables, critics=critics | {"weak": {"batches": 2}})
     with pytest.raises(UserError, match=r"weak-1/critic' -> '.*weak-2/critic'"):
-        run(edited, finished)
+        StudyWork(edited, finished, recipe_path, False)  # before anything is trained
 
 
 def test_every_recipe_of_the_packaged_study_is_valid():

@@ -23,6 +23,7 @@ from npedit.training.estimate import (
     PUBLISHED,
     SAMPLE_PROMPT,
     Estimate,
+    _largest_batch,
     config_folder,
     estimate,
     open_without_weights,
@@ -100,12 +101,12 @@ def test_what_settings_switch_off_and_what_a_type_costs(plain, models) -> None:
     net = worst(plain, "base")
     lean = {"step": "np_edit", "updates": 1, "batch_size": ITEMS,
             "settings": {"fake_updates": 2, "fake": {"ema": 0.0, "betas": [0.5, 0.9]}}}  # fmt: skip
-    found = estimate(recipe(models, stages=[lean]), at_once=False)
+    found = estimate(recipe(models, stages=[lean]))
     assert worst(found, "averages") == net and worst(found, "optimizer") == 3 * net
     family = {"name": "flux", "weights": str(models / "base"), "dtype": "bfloat16"}
-    half = estimate(recipe(models, stages=[NP_EDIT], family=family), at_once=False)
+    half = estimate(recipe(models, stages=[NP_EDIT], family=family))
     assert worst(half, "base") == net / 2 and worst(half, "student") == worst(half, "fake") == 1.5 * net
-    sharded = estimate(recipe(models, stages=[NP_EDIT], family=family, trainer={"shard": "full"}), 2, at_once=False)
+    sharded = estimate(recipe(models, stages=[NP_EDIT], family=family, trainer={"shard": "full"}), 2)
     assert worst(sharded, "student") == net / 2
     assert half.disk["finished editor:"] == sharded.disk["finished editor:"] == net
 
@@ -144,7 +145,7 @@ def test_the_estimated_peak_is_within_a_tenth_of_the_profilers(models, plain, me
     assert expected == pytest.approx(got, rel=0.1), f"estimated {expected}, measured {got}: {expected / got - 1:+.1%}"
 
 
-@pytest.mark.parametrize("memory", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("memory", [{}, pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow)])
 def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
     """Also that one pass over them is fewer operations than two, for the unroll with two transitions."""
     family = {"name": "flux", "weights": str(models / "base"), "isolated_references": True}
@@ -163,9 +164,11 @@ def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
 
 def test_scenes_of_photos_and_of_the_toy_have_another_photo_in_the_critic(models, plain) -> None:
     photos = {"name": "imagefolder", "path": "photos", "sizes": [[SIDE, SIDE], [16, 16]], "shares": {"scene": 0.3}}
-    for data in (photos, {"name": "toy", "edit_types": ["scene"]}):  # of one picture size
-        found = estimate(recipe(models, data=data, stages=[NP_EDIT]), at_once=False)
-        assert worst(found, "activations", "np_edit: critic") > worst(plain, "activations", "np_edit: critic")
+    for data in (photos, {"name": "toy", "edit_types": ["scene"]}):
+        batch = _largest_batch(recipe(models, data=data), ITEMS)
+        assert batch.other_photos is not None and set(batch.edit_types) == {"scene"}
+    found = estimate(recipe(models, data=photos, stages=[NP_EDIT]), at_once=False)
+    assert worst(found, "activations", "np_edit: critic") > worst(plain, "activations", "np_edit: critic")
 
 
 def test_lora_offload_and_checkpointing_lower_the_estimate(plain, models) -> None:
@@ -184,7 +187,7 @@ def test_two_processes_hold_half_a_batch_and_with_sharding_half_the_weights(plai
     """Two processes: half of the batch each; sharded, half of all that is trained too."""
     both = recipe(models, trainer={"sample_items": 2, "shard": "full"})
     whole = estimate(recipe(models, stages=[NP_EDIT]), 2, at_once=False)
-    halves = estimate(both, 2, at_once=False)
+    halves = estimate(both, 2)
     assert worst(whole, "student") == worst(plain, "student") == 2 * worst(halves, "student")
     assert worst(halves, "optimizer") == worst(plain, "optimizer") / 2
     assert worst(halves, "base") == pytest.approx(worst(plain, "base") / 2, rel=0.01)
