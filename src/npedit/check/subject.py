@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +81,3 @@ def split_batch(batch: Batch) -> Iterator[Example]:
     for key, (reference, other), rubric, *texts in zip(batch.ids, pictures, rubrics, *columns, strict=True):
         other_photo = None if torch.equal(other, reference) else other
         yield replace(Example(key, reference, *texts), questions=rubric, other_photo=other_photo)
-
-
-def group_by_size(examples: Sequence[Example]) -> list[list[Example]]:
-    """The examples in groups of one picture size each."""
-    groups: dict[Size, list[Example]] = defaultdict(list)
-    for example in examples:
-        height, width = example.reference.shape[-2:]
-        groups[height, width].append(example)
-    return list(groups.values())

@@ -18,7 +18,6 @@ app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and 
 out = Console(highlight=False, soft_wrap=True)
 
 LESSONS = ("all", "scene", "rubric")
-RateOption = Annotated[float, typer.Option(min=0, max=1)]
 
 
 @app.command("data")

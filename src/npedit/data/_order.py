@@ -109,7 +109,6 @@ class Order:
 
     def __init__(self, seed: int, groups: Sequence[Sequence[Group]]):
         self.seed, self._groups = seed, groups
-        self._epoch_size = [sum((g.quota for g in bucket), Fraction(0)) for bucket in groups]
         self._rows = lru_cache(2 * len(groups) + 2)(self._shuffled_rows)
         self._pass = lru_cache(2 * sum(map(len, groups)) + 2)(self._shuffled_pass)
         self._plan = lru_cache(2)(self._shuffled_batch_order)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -209,6 +209,8 @@ class Family(ABC):
         """v at (x, t): x (b, c, h, w), t (b,) in [0, 1]; references are latents (b, c, h', w'), or what
         `prepare_references` returned for this net. Gradient flows to all."""
 
-    @abstractmethod
-    def few_step_scheduler(self, shift: float) -> SchedulerMixin:
-        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
+    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler to save with a few-step editor: flow matching's Euler with a fixed shift and fresh noise at
+        each step, which the pipelines of all families take. The DPM solver that most Sana folders hold has no fresh
+        noise."""
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)

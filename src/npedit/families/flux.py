@@ -173,10 +173,6 @@ class Flux(Family):
             return_dict=False,
         )[0]
 
-    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
-
 
 def _position_ids(rows: int, columns: int, frame: int, like: Tensor) -> Tensor:
     ids = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)

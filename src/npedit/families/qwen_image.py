@@ -166,10 +166,6 @@ class QwenImage(Family):
         call = partial(_run, net, references, clean, states, None, before)
         return cache_references(weights_module(net), QwenReferenceAttnProcessor, len(references), call)
 
-    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
-
 
 def _run(
     net: nn.Module,

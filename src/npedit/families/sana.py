@@ -32,7 +32,6 @@ import torch
 from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
 )
@@ -190,11 +189,6 @@ class Sana(Family):
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]].to(x.dtype)
-
-    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save with a few-step editor: flow matching's Euler, since the DPM solver that most Sana
-        folders hold does not re-noise with fresh noise. SanaPipeline takes either."""
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
 
 
 def _clip_attention(net: nn.Module) -> None:

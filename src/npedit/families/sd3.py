@@ -164,10 +164,6 @@ class SD3(Family):
             )[0]
         return out.to(x.dtype)
 
-    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
-
 
 @contextmanager
 def _attach_references(net: nn.Module, x: Tensor, references: Sequence[Tensor]) -> Iterator[None]:

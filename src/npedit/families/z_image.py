@@ -226,10 +226,6 @@ class ZImage(Family):
 
         return cache_references(weights_module(net), ZImageReferenceAttnProcessor, len(references), call)
 
-    def few_step_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler to save with a few-step editor: the class of the family's pipeline, with a fixed shift."""
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False, stochastic_sampling=True)
-
 
 def _run_alone(net: nn.Module, x: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
     """The net's output (b, c, 1, h, w) on the picture x (b, c, h, w) and the captions."""

@@ -1,5 +1,5 @@
 """How well one list of scores orders items as another does, such as a judge's scores and people's: rank correlations,
-and the accuracy over pairs. numpy alone. Time grows as n log n.
+and the accuracy over pairs. Time grows as n log n.
 """
 
 from __future__ import annotations
@@ -7,14 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy import stats
 
 from npedit.scoring.statistics import Labels, Numbers, compare_with_margin
-
-
-def _mean_ranks(x: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
 
 
 def spearman(x: Numbers, y: Numbers) -> float:
@@ -24,41 +19,13 @@ def spearman(x: Numbers, y: Numbers) -> float:
         ValueError: fewer than two items, unlike numbers, or values that are all the same.
     """
     a, b = _check_varied(x, y)
-    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def kendall(x: Numbers, y: Numbers) -> float:
     """Kendall's tau-b, which accounts for ties. Errors as in `spearman`."""
     a, b = _check_varied(x, y)
-    a, b = (np.unique(v, return_inverse=True)[1] for v in (a, b))
-    untied_a, untied_b = (_pair_count(len(v)) - _tied_pairs(v) for v in (a, b))
-    tied_in_either = _tied_pairs(a) + _tied_pairs(b) - _tied_pairs(a * (b.max() + 1) + b)
-    discordant = _inversions(b[np.lexsort((b, a))])  # within equal a, b rises: such pairs are no inversions
-    concordant = _pair_count(len(a)) - tied_in_either - discordant
-    return float((concordant - discordant) / np.sqrt(float(untied_a) * float(untied_b)))
-
-
-def _pair_count(n: int) -> int:
-    return n * (n - 1) // 2
-
-
-def _tied_pairs(values: np.ndarray) -> int:
-    counts = np.unique(values, return_counts=True)[1].astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _inversions(ranks: np.ndarray) -> int:
-    """How many pairs i < j have ranks[i] > ranks[j], for integers from 0, in O(n log n): bit by bit from the highest,
-    among the values that are equal in all higher bits, each 1 before a 0 is an inversion."""
-    found = 0
-    for bit in reversed(range(int(ranks.max(initial=0)).bit_length())):
-        order = np.argsort(ranks >> (bit + 1), kind="stable")
-        high, ones = (ranks >> (bit + 1))[order], ((ranks >> bit) & 1)[order]
-        before = np.cumsum(ones) - ones
-        starts = np.flatnonzero(np.r_[True, high[1:] != high[:-1]])
-        in_group = before - np.repeat(before[starts], np.diff(np.r_[starts, len(high)]))
-        found += int(in_group[ones == 0].sum())
-    return found
+    return float(stats.kendalltau(a, b).statistic)
 
 
 def _check_varied(x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:

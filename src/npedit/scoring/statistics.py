@@ -1,4 +1,4 @@
-"""What can be said of scores: intervals, paired differences, win rates, rankings. numpy alone.
+"""What can be said of scores: intervals, paired differences, win rates, rankings.
 
 Items are drawn within tasks throughout (a stratified bootstrap), since a benchmark's tasks are fixed and their items a
 sample. Of a task with n items n - 1 are drawn, which makes the variance of its mean unbiased (J. N. K. Rao and C. F. J.
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
+from scipy.special import log_softmax
 
 BOOTSTRAP_DRAWS, SIGN_FLIPS = 2000, 10_000
 CHUNK_NUMBERS = 4_000_000  # random numbers held at a time
@@ -185,21 +187,6 @@ def win_rate_interval(better: Numbers, tasks: Sequence[str], seed: int = 0) -> t
     return bootstrap_interval((np.asarray(better) + 1) / 2, tasks, seed, over_tasks=False)
 
 
-def debias_order(first: Sequence[int], second: Sequence[int]) -> tuple[np.ndarray, float]:
-    """Verdicts of a judge that saw A first, and then A second; each is 1 (A), 0 (tie) or -1 (B).
-
-    Returns (n,) outcomes, a win only where both orders agree and else a tie, and the share of items where swapping the
-    pictures changed the verdict.
-
-    Raises:
-        ValueError: unlike numbers of verdicts, none, or others than 1, 0, -1.
-    """
-    one, two = np.asarray(first), np.asarray(second)
-    if one.shape != two.shape or not len(one) or not {*one.tolist(), *two.tolist()} <= {-1, 0, 1}:
-        raise ValueError(f"expected as many verdicts 1, 0 or -1 in either order; got {first!r} and {second!r}")
-    return np.where(one == two, one, 0), float((one != two).mean())
-
-
 # ----------------------------------------------------------------------------------------------------- many editors
 
 
@@ -242,10 +229,10 @@ def fit_davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking
     x = np.zeros(k + 1)
 
     def value(x: np.ndarray) -> float:
-        return float((counts * _log_softmax(features @ x)).sum() - (penalty * x**2).sum() / 2)
+        return float((counts * log_softmax(features @ x, axis=1)).sum() - (penalty * x**2).sum() / 2)
 
     for _ in range(200):  # Newton's method; the function is concave
-        p, n = np.exp(_log_softmax(features @ x)), counts.sum(1)
+        p, n = np.exp(log_softmax(features @ x, axis=1)), counts.sum(1)
         expected = np.einsum("po,pof->pf", p, features)
         gradient = np.einsum("po,pof->f", counts - p * n[:, None], features) - penalty * x
         curvature = np.einsum("p,po,pof,pog->fg", n, p, features, features) + np.diag(penalty)
@@ -261,11 +248,6 @@ def fit_davidson(wins: np.ndarray, ties: np.ndarray, l2: float = 1.0) -> Ranking
     return Ranking(x[:k] - x[:k].mean(), float(np.exp(x[k])) if ties.any() else 0.0)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    centred = logits - logits.max(1, keepdims=True)
-    return centred - np.log(np.exp(centred).sum(1, keepdims=True))
-
-
 def _davidson_features_and_counts(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(pairs, 3, k + 1) what each outcome's log-odds is made of, and (pairs, 3) counts: i wins, j wins, tie."""
     k = len(wins)
@@ -279,15 +261,8 @@ def _davidson_features_and_counts(wins: np.ndarray, ties: np.ndarray) -> tuple[n
 
 
 def _connected_components(links: np.ndarray) -> list[list[int]]:
-    left, parts = set(range(len(links))), []
-    while left:
-        part, new = set(), {min(left)}
-        while new:
-            part |= new
-            new = {int(j) for i in new for j in np.flatnonzero(links[i])} - part
-        left -= part
-        parts.append(sorted(part))
-    return parts
+    count, part = connected_components(links, directed=False)
+    return [np.flatnonzero(part == k).tolist() for k in range(count)]
 
 
 def rank_editors(
