@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 IDENTITY_EDIT = "nothing"  # the instruction is to change nothing: "do nothing"
+IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 OTHER = "other"
 SCENE = "scene"  # the subject of the photo somewhere else, doing something else
 EDIT_TYPES = (

@@ -10,7 +10,7 @@ from PIL import Image
 
 from npedit.data import toy
 from npedit.errors import UserError
-from npedit.questions import IDENTITY_EDIT
+from npedit.questions import IDENTITY_EDIT, IDENTITY_INSTRUCTIONS
 from npedit.toy import edits as language
 from npedit.toy import oracle, world
 from npedit.toy.dataset import write_dataset
@@ -88,7 +88,7 @@ def test_the_toy_has_items_with_nothing_to_do():
     turned = [i for i, t in enumerate(batch.edit_types) if t == IDENTITY_EDIT]
     assert 60 < len(turned) < 140
     for i in turned:
-        assert batch.instructions[i] in language.IDENTITY_INSTRUCTIONS
+        assert batch.instructions[i] in IDENTITY_INSTRUCTIONS
         assert batch.target_captions[i] == batch.source_captions[i]
 
 

@@ -87,7 +87,7 @@ def test_other_broken_folders_are_refused(tmp_path):
         r.Results.read(tmp_path)
     (tmp_path / "rows.jsonl").write_text(good)
     (tmp_path / "settings.json").write_text("[")
-    with pytest.raises(UserError, match="expected JSON"):
+    with pytest.raises(UserError, match="expected a JSON object"):
         r.Results.read(tmp_path)
 
 

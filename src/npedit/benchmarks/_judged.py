@@ -35,6 +35,7 @@ from npedit.benchmarks._scorer import Item
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import OK
 from npedit.runs.checkpoint import write_text
+from npedit.runs.files import read_json_object
 from npedit.scoring import results
 from npedit.scoring.encoders import Clip, Dino, MissingEncoder
 from npedit.scoring.lpips import Lpips
@@ -145,12 +146,9 @@ def write_initial_settings(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"expected JSON in {path}; got: {error}; delete it, or give --fresh") from None
-    if not isinstance(found, dict):
-        raise UserError(f"expected a JSON object in {path}; got another value; delete it, or give --fresh")
-    return found
+        return read_json_object(path)
+    except ValueError as error:
+        raise UserError(f"expected a JSON object in {path}; got: {error}; delete it, or give --fresh") from None
 
 
 def write_results(folder: Path, rows: Iterable[Row], summary: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

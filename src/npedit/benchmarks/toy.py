@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from npedit.data._photos import to_pil
 from npedit.runs.checkpoint import explain_write_errors, write_text
 from npedit.scoring.tables import TextTable
 from npedit.toy.edits import EDIT_TYPES, Edit
@@ -239,12 +239,6 @@ def _save_pictures(
         words = {"instruction": e.instruction, "edit_type": e.edit_type}
         listed.append({**names, **words, "applied": applied, "preserved": preserved})
     write_text(folder / "items.json", json.dumps(listed, indent=1))
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> an RGB picture; values outside are clipped."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def results_table(after: Scores, before: Scores | None = None, title: str = "") -> TextTable:

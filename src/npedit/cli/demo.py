@@ -61,10 +61,11 @@ def write_example_picture(path: Path) -> str:
     from PIL import Image
 
     from npedit.benchmarks import toy
+    from npedit.data._photos import to_pil
     from npedit.toy.world import render
 
     edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "remove")  # learnt early
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        toy.to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+        to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
     return edit.instruction

@@ -13,8 +13,8 @@ from npedit.data import Example
 from npedit.data._masks import load_keep_mask
 from npedit.data._metadata import Row
 from npedit.data._photos import BadImage, load_photo
+from npedit.questions import IDENTITY_INSTRUCTIONS
 
-IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 Place = tuple[Row, str]  # a row, and the name of one of its pictures
 FindPicture = Callable[[Row, str], Path | bytes]  # raises BadImage where there is none
 

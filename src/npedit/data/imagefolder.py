@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from npedit.data._example import IDENTITY_INSTRUCTIONS as IDENTITY_INSTRUCTIONS
 from npedit.data._formats import edited_columns, read_rows
 from npedit.data._metadata import FieldName, Row, find_metadata, relative_name
 from npedit.data._photos import BadImage

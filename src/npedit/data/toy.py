@@ -20,9 +20,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
+from npedit.data._prefetch import check_batch_key
+from npedit.questions import IDENTITY_INSTRUCTIONS
 from npedit.recipe.config import Settings as Base
 from npedit.toy.caption_pairs import with_paired_captions
-from npedit.toy.edits import EDIT_TYPES, IDENTITY_INSTRUCTIONS, Edit
+from npedit.toy.edits import EDIT_TYPES, Edit
 from npedit.toy.language import questions_about
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
 from npedit.toy.world import BACKGROUNDS, CELL, COLOURS, SIDE, STYLES, render
@@ -118,8 +120,7 @@ class Source:
         Raises:
             ValueError: a size, index or rank that cannot be.
         """
-        if size < 1 or index < 0 or not 0 <= rank < world:
-            raise ValueError(f"expected size >= 1, index >= 0, rank < world; got {size}, {index}, {rank} of {world}")
+        check_batch_key(index, size, rank, world)
         numbers, rngs = zip(*self._numbered_generators((index * world + rank) * size, size), strict=True)
         edits = [self._sample_edit(number, rng) for number, rng in zip(numbers, rngs, strict=True)]
         pictures = render([e.reference for e in edits])

@@ -25,6 +25,7 @@ import numpy as np
 
 from npedit.errors import UserError, explain_write_errors
 from npedit.runs.checkpoint import write_text
+from npedit.runs.files import read_json_object
 from npedit.runs.lock import LOCK_FILES
 from npedit.scoring import statistics
 
@@ -137,12 +138,9 @@ def average_judges(judged: Sequence[Results]) -> Results:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"expected JSON in {path}; got: {error}; run the evaluation again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"expected a JSON object in {path}; got {found!r}; run the evaluation again")
-    return found
+        return read_json_object(path)
+    except ValueError as error:
+        raise UserError(f"expected a JSON object in {path}; got: {error}; run the evaluation again") from None
 
 
 def _parse_row(line: str, where: str) -> Row:

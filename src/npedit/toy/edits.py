@@ -106,7 +106,6 @@ CAPTIONS = {
     "fog": ("in fog", "in the mist", "in the fog"),
 }
 CAPTION_WORDS = 23  # no caption is longer
-IDENTITY_INSTRUCTIONS = ("do nothing", "leave it as it is", "keep the picture as it is", "change nothing")
 
 
 def sample_instruction(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:

@@ -7,8 +7,8 @@ import re
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from npedit.questions import WORDINGS
-from npedit.toy.edits import CAPTIONS, IDENTITY_INSTRUCTIONS, INSTRUCTIONS
+from npedit.questions import IDENTITY_INSTRUCTIONS, WORDINGS
+from npedit.toy.edits import CAPTIONS, INSTRUCTIONS
 from npedit.toy.world import BACKGROUNDS, COLOURS, PATTERNS, PLACES, SHAPES, SIZES, STYLES
 
 SPECIAL_TOKENS = PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
