@@ -60,6 +60,10 @@ class PromptFile(CustomFile):
     temperature: float = Field(ge=0)
     max_tokens: int = Field(ge=1)
 
+    def prompt(self) -> Prompt:
+        """The prompt in the file."""
+        return Prompt(str(self.version), self.system, self.user, self.temperature, self.max_tokens)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -115,20 +119,19 @@ def load_prompts(folder: Path | None = None, custom: Path | None = None, languag
     found = {name: _read_prompt(folder or PACKAGED, name) for name in PASSES}
     has_caption = folder is not None and (folder / f"{CAPTION}.yaml").is_file()
     found[CAPTION] = _read_prompt(folder if folder is not None and has_caption else PACKAGED, CAPTION)
-    write = found["write"]
     if custom is not None:
-        write = _add_custom(write, custom)
+        found["write"] = _add_custom(found["write"], custom)
     if language:
-        write = {**write, "language": language}
-    types = {str(name): _edit_type(str(name), value) for name, value in (write.get("edit_types") or {}).items()}
-    prompts = {name: _as_prompt(value) for name, value in found.items()}
+        found["write"] = {**found["write"], "language": language}
+    files = {name: PromptFile.model_validate(value) for name, value in found.items()}
+    write = files["write"]
     return Prompts(
-        **prompts,
-        edit_types=types,
-        styles=tuple(map(str, write.get("styles") or ["one plain sentence"])),
-        examples=tuple(map(_as_example, write.get("examples") or [])),
-        language=str(write.get("language") or "English"),
-        hashes={name: hash_json(write if name == "write" else value) for name, value in found.items()},
+        **{name: file.prompt() for name, file in files.items()},
+        edit_types={name: _edit_type(name, value) for name, value in (write.edit_types or {}).items()},
+        styles=tuple(write.styles or ["one plain sentence"]),
+        examples=tuple(map(_as_example, write.examples or [])),
+        language=write.language or "English",
+        hashes={name: hash_json(value) for name, value in found.items()},
     )
 
 
@@ -136,20 +139,13 @@ def _read_prompt(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.yaml"
     value = _read_mapping(path, "--prompts")
     _check(PromptFile, value, f"--prompts, {path}")
-    template = string.Template(str(value["user"]))
+    template = string.Template(value["user"])
     names = set(template.get_identifiers())
     if not template.is_valid() or names != set(TEMPLATE_NAMES[name]):
         wanted = ", ".join("$" + n for n in TEMPLATE_NAMES[name]) or "no $names"
         got = ", ".join("$" + n for n in sorted(names)) or "none"
         raise UserError(f"expected {wanted} in the text 'user' of {path}; got {got}; write $$ for a dollar sign")
     return value
-
-
-def _as_prompt(value: Mapping[str, Any]) -> Prompt:
-    return Prompt(
-        str(value["version"]), str(value["system"]), str(value["user"]),
-        float(value["temperature"]), int(value["max_tokens"]),
-    )  # fmt: skip
 
 
 def _check(model: type[Settings], value: Mapping[str, Any], place: str) -> None:
@@ -167,16 +163,16 @@ def _add_custom(write: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**write, **custom, "edit_types": types, "examples": examples}
 
 
-def _edit_type(name: str, value: Any) -> EditType:
+def _edit_type(name: str, value: str | EditTypeEntry | None) -> EditType:
     """An edit type of write.yaml: a description, or {description, trained_as}."""
-    parts = value if isinstance(value, Mapping) else {"description": value}
-    trained_as = str(parts.get("trained_as") or (name if name in EDIT_TYPES else OTHER))
+    entry = value if isinstance(value, EditTypeEntry) else EditTypeEntry(description=value or "")
+    trained_as = entry.trained_as or (name if name in EDIT_TYPES else OTHER)
     if trained_as not in EDIT_TYPES or IDENTITY_EDIT in (name, trained_as):
         raise UserError(
             f"edit_types.{name}: expected trained_as to be an edit type ({', '.join(EDIT_TYPES[:-1])}); got "
             f"{trained_as!r}.{did_you_mean(trained_as, EDIT_TYPES)}"
         )
-    return EditType(name, str(parts.get("description") or name), trained_as)
+    return EditType(name, entry.description or name, trained_as)
 
 
 def _as_example(value: Any) -> str:
