@@ -163,7 +163,7 @@ def test_a_failed_write_changes_nothing_and_can_be_repeated(folder):
         blocked = folder / "metadata.jsonl.tmp"
         blocked.mkdir()
         for decide in (lambda: review.accept(entry.id, entry.fields(), given), lambda: review.reject(entry.id, "bad")):
-            with pytest.raises(OSError):
+            with pytest.raises(UserError, match="can be written"):
                 decide()
             assert not entry.state and entry.fields()["instruction"] != "make it blue"
         blocked.rmdir()
