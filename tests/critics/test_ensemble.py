@@ -124,7 +124,7 @@ def test_a_recipe_names_it_and_the_file(listed):
     [
         ("- {name: smolvlm, weight: x}", UserError, r"0.weight.*unknown key.*'weights'"),
         ("- {name: smolvln, weights: x}\n- {name: smolvln, weights: x}", UserError, "smolvlm"),
-        ("name: smolvlm", ValueError, "expected a list of critics.*dict"),
+        ("name: smolvlm", UserError, "expected a list of critics.*dict"),
         ("- {", UserError, "expected YAML"),
         ("- {name: smolvlm, name: internvl, weights: x}", UserError, "each key once; got 'name'"),
         ("[]", ValueError, "two critics or more; got 0"),

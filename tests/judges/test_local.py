@@ -292,6 +292,10 @@ def test_the_critic_families_of_a_run(tmp_path, monkeypatch):
         yaml.safe_dump({"trainer": {}, "critic": {"name": "ensemble", "weights": str(tmp_path / "m.yaml")}})
     )
     assert cli_judged.critic_families(str(run_folder)) == {"qwen_vl", "smolvlm"}
+    for damaged in ("- {nam: internvl, weights: x}", "name: internvl", "- ["):
+        (tmp_path / "m.yaml").write_text(damaged)
+        with pytest.raises(UserError, match=r"m\.yaml"):
+            cli_judged.critic_families(str(run_folder))
     file.write_text(yaml.safe_dump({"trainer": {}, "critic": None}))
     assert cli_judged.critic_families(str(run_folder)) == set()
     file.write_text("critic: [")

@@ -290,10 +290,9 @@ def critic_families(model: str) -> set[str]:
     """The families of the critics that a run's editor was trained with; empty if there is no record.
 
     Raises:
-        UserError: the run's recipe is damaged.
+        UserError: the run's recipe, or the list of an ensemble's critics, is damaged.
     """
-    import yaml
-
+    from npedit.critics.ensemble import read_members
     from npedit.runs.checkpoint import read_config
     from npedit.runs.resolve import resolve_editor
 
@@ -302,7 +301,7 @@ def critic_families(model: str) -> set[str]:
     run = resolve_editor(model).run
     critic = (read_config(run) if run else {}).get("critic") or {}
     if critic.get("name") == "ensemble" and Path(critic["weights"]).is_file():
-        return {member["name"] for member in yaml.safe_load(Path(critic["weights"]).read_text())}
+        return {member.name for member in read_members(critic["weights"])}
     return {critic["name"]} if critic else set()
 
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from npedit.critics.base import Critic
+from npedit.errors import UserError
 from npedit.questions import GRADES
 from npedit.recipe.config import EMBEDDED, Settings, embedded_weights, find_class, validate_settings
 from npedit.recipe.yaml_file import parse_yaml
@@ -38,6 +39,21 @@ class Member(Settings):
         """Load it."""
         folder = embedded_weights("critic") if self.weights == EMBEDDED else self.weights
         return find_class("critics", self.name).load(folder, dtype, device, self.resolution, self.bits)
+
+
+def read_members(weights: str | Path) -> list[Member]:
+    """The critics that a file lists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is no YAML, holds something else than a list, or has unknown keys.
+    """
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"expected a YAML file that lists critics; got {weights}, which is none")
+    listed = parse_yaml(Path(weights).read_text(encoding="utf-8"), str(weights))
+    if not isinstance(listed, list):
+        raise UserError(f"expected a list of critics in {weights}; got a {type(listed).__name__}; begin each with '- '")
+    return [validate_settings(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]
 
 
 class Ensemble(Critic):
@@ -65,13 +81,7 @@ class Ensemble(Critic):
         for key, value in (("resolution", resolution), ("bits", bits)):
             if value:
                 raise ValueError(f"expected {key} 0, for each member has its own; got {value}; set it in {weights}")
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"expected a YAML file that lists critics; got {weights}, which is none")
-        listed = parse_yaml(Path(weights).read_text(encoding="utf-8"), str(weights))
-        if not isinstance(listed, list):
-            raise ValueError(f"expected a list of critics in {weights}; got a {type(listed).__name__}")
-        members = [validate_settings(Member, entry, f"{weights}: {i}") for i, entry in enumerate(listed)]
-        return cls([m.open(dtype, device) for m in members])
+        return cls([m.open(dtype, device) for m in read_members(weights)])
 
     @classmethod
     def tiny(cls, seed: int) -> Self:

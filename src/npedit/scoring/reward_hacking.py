@@ -67,8 +67,9 @@ class _Evaluation:
 
     def critic(self, keys: Collection[str]) -> float:
         """The critic's score from the figures with these keys."""
-        parts = [[k for k in CRITIC_KEYS if k in keys and (k in CRITIC_EDIT_KEYS) == is_edit] for is_edit in (1, 0)]
-        return fmean(fmean(self._mean(key) for key in part) for part in parts if part)
+        edit = [self._mean(key) for key in CRITIC_EDIT_KEYS if key in keys]
+        identity = [self._mean(key) for key in keys if key not in CRITIC_EDIT_KEYS]
+        return fmean([fmean(edit), *identity] if edit else identity)
 
     def _mean(self, key: str) -> float:
         return fmean(figures[key] for figures in self.critic_figures if key in figures)
