@@ -64,7 +64,7 @@ def write_example_picture(path: Path) -> str:
     from npedit.data._photos import to_pil
     from npedit.toy.world import render
 
-    edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "remove")  # learnt early
+    edit = next(e for e in toy.sample_items(18, seed=7)[9:] if e.edit_type == "background")  # learnt first
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil(render([edit.reference])[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
