@@ -1,4 +1,4 @@
-"""`npedit prepare SET --captions`: captions for the rows of a set that has instructions, with the toy's real writer."""
+"""`npedit caption`: captions for the rows of a set that has instructions, with the toy's real writer."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def bare_set(folder: Path, *rows: dict, **columns) -> Path:
 
 def captions(url, source, out, *words, code=0):
     model = ("--writer", url, "--writer-model", "m", "--jpeg-quality", 0, "--workers", 2)
-    return run("prepare", source, "--captions", "--out", out, *model, *words, code=code)
+    return run("caption", source, "--out", out, *model, *words, code=code)
 
 
 def captioning(change=lambda name, answer, body: answer):
@@ -203,13 +203,10 @@ def test_the_ceiling_of_cost_and_the_resume(tmp_path):
 def test_bad_input(tmp_path):
     source = bare_set(tmp_path / "rows", {"instruction": "x"}, {"instruction": "y", "file_name": "gone.png"})
     with captioning() as server:
-        assert "--captions: expected no --types, --shard" in captions(
-            server.url, source, tmp_path / "s", "--types", "add", "--shard", "0/2", code=2
-        )
         captions(server.url, source, tmp_path / "set")
     (rejected,) = rows_of(tmp_path / "set", "rejected.jsonl")
     assert rejected["reason"] == "no such file: gone.png"
-    assert "expected a shard of npedit prepare" in run("prepare", "--merge", tmp_path / "m", tmp_path / "set", code=2)
+    assert "expected a shard of npedit prepare" in run("merge-shards", tmp_path / "m", tmp_path / "set", code=2)
     outside = bare_set(tmp_path / "outside", {"instruction": "x", "file_name": "../a.png"})
     assert "metadata.jsonl:1: the name leads out" in captions(server.url, outside, tmp_path / "o", code=2)
     assert "does not exist" in captions(server.url, tmp_path / "nowhere", tmp_path / "o", code=2)

@@ -70,7 +70,7 @@ def test_shards_merge_to_the_set_that_one_run_makes(tmp_path):
         asked = len(server.bodies)
         for i in range(3):
             prepare(server, source, tmp_path / f"s{i}", *words, "--shard", f"{i}/3")
-        said = run("prepare", "--merge", tmp_path / "merged", tmp_path / "s0", tmp_path / "s1", tmp_path / "s2")
+        said = run("merge-shards", tmp_path / "merged", tmp_path / "s0", tmp_path / "s1", tmp_path / "s2")
         assert "edits of 9 photos" in said
         assert rows_of(tmp_path / "merged") == rows_of(tmp_path / "whole")
         assert (tmp_path / "merged" / "held_out.txt").read_text() == (tmp_path / "whole" / "held_out.txt").read_text()
@@ -82,10 +82,10 @@ def test_shards_merge_to_the_set_that_one_run_makes(tmp_path):
         assert len(server.bodies) == before  # the merged set holds them all
     opened = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "merged"), cache_dir=str(tmp_path / "cache"))
     assert len(opened["train"]) == 18
-    run("prepare", "--merge", tmp_path / "m", tmp_path / "s0", tmp_path / "s1", code=2)
+    run("merge-shards", tmp_path / "m", tmp_path / "s0", tmp_path / "s1", code=2)
     facts = json.loads((tmp_path / "s2" / "prepare.json").read_text())
     (tmp_path / "s2" / "prepare.json").write_text(json.dumps({**facts, "shares": {"add": 1.0}}))
-    said = run("prepare", "--merge", tmp_path / "m", *(tmp_path / f"s{i}" for i in range(3)), code=2)
+    said = run("merge-shards", tmp_path / "m", *(tmp_path / f"s{i}" for i in range(3)), code=2)
     assert "shares differs" in said
 
 
@@ -266,7 +266,6 @@ MODEL = (*SERVER, "--writer-model", "m")
     [
         (["photos"], "--out SET"),
         (["photos", "--out", "set"], "expected --writer"),
-        (["photos", "more", "--out", "set"], "one folder of photos; got 2"),
         (["nowhere", "--out", "set", *MODEL], "folder of photos"),
         (["photos", "--out", "photos/set", *MODEL], "outside"),
         (["photos", "--out", "full", *MODEL], "new folder"),
@@ -276,9 +275,8 @@ MODEL = (*SERVER, "--writer-model", "m")
         (["photos", "--out", "set", *SERVER, "--shard", "3/3"], "--shard"),
         (["photos", "--out", "set", *SERVER, "--duplicates", "some"], "one, mark or off"),
         (["photos", "--out", "set", *SERVER, "--types", "ad"], "Did you mean 'add'"),
-        (["--merge", "set"], "at least one SHARD"),
-        (["--merge", "set", "nowhere"], "finished shard"),
-        (["--merge", "set", "nowhere", "--out", "x"], "no --out"),
+        (["photos", "--out", "set", *MODEL, "--writer-parameters", "[]"], "--writer-parameters: expected"),
+        (["photos", "--out", "set", *MODEL, "--dry-run", 2, "--json"], "leave one out"),
         (["photos", "--out", "set", *MODEL, "--licences", "nowhere.csv"], "csv file"),
     ],
 )  # fmt: skip
@@ -288,3 +286,7 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, words, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert message in run("prepare", *words, code=2)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    assert "finished shard in" in run("merge-shards", tmp_path / "set", tmp_path / "nowhere", code=2)

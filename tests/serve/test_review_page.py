@@ -1,4 +1,4 @@
-"""The page of `npedit prepare --review`, used with the keyboard in headless Chromium."""
+"""The page of `npedit review`, used with the keyboard in headless Chromium."""
 
 import httpx
 import pytest
@@ -17,7 +17,7 @@ def test_a_review_with_the_keyboard(tmp_path):
     run("toy", "data", tmp_path / "set", "--items", 5)
     before = (tmp_path / "set" / "metadata.jsonl").read_text().splitlines()
     with open_browser() as browser:
-        page = LocalPage(browser, tmp_path / "log", "prepare", "--review", "set")
+        page = LocalPage(browser, tmp_path / "log", "review", "set")
         try:
             review(page, tmp_path)
         finally:
@@ -37,7 +37,7 @@ def review(page, folder):
     tab.wait_for_selector(".shown img")
     page.wait_for("#progress", "Row 1 of 5, 0/0: not seen. 0 of 5")
     assert httpx.get(page.url, headers={"Host": "other.example"}).status_code == 400
-    with pytest.raises(UserError, match="prepare --review"), hold(folder / "set", "prepare"):
+    with pytest.raises(UserError, match="review"), hold(folder / "set", "prepare"):
         pass
     page.press("a", "Row 2 of 5, 0/1: not seen. 1 of 5")
     tab.keyboard.press("e")

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from command_line import run
 from photo_sets import opened, plain, row, save, write_metadata
 from writer_server import photos, prepare, rows_of, writing
 
@@ -182,8 +181,6 @@ def test_one_process_at_a_time_and_no_new_set_over_a_review(folder, prepared):
     with writing() as server:
         said = prepare(server, prepared.parent / "photos", folder, code=2)
     assert "no person has reviewed" in said
-    said = run("prepare", "--review", folder, "--out", "other", code=2)
-    assert "--review: expected one set and no other options" in said and "--out" in said
 
 
 def test_a_set_of_another_origin_keeps_its_columns_and_its_card(tmp_path):

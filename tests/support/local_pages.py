@@ -1,4 +1,4 @@
-"""`npedit prepare --review` and `npedit compare --people A B` in a process of their own, and their page in Chromium."""
+"""`npedit review` and `npedit compare --people A B` in a process of their own, and their page in Chromium."""
 
 import re
 import signal

@@ -218,7 +218,7 @@ def open_judge(request: EvaluationRequest) -> Any:
             request.judge_model,
             request.judge_revision,
             request.workers,
-            parameters=read_parameters(request.parameters),
+            parameters=read_parameters(request.parameters, "--judge-parameters"),
             on_retry=lambda line: err.print(f"[yellow]note[/] {escape(line)}"),
         )
     if request.judge_model or request.judge_revision or request.parameters:
@@ -231,8 +231,8 @@ def open_judge(request: EvaluationRequest) -> Any:
     return LocalJudge.open(request.judge)
 
 
-def read_parameters(text: str) -> dict[str, Any]:
-    """The parameters of --judge-parameters.
+def read_parameters(text: str, option: str) -> dict[str, Any]:
+    """The parameters of a request, as given to `option`.
 
     Raises:
         UserError: it is no JSON object.
@@ -240,9 +240,9 @@ def read_parameters(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text or "{}")
     except ValueError as error:
-        raise UserError(f"--judge-parameters: expected a JSON object; got {text!r} ({error}); correct it") from None
+        raise UserError(f"{option}: expected a JSON object; got {text!r} ({error}); correct it") from None
     if not isinstance(found, dict):
-        raise UserError(f"--judge-parameters: expected a JSON object; got {text!r}; correct it")
+        raise UserError(f"{option}: expected a JSON object; got {text!r}; correct it")
     return found
 
 

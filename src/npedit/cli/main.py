@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli.caption import caption
 from npedit.cli.check import check
 from npedit.cli.compare import compare
 from npedit.cli.doctor import doctor
@@ -37,9 +38,10 @@ from npedit.cli.options import (
     TileOption,
 )
 from npedit.cli.own import BENCHMARKS
-from npedit.cli.prepare import prepare
+from npedit.cli.prepare import merge_shards, prepare
 from npedit.cli.push import push
 from npedit.cli.rehearse import rehearse
+from npedit.cli.review import review
 from npedit.cli.serve import serve
 from npedit.cli.study import study
 from npedit.cli.toy import app as toy_app
@@ -92,6 +94,9 @@ app.command()(exit_on_user_error(check))
 app.command()(exit_on_user_error(compare))
 app.command()(exit_on_user_error(rehearse))
 app.command()(exit_on_user_error(prepare))
+app.command()(exit_on_user_error(caption))
+app.command()(exit_on_user_error(review))
+app.command("merge-shards")(exit_on_user_error(merge_shards))
 app.command()(exit_on_user_error(serve))
 app.command()(exit_on_user_error(study))
 app.command()(exit_on_user_error(doctor))

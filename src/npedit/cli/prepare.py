@@ -1,9 +1,8 @@
-"""`npedit prepare`: from a folder of photos to a training set."""
+"""`npedit prepare`: from a folder of photos to a training set; and `npedit merge-shards`."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +11,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from npedit.cli.captions import run_captions
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
-from npedit.cli.local_page import PagePortOption
+from npedit.cli.options import SeedOption
 from npedit.cli.prepare_progress import progress_display
-from npedit.cli.review import run_review
 from npedit.cli.writers import (
     EngineOption,
+    FolderOption,
     JpegQualityOption,
+    MaxCostOption,
     ParametersOption,
+    PriceInOption,
+    PriceOutOption,
+    PromptsOption,
     RayAddressOption,
+    SideOption,
     VerifierModelOption,
     VerifierOption,
     VerifyOption,
@@ -29,20 +32,19 @@ from npedit.cli.writers import (
     WriterModelOption,
     WriterOption,
     open_engine,
+    open_meter,
     open_models,
+    require_options,
 )
 from npedit.errors import UserError, npedit_command
 
 if TYPE_CHECKING:
+    from npedit.prepare.asking import Meter
     from npedit.prepare.prompts import Prompts
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-WordsArgument = Annotated[
-    list[str], typer.Argument(metavar="PHOTOS", help="A folder of photos; with --merge: SET SHARD [SHARD]...")
-]
-FolderOption = Annotated[Path | None, typer.Option("--out", help="The set's folder. The same command resumes in it.")]
 TypesOption = Annotated[
     str, typer.Option(help="Wanted edit types with shares: add=0.2,remove=0.3. If not given: ten types, equal.")
 ]
@@ -50,11 +52,7 @@ PerPhotoOption = Annotated[int, typer.Option(help="Wanted edits of each photo.",
 RoundsOption = Annotated[
     int, typer.Option(help="Rounds of asking. After the first, only photos that lack edits are asked.", min=1)
 ]
-SideOption = Annotated[int, typer.Option(help="Longest side in pixels of the pictures that are sent.", min=16)]
 LanguageOption = Annotated[str, typer.Option(help="Language of the instructions; captions are English.")]
-PromptsOption = Annotated[
-    Path | None, typer.Option(help="A folder with look.yaml, write.yaml, verify.yaml in place of the package's.")
-]
 CustomOption = Annotated[
     Path | None, typer.Option(help="A YAML file with further edit_types, styles, examples, or a language.")
 ]
@@ -69,23 +67,11 @@ HeldOutOption = Annotated[float, typer.Option("--held-out", help="Share of held-
 DryRunOption = Annotated[
     int, typer.Option("--dry-run", help="Ask for so many photos only; show requests, answers, cost of all.", min=0)
 ]
-MaxCostOption = Annotated[float, typer.Option("--max-cost", help="Stop before this cost; needs prices.", min=0)]
-PriceInOption = Annotated[float, typer.Option("--price-in", help="Of a million prompt tokens.", min=0)]
-PriceOutOption = Annotated[float, typer.Option("--price-out", help="Of a million answer tokens.", min=0)]
-SeedOption = Annotated[int, typer.Option("--seed", "-s", help="The same seed and answers give the same set.")]
 ShardOption = Annotated[str, typer.Option(help="Work on part i of n of the photos, as i/n with i from 0.")]
-CaptionsOption = Annotated[
-    bool,
-    typer.Option("--captions", help="PHOTOS is a set with instructions: fill the captions that its rows lack."),
-]
-MergeOption = Annotated[bool, typer.Option("--merge", help="Merge finished shards into one set.")]
-ReviewOption = Annotated[
-    bool, typer.Option("--review", help="PHOTOS is a set: open a page on which a person accepts, mends, rejects rows.")
-]
 
 
 def prepare(
-    words: WordsArgument,
+    photos: Annotated[Path, typer.Argument(help="A folder of photos.")],
     folder: FolderOption = None,
     writer: WriterOption = None,
     writer_model: WriterModelOption = "",
@@ -112,10 +98,6 @@ def prepare(
     price_out: PriceOutOption = 0,
     seed: SeedOption = 0,
     shard: ShardOption = "",
-    merge: MergeOption = False,
-    review: ReviewOption = False,
-    port: PagePortOption = 7861,
-    captions: CaptionsOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = "",
     as_json: JsonOption = False,
@@ -124,32 +106,29 @@ def prepare(
 
     npedit prepare photos/ --out set/ --writer http://localhost:8000/v1 --writer-model NAME
 
-    npedit prepare imported/ --captions --out set/ --writer http://localhost:8000/v1 --writer-model NAME
-
     Pictures are scaled down and stripped of EXIF and GPS data before they are sent. The same command resumes.
     """
-    if review:
-        others = options_given(out=folder, writer=writer, captions=captions, dry_run=dry_run, json=as_json, merge=merge)
-        return run_review(words, others, port)
-    if merge:
-        return merge_shards(words, folder, writer, as_json)
-    photos, target = check_options(words, folder, writer or [], duplicates, max_cost, price_in + price_out)
+    target, writers = require_options(folder, writer)
+    if duplicates not in ("one", "mark", "off"):
+        raise UserError(f"--duplicates: expected one, mark or off; got {duplicates!r}; give one of them")
+    if dry_run and as_json:
+        raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
+    meter = open_meter(price_in, price_out, max_cost)
     loaded, shares, part = *load_wishes(prompts, custom, language, types), parse_shard(shard)
-    served = (writer or [], writer_model, verifier or [], verifier_model)
+    served = (writers, writer_model, verifier or [], verifier_model)
     models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
-        photos, target, loaded, models, open_engine(engine, ray_address, models), licences,
-        (price_in, price_out, max_cost), {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed,
-        "rounds": rounds, "subjects": subjects, "duplicates": duplicates, "held_out": held_out, "shard": part},
+        photos, target, loaded, models, open_engine(engine, ray_address, models), licences, meter,
+        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "subjects": subjects,
+         "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
-    return run(job, options_given(types=types, custom=custom, language=language, licences=licences, subjects=subjects,
-                                  shard=shard, dry_run=dry_run), captions, dry_run, as_json)  # fmt: skip
+    return show_dry_run(job, dry_run) if dry_run else run_job(job, as_json)
 
 
 @dataclass(frozen=True)
 class Job:
     """One call of `npedit prepare`: `models` are (writer, verifier or None), `engine` None is the threads of this
-    process, `prices` are (in, out, ceiling), `settings` are those of `PrepareSettings`."""
+    process, `settings` are those of `PrepareSettings`."""
 
     photos: Path
     target: Path
@@ -157,29 +136,8 @@ class Job:
     models: tuple[Any, Any]
     engine: Any
     licences: Path | None
-    prices: tuple[float, float, float]
+    meter: Meter
     settings: dict[str, Any]
-
-
-def options_given(**options: Any) -> list[str]:
-    """The names of the options, as on the command line, that are not empty."""
-    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
-
-
-def run(job: Job, of_new_edits: Sequence[str], captions: bool, dry_run: int, as_json: bool) -> None:
-    """Fill captions, try some photos, or make the set. `of_new_edits` are the options given that captions do not have.
-
-    Raises:
-        UserError: options that do not go together, or whatever stops the run.
-    """
-    if captions:
-        run_captions(job, of_new_edits, lambda priced: progress_display(priced, err), as_json)
-    elif dry_run and as_json:
-        raise UserError("expected --json or --dry-run; got both: a dry run shows requests and answers; leave one out")
-    elif dry_run:
-        show_dry_run(job, dry_run)
-    else:
-        run_job(job, as_json)
 
 
 def run_job(job: Job, as_json: bool = False) -> None:
@@ -188,14 +146,13 @@ def run_job(job: Job, as_json: bool = False) -> None:
     Raises:
         UserError: bad input, a model that cannot be reached, or the cost ceiling.
     """
-    from npedit.prepare.asking import Meter
     from npedit.prepare.photos import read_rights_table
     from npedit.prepare.prepare import PrepareSettings
     from npedit.prepare.prepare import prepare as make_set
 
     table = read_rights_table(job.licences) if job.licences else {}
-    settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
-    with progress_display(any(job.prices), err) as report:
+    settings, meter = PrepareSettings(**job.settings), job.meter
+    with progress_display(bool(meter.price_in or meter.price_out), err) as report:
         facts = make_set(job.photos, job.target, settings, job.prompts, *job.models, meter, table, report, job.engine)
     print_summary(job.target, facts, as_json)
 
@@ -214,30 +171,6 @@ def load_wishes(
     return loaded, parse_shares(types or ",".join(LOCAL_TYPES), list(loaded.edit_types))
 
 
-def check_options(
-    words: list[str], folder: Path | None, writers: list[str], duplicates: str, max_cost: float, prices: float
-) -> tuple[Path, Path]:
-    """(folder of photos, folder of the set).
-
-    Raises:
-        UserError: options are missing or do not go together.
-    """
-    if len(words) != 1:
-        raise UserError(f"expected one folder of photos; got {len(words)}; put the others into sub-folders of one")
-    if not folder:
-        raise UserError("expected --out SET; got none; give a new folder")
-    if not writers:
-        raise UserError(
-            "expected --writer; got none; give a server's address (http://localhost:8000/v1) with --writer-model, or "
-            "the folder or Hub id of a vision-language model"
-        )
-    if duplicates not in ("one", "mark", "off"):
-        raise UserError(f"--duplicates: expected one, mark or off; got {duplicates!r}")
-    if max_cost and not prices:
-        raise UserError("--max-cost: expected prices beside it; got none; add --price-in and --price-out")
-    return Path(words[0]), folder
-
-
 def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) of --shard i/n; (0, 1) of "".
 
@@ -248,7 +181,7 @@ def parse_shard(text: str) -> tuple[int, int]:
         return 0, 1
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--shard: expected i/n with i from 0 to n - 1; got {text!r}")
+        raise UserError(f"--shard: expected i/n with i from 0 to n - 1; got {text!r}; number the parts of n from 0")
     return int(number), int(count)
 
 
@@ -290,13 +223,12 @@ def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 def show_dry_run(job: Job, count: int) -> None:
     """Ask for a few photos; print each request and answer, and what all photos would take. The answers are kept."""
-    from npedit.prepare.asking import Meter
     from npedit.prepare.dry_run import dry_run
     from npedit.prepare.prepare import PrepareSettings
 
-    settings, meter = PrepareSettings(**job.settings), Meter(*job.prices)
+    settings = PrepareSettings(**job.settings)
     with progress_display(False, err) as report:
-        found = dry_run(job.photos, job.target, settings, job.prompts, *job.models, meter, count, report)
+        found = dry_run(job.photos, job.target, settings, job.prompts, *job.models, job.meter, count, report)
     for exchange in found.exchanges:
         out.print(f"[bold]{escape(exchange.title)}[/]")
         out.print(escape(exchange.question), "", escape(exchange.answer), "", sep="\n")
@@ -304,18 +236,15 @@ def show_dry_run(job: Job, count: int) -> None:
         out.print(escape(line))
 
 
-def merge_shards(words: list[str], folder: Path | None, writers: list[str] | None, as_json: bool = False) -> None:
-    """Merge finished shards into one set: `words` are SET SHARD...
+def merge_shards(
+    folder: Annotated[Path, typer.Argument(metavar="SET", help="A new folder, for the set.")],
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARD", help="Folders that prepare --shard i/n made.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Merge the shards that `npedit prepare --shard i/n` made into one set. No model is asked.
 
-    Raises:
-        UserError: --out or --writer is given, or there are too few words.
+    npedit merge-shards set/ shard-0 shard-1 shard-2
     """
     from npedit.prepare.merge import merge
 
-    if folder or writers:
-        raise UserError("--merge: expected SET SHARD... and no --out or --writer: no model is asked; leave them out")
-    folders = [Path(word) for word in words]
-    if len(folders) < 2:
-        raise UserError("--merge: expected SET and at least one SHARD; got too few; npedit prepare --merge set s0 s1")
-    facts = merge(folders[0], folders[1:])
-    print_summary(folders[0], facts, as_json)
+    print_summary(folder, merge(folder, shards), as_json)

@@ -1,8 +1,9 @@
-"""The models of `npedit prepare`, and where its work is done: options and opening."""
+"""What `npedit prepare` and `npedit caption` share: the models that write, where work is done, what it may cost."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.markup import escape
 
 from npedit.cli.judged import read_parameters
 from npedit.errors import UserError
+
+if TYPE_CHECKING:
+    from npedit.prepare.asking import Meter
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -47,6 +51,43 @@ RayAddressOption = Annotated[
         "--ray-address", help="HOST:PORT of the cluster, or auto. If not given: RAY_ADDRESS, or else this machine."
     ),
 ]
+FolderOption = Annotated[Path | None, typer.Option("--out", help="The set's folder. The same command resumes in it.")]
+SideOption = Annotated[int, typer.Option(help="Longest side in pixels of the pictures that are sent.", min=16)]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="A folder with look.yaml, write.yaml, verify.yaml in place of the package's.")
+]
+MaxCostOption = Annotated[float, typer.Option("--max-cost", help="Stop before this cost; needs prices.", min=0)]
+PriceInOption = Annotated[float, typer.Option("--price-in", help="Of a million prompt tokens.", min=0)]
+PriceOutOption = Annotated[float, typer.Option("--price-out", help="Of a million answer tokens.", min=0)]
+
+
+def require_options(folder: Path | None, writers: list[str] | None) -> tuple[Path, list[str]]:
+    """(folder of the set, writers).
+
+    Raises:
+        UserError: one is missing.
+    """
+    if not folder:
+        raise UserError("expected --out SET; got none; give a new folder")
+    if not writers:
+        raise UserError(
+            "expected --writer; got none; give a server's address (http://localhost:8000/v1) with --writer-model, or "
+            "the folder or Hub id of a vision-language model"
+        )
+    return folder, writers
+
+
+def open_meter(price_in: float, price_out: float, max_cost: float) -> Meter:
+    """A new meter of tokens and cost.
+
+    Raises:
+        UserError: a ceiling without prices.
+    """
+    from npedit.prepare.asking import Meter
+
+    if max_cost and not (price_in or price_out):
+        raise UserError("--max-cost: expected prices beside it; got none; add --price-in and --price-out")
+    return Meter(price_in, price_out, max_cost)
 
 
 def open_models(
@@ -70,7 +111,7 @@ def open_models(
     def on_note(line: str) -> None:
         err.print(f"[yellow]note[/] {escape(line)}")
 
-    extra = read_parameters(parameters)
+    extra = read_parameters(parameters, "--writer-parameters")
     first = open_writers(writers, writer_model, WRITER, workers, jpeg_quality, extra, on_note)
     if verifier_model and not verifiers:
         verifiers = writers
@@ -87,7 +128,7 @@ def open_engine(name: str, ray_address: str, models: tuple[Any, Any]) -> Any:
         UserError: an unknown name, options that do not fit it, or Ray is not installed.
     """
     if name not in ("local", "ray"):
-        raise UserError(f"--engine: expected local or ray; got {name!r}")
+        raise UserError(f"--engine: expected local or ray; got {name!r}; give one of them")
     if name == "local":
         if ray_address:
             raise UserError("--ray-address: expected --engine ray beside it; got none; add it")

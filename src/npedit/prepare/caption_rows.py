@@ -1,4 +1,4 @@
-"""Captions for rows that have a photo and an instruction already: the row-wise function of `npedit prepare --captions`.
+"""Captions for rows that have a photo and an instruction already: the row-wise function of `npedit caption`.
 
 Of a row without a source caption, the model is asked what is in the photo (`passes.look`). Of a row without a target
 caption, or a removal or a scene without an object, it is asked to complete the row; the result is checked and verified

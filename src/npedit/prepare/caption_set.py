@@ -1,4 +1,4 @@
-"""`npedit prepare SET --captions --out NEW`: the rows of a set with the captions that they lack, as a new set.
+"""`npedit caption SET --out NEW`: the rows of a set with the captions that they lack, as a new set.
 
 The instructions, and all other columns, stay as they are; columns of edited images are left out. A row that cannot be
 completed is kept aside with the reason. A stopped run resumes: every answer is kept.
@@ -80,7 +80,7 @@ def caption_set(
     folder, entries = read_entries(source)
     out.mkdir(parents=True, exist_ok=True)
     engine = engine or LocalEngine(max(writer.workers, 2))
-    with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+    with hold(out, "caption"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
         passes = make_passes(settings, prompts, writer, verifier, answers, total)
         rows, rejected, stopped = ask_for_captions(entries, passes, engine, report)
         facts = describe_captions(source, passes, total, stopped) | count_captions(entries, rows, rejected)
@@ -255,7 +255,7 @@ def _card(folder: Path, facts: Mapping[str, Any]) -> str:
     head = ("column", f"rows that had it, of {facts['read']}", f"rows that have it, of {facts['rows']}")
     filled = markdown_table(head, [(n, facts["with_before"][n], facts["with"][n]) for n in FILLED])
     return (
-        f"{text.rstrip()}\n\n## Captions\n\n`npedit prepare --captions` filled the columns below with "
+        f"{text.rstrip()}\n\n## Captions\n\n`npedit caption` filled the columns below with "
         f"`{facts['writer']['name']}`; {verifier} verified them. No person has read them. {facts['rejected']} of "
         f"{facts['read']} rows could not be completed and were left out (`{REJECTED}`).\n\n" + "\n".join(filled) + "\n"
     )

@@ -42,7 +42,7 @@ def merge(out: Path, shards: Sequence[Path]) -> dict[str, Any]:
     chosen = {photo["id"] for photo in scan.chosen}
     made = {photo: result for photo, result in made.items() if photo in chosen}
     out.mkdir(parents=True, exist_ok=True)
-    with hold(out, "prepare --merge"):
+    with hold(out, "merge-shards"):
         _join_answers(out, shards)
         return finish_set(out, scan, made, settings, _sum_facts(facts))
 
@@ -52,15 +52,15 @@ def _read_facts(shard: Path) -> dict[str, Any]:
         facts = read_json_object(shard / FACTS)
     except ValueError as error:
         raise UserError(
-            f"--merge: expected a finished shard in {shard}; got {error}; run npedit prepare --shard for it to the end"
+            f"expected a finished shard in {shard}; got {error}; run npedit prepare --shard for it to the end"
         ) from None
     if missing := [name for name in (*SAME, "settings") if name not in facts]:
         raise UserError(
-            f"--merge: expected a shard of npedit prepare in {shard}; got a folder whose {FACTS} has no "
+            f"expected a shard of npedit prepare in {shard}; got a folder whose {FACTS} has no "
             f"{', '.join(missing)}; give the folders that npedit prepare --shard made"
         )
     if facts.get("stopped"):
-        raise UserError(f"--merge: expected a finished shard in {shard}; it stopped: {facts['stopped']}; finish it")
+        raise UserError(f"expected a finished shard in {shard}; it stopped: {facts['stopped']}; finish it")
     return facts
 
 
@@ -69,14 +69,14 @@ def _check_shards(shards: Sequence[Path], facts: Sequence[dict[str, Any]]) -> No
         for name in SAME:
             if found[name] != facts[0][name]:
                 raise UserError(
-                    f"--merge: expected shards made alike; {name} differs: {shards[0]} has {facts[0][name]}, "
+                    f"expected shards made alike; {name} differs: {shards[0]} has {facts[0][name]}, "
                     f"{shard} has {found[name]}; run the shards with the same options"
                 )
     numbers = [tuple(found["settings"]["shard"]) for found in facts]
     count = max(n for _, n in numbers)
     if count > 1 and sorted(numbers) != [(i, count) for i in range(count)]:
         got = ", ".join(f"{i}/{n}" for i, n in numbers)
-        raise UserError(f"--merge: expected the shards 0/{count} to {count - 1}/{count}, each once; got {got}")
+        raise UserError(f"expected the shards 0/{count} to {count - 1}/{count}, each once; got {got}; give them all")
 
 
 def _settings(facts: dict[str, Any]) -> PrepareSettings:

@@ -1,9 +1,9 @@
 """The prompts of the passes: YAML data files with a version, replaceable by a folder of the user's own files.
 
-`look.yaml`, `write.yaml`, `verify.yaml` and `caption.yaml` (for `--captions`) each hold `version`, `system`, `user` (a
-template with $names), `temperature` and `max_tokens`. `write.yaml` also holds the edit types with their descriptions,
-the ways of wording, examples, and the language of the instructions. A small YAML of the user's own can add to these
-four (`--custom`).
+`look.yaml`, `write.yaml`, `verify.yaml` and `caption.yaml` (for `npedit caption`) each hold `version`, `system`, `user`
+(a template with $names), `temperature` and `max_tokens`. `write.yaml` also holds the edit types with their
+descriptions, the ways of wording, examples, and the language of the instructions. A small YAML of the user's own can
+add to these four (`--custom`).
 """
 
 from __future__ import annotations

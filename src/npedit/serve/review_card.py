@@ -50,7 +50,7 @@ def _read_text(path: Path) -> str:
 
 
 def _count(facts: Mapping[str, Any], rows: Sequence[Row], rejected: Sequence[Row], held_out: int) -> Row:
-    """The facts that change. {} for a set whose counts are not those of its rows: `--captions` carried them over."""
+    """The facts that change. {} for a set whose counts are not those of its rows: `npedit caption` copied them."""
     if "counts" not in facts or "captions" in facts:
         return {}
     made = [
@@ -81,7 +81,7 @@ def review_section(review: Mapping[str, int]) -> str:
     """The card's section about the review."""
     kept = review["rows"] - review["rejected"]
     return (
-        f"{TITLE}\n\nA person has read {review['seen']} of {review['rows']} rows (`npedit prepare --review`): "
+        f"{TITLE}\n\nA person has read {review['seen']} of {review['rows']} rows (`npedit review`): "
         f"{review['accepted']} accepted, {review['mended']} mended, {review['rejected']} rejected. {kept} rows are "
         "in the set; `review.jsonl` lists the decisions.\n"
     )

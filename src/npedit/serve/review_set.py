@@ -233,7 +233,7 @@ def open_review(folder: Path) -> Iterator[ReviewSet]:
         UserError: it is no set with one metadata.jsonl whose rows have ids, or another process holds it.
     """
     folder = _find_folder(folder)
-    with hold(folder, "prepare --review"):
+    with hold(folder, "review"):
         yield read_review(folder)
 
 
@@ -241,8 +241,8 @@ def _find_folder(folder: Path) -> Path:
     found, files = find_metadata(str(folder))
     if files != [found / METADATA]:
         raise UserError(
-            f"--review: expected a set with one {METADATA}; got {', '.join(map(str, files[:3]))}; write the rows into "
-            "one file (npedit prepare --captions does)"
+            f"expected a set with one {METADATA}; got {', '.join(map(str, files[:3]))}; write the rows into "
+            "one file (npedit caption does)"
         )
     return found
 
@@ -253,7 +253,7 @@ def read_review(folder: Path) -> ReviewSet:
     entries = [_read_entry(folder / METADATA, number, line) for number, line in _read_lines(folder / METADATA)]
     ids = Counter(entry.id for entry in entries)
     if twice := [i for i, count in ids.items() if count > 1]:
-        raise UserError(f"--review: expected each id once; got {twice[0]!r} again in {folder / METADATA}; change one")
+        raise UserError(f"expected each id once; got {twice[0]!r} again in {folder / METADATA}; change one")
     for entry in entries:
         state = states.get(entry.id)
         entry.state = state if state in (ACCEPTED, MENDED) else ""
