@@ -57,8 +57,6 @@ def test_packed_questions_compute_the_pictures_once(critic):
 
 
 def rows_of(critic: Critic, texts: list[str], seen: list[list[torch.Tensor]]) -> list[list[int]]:
-    if isinstance(critic, LlavaOnevision):
-        return critic._prompt_rows(texts, seen)
     return [critic._prompt_ids(text, looks) for text, looks in zip(texts, seen)]
 
 

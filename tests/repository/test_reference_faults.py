@@ -55,7 +55,7 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
         "steps/test_np_edit::test_the_fakes_schedule_ends_with_the_run",
     )),
     14: ("batch size 1 baked into the critic", (
-        "critics/test_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
+        "support/chat_critics::test_a_mixed_batch_is_its_questions_one_by_one",
         "steps/test_np_edit::test_a_batch_of_three_is_its_items_one_by_one",
     )),
     15: ("guidance broadcast along the width", (
@@ -63,10 +63,10 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
         "steps/test_np_edit::test_guidance_follows_the_edit_type",
     )),
     16: ("another vocabulary's padding token", (
-        "critics/test_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
+        "support/chat_critics::test_a_mixed_batch_is_its_questions_one_by_one",
     )),
     17: ("padding that is attended to", (
-        "critics/test_llava_onevision::test_a_mixed_batch_is_its_questions_one_by_one",
+        "support/chat_critics::test_a_mixed_batch_is_its_questions_one_by_one",
     )),
     18: ("one reference only, equal to the target", (
         "families/test_flux::test_several_references_of_several_sizes_in_order",
@@ -96,7 +96,7 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     29: ("no loading without worker processes", ("data/test_order::test_batches_are_made_ahead",)),
     30: ("one critic and one base model wired in", (
         "repository/test_architecture::test_a_file_imports_no_sibling_but_base",
-        "critics/test_llava_onevision::test_the_folder_is_an_ordinary_transformers_folder",
+        "support/chat_critics::test_the_folder_is_an_ordinary_transformers_folder",
         "recipe/test_config::test_names_are_files",
     )),
     31: ("an untested LoRA, that cannot go on from the warm-up", (
@@ -142,7 +142,7 @@ FREE: dict[int, str] = {
 @cache
 def named_in(module: str) -> frozenset[str]:
     tree = ast.parse((TESTS / f"{module}.py").read_text())
-    return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
+    return frozenset(n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
 
 
 def test_every_fault_is_answered_once() -> None:

@@ -166,7 +166,7 @@ def test_an_ensemble_logs_each_members_own_grade():
 
 def test_a_critic_without_digits_is_refused_before_the_first_update(shared):
     toy = LlavaOnevision.load(embedded_weights("critic"), torch.float32, torch.device("cpu"))
-    with pytest.raises(UserError, match="grade: expected the answer '1' to be one token.*set grade to off"):
+    with pytest.raises(UserError, match="grade: expected the answers '1', .* one token each.*set grade to off"):
         CriticGradient(CriticGradientSettings(grade="beside"), replace(shared, critic=toy))
     CriticGradient(CriticGradientSettings(rubric="beside"), replace(shared, critic=toy))
 
@@ -179,7 +179,7 @@ def test_such_a_critic_is_refused_before_the_stages_that_do_not_ask_it(tmp_path)
         {"step": "np_edit", "updates": 2, "batch_size": 4, "settings": {"steps": 2, "grade": "beside"}},
     ]
     events = []
-    with pytest.raises(UserError, match=r"stages\.1\.settings\.grade: expected the answer '1' to be one token"):
+    with pytest.raises(UserError, match=r"stages\.1\.settings\.grade: expected the answers '1', .* one token each"):
         trainer.train(
             two.recipe(stages=stages),
             tmp_path / "run",
