@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from npedit.cli import main as cli
 from npedit.recipe import config
@@ -169,7 +170,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["npedit", "demo", "--fresh", "--out", "a b"])
     said = io.StringIO()
-    monkeypatch.setattr(cli, "err", cli.Console(file=said, width=100))
+    monkeypatch.setattr(cli, "err", Console(file=said, width=100))
     with pytest.raises(cli.typer.Exit) as stopped:
         command()
     assert stopped.value.exit_code == 130

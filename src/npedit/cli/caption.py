@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.options import SeedOption
 from npedit.cli.prepare_progress import progress_display
@@ -36,9 +36,6 @@ from npedit.cli.writers import (
     require_options,
 )
 from npedit.errors import UserError, npedit_command
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def caption(

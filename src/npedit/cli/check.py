@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, text_on_stderr
 from npedit.errors import explain_write_errors
 
 if TYPE_CHECKING:
     from npedit.check.findings import CheckReport, Finding
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "will not learn": "bold red"}
 
 

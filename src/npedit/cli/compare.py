@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.local_page import PagePortOption
 from npedit.cli.people import AnswersOption, DataOption, is_answers, rate_results, read_answers
@@ -19,8 +19,6 @@ from npedit.scoring.tables import TextTable, rich_table
 
 if TYPE_CHECKING:
     from npedit.scoring.results import Results
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.evaluate import HELD_OUT_SEED, score_toy
 from npedit.errors import explain_write_errors, npedit_command
 from npedit.scoring.tables import rich_table
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 def score_before_and_after(run: Path, recipe: Any, items: int) -> tuple[Any, Any]:

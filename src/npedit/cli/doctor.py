@@ -9,13 +9,11 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
-
-out = Console(highlight=False, soft_wrap=True)
 
 PACKAGES = (
     "torch",

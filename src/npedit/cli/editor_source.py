@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from npedit.editor import Editor
     from npedit.runs.resolve import EditorSource
 
@@ -25,7 +27,7 @@ def open_editor(model: str, base: str = "", console: Console | None = None) -> E
 
     editor = Editor.open(model, base=base)
     message = weights_message(model) + (f"; base model: {base}" if base else "")
-    (console or Console(highlight=False, soft_wrap=True)).print(escape(message))
+    (console or out).print(escape(message))
     return editor
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.editor_source import open_editor
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.judged import EvaluationRequest, evaluate_with_judge
@@ -42,8 +42,6 @@ from npedit.errors import UserError
 from npedit.scoring.tables import rich_table
 
 app = typer.Typer(no_args_is_help=True, help="Score an editor on a benchmark.")
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 STDOUT = Path("-")
 HELD_OUT_SEED = 1  # other scenes than those that training logs, whose seed is the recipe's

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.errors import npedit_command
 
-out = Console(highlight=False, soft_wrap=True)
 LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True, torch_dtype=torch.{1})"
 
 

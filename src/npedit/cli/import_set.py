@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json
 from npedit.errors import UserError
 
-out = Console(highlight=False, soft_wrap=True)
 FORMATS = (
     "pico-banana, gpt-image-edit, magicbrush, instructpix2pix, ultraedit, omniedit, merged-list, edit-r1, "
     "flow-factory, pref-grpo, promptrl, diffusers, diffsynth, musubi, caption-files, folder, webdataset, columns"

@@ -10,18 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli.console import err, out
 from npedit.cli.json_output import print_json, text_on_stderr
 from npedit.cli.options import ProgressBar
 from npedit.cli.own import METRICS_VERSION, failure_reasons, hash_editor, open_encoders, open_lpips, print_reasons
 from npedit.errors import UserError
 from npedit.scoring.tables import rich_table
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 COPY = "copy"  # the editor that returns its input: what a judge must not like
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.listening import address, listen
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ PagePortOption = Annotated[
 ]
 HOST = "127.0.0.1"
 DRAIN_SECONDS = 5  # for the requests that run when the page is stopped
-out = Console(highlight=False, soft_wrap=True)
 
 
 def run_page(app: FastAPI, port: int, words: str, host: str = HOST) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
 from npedit.cli.caption import caption
 from npedit.cli.check import check
 from npedit.cli.compare import compare
+from npedit.cli.console import err, out
 from npedit.cli.doctor import doctor
 from npedit.cli.estimate import estimate_memory
 from npedit.cli.evaluate import app as evaluate_app
@@ -55,8 +55,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a few-step image editor without edited images, and edit pictures with it.\n\nBegin with: npedit demo",
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # of other packages
 DEMO_ITEMS = 504  # held-out scenes; a multiple of the nine edit types

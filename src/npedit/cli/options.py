@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from npedit.cli.console import err
 
 ModelOption = Annotated[
     str, typer.Option("--model", "--run", "-m", help="RUN, RUN/final, RUN/checkpoint-N, or 'embedded': the toy editor.")
@@ -108,7 +109,7 @@ class ProgressBar:
     def __init__(self, words: str, total: int | None = None):
         from rich.progress import Progress
 
-        self.progress = Progress(console=Console(stderr=True, highlight=False, soft_wrap=True), transient=True)
+        self.progress = Progress(console=err, transient=True)
         self.task = self.progress.add_task(escape(words), total=total)
 
     def __enter__(self) -> ReportProgress:

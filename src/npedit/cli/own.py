@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from npedit import __version__
+from npedit.cli.console import err, out
 from npedit.cli.editor_source import open_editor
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.options import (
@@ -27,9 +27,6 @@ from npedit.cli.options import (
 )
 from npedit.errors import UserError
 from npedit.scoring.tables import rich_table
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 EXAMPLES = 5  # rows that a message about missing scores names
 METRICS_VERSION = 1  # raised whenever a metric changes its meaning

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.listening import require_page_packages
 from npedit.cli.local_page import run_page
 from npedit.errors import UserError
@@ -19,7 +19,6 @@ from npedit.scoring.tables import rich_table
 if TYPE_CHECKING:
     from npedit.scoring.results import Results
 
-out = Console(highlight=False, soft_wrap=True)
 AnswersOption = Annotated[Path, typer.Option("--answers", help="With --people A B: the file of people's answers.")]
 DataOption = Annotated[
     Path | None,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.options import SeedOption
 from npedit.cli.prepare_progress import progress_display
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from npedit.prepare.asking import Meter
     from npedit.prepare.prompts import Prompts
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 TypesOption = Annotated[
     str, typer.Option(help="Wanted edit types with shares: add=0.2,remove=0.3. If not given: ten types, equal.")

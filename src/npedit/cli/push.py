@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.errors import UserError
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 def push(

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
     from npedit.rehearsal.rehearse import Measured
 
-out = Console(highlight=False, soft_wrap=True)
 INSTRUCTION = "paint the table dark red"
 
 

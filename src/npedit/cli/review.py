@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.listening import require_page_packages
 from npedit.cli.local_page import PagePortOption, run_page
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 def review(

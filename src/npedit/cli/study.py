@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.recipe.packaged import recipe_path
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 def study(

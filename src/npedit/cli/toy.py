@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json
 from npedit.cli.options import FreshOption, SeedOption
 from npedit.cli.train import move_aside
 from npedit.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="The toy world: pictures, data and models.")
-out = Console(highlight=False, soft_wrap=True)
 
 LESSONS = ("all", "scene", "rubric")
 

@@ -6,12 +6,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import out
 from npedit.errors import npedit_command
-
-out = Console(highlight=False, soft_wrap=True)
 
 
 def run_train(name: str, overrides: Sequence[str], folder: Path | None, fresh: bool, processes: int) -> int:

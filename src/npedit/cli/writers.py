@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from npedit.cli.console import err
 from npedit.cli.judged import read_parameters
 from npedit.errors import UserError
 
 if TYPE_CHECKING:
     from npedit.prepare.asking import Meter
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WriterOption = Annotated[
     list[str] | None,
