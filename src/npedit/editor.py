@@ -110,7 +110,7 @@ class Editor:
                 infinite, the tile is too small, or `bits` is another number.
         """
         if bits not in (0, 4, 8):
-            raise UserError(f"expected bits 0, 4 or 8; got {bits}.")
+            raise UserError(f"expected bits 0 (as trained), 4 or 8; got {bits}. Give one of them.")
         source = resolve_editor(path)
         recipe = read_recipe(source) if source.is_checkpoint else None
         facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
@@ -240,7 +240,7 @@ class Editor:
         """
         steps = self.steps if steps is None else steps
         if steps < 1:
-            raise UserError(f"expected at least one step; got {steps}.")
+            raise UserError(f"expected at least one step; got {steps}. Leave steps out to edit as in training.")
         most = self.family.most_references
         if 1 + len(references) > most:
             raise UserError(f"expected at most {most - 1} further references; got {len(references)}; give fewer")
@@ -356,10 +356,11 @@ def pair_up(images: Sequence[Any], instructions: Sequence[str]) -> list[tuple[An
     images, instructions = list(images), list(instructions)
     if not images or not instructions:
         counts = f"{len(images)} images and {len(instructions)} instructions"
-        raise UserError(f"expected at least one image and one instruction; got {counts}.")
+        raise UserError(f"expected at least one image and one instruction; got {counts}. Give both.")
     if len(images) != len(instructions) and 1 not in (len(images), len(instructions)):
         raise UserError(
-            f"expected one instruction, or one an image; got {len(images)} images and {len(instructions)} instructions."
+            f"expected one instruction, or one an image; got {len(images)} images and "
+            f"{len(instructions)} instructions. Give as many of one as of the other."
         )
     for text in instructions:
         if not text.strip():

@@ -71,4 +71,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         return to_srgb(image)
     except BadImage as error:
-        raise UserError(f"expected a readable picture of 8 or 16 bits a channel; got: {error}.") from None
+        raise UserError(
+            f"expected a readable picture of 8 or 16 bits a channel; got: {error}. Save it as a PNG or JPEG"
+        ) from None

@@ -34,7 +34,9 @@ def check_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"expected a place that can be written; got {path}: {error.strerror or error}.") from None
+        raise UserError(
+            f"expected a place that can be written; got {path}: {error.strerror or error}. Give another path"
+        ) from None
 
 
 def require_size(size: tuple[int, int], path: Path) -> None:

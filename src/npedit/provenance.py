@@ -36,7 +36,7 @@ def require_choice(choice: str) -> None:
     """
     if choice not in CHOICES:
         hint = did_you_mean(choice, CHOICES)
-        raise UserError(f"--provenance: expected {', '.join(CHOICES)}; got {choice!r}.{hint}")
+        raise UserError(f"--provenance: expected one of {', '.join(CHOICES)}; got {choice!r}.{hint} Give one of them")
 
 
 def provenance_packet(choice: str, model: str, source: EditorSource, instruction: str) -> bytes:

@@ -154,7 +154,10 @@ def _parse_question(
     else:
         missing = [b for b in raw["blocks"] if b not in official]
         if missing:
-            raise UserError(f"expected {', '.join(raw['blocks'])} in the official texts; got none of {missing}")
+            raise UserError(
+                f"expected {', '.join(raw['blocks'])} in the official texts; got none of {missing}; give "
+                "the benchmark's own files as --prompts"
+            )
         texts, swapped = {"": ("\n".join(official[b] for b in raw["blocks"]),)}, {}
     bare = [k for k, group in texts.items() for t in group if sum(s in t for s in INSTRUCTION_PLACEHOLDERS) != 1]
     if bare and "source" in raw["pictures"]:
@@ -182,7 +185,9 @@ def _read_official_prompts(name: str, answer_format: str, prompts: Path | None) 
         text = path.read_text(encoding="utf-8")
         texts = json.loads(text) if path.suffix == ".json" else _parse_python_constants(text)
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"expected official texts in {path}; got a file that cannot be read: {error}") from None
+        raise UserError(
+            f"expected official texts in {path}; got a file that cannot be read: {error}; fetch it again"
+        ) from None
     return {k: v for k, v in texts.items() if isinstance(v, str)}
 
 

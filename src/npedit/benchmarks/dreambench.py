@@ -74,11 +74,12 @@ def read_subjects(folder: str | Path) -> tuple[list[Subject], str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"expected the folder 'dataset' of github.com/google/dreambooth, with {PROMPTS}; got {folder}: {error}"
+            f"expected the folder 'dataset' of github.com/google/dreambooth, with {PROMPTS}; got {folder}: {error}; "
+            "clone it and give that folder"
         ) from None
     classes, plain, live = parse_prompts_file(text)
     if not classes or not plain or not live:
-        raise UserError(f"expected classes and two lists of prompts in {path}; got a file of another form")
+        raise UserError(f"expected classes and two lists of prompts in {path}; got another form; fetch the file again")
     subjects = []
     for name, kind in classes.items():
         photos = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))

@@ -82,7 +82,9 @@ def _read_parquet_rows(data: Path) -> list[dict[str, Any]]:
         try:
             missing = [c for c in COLUMNS if c not in pq.read_schema(file).names]
             if missing:
-                raise UserError(f"expected the columns {', '.join(COLUMNS)} in {file}; got none of {missing}")
+                raise UserError(
+                    f"expected the columns {', '.join(COLUMNS)} in {file}; got none of {missing}; fetch it again"
+                )
             rows += pq.read_table(file, columns=list(COLUMNS)).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"expected a parquet file; got {file}, where {error}; fetch it again") from None
@@ -204,7 +206,10 @@ def read_official_scores(csv_file: Path, found: Sequence[Item]) -> list[Row]:
                 task, language, name = Path(line["edited_image"]).parts[-3:]
                 item = by_place.get((task, language, Path(name).stem))
                 if item is None and LANGUAGES.get(language) in {i.more["language"] for i in found}:
-                    raise UserError(f"expected items of the data in {csv_file}; got {task}/{language}/{name}")
+                    raise UserError(
+                        f"expected items of the data in {csv_file}; got {task}/{language}/{name}; "
+                        "give the data that was scored"
+                    )
                 if item is not None and item.id in scores:
                     raise UserError(f"expected one line an item in {csv_file}; got two for {item.id}; remove one")
                 if item is not None:

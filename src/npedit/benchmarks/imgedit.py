@@ -50,7 +50,9 @@ def read_items(data: Path, pictures: Path) -> list[Item]:
     found, absent = [], []
     for key, name, prompt, task in raw:
         if task not in TASKS:
-            raise UserError(f"expected an edit type among {', '.join(TASKS)} in {file}; got {task!r} for {key}")
+            raise UserError(
+                f"expected an edit type among {', '.join(TASKS)} in {file}; got {task!r} for {key}; fetch it again"
+            )
         path = file.parent / name
         absent += [] if path.is_file() else [name]
         found.append(

@@ -146,7 +146,9 @@ def plan_masks(jobs: Sequence[Job], target: str, keep_resolution: bool, overwrit
     results = {os.path.realpath(job.target) for job in jobs if job.target is not None}
     sources = {os.path.realpath(job.source) for job in jobs}
     if taken := [path for path in masks if os.path.realpath(path) in results | sources]:
-        raise UserError(f"expected another file for the mask than picture and result; got {taken[0]} for both.")
+        raise UserError(
+            f"expected another file for the mask than picture and result; got {taken[0]} for both; rename it."
+        )
     return masks
 
 

@@ -199,7 +199,9 @@ def check_request(request: EvaluationRequest) -> str:
     if request.base and (request.scores or request.edited or request.model == COPY):
         raise UserError("expected --base together with --model; got no editor that is opened; leave --base out")
     if request.scores and (request.repeats > 1 or request.swap or request.edited or request.first):
-        raise UserError("--scores: expected no --repeats, --swap, --edited or --items beside it: nothing is asked")
+        raise UserError(
+            "--scores: expected no --repeats, --swap, --edited or --items beside it: nothing is asked; leave them out"
+        )
     return file_safe_name(
         request.scores.stem if request.scores else Path(request.edited or request.model).resolve().name
     )

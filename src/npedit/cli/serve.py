@@ -39,7 +39,9 @@ def read_token(host: str, file: Path | None) -> str:
     try:
         token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE, "").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--token-file: expected a text file; got {file}: {error}") from None
+        raise UserError(
+            f"--token-file: expected a text file; got {file}: {error}; write the token into a file"
+        ) from None
     if token and len(token) < LEAST_TOKEN:
         raise UserError(f"expected a token of at least {LEAST_TOKEN} characters; got {len(token)}; make a longer one")
     if not token and not is_local(host):

@@ -21,7 +21,9 @@ def require_watch_options(context: typer.Context) -> None:
     """
     others = [parameter for parameter in context.command.params if parameter.name not in WATCH_OPTIONS]
     if names := [parameter.opts[0] for parameter in others if _is_on_command_line(context, parameter.name or "")]:
-        raise UserError(f"--watch: expected no options of an editor, because none is opened; got {', '.join(names)}")
+        raise UserError(
+            f"--watch: expected no options of an editor, because none is opened; got {', '.join(names)}; leave them out"
+        )
 
 
 def _is_on_command_line(context: typer.Context, name: str) -> bool:

@@ -252,7 +252,7 @@ def read_sample(
     if EDITED_COLUMN.fullmatch(photos[0].split(".")[0]):
         raise UserError(
             f"data.columns.file_name: expected the files of reference images; got {chosen!r}, which by its name holds "
-            "edited images, and those are never opened"
+            "edited images, and those are never opened; name the files of the photos"
         )
     try:
         values = json.loads(texts["json"].decode("utf-8-sig")) if "json" in texts else {}

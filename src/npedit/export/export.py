@@ -128,7 +128,8 @@ def _absolute(base: str) -> str:
         validate_repo_id(base)
     except HFValidationError:
         raise UserError(
-            f"--base: expected a Hub id (USER/NAME) or a folder; got {base!r}, which is no folder here and no id"
+            f"--base: expected a Hub id (USER/NAME) or a folder; got {base!r}, which is no folder here and no id; "
+            "correct it"
         ) from None
     return base
 

@@ -100,7 +100,8 @@ def _read_path(path: Path) -> Iterator[MeasuredScore]:
         yield from _read_results(path)
     else:
         raise UserError(
-            f"expected a folder of results (with {SUMMARY}) or a file of 'npedit evaluate toy --json'; got {path}"
+            f"expected a folder of results (with {SUMMARY}) or a file of 'npedit evaluate toy --json'; got {path}; "
+            "run npedit evaluate first"
         )
 
 

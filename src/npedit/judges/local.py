@@ -55,7 +55,7 @@ class LocalJudge(JudgeModel):
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"expected a judge: a folder or Hub id of one of {', '.join(sorted(_family_by_model_type()))}, "
-                f"or a server's address; got {weights}, where {error}"
+                f"or a server's address; got {weights}, where {error}; correct the name, or choose another judge"
             ) from None
         return cls(critic, weights, family, revision)
 
@@ -95,7 +95,8 @@ class LocalJudge(JudgeModel):
             return [self.critic.answer_id(word) for word in settings.answer_choices]
         except ValueError as error:
             raise UserError(
-                f"expected a judge that answers {settings.answer_choices} in one token each; got: {error}"
+                f"expected a judge that answers {settings.answer_choices} in one token each; got: {error}; "
+                "choose another judge, or another protocol"
             ) from None
 
 

@@ -209,7 +209,8 @@ def read_rights_table(path: Path) -> dict[str, dict[str, str]]:
         raise UserError(f"--licences: expected a csv file in UTF-8; got {path} ({error}); correct it") from None
     if "file_name" not in columns or not {"licence", "license", "source"} & set(columns):
         raise UserError(
-            f"--licences: expected the columns file_name, licence and source in {path}; got {', '.join(columns)}"
+            f"--licences: expected the columns file_name, licence and source in {path}; got {', '.join(columns)}; "
+            "add them to its first line"
         )
     return {(row["file_name"] or "").strip().removeprefix("./"): dict(_table_row(row)) for row in rows}
 

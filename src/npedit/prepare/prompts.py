@@ -170,7 +170,7 @@ def _edit_type(name: str, value: str | EditTypeEntry | None) -> EditType:
     if trained_as not in EDIT_TYPES or IDENTITY_EDIT in (name, trained_as):
         raise UserError(
             f"edit_types.{name}: expected trained_as to be an edit type ({', '.join(EDIT_TYPES[:-1])}); got "
-            f"{trained_as!r}.{did_you_mean(trained_as, EDIT_TYPES)}"
+            f"{trained_as!r}.{did_you_mean(trained_as, EDIT_TYPES)} Correct trained_as"
         )
     return EditType(name, entry.description or name, trained_as)
 
@@ -204,7 +204,8 @@ def parse_shares(text: str, known: Sequence[str]) -> dict[str, float]:
         name = name.strip()
         if name not in known or name in shares:
             raise UserError(
-                f"--types: expected each of {', '.join(known)} at most once; got {name!r}.{did_you_mean(name, known)}"
+                f"--types: expected each of {', '.join(known)} at most once; got {name!r}."
+                f"{did_you_mean(name, known)} --custom adds edit types of your own"
             )
         try:
             shares[name] = float(number) if equals else 1.0
@@ -213,6 +214,6 @@ def parse_shares(text: str, known: Sequence[str]) -> dict[str, float]:
         if not 0 < shares[name] < 1e9:
             raise UserError(f"--types: expected a positive share for {name}; got {number!r}; write {name}=0.2")
     if not shares:
-        raise UserError(f"--types: expected at least one edit type ({', '.join(known)}); got {text!r}")
+        raise UserError(f"--types: expected at least one edit type ({', '.join(known)}); got {text!r}; name one")
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()}

@@ -190,7 +190,10 @@ class _Watch:
             if stop.code != os.EX_TEMPFAIL:
                 raise
         else:
-            raise UserError("expected the training to stop on SIGTERM and to exit with 75; got a finished training")
+            raise UserError(
+                "expected the training to stop on SIGTERM and to exit with 75; got a finished training. This is a "
+                "fault of npedit: please report it"
+            )
 
     def _stop_before_end(self, event: str, facts: dict[str, Any]) -> None:
         self.on_event(event, facts)

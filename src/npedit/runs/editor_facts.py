@@ -72,11 +72,12 @@ class EditorFacts:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}."
+                f"expected format, family, base, steps and sizes in {path}; got a bad one: {error!r}. "
+                "Export the editor again, or correct the file"
             ) from None
         if facts.steps < 1 or facts.tile < 0 or not sizes or min(min(s) for s in sizes) < 1:
             got = f"{facts.steps} steps, tile {facts.tile}, sizes {sizes}"
-            raise UserError(f"expected steps >= 1, tile >= 0 and sizes >= 1 in {path}; got {got}.")
+            raise UserError(f"expected steps >= 1, tile >= 0 and sizes >= 1 in {path}; got {got}. Correct the file")
         return facts
 
     @classmethod

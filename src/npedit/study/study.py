@@ -76,7 +76,10 @@ def _check_only(study: Study, only: Collection[str]) -> None:
     known = [name for name, variant in study.variants.items() if not variant.of] + list(study.search)
     for name in only:
         if name not in known:
-            raise UserError(f"expected variants that are trained; got {name!r}.{did_you_mean(name, known)}")
+            raise UserError(
+                f"expected variants that are trained; got {name!r}.{did_you_mean(name, known)} "
+                f"It has: {', '.join(known)}"
+            )
 
 
 @dataclass
