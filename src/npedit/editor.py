@@ -110,7 +110,7 @@ class Editor:
                 infinite, the tile is too small, or `bits` is another number.
         """
         if bits not in (0, 4, 8):
-            raise UserError(f"expected bits 0 (as trained), 4 or 8; got {bits}. Give one of them.")
+            raise UserError(f"expected bits 0, 4 or 8; got {bits}. With 0 weights are as trained.")
         source = resolve_editor(path)
         recipe = read_recipe(source) if source.is_checkpoint else None
         facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
