@@ -7,25 +7,15 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement
 from rich.markup import escape
 
 from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
 
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "pydantic",
-    "datasets",
-    "matplotlib",
-)
 Check = tuple[str, bool, str]
 
 
@@ -46,12 +36,10 @@ def doctor(as_json: JsonOption = False) -> None:
 def run_checks() -> Iterator[Check]:
     """Each check as (name, is it fine, what was found or what to do)."""
     yield "python", True, f"{platform.python_version()} on {platform.platform()}"
-    for package in PACKAGES:
-        try:
-            yield package, True, version(package)
-        except PackageNotFoundError:
-            yield package, False, f"not installed; install npedit again, or: pip install {package}"
-            return
+    packages = [_check_package(requirement) for requirement in required_packages()]
+    yield from packages
+    if not all(is_fine for _, is_fine, _ in packages):
+        return
     import torch
 
     from npedit.nets.device import device_name, is_accelerator, pick_device
@@ -72,6 +60,23 @@ def run_checks() -> Iterator[Check]:
             yield f"embedded {kind}", False, str(error)
     if whole:
         yield _check_edits()
+
+
+def required_packages() -> list[Requirement]:
+    """The packages that npedit needs, without those of its extras."""
+    found = map(Requirement, requires("npedit") or [])
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def _check_package(need: Requirement) -> Check:
+    """Whether a package is installed in a version that npedit works with."""
+    try:
+        found = version(need.name)
+    except PackageNotFoundError:
+        return need.name, False, f"not installed; install npedit again, or: pip install '{need}'"
+    if found not in need.specifier:
+        return need.name, False, f"{found}; expected {need.specifier}: pip install '{need}'"
+    return need.name, True, found
 
 
 def _check_temporary_files() -> Check:
@@ -95,7 +100,7 @@ def _check_edits() -> Check:
         scores = toy.score(lambda references, words: editor.edit_tensor(references, words), toy.sample_items(9))
         done = time.monotonic()
     except (UserError, RuntimeError, ValueError) as error:
-        return "one edit", False, f"{error}; reinstall npedit"
+        return "nine edits", False, f"{error}; reinstall npedit"
     right = round(9 * scores["both"]["value"])
     took = f"opened in {opened - start:.1f} s, {(done - opened) / 9:.2f} s an edit"
     return "nine edits", True, f"{right} of 9 right; {took}"
