@@ -1,7 +1,8 @@
 """The device that models compute on. It is chosen here, and questions about it are answered here and nowhere else.
 
 `torch.accelerator` names the machine's accelerator: CUDA (ROCm too, which PyTorch calls "cuda"), Apple's MPS or Intel's
-XPU. npedit is tested on CPUs. All accelerators are untried.
+XPU. npedit is tested on CPUs, and with a GPU that is only pretended
+(`tests/support/pretend_gpu.py`). All accelerators are untried.
 
 The environment variable NPEDIT_DEVICE overrides the choice: "cpu", "cuda", "cuda:1", "mps", "xpu".
 """
