@@ -141,6 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "bootstrap": {"stages": [stage("bootstrap", student={"ema": 0.9}, steps=2)], "data": {"paired_captions": True}},
     "both": {"stages": [stage("np_edit_bootstrap", **NP_EDIT)], "data": {"paired_captions": True}},
+    "supervised": {"stages": [stage("supervised", steps=2)], "data": {"name": "toy_pairs"}},
     "flow_grpo": {"stages": [stage("flow_grpo")]},
     "scenes": {"data": {"edit_types": ["scene"]}},
     "sampling by failure": {"trainer": {"by_failure": {"floor": 0.25}}},
