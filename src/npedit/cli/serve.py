@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from npedit.cli.listening import address, is_local, listen, require_page_packages
-from npedit.cli.options import BaseOption
+from npedit.cli.options import BaseOption, BitsOption, OffloadOption, TileOption
 from npedit.cli.watch import require_watch_options, run_watch
 from npedit.errors import UserError
 
@@ -83,11 +83,9 @@ def serve(
         bool, typer.Option("--critic", help="Load the critic of the run's recipe, so that the page can ask it.")
     ] = False,
     base: BaseOption = "",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the models in the CPU's memory between uses.")] = (
-        False
-    ),
-    bits: Annotated[int, typer.Option(help="Hold weights in 8 or 4 bits; 0: as trained.")] = 0,
-    tile: Annotated[int | None, typer.Option(help="Side of the decoder's tiles, in pixels; 0: none.", min=0)] = None,
+    offload: OffloadOption = False,
+    bits: BitsOption = 0,
+    tile: TileOption = None,
 ) -> None:
     """Put an editor behind a page and an HTTP interface. Ctrl-C or SIGTERM finishes the waiting edits."""
     token = read_token(host, token_file)

@@ -84,9 +84,9 @@ def find_metadata(path: str) -> tuple[Path, list[Path]]:
     folder = Path(path).expanduser()
     wanted = f"expected a folder with images and {METADATA}; got {path!r}"
     if not path or not folder.exists():
-        raise UserError(f"{wanted}, which does not exist; set data.path to your photos")
+        raise UserError(f"{wanted}, which does not exist; give the folder of your photos (in a recipe: data.path)")
     if not folder.is_dir():
-        raise UserError(f"{wanted}, which is a file; set data.path to the folder that holds it")
+        raise UserError(f"{wanted}, which is a file; give the folder that holds it (in a recipe: data.path)")
     if not any(folder.iterdir()):
         raise UserError(f"{wanted}, which is empty; put your photos and a {METADATA} there")
     if not _has_metadata(folder) and _has_metadata(folder / "train"):
