@@ -42,10 +42,10 @@ def models(tmp_path_factory):
     return folder
 
 
-def recipe(models, family: str = "flux", critic: str = "llava_onevision", **changes: Any) -> Recipe:
+def recipe(models, of_family: str = "flux", of_critic: str = "llava_onevision", **changes: Any) -> Recipe:
     raw: dict[str, dict[str, Any]] = {
-        "family": {"name": family, "weights": str(models("families", family))},
-        "critic": {"name": critic, "weights": str(models("critics", critic)), "wording": "short"},
+        "family": {"name": of_family, "weights": str(models("families", of_family))},
+        "critic": {"name": of_critic, "weights": str(models("critics", of_critic)), "wording": "short"},
         "data": {"name": "toy"},
         "trainer": {"sample_items": 1, "steps": 2, "sample_every": 1, "save_every": 1},
     }
@@ -126,7 +126,7 @@ def test_every_family(models, tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["internvl", "qwen_vl", "smolvlm"])
 def test_every_critic(models, tmp_path, critic):
-    assert train(recipe(models, critic=critic), tmp_path / "run") > 10_000
+    assert train(recipe(models, of_critic=critic), tmp_path / "run") > 10_000
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
