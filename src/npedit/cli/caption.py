@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
-from npedit.cli.options import SeedOption
 from npedit.cli.prepare_progress import progress_display
 from npedit.cli.writers import (
     EngineOption,
@@ -23,6 +22,7 @@ from npedit.cli.writers import (
     PriceOutOption,
     PromptsOption,
     RayAddressOption,
+    SeedOption,
     SideOption,
     VerifierModelOption,
     VerifierOption,
@@ -33,6 +33,7 @@ from npedit.cli.writers import (
     open_engine,
     open_meter,
     open_models,
+    print_usage,
     require_options,
 )
 from npedit.errors import UserError, npedit_command
@@ -66,15 +67,15 @@ def caption(
     The same command resumes.
     """
     target, writers = require_options(folder, writer)
-    meter = open_meter(price_in, price_out, max_cost)
-    served = (writers, writer_model, verifier or [], verifier_model)
-    models = open_models(*served, verify, workers, jpeg_quality, parameters)
-    workplace = open_engine(engine, ray_address, models)
     from npedit.prepare.caption_set import caption_set
     from npedit.prepare.prepare import PrepareSettings
     from npedit.prepare.prompts import load_prompts
 
+    meter = open_meter(price_in, price_out, max_cost)
     settings, loaded = PrepareSettings(shares={}, side=side, seed=seed), load_prompts(prompts)
+    served = (writers, writer_model, verifier or [], verifier_model)
+    models = open_models(*served, verify, workers, jpeg_quality, parameters)
+    workplace = open_engine(engine, ray_address, models)
     with progress_display(bool(price_in or price_out), err) as report:
         facts = caption_set(source, target, settings, loaded, *models, meter, report, workplace)
     show_result(target, facts, as_json)
@@ -105,9 +106,6 @@ def print_captions(folder: Path, facts: dict[str, Any]) -> None:
     )
     for reason, count in list(facts["reasons"].items())[:5]:
         out.print(escape(f"  {count} {reason}"))
-    usage, cost = facts["usage"], facts["cost"]
-    tokens = f"{usage.get('prompt_tokens', 0):,} prompt tokens, {usage.get('completion_tokens', 0):,} answer tokens"
-    priced = f"; cost {cost:.4g}" if cost else ""
-    out.print(f"{sum(facts['requests'].values())} requests in this run; of all answers {tokens}{priced}")
+    print_usage(facts)
     words = f"{npedit_command()} train RECIPE data.path={shlex.quote(str(folder))}"
     out.print(f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(words)}")

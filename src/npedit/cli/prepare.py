@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
-from npedit.cli.options import SeedOption
 from npedit.cli.prepare_progress import progress_display
 from npedit.cli.writers import (
     EngineOption,
@@ -24,6 +23,7 @@ from npedit.cli.writers import (
     PriceOutOption,
     PromptsOption,
     RayAddressOption,
+    SeedOption,
     SideOption,
     VerifierModelOption,
     VerifierOption,
@@ -34,6 +34,7 @@ from npedit.cli.writers import (
     open_engine,
     open_meter,
     open_models,
+    print_usage,
     require_options,
 )
 from npedit.errors import UserError, npedit_command
@@ -208,10 +209,7 @@ def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
         f"{counts['rejected']} edits rejected ({counts['rejected_share']:.1%}), {counts['not_offered']} not offered; "
         f"{photos['bad']} bad photos, {photos['duplicates']} near-duplicates; {facts['held_out']} rows held out"
     )
-    usage, cost = facts["usage"], facts["cost"]
-    tokens = f"{usage.get('prompt_tokens', 0):,} prompt tokens, {usage.get('completion_tokens', 0):,} answer tokens"
-    priced = f"; cost {cost:.4g}" if cost else ""
-    out.print(f"{sum(facts['requests'].values())} requests in this run; of all answers {tokens}{priced}")
+    print_usage(facts)
     held = f" data.held_out={shlex.quote(str(folder / 'held_out.txt'))}" if facts["held_out"] else ""
     out.print(
         f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(npedit_command())} train RECIPE "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import err
+from npedit.cli.console import err, out
 from npedit.cli.judged import read_parameters
 from npedit.errors import UserError
 
@@ -54,6 +55,9 @@ FolderOption = Annotated[Path | None, typer.Option("--out", help="The set's fold
 SideOption = Annotated[int, typer.Option(help="Longest side in pixels of the pictures that are sent.", min=16)]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="A folder with look.yaml, write.yaml, verify.yaml in place of the package's.")
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", "-s", help="The same seed and answers give the same set.", min=0, max=2**64 - 1)
 ]
 MaxCostOption = Annotated[float, typer.Option("--max-cost", help="Stop before this cost; needs prices.", min=0)]
 PriceInOption = Annotated[float, typer.Option("--price-in", help="Of a million prompt tokens.", min=0)]
@@ -142,3 +146,11 @@ def open_engine(name: str, ray_address: str, models: tuple[Any, Any]) -> Any:
 
     writer, verifier = models
     return RayEngine(ray_address, (WRITER_KEY, *([VERIFIER_KEY] if verifier not in (None, writer) else [])))
+
+
+def print_usage(facts: Mapping[str, Any]) -> None:
+    """How many requests were sent, and what all answers took, from the facts in prepare.json."""
+    usage, cost = facts["usage"], facts["cost"]
+    tokens = f"{usage.get('prompt_tokens', 0):,} prompt tokens, {usage.get('completion_tokens', 0):,} answer tokens"
+    priced = f"; cost {cost:.4g}" if cost else ""
+    out.print(f"{sum(facts['requests'].values())} requests in this run; of all answers {tokens}{priced}")
