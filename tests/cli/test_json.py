@@ -1,6 +1,7 @@
 """`--json`: standard output is one JSON object with the keys of docs/scripting.md, other text is on standard error."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from npedit.cli import main as cli
-from npedit.cli.doctor import required_packages
+from npedit.cli.doctor import _check_package, required_packages
 from npedit.cli.json_output import print_json
 from tests.support.command_line import names, picture, run
 from tests.support.edit_sets import photo, write_parquet
@@ -63,6 +64,18 @@ def test_doctor_prints_its_object_when_a_check_fails(here, monkeypatch):
     assert found["ok"] is False and checks["rich"]["ok"] and not checks["no-such-package"]["ok"]
     assert "pip install 'torch>=99'" in checks["torch"]["found"] and "nine edits" not in checks
     assert "expected all checks to pass; got 2 problems" in said
+
+
+def test_doctor_knows_nightly_builds_and_a_folder_that_was_not_installed(here, monkeypatch):
+    monkeypatch.setattr("npedit.cli.doctor.version", lambda name: "2.14.0.dev20260101+cu130")
+    assert _check_package(Requirement("torch>=2.6"))[1] and not _check_package(Requirement("torch>=2.14"))[1]
+
+    def not_installed():
+        raise PackageNotFoundError("npedit")
+
+    monkeypatch.setattr("npedit.cli.doctor.required_packages", not_installed)
+    found, _ = call("doctor", code=2)
+    assert [check["ok"] for check in found["checks"]] == [True, False] and found["checks"][1]["name"] == "npedit"
 
 
 def test_edit(here):

@@ -36,7 +36,10 @@ def doctor(as_json: JsonOption = False) -> None:
 def run_checks() -> Iterator[Check]:
     """Each check as (name, is it fine, what was found or what to do)."""
     yield "python", True, f"{platform.python_version()} on {platform.platform()}"
-    packages = [_check_package(requirement) for requirement in required_packages()]
+    try:
+        packages = [_check_package(requirement) for requirement in required_packages()]
+    except PackageNotFoundError:
+        packages = [("npedit", False, "not installed as a package, so what it needs is unknown; pip install npedit")]
     yield from packages
     if not all(is_fine for _, is_fine, _ in packages):
         return
@@ -63,7 +66,11 @@ def run_checks() -> Iterator[Check]:
 
 
 def required_packages() -> list[Requirement]:
-    """The packages that npedit needs, without those of its extras."""
+    """The packages that npedit needs, without those of its extras.
+
+    Raises:
+        PackageNotFoundError: npedit runs from a folder that was never installed.
+    """
     found = map(Requirement, requires("npedit") or [])
     return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
 
@@ -74,7 +81,7 @@ def _check_package(need: Requirement) -> Check:
         found = version(need.name)
     except PackageNotFoundError:
         return need.name, False, f"not installed; install npedit again, or: pip install '{need}'"
-    if found not in need.specifier:
+    if not need.specifier.contains(found, prereleases=True):  # nightly builds too
         return need.name, False, f"{found}; expected {need.specifier}: pip install '{need}'"
     return need.name, True, found
 
