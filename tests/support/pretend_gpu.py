@@ -15,7 +15,7 @@ Speed, memory, kernels and number types are those of the CPU. Code in other thre
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PLAIN_DEVICE = Tensor.device.__get__
@@ -75,7 +76,7 @@ class PretendGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [*_tensors(args), *_tensors(kwargs.values())]
+        given = _tensors((args, kwargs))
         known = [t for t in given if _storage(t) not in self.made_inside]
         devices = self._devices(func, known)
         if len(devices) > 1 and func not in COPIES:
@@ -86,7 +87,7 @@ class PretendGpu(TorchDispatchMode):
             raise WrongDevice(f"{func} on the GPU with a generator of the CPU")
         out = func(*args, **kwargs)
         self.operations += place == GPU
-        made = [*_tensors(out if isinstance(out, tuple | list) else (out,))]
+        made = _tensors(out)
         for tensor in made if known else []:
             self.put(tensor, place)
         for tensor in given if GPU in devices else []:
@@ -110,12 +111,8 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _place(device: Any) -> torch.device:

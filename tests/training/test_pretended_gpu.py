@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def test_what_a_gpu_does_is_done():
 # ------------------------------------------------------------------------------------------------ training and editing
 
 
+def test_training_stays_on_the_gpu(models, tmp_path):
+    assert train(recipe(models), tmp_path / "run") > 1000
+
+
+@pytest.mark.slow
 def test_training_resuming_and_editing_stay_on_the_gpu(models, tmp_path):
     first = recipe(models, stages=[WARM_UP, EDITING])
     assert train(first, tmp_path / "run") > 10_000
@@ -127,6 +133,16 @@ def test_every_family(models, tmp_path, family):
 @pytest.mark.parametrize("critic", ["internvl", "qwen_vl", "smolvlm"])
 def test_every_critic(models, tmp_path, critic):
     assert train(recipe(models, of_critic=critic), tmp_path / "run") > 10_000
+
+
+@pytest.mark.slow
+def test_an_ensemble(models, tmp_path):
+    """Its file lists the critics."""
+    names = ("llava_onevision", "smolvlm")
+    members = [{"name": name, "weights": str(models("critics", name))} for name in names]
+    (tmp_path / "critics.yaml").write_text(json.dumps(members))
+    critic = {"name": "ensemble", "weights": str(tmp_path / "critics.yaml"), "wording": "short"}
+    assert train(recipe(models, critic=critic), tmp_path / "run") > 10_000
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
