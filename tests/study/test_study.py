@@ -287,6 +287,18 @@ def test_the_page_of_a_study_that_is_filled_by_two_processes_names_the_missing_v
         run(made, finished, only=["one_stp"])
 
 
+def test_only_includes_the_variants_that_a_variant_starts_from(tmp_path):
+    chain = {"first": {}, "other": {}, "next": {"start": "first"}, "last": {"start": "next"}}
+    made = make_study(variants=chain, tables=[])
+    work = StudyWork(made, tmp_path, recipe_path, False)
+
+    def names(*only: str) -> list[str]:
+        return [job.name for job in work.missing_jobs(only)]
+
+    assert names("last") == ["first-0", "next-0", "last-0"] and names("first") == ["first-0"]
+    assert names() == ["first-0", "other-0", "next-0", "last-0"]
+
+
 def test_a_duplicate_key_in_a_study_is_refused(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text("name: a\nname: b\n")

@@ -19,7 +19,10 @@ def study(
         bool, typer.Option("--quick", help="One seed and a 25th of the updates: a check that every part works.")
     ] = False,
     page: Annotated[Path | None, typer.Option("--publish", help="Copy the page to this .md file.")] = None,
-    only: Annotated[str, typer.Option(help="Train only these variants and searches, as 'A,B'.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(help="Train only these variants and searches, as 'A,B', and the variants that they start from."),
+    ] = "",
     workers: Annotated[
         int, typer.Option(min=1, help="Runs side by side, each in a process with one thread; 1: all in this process.")
     ] = 1,

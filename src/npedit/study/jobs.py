@@ -91,10 +91,18 @@ class StudyWork:
                 require_same_recipe(folder / run, recipe)
 
     def missing_jobs(self, only: Collection[str] = ()) -> list[Job]:
-        """The jobs that are not done; with `only`, those of these variants and of the critics that they need."""
-        runs = [self._run_job(*found) for found in self.runs.values() if not only or found[0] in only]
+        """The jobs that are not done; with `only`, those of these variants, of the variants that they start from, and
+        of the critics that they need."""
+        chosen = {start for name in only or self.study.variants for start in self._with_starts(name)}
+        runs = [self._run_job(*found) for found in self.runs.values() if found[0] in chosen]
         runs = [job for job in runs if not self.is_done(job)]
         return [*self._critic_jobs({job.variant for job in runs if not is_finished(self.folder / job.name)}), *runs]
+
+    def _with_starts(self, name: str) -> Iterator[str]:
+        """A variant, the variant that it starts from, and so on."""
+        while name:
+            yield name
+            name = self.study.variants[name].start
 
     def _run_job(self, name: str, seed: int) -> Job:
         variant = self.study.variants[name]

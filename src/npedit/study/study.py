@@ -41,9 +41,10 @@ def run_study(
     of `results.md`.
 
     `quick` uses one seed, a 25th of the updates and a tenth of the items, in separate runs. A quick study shows that
-    every part works; it is too short to decide a claim. With `only`, just these variants and searches are trained, so
-    several processes can fill one folder; the page shows all runs that are finished by then. With several `workers`,
-    that many runs are trained side by side, each in a process with one thread; `find` is then that of the package.
+    every part works; it is too short to decide a claim. With `only`, just these variants and searches are trained (and
+    the variants that these start from), so several processes can fill one folder; the page shows all runs that are
+    finished by then. With several `workers`, that many runs are trained side by side, each in a process with one
+    thread; `find` is then that of the package.
 
     Raises:
         UserError: a variant's recipe is wrong (all are read before the first is trained); some runs failed (the page
