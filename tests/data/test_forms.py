@@ -19,11 +19,7 @@ TYPES = ("recolour", "add", "style")
 SOURCES = {"imagefolder": imagefolder, "hub": hub, "webdataset": webdataset}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 def make_rows(count=12):
@@ -231,6 +227,34 @@ def test_a_wrong_sample_is_named_by_tar_file_and_number(tmp_path, files, words):
         add(tar, "k", files)
     message = refused("webdataset", tmp_path)
     assert "x.tar:1:" in message and words in message
+
+
+CONFIGS = """---
+configs:
+- {config_name: few, default: true, data_files: few/*.parquet}
+- {config_name: all, data_files: all/*.parquet}
+---
+"""
+
+
+def test_a_subset_of_a_data_set_is_chosen_by_name(folder, tmp_path):
+    place = tmp_path / "set"
+    place.mkdir()
+    as_parquet(folder, place / "all")
+    write_metadata(folder, make_rows()[:3])
+    as_parquet(folder, place / "few")
+    (place / "README.md").write_text(CONFIGS)
+
+    def ids(count, **more):
+        source = opened("hub", place, **more)
+        return {source.batch(i, 1).ids[0] for i in range(count)}
+
+    few, every = {f"i{k}" for k in range(3)}, {f"i{k}" for k in range(12)}
+    for streaming in (False, True):
+        assert ids(3, streaming=streaming) == ids(3, subset="few", streaming=streaming) == few
+        assert ids(12, subset="all", streaming=streaming) == every
+        message = refused("hub", place, subset="some", streaming=streaming)
+        assert "'some'" in message and "few" in message and "check path, split, subset" in message
 
 
 def test_places_without_data_are_refused(folder, tmp_path):
