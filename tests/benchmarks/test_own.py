@@ -129,7 +129,7 @@ def test_a_missing_picture_has_no_scores(done, tmp_path):
 def test_compare_prints_and_plots(done, tmp_path):
     root = done[0]
     folders = [root / n for n in ("r-copy", "r-editor", "r-true")]
-    said = run("compare", *folders, "--plot", tmp_path / "p.png", "--measure", "l1", "--measure", "l1_target")
+    said = run("compare", *folders, "--plot", tmp_path / "p.png", "--metric", "l1", "--metric", "l1_target")
     assert "Differences from r-copy" in said and "adjusted for 4 tests" in said and "Ranking" in said
     assert f"0/{0}/{N}" in said  # true edits lose every item at l1: something was changed
     assert Image.open(tmp_path / "p.png").width > 300
@@ -140,7 +140,7 @@ def test_compare_prints_and_plots(done, tmp_path):
     said = run(
         "compare",
         *folders,
-        "--measure",
+        "--metric",
         "l1_target",
         "--people",
         tmp_path / "people.jsonl",
@@ -153,7 +153,7 @@ def test_compare_prints_and_plots(done, tmp_path):
 def test_the_page_of_compare_holds_the_printed_figures_and_every_editors_pictures(done, tmp_path):
     folders = [done[0] / n for n in ("r-copy", "r-editor", "r-true")]
     page, data = tmp_path / "c.html", json.loads((done[0] / "r-true" / "settings.json").read_text())["data"]
-    words = ["--measure", "l1", "--plot", tmp_path / "p.png", "--page", page, "--json"]
+    words = ["--metric", "l1", "--plot", tmp_path / "p.png", "--page", page, "--json"]
     values = json.loads(CliRunner().invoke(cli.app, ["compare", *map(str, [*folders, *words])]).stdout)
     text = page.read_text()
     assert values["page"] == str(page) and data == str((done[0] / "data").resolve())
@@ -176,14 +176,14 @@ def test_compare_refuses_what_cannot_be_compared(done, tmp_path):
     plot = ("--plot", tmp_path / "p.png")
     assert "two folders" in run("compare", root / "r-copy", *plot, code=2)
     assert "one of them twice" in run("compare", root / "r-copy", root / "r-copy", *plot, code=2)
-    assert "Did you mean" in run("compare", root / "r-copy", root / "r-true", "--measure", "l1_taget", *plot, code=2)
+    assert "Did you mean" in run("compare", root / "r-copy", root / "r-true", "--metric", "l1_taget", *plot, code=2)
     assert "end in .png" in run("compare", root / "r-copy", root / "r-true", "--plot", tmp_path / "p.txt", code=2)
     other = tmp_path / "other"
     other.mkdir()
     (other / "rows.jsonl").write_bytes((root / "r-true" / "rows.jsonl").read_bytes())
     (other / "settings.json").write_text('{"protocol": {"benchmark": "else"}}')
     assert "of one protocol" in run("compare", root / "r-copy", other, *plot, code=2)
-    assert "Differences from" in run("compare", root / "r-copy", other, "--measure", "l1", "--force", *plot)
+    assert "Differences from" in run("compare", root / "r-copy", other, "--metric", "l1", "--force", *plot)
     (other / "rows.jsonl").write_text('{"id": "else", "task": "t", "scores": {"l1": 1}, "why": {}}')
     assert "no item has it in all" in run("compare", root / "r-copy", other, "--force", *plot, code=2)
 
@@ -298,7 +298,7 @@ def test_ids_with_unicode_line_separators_survive_the_results_file(tmp_path):
     for name in ("x", "y"):
         measured(data, tmp_path / name, "--copy")
     assert {row.id for row in Results.read(tmp_path / "x").rows} == {"a\u2028b", "c\u0085d"}
-    run("compare", tmp_path / "x", tmp_path / "y", "--measure", "l1", "--plot", tmp_path / "p.png")
+    run("compare", tmp_path / "x", tmp_path / "y", "--metric", "l1", "--plot", tmp_path / "p.png")
 
 
 def test_a_folder_that_another_evaluation_holds_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""LPIPS: the authors' own numbers, what must hold of any distance, and its place among the measures."""
+"""LPIPS: the authors' own numbers, what must hold of any distance, and its place among the metrics."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def test_evaluate_own_computes_lpips(folder, tmp_path):
     assert copy["lpips_alex"]["value"] == 0 < editor["lpips_alex"]["value"]
     assert copy["lpips_alex_target"]["value"] > 0 and editor["lpips_alex"]["n"] == 4
     plot = ["--plot", tmp_path / "c.png"]
-    done = invoke("compare", tmp_path / "copy", tmp_path / "editor", "--measure", "lpips_alex", *plot)
+    done = invoke("compare", tmp_path / "copy", tmp_path / "editor", "--metric", "lpips_alex", *plot)
     assert done.exit_code == 0, done.output
 
 

@@ -131,8 +131,8 @@ def test_a_missing_picture_is_the_reason_for_every_missing_metric(pictures):
     def broken():
         raise MissingScore("no edited picture x.png: no such file")
 
-    measures = m.pixel_metrics(lambda: pictures[0], broken) | m.feature_metrics(broken, broken, GONE, GONE)
-    found = Row.from_metrics("i", "t", measures)
+    metrics = m.pixel_metrics(lambda: pictures[0], broken) | m.feature_metrics(broken, broken, GONE, GONE)
+    found = Row.from_metrics("i", "t", metrics)
     assert len(found.scores) == 8 and set(found.scores.values()) == {None}
     assert found.why["copied"] == "no edited picture x.png: no such file"
 

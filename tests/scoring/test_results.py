@@ -23,18 +23,18 @@ def fails(error):
 
 
 def test_a_row_keeps_numbers_and_reasons_apart():
-    measures = {
+    metrics = {
         "fine": lambda: 0.0,
         "failed": fails(r.MissingScore("no picture")),
         "undefined": fails(r.UndefinedMetric("equal pictures")),
         "infinite": lambda: float("inf"),
     }
-    found = r.Row.from_metrics("i", "t", measures)
+    found = r.Row.from_metrics("i", "t", metrics)
     assert found.scores == {"fine": 0.0, "failed": None, "undefined": None, "infinite": None}
     assert found.why == {
         "failed": "no picture",
         "undefined": "undefined: equal pictures",
-        "infinite": "the measure gave inf",
+        "infinite": "the metric gave inf",
     }
     with pytest.raises(ZeroDivisionError):  # a bug is no missing score
         r.Row.from_metrics("i", "t", {"x": lambda: 1 / 0})

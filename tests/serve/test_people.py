@@ -231,7 +231,7 @@ def test_answers_in_a_file_are_compared(evaluated, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{**row, "id": row["id"].replace("i", "0/")} for row in answers_of([1, -1, 1, 0])]
     Path("people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run("compare", evaluated / "one", "--people", "people.jsonl", evaluated / "two", "--measure", "l1", "--json")
+    said = run("compare", evaluated / "one", "--people", "people.jsonl", evaluated / "two", "--metric", "l1", "--json")
     assert "two against one: win rate 0.625" in said and "2/1/1 wins/ties/losses" in said
     assert json.loads(said[said.index('{ "editors"') :])["people"]["win_rate"] == 0.625
 

@@ -154,9 +154,9 @@ def make_opener(path: Path, what: str) -> ImageOpener:
 
 def results_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> TextTable:
     """A table of the headlines: value with 95 % interval, n, coverage, which direction is better."""
-    head = ("measure", "value", "95 % interval", "n", "coverage", "better")
+    head = ("metric", "value", "95 % interval", "n", "coverage", "better")
     caption = "mean of the tasks' means; -: too many scores are missing, or the score is undefined for all items"
-    table = TextTable(title, head, left=("measure", "better"), caption=caption)
+    table = TextTable(title, head, left=("metric", "better"), caption=caption)
     for name, entry in summary.items():
         if name.endswith("/micro"):
             continue

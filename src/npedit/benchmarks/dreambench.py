@@ -143,8 +143,8 @@ def score_pictures(
     for subject in subjects:
         features = {e: _real_photo_features(subject, e) for e in (dino, clip)}
         for i in range(len(subject.prompts)):
-            measures = _metrics_of_prompt(subject, i, pictures_per_prompt, edited, dino, clip, features)
-            rows.append(Row.from_metrics(f"{subject.name}/{i:02d}", subject.name, measures))
+            metrics = _metrics_of_prompt(subject, i, pictures_per_prompt, edited, dino, clip, features)
+            rows.append(Row.from_metrics(f"{subject.name}/{i:02d}", subject.name, metrics))
             on_progress(len(rows), total)
     return rows
 

@@ -206,7 +206,7 @@ def _metrics_of_item(
         words = (item.source_caption, item.target_caption, clip)
         wanted |= text_metrics(reference, edited, *words)
         copy |= {k: v for k, v in text_metrics(reference, reference, *words).items() if k.startswith("clip_t")}
-    return found | wanted | {f"copy/{name}": measure for name, measure in copy.items()}
+    return found | wanted | {f"copy/{name}": compute for name, compute in copy.items()}
 
 
 def _open_optional(path: Path | None, what: str) -> Callable[[], Image.Image]:

@@ -44,7 +44,7 @@ def compare(
             help="Folders of results; A is the baseline. Join one editor's results under several judges with +: A1+A2.",
         ),
     ],
-    wanted: Annotated[list[str] | None, typer.Option("--measure", help="Only this metric; repeatable.")] = None,
+    wanted: Annotated[list[str] | None, typer.Option("--metric", help="Only this metric; repeatable.")] = None,
     margin: Annotated[float, typer.Option(help="Largest difference of an item's scores that is a tie.", min=0)] = 0.0,
     plot: Annotated[Path, typer.Option("--plot", help="PNG file for a plot of the means.")] = Path("compare.png"),
     page: Annotated[
@@ -99,19 +99,19 @@ def _compare(request: _Request) -> dict[str, Any]:
     for place in filter(None, (request.plot, request.page)):
         check_writable(place)
     results = open_results(request.folders, request.force)
-    measures, left_out = select_common_metrics(results, request.wanted)
+    metrics, left_out = select_common_metrics(results, request.wanted)
     for note in left_out:
         out.print(f"[yellow]note[/] {escape(note)}")
-    if not measures:
+    if not metrics:
         raise UserError("expected a metric that all results have on enough items; got none; the notes above say why")
     values: dict[str, Any] = {"editors": [r.name for r in results], "notes": left_out, "ranking": [], "agreement": []}
-    values["metrics"] = paired_differences(results, measures, request.margin, request.seed)
+    values["metrics"] = paired_differences(results, metrics, request.margin, request.seed)
     tables = [differences_table(values["metrics"], results[0].name)]
     if len(results) > 2:
-        values["ranking"] = rank_editors(results, measures, request.margin, request.seed)
+        values["ranking"] = rank_editors(results, metrics, request.margin, request.seed)
         tables.append(ranking_table(values["ranking"]))
     if request.labels and not is_answers(request.labels):
-        values["agreement"], labels = measure_agreement(results, measures, request.labels, request.seed)
+        values["agreement"], labels = measure_agreement(results, metrics, request.labels, request.seed)
         tables.append(agreement_table(values["agreement"], labels))
     for table in tables:
         out.print(rich_table(table))

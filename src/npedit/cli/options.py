@@ -40,7 +40,7 @@ ProvenanceOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(help="Sampling steps; as in training if not given.", min=1, max=64)]
 
-# What measures without a judge.
+# The encoders of metrics that need no judge.
 DinoOption = Annotated[
     str,
     typer.Option(help="DINO: a folder or Hub id, or 'none'. If not given, facebook/dino-vits16 if it can be opened."),

@@ -308,7 +308,7 @@ def open_encoders(weights: tuple[str, str], lpips: Any) -> tuple[tuple[Any, Any]
     encoders = open_encoder(Dino, weights[0]), open_encoder(Clip, weights[1])
     for encoder in encoders:
         if isinstance(encoder, MissingEncoder):
-            err.print(f"[yellow]note[/] measures are missing: {escape(encoder.reason)}")
+            err.print(f"[yellow]note[/] metrics are missing: {escape(encoder.reason)}")
     used = {"dino": weights[0] or Dino.default_weights, "clip": weights[1] or Clip.default_weights, "dtype": "float32"}
     return encoders, used | ({"lpips": lpips.tag} if lpips else {})
 

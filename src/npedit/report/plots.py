@@ -99,7 +99,7 @@ def _held_out_section(rows: Rows, curves: Curves, evaluate_items: int) -> list[D
 
 
 def plot_comparison(editors: Sequence[str], panels: Sequence[Panel], dots: Sequence[Sequence[float]] = ()) -> bytes:
-    """A PNG with a panel for each measure. `dots` are single values of each editor beneath their mean, drawn small in
+    """A PNG with a panel for each metric. `dots` are single values of each editor beneath their mean, drawn small in
     every panel."""
     figure = new_figure(_comparison_size(editors, panels))
     _plot_means(figure, editors, panels, dots)

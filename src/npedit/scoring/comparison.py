@@ -107,7 +107,7 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
 
 
 def paired_differences(
-    results: Sequence[Results], measures: Sequence[str], margin: float, seed: int
+    results: Sequence[Results], metrics: Sequence[str], margin: float, seed: int
 ) -> list[dict[str, Any]]:
     """For each metric one entry for each editor: the mean, and the paired difference from the first editor, which is
     None for the first editor. P-values are adjusted for the number of all tests."""
@@ -117,7 +117,7 @@ def paired_differences(
             "better": "lower" if lower_is_better(name) else "higher",
             "editors": _editor_values(results, name, margin, seed),
         }
-        for name in measures
+        for name in metrics
     ]
     tests = [editor["difference"] for metric in found for editor in metric["editors"][1:]]
     for test, adjusted in zip(tests, statistics.holm_adjusted([test.pop("p") for test in tests]), strict=True):
@@ -142,10 +142,10 @@ def _editor_values(results: Sequence[Results], name: str, margin: float, seed: i
     return entries
 
 
-def rank_editors(results: Sequence[Results], measures: Sequence[str], margin: float, seed: int) -> list[dict[str, Any]]:
+def rank_editors(results: Sequence[Results], metrics: Sequence[str], margin: float, seed: int) -> list[dict[str, Any]]:
     """Elo ratings for each metric, the best first, by Davidson's model: each pair is compared on each item."""
     ranking: list[dict[str, Any]] = []
-    for name in measures:
+    for name in metrics:
         values, tasks, _ = common_scores(results, name)
         found, ci = statistics.rank_editors(values, tasks, lower_is_better(name), margin, seed)
         editors: list[dict[str, Any]] = [
@@ -157,12 +157,12 @@ def rank_editors(results: Sequence[Results], measures: Sequence[str], margin: fl
 
 
 def measure_agreement(
-    results: Sequence[Results], measures: Sequence[str], labels: Path, seed: int
+    results: Sequence[Results], metrics: Sequence[str], labels: Path, seed: int
 ) -> tuple[list[dict[str, Any]], int]:
     """(how well each metric agrees with human labels, number of labels). A figure is None or (value, interval)."""
     given = human_agreement.read_labels(labels, [r.name for r in results])
     found = []
-    for name in measures:
+    for name in metrics:
         agreement = human_agreement.agreement_with_people(results, name, given, lower_is_better(name), seed)
         found.append({"metric": name, "n": agreement.n} | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
     return found, len(given)

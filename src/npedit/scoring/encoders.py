@@ -36,7 +36,7 @@ SIZE_LETTERS = {192: "t", 384: "s", 768: "b", 1024: "l", 1280: "h"}
 
 
 class Dino:
-    """DINO features of pictures. `tag` names the net in the names of measures: vits16."""
+    """DINO features of pictures. `tag` names the net in the names of metrics: vits16."""
 
     default_weights = "facebook/dino-vits16"
 
@@ -63,7 +63,7 @@ class Dino:
 
 
 class Clip:
-    """CLIP features of pictures and texts. `tag` names the net in the names of measures: vitb32."""
+    """CLIP features of pictures and texts. `tag` names the net in the names of metrics: vitb32."""
 
     default_weights = "openai/clip-vit-base-patch32"
 

@@ -63,7 +63,7 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[tuple[str, str], float
 
 
 def agreement_with_people(
-    results: Sequence[Results], measure: str, labels: Labels, lower: bool, seed: int = 0
+    results: Sequence[Results], metric: str, labels: Labels, lower: bool, seed: int = 0
 ) -> Agreement:
     """The agreement of a metric with labels. A correlation is the mean over tasks, by Fisher's z, of those over all
     editors' pictures of one task. A pair is two editors' pictures of one item. `lower`: lower scores are better.
@@ -72,7 +72,7 @@ def agreement_with_people(
         (score * (-1 if lower else 1), labels[r.name, row.id], row.task, row.id)
         for r in results
         for row in r.rows
-        if (r.name, row.id) in labels and (score := row.scores.get(measure)) is not None
+        if (r.name, row.id) in labels and (score := row.scores.get(metric)) is not None
     ]
     if not picked:
         return Agreement(0, (None, None, None, None))
@@ -108,9 +108,9 @@ def _mean_at(values: np.ndarray, at: np.ndarray) -> float:
     return float(values[at].mean())
 
 
-def _estimate(measure: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Estimate:
+def _estimate(statistic: Callable[[np.ndarray], float], clusters: np.ndarray, seed: int) -> Estimate:
     try:
-        value = measure(np.arange(len(clusters)))
+        value = statistic(np.arange(len(clusters)))
     except ValueError:
         return None
-    return value, statistics.cluster_bootstrap_interval(measure, clusters, seed)
+    return value, statistics.cluster_bootstrap_interval(statistic, clusters, seed)

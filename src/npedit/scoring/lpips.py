@@ -28,7 +28,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in
 
 
 class Lpips:
-    """The distance. 0 is equal; the measure has no upper bound, and 1 is far."""
+    """The distance. 0 is equal; the metric has no upper bound, and 1 is far."""
 
     tag = "alex"
 

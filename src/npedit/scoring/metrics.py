@@ -120,7 +120,7 @@ def directional_similarity(images: Float[Tensor, "2 d"], texts: Float[Tensor, "2
 
 
 # ------------------------------------------------------------------------------------------------------ of two files
-# Pictures are given as functions that open them: one that cannot be opened is then the reason why every measure of it
+# Pictures are given as functions that open them: one that cannot be opened is then the reason why every metric of it
 # is missing.
 
 ImageOpener = Callable[[], Image.Image]

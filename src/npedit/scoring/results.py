@@ -5,7 +5,7 @@
     settings.json  how the pictures were made and measured; results of unlike "protocol" are not compared
 
 A score that is not there is null with a reason and never a number. Two kinds of reason are kept apart: a *failure* (no
-picture, no encoder) lowers the coverage; a measure that is *undefined* (its reason begins so) has no value for these
+picture, no encoder) lowers the coverage; a metric that is *undefined* (its reason begins so) has no value for these
 pictures at all, as the PSNR of two equal ones, and does not. Below `MIN_COVERAGE` coverage a headline is null.
 
 A headline is the mean over tasks of each task's mean, as GEdit-Bench takes it; NAME/micro is the mean over items. A
@@ -57,15 +57,15 @@ class Row:
     why: dict[str, str]
 
     @classmethod
-    def from_metrics(cls, id: str, task: str, measures: Metrics) -> Self:
+    def from_metrics(cls, id: str, task: str, metrics: Metrics) -> Self:
         """A row with the score of every metric. A metric that raises `MissingScore` or is not finite has no score."""
         scores: dict[str, float | None] = {}
         why: dict[str, str] = {}
-        for name, measure in measures.items():
+        for name, compute in metrics.items():
             try:
-                value = float(measure())
+                value = float(compute())
                 if not math.isfinite(value):
-                    raise MissingScore(f"the measure gave {value}")
+                    raise MissingScore(f"the metric gave {value}")
                 scores[name] = value
             except MissingScore as reason:
                 scores[name], why[name] = None, str(reason)

@@ -90,10 +90,10 @@ def bootstrap_interval(
 
 
 def cluster_bootstrap_interval(
-    measure: Callable[[np.ndarray], float], clusters: Labels, seed: int = 0, draws: int = 200
+    statistic: Callable[[np.ndarray], float], clusters: Labels, seed: int = 0, draws: int = 200
 ) -> tuple[float, float] | None:
-    """The 95 % interval of `measure(positions)`, with whole clusters (items) drawn. A draw on which the measure has no
-    value is left out; None if fewer than half have one."""
+    """The 95 % interval of `statistic(positions)`, with whole clusters (items) drawn. A draw on which the statistic
+    has no value is left out; None if fewer than half have one."""
     _, place = np.unique(np.asarray(clusters), return_inverse=True)
     order, sizes = np.argsort(place, kind="stable"), np.bincount(place)
     starts = np.cumsum(sizes) - sizes  # of each cluster in `order`
@@ -104,7 +104,7 @@ def cluster_bootstrap_interval(
         within = np.arange(ends[-1]) - np.repeat(ends - sizes[drawn], sizes[drawn])
         picked = order[np.repeat(starts[drawn], sizes[drawn]) + within]
         try:
-            found.append(measure(picked))
+            found.append(statistic(picked))
         except ValueError:
             continue
     return _percentiles(found) if 2 * len(found) >= draws else None
