@@ -4,6 +4,10 @@ The instruction names the subject and asks for two or three of: another backgrou
 another thing beside the subject. All else is free, except the subject's identity: its colour, shape, pattern and size.
 The instruction and the target caption leave out most of the identity, so only the reference tells it. Several photos
 show the same subject, as in a data set whose photos are grouped by subject.
+
+Target captions state the subject's place. The embedded text-to-image model often draws a thing twice if its caption
+names no place, and DMD then teaches the student to do the same. Where the instruction leaves the place free, the target
+caption puts the subject where the photo has it.
 """
 
 from __future__ import annotations
@@ -138,7 +142,7 @@ def _sample_target(
     """A scene that the instruction asks for, the cells of subject and companion, and the companion's name."""
     backgrounds = [b for b in BACKGROUNDS if "background" not in asked or b != reference.background]
     styles = [s for s in STYLES if s != reference.style] if "style" in asked else ["day", "day", "night", "fog"]
-    to_cell = rng.choice([i for i in range(4) if "place" not in asked or i != cell])
+    to_cell = rng.choice([i for i in range(4) if i != cell]) if "place" in asked else cell
     cells: list[Thing | None] = [None] * 4
     cells[to_cell] = shift_thing(reference.thing(cell), rng)
     companion, name = -1, ""
@@ -170,12 +174,10 @@ def _sample_instruction(
 def _sample_target_caption(
     target: Scene, to_cell: int, companion: int, asked: Sequence[str], rng: random.Random
 ) -> str:
-    """A caption that states the asked background and style, and half of the time the asked place and the subject's
-    pattern. Its size is hardly ever stated."""
+    """A caption that states the asked background and style, the subject's place, and half of the time the subject's
+    pattern. The subject's size is hardly ever stated."""
     for _ in range(1000):
-        things = [_describe(target.thing(to_cell), rng)]
-        if "place" in asked and rng.random() < 0.5:
-            things[0] += f" at the {PLACES[to_cell]}"
+        things = [f"{_describe(target.thing(to_cell), rng)} at the {PLACES[to_cell]}"]
         if companion >= 0:
             things.append(_describe(target.thing(companion), rng, with_pattern=True))
         rng.shuffle(things)
