@@ -106,6 +106,7 @@ CAPTIONS = {
     "fog": ("in fog", "in the mist", "in the fog"),
 }
 CAPTION_WORDS = 23  # no caption is longer
+DENSE = ("place", "pattern", "size", "background", "style")  # what a dense caption always states
 
 
 def sample_instruction(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:
@@ -121,20 +122,30 @@ def sample_full_caption(scene: Scene, rng: random.Random) -> str:
     return sample_caption(scene, rng, scene.filled, ("place",))
 
 
+def sample_dense_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption that states all facts of `DENSE`, about every thing and the scene. With three things, and rarely with
+    two, some places are left out."""
+    return sample_caption(scene, rng, scene.filled, DENSE, attempts_with_places=64)
+
+
 def sample_caption(
     scene: Scene,
     rng: random.Random,
     always_describe: tuple[int, ...] = (),
     always_state: tuple[str, ...] = (),
     held_out: bool = False,
+    attempts_with_places: int = 8,
 ) -> str:
     """A caption that leaves things out at random. The things in the cells `always_describe` are always described. The
     facts `always_state` ("background", "style", "pattern", "size", "place") are always stated; the last three concern
-    the cells in `always_describe`. `held_out` takes the phrasings that are kept out of training."""
+    the cells in `always_describe`. `held_out` takes the phrasings that are kept out of training. The places of several
+    things are given up if they make the caption too long in so many attempts."""
     described = [c for c in scene.filled if c in always_describe or rng.random() < 0.85] or [rng.choice(scene.filled)]
     rng.shuffle(described)
     for attempt in range(1000):
-        required_facts = tuple(f for f in always_state if attempt < 8 or f != "place" or len(always_describe) == 1)
+        required_facts = tuple(
+            f for f in always_state if attempt < attempts_with_places or f != "place" or len(always_describe) == 1
+        )
         caption = _compose_caption(scene, rng, described, always_describe, required_facts, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
