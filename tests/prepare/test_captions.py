@@ -95,10 +95,12 @@ def test_wrong_captions_are_rejected_by_the_verification(tmp_path):
         name: sum(bool(row_faults(scene_of(tmp_path / name, row), row)) for row in rows_of(tmp_path / name))
         for name in ("checked", "unchecked")
     }
-    assert faulty["checked"] == 0 < faulty["unchecked"] and len(rows_of(tmp_path / "unchecked")) == 24
+    assert faulty["checked"] == 0 < faulty["unchecked"]
+    for name in faulty:
+        assert len(rows_of(tmp_path / name)) + len(rows_of(tmp_path / name, "rejected.jsonl")) == 24
     rejected = rows_of(tmp_path / "checked", "rejected.jsonl")
-    assert len(rows_of(tmp_path / "checked")) + len(rejected) == 24
-    assert {row["pass"] for row in rejected} == {"verify"} and "caption wrong" in rejected[0]["reason"]
+    reasons = [row["reason"] for row in rejected if row["pass"] == "verify"]  # a caption may repeat the source's
+    assert len(reasons) > 6 and any("caption wrong" in reason for reason in reasons)
 
 
 # ------------------------------------------------------------------------------------------------------- what is asked

@@ -103,7 +103,7 @@ def test_the_data_card_says_what_the_set_is(tmp_path):
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["size_categories"] == ["n<1K"] and "image-editing" in head["tags"]
     assert "| style | 0.750 | 15 | 1.000 |" in card and "5 proposed edits were rejected, 25.0%" in card
-    assert "| write | tiny | 2 |" in card and "| verify: caption wrong | 5 |" in card
+    assert f"| write | tiny | {load_prompts().write.version} |" in card and "| verify: caption wrong | 5 |" in card
     assert "| CC0 | 1 |" in card and "| me\\|you | 1 |" in card and "| not stated | 3 |" in card
     opened = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
     assert list(opened) == ["train"] and len(opened["train"]) == 15  # a name with "test" makes no split

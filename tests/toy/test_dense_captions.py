@@ -12,7 +12,14 @@ from npedit.data import toy
 from npedit.flow import few_step_times
 from npedit.generator import generate_images
 from npedit.recipe.config import load_recipe
-from npedit.toy.edits import CAPTION_WORDS, EDIT_TYPES, Edit, sample_dense_caption, sample_edit
+from npedit.toy.edits import (
+    CAPTION_WORDS,
+    EDIT_TYPES,
+    Edit,
+    sample_dense_caption,
+    sample_dense_target_caption,
+    sample_edit,
+)  # fmt: skip
 from npedit.toy.oracle import judge_edit, read_scene
 from npedit.toy.world import PLACES, Scene, sample_scene
 from npedit.training.parts import build_parts
@@ -41,6 +48,23 @@ def test_a_dense_caption_states_everything_in_few_words():
         with_places[len(things)].append(all(thing + place in caption for thing, place in things))
     shares = {count: sum(has) / len(has) for count, has in with_places.items()}
     assert shares[1] == 1 and shares[2] > 0.95
+
+
+def test_what_the_instruction_leaves_open_about_an_added_thing_is_not_stated():
+    stated = {True: [], False: []}  # by whether the instruction names the place
+    for i in range(600):
+        edit = sample_edit(random.Random(i), "add")
+        caption = sample_dense_target_caption(edit, random.Random(f"c/{i}"))
+        (cell,) = (c for c in range(4) if edit.target.cells[c] != edit.reference.cells[c])
+        words, thing = caption.split(), edit.target.thing(cell)
+        at = next(i for i in range(len(words)) if words[i : i + 2] == [thing.colour, thing.shape])
+        sized = thing.size in words[at - 2 : at]
+        placed = " ".join(words[at + 2 : at + 6]) == f"at the {PLACES[cell]}"
+        stated[edit.to_cell >= 0].append((placed, sized, len(edit.target.filled)))
+    named, free = stated[True], stated[False]
+    assert sum(placed for placed, _, _ in free) / len(free) < 0.2
+    assert sum(placed for placed, _, things in named if things == 2) / sum(n == 2 for _, _, n in named) > 0.95
+    assert sum(sized for _, sized, _ in named + free) / 600 < 0.2
 
 
 def test_only_the_target_captions_of_local_edits_change():
@@ -72,4 +96,4 @@ def test_the_teacher_draws_the_edit_from_a_dense_caption_and_not_from_the_usual_
         return sum(all(judge_edit(e, seen)) for e, seen in zip(edits, drawn, strict=True)) / len(edits)
 
     assert share_right(lambda e: e.target_caption) < 0.2
-    assert share_right(lambda e: sample_dense_caption(e.target, rng)) > 0.5
+    assert share_right(lambda e: sample_dense_target_caption(e, rng)) > 0.5

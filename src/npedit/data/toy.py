@@ -26,7 +26,7 @@ from npedit.data._prefetch import check_batch_key
 from npedit.questions import IDENTITY_INSTRUCTIONS
 from npedit.recipe.config import Settings as Base
 from npedit.toy.caption_pairs import with_paired_captions
-from npedit.toy.edits import EDIT_TYPES, Edit, sample_dense_caption
+from npedit.toy.edits import EDIT_TYPES, Edit, sample_dense_target_caption
 from npedit.toy.language import questions_about
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
 from npedit.toy.world import BACKGROUNDS, CELL, COLOURS, SIDE, STYLES, render
@@ -186,7 +186,7 @@ class Source:
         if self.settings.paired_captions:
             return with_paired_captions(edit, caption_rng)
         if self.settings.dense_captions:
-            return replace(edit, target_caption=sample_dense_caption(edit.target, caption_rng))
+            return replace(edit, target_caption=sample_dense_target_caption(edit, caption_rng))
         return edit
 
     def _photos(self, number: int) -> list[Photo]:
