@@ -13,12 +13,10 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
-from typing import Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from npedit.data import Batch, Example, collate
@@ -26,7 +24,7 @@ from npedit.data._prefetch import check_batch_key
 from npedit.questions import IDENTITY_INSTRUCTIONS
 from npedit.recipe.config import Settings as Base
 from npedit.toy.caption_pairs import with_paired_captions
-from npedit.toy.edits import EDIT_TYPES, Edit, sample_dense_target_caption
+from npedit.toy.edits import EDIT_TYPES, Edit
 from npedit.toy.language import questions_about
 from npedit.toy.scene_edits import ALL_EDIT_TYPES, PHOTOS, SCENE, Photo, sample_item, sample_photos
 from npedit.toy.world import BACKGROUNDS, CELL, COLOURS, SIDE, STYLES, render
@@ -58,9 +56,6 @@ class Settings(Base):
     paired_captions: bool = Field(
         False, repr=False, description="the two captions of an item use the same words, and differ by the edit alone"
     )
-    dense_captions: bool = Field(
-        False, repr=False, description="target captions of local edits state everything: each thing, and the scene"
-    )
 
     @field_validator("edit_types")
     @classmethod
@@ -68,12 +63,6 @@ class Settings(Base):
         if unknown := [kind for kind in kinds if kind not in ALL_EDIT_TYPES]:
             raise ValueError(f"expected edit types among {', '.join(ALL_EDIT_TYPES)}; got {', '.join(unknown)}")
         return kinds
-
-    @model_validator(mode="after")
-    def _check_captions(self) -> Self:
-        if self.paired_captions and self.dense_captions:
-            raise ValueError("expected one of paired_captions and dense_captions; got both; set one of them to false")
-        return self
 
 
 class Source:
@@ -180,14 +169,9 @@ class Source:
     def _sample_edit(self, number: int, rng: random.Random) -> Edit:
         kind = rng.choice(self.settings.edit_types)
         edit = sample_item(rng, kind, photos=self._photos(number) if kind == SCENE else ())
-        if kind == SCENE:
+        if not self.settings.paired_captions or kind == SCENE:
             return edit
-        caption_rng = random.Random(f"{self.seed}/captions/{number}")
-        if self.settings.paired_captions:
-            return with_paired_captions(edit, caption_rng)
-        if self.settings.dense_captions:
-            return replace(edit, target_caption=sample_dense_target_caption(edit, caption_rng))
-        return edit
+        return with_paired_captions(edit, random.Random(f"{self.seed}/captions/{number}"))
 
     def _photos(self, number: int) -> list[Photo]:
         """The photos of an item's subject, the item's own first. Items of one subject stand `SUBJECTS` apart."""

@@ -1,16 +1,13 @@
 """Edits of the toy world and its language: instructions in many phrasings, captions that leave things out.
 
 Captions leave out what real captions leave out: nearly always the places and sizes of things, often patterns, and
-sometimes a thing or the background. So a caption alone does not determine an edit, and the critic is needed. Dense
-captions state nearly everything.
+sometimes a thing or the background. So a caption alone does not determine an edit, and the critic is needed.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from npedit.toy.world import (
     BACKGROUNDS,
@@ -109,8 +106,6 @@ CAPTIONS = {
     "fog": ("in fog", "in the mist", "in the fog"),
 }
 CAPTION_WORDS = 23  # no caption is longer
-NONE: Mapping[int, Sequence[str]] = MappingProxyType({})
-DENSE = ("place", "pattern", "size", "background", "style")  # what a dense caption always states
 
 
 def sample_instruction(edit_type: str, name: str, value: str, place: str, rng: random.Random, held_out: bool) -> str:
@@ -126,43 +121,21 @@ def sample_full_caption(scene: Scene, rng: random.Random) -> str:
     return sample_caption(scene, rng, scene.filled, ("place",))
 
 
-def sample_dense_caption(scene: Scene, rng: random.Random, undetermined: Mapping[int, Sequence[str]] = NONE) -> str:
-    """A caption that states all facts of `DENSE`, about every thing and the scene. With three things, and rarely with
-    two, some places are left out. `undetermined` are facts, by cell, that it need not state."""
-    return sample_caption(scene, rng, scene.filled, DENSE, attempts_with_places=64, undetermined=undetermined)
-
-
-def sample_dense_target_caption(edit: Edit, rng: random.Random) -> str:
-    """A dense caption of the edit's target. What the instruction leaves open about an added thing is not stated: the
-    student cannot know it."""
-    if edit.edit_type != "add":
-        return sample_dense_caption(edit.target, rng)
-    (cell,) = (i for i in range(4) if edit.target.cells[i] != edit.reference.cells[i])
-    return sample_dense_caption(edit.target, rng, {cell: ("size",) if edit.to_cell >= 0 else ("size", "place")})
-
-
 def sample_caption(
     scene: Scene,
     rng: random.Random,
     always_describe: tuple[int, ...] = (),
     always_state: tuple[str, ...] = (),
     held_out: bool = False,
-    attempts_with_places: int = 8,
-    undetermined: Mapping[int, Sequence[str]] = NONE,
 ) -> str:
     """A caption that leaves things out at random. The things in the cells `always_describe` are always described. The
     facts `always_state` ("background", "style", "pattern", "size", "place") are always stated; the last three concern
-    the cells in `always_describe`. `held_out` takes the phrasings that are kept out of training. The places of several
-    things are given up if they make the caption too long in so many attempts. Facts of `undetermined`, by cell, need
-    not be stated."""
+    the cells in `always_describe`. `held_out` takes the phrasings that are kept out of training."""
     described = [c for c in scene.filled if c in always_describe or rng.random() < 0.85] or [rng.choice(scene.filled)]
     rng.shuffle(described)
     for attempt in range(1000):
-        required_facts = tuple(
-            f for f in always_state if attempt < attempts_with_places or f != "place" or len(always_describe) == 1
-        )
-        facts = {c: [f for f in required_facts if f not in undetermined.get(c, ())] for c in always_describe}
-        caption = _compose_caption(scene, rng, described, facts, required_facts, held_out)
+        required_facts = tuple(f for f in always_state if attempt < 8 or f != "place" or len(always_describe) == 1)
+        caption = _compose_caption(scene, rng, described, always_describe, required_facts, held_out)
         if len(caption.split()) <= CAPTION_WORDS:
             return caption
     raise AssertionError(f"no caption of {scene} is short enough")
@@ -172,7 +145,7 @@ def _compose_caption(
     scene: Scene,
     rng: random.Random,
     described: list[int],
-    facts_of: Mapping[int, Sequence[str]],
+    always_describe: tuple[int, ...],
     always_state: tuple[str, ...],
     held_out: bool,
 ) -> str:
@@ -182,14 +155,14 @@ def _compose_caption(
 
     phrases = []
     for cell in described:
-        thing, facts = scene.thing(cell), facts_of.get(cell, ())
+        thing, is_required = scene.thing(cell), cell in always_describe
         adjectives = []
-        if "size" in facts or rng.random() < 0.1:
+        if (is_required and "size" in always_state) or rng.random() < 0.1:
             adjectives.append(thing.size)
-        if thing.pattern != "solid" and ("pattern" in facts or rng.random() < 0.5):
+        if thing.pattern != "solid" and ((is_required and "pattern" in always_state) or rng.random() < 0.5):
             adjectives.append(thing.pattern)
         phrase = " ".join(["a", *adjectives, thing.colour, thing.shape])
-        if "place" in facts or rng.random() < 0.1:
+        if (is_required and "place" in always_state) or rng.random() < 0.1:
             phrase += f" at the {PLACES[cell]}"
         phrases.append(phrase)
     caption = fill_template("all", x=fill_template("joined").join(phrases))
