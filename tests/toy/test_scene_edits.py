@@ -16,7 +16,7 @@ from npedit.toy.edits import CAPTION_WORDS, EDIT_TYPES
 from npedit.toy.oracle import expected_reading, judge_edit, matches_caption, read_scene
 from npedit.toy.scene_edits import FACTS, OPENINGS, PHOTOS, sample_photos, sample_scene_edit
 from npedit.toy.words import vocabulary
-from npedit.toy.world import render
+from npedit.toy.world import PLACES, render
 from npedit.toy_models import mistakes
 from npedit.training.parts import build_parts
 
@@ -60,6 +60,14 @@ def test_the_last_phrasings_are_held_out(edits):
 def test_the_target_shows_its_caption_which_leaves_out_most_of_the_identity(edits):
     assert all(matches_caption(e.target_caption, expected_reading(e.target)) for e in edits)
     assert sum(e.subject.size in e.target_caption.split() for e in edits) < N / 4
+
+
+def test_a_target_caption_states_the_place_of_the_subject(edits):
+    """A text-to-image model may draw a thing twice if its caption names no place, and DMD teaches what it draws."""
+    for edit in edits:
+        thing = f"{edit.subject.colour} {edit.subject.shape} at the {PLACES[edit.to_cell]}"
+        assert thing in edit.target_caption
+        assert "place" in edit.asked or edit.to_cell == edit.cell  # the student can know the place
 
 
 def test_photos_of_a_subject_show_the_same_subject_once_and_its_name_fits_in_all():
