@@ -30,16 +30,14 @@ TINY_SEARCH = TINY | {
             "set": ["stages.0.updates=1", "stages.0.batch_size=2", "stages.1.updates=1", "stages.1.batch_size=2"],
         },
         "np": {"start": "few", "set": ["stages.0=null", "stages.1.updates=2", "stages.1.batch_size=2"]},
-        "grpo": {
-            "recipe": "toy-flow-grpo",
-            "start": "few",
-            "set": ["stages.0.updates=1", "stages.0.batch_size=1", "stages.0.settings.sampling_steps=2"],
-        },
     },
     "search": {
         "s": {
-            "variant": "grpo", "budget": "np", "configurations": CONFIGURATIONS, "keep": 2, "seeds": [0],
-            "set": ["stages.0.settings.group=2", "trainer.benchmark=toy"],
+            "recipe": "toy-flow-grpo", "start": "few", "budget": "np", "configurations": CONFIGURATIONS, "keep": 2,
+            "seeds": [0], "row": "few pairs, then Flow-GRPO", "set": [
+                "stages.0.batch_size=1", "stages.0.settings.sampling_steps=2", "stages.0.settings.group=2",
+                "trainer.benchmark=toy",
+            ],
         }
     },
     "tables": [{"title": "Search", "rows": ["few", "s"], "claims": ["s > few"]}],
@@ -102,7 +100,7 @@ def test_a_mistake_in_a_configuration_is_told_before_the_first_run(tmp_path: Pat
         study.run_study(
             validate_settings(Study, TINY_SEARCH | {"search": wrong}, ""), tmp_path / "s", recipe_path, print
         )
-    wrong = {"s": TINY_SEARCH["search"]["s"] | {"variant": "few", "set": []}}
+    wrong = {"s": TINY_SEARCH["search"]["s"] | {"recipe": "toy-supervised", "set": []}}
     with pytest.raises(UserError, match="one stage, flow_grpo"):
         study.run_study(
             validate_settings(Study, TINY_SEARCH | {"search": wrong}, ""), tmp_path / "s", recipe_path, print
@@ -127,7 +125,7 @@ def test_a_whole_search(tmp_path: Path) -> None:
     made, progress = validate_settings(Study, TINY_SEARCH, ""), []
     page = study.run_study(made, tmp_path / "s", recipe_path, progress.append)  # at last the best is scored as a row
     words, scores = page.read_text(), json.loads((tmp_path / "s" / "results.json").read_text())
-    assert len(progress) == 3 + 3 + 2 + 1 and set(scores) == {"few", "np", "grpo", "s"}
+    assert len(progress) == 2 + 3 + 2 + 1 and set(scores) == {"few", "np", "s"}
     assert "## Search: s" in words and "![Rewards and success rates of s](s.png)" in words and "`s > few`: **" in words
     assert len([line for line in words.splitlines() if line.startswith(("| a |", "| b |", "| c |"))]) == 3
     progress.clear()

@@ -24,6 +24,10 @@ from npedit.study.jobs import StudyWork
 from npedit.toy_models.build import train_graded_critic
 from tests.support.command_line import run as run_command
 
+DOCS = Path(__file__).parents[2] / "docs"
+STUDIES = sorted(path.stem for path in recipe_path("study-toy").parent.glob("study-*.yaml"))
+PAGES = {"results": "study-toy", **{page.stem: f"study-{page.stem[8:]}" for page in sorted(DOCS.glob("results-*.md"))}}
+
 TINY = {
     "name": "tiny",
     "recipe": "demo",
@@ -192,8 +196,9 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
         StudyWork(edited, finished, recipe_path, False)  # before anything is trained
 
 
-def test_every_recipe_of_the_packaged_study_is_valid():
-    made = load_study(recipe_path("study-toy"))
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_recipe_of_the_packaged_studies_is_valid(name):
+    made = load_study(recipe_path(name))
     for name, variant in made.variants.items():
         if not variant.of:
             assert variant_recipe(made, name, 3, recipe_path, Path("s")).seed == 3
@@ -201,22 +206,34 @@ def test_every_recipe_of_the_packaged_study_is_valid():
             assert quick.total_updates() < variant_recipe(made, name, 3, recipe_path, Path("s")).total_updates() / 4
 
 
-def test_the_published_page_and_scores_are_those_of_the_published_runs():
-    """Each row of docs/results.md has the figures of docs/results/results.json, each row there those of its runs, and
-    the runs have the recipes that the study's file states."""
-    made, docs = load_study(recipe_path("study-toy")), Path(__file__).parents[2] / "docs"
-    scores, page = json.loads((docs / "results" / "results.json").read_text()), (docs / "results.md").read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_a_published_page_and_its_scores_are_those_of_the_published_runs(page):
+    """Each row of docs/PAGE.md has the figures of docs/PAGE/results.json, each row there those of its runs, and the
+    runs have the recipes that the study's file states."""
+    made, folder = _published_study(page), DOCS / page
+    scores, text = json.loads((folder / "results.json").read_text()), (DOCS / f"{page}.md").read_text()
     for name, score in scores.items():
-        runs = [docs / "results" / run for run in score["runs"]]
+        runs = [folder / run for run in score["runs"]]
         kept = [json.loads((run / f"score-{name}.json").read_text()) for run in runs]
         assert score["each"] == [k["both"]["value"] for k in kept]
         assert score["both"]["value"] == pytest.approx(sum(score["each"]) / len(kept))
         low, high = score["both"]["ci95"]
         figures = f"**{score['both']['value']:.3f}** [{low:.3f}, {high:.3f}] | {score['applied']['value']:.3f}"
-        assert re.search(rf"^\| {name}\b.*{re.escape(figures)}", page, re.MULTILINE), name
-        for run in [] if made.variants[name].of else runs:
-            stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path("runs/study-toy"))
+        assert re.search(rf"^\| {name}\b.*{re.escape(figures)}", text, re.MULTILINE), name
+        for run in runs if name in made.variants and not made.variants[name].of else []:
+            stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path(f"runs/{made.name}"))
             jobs.require_same_recipe(run, stated)
+
+
+def _published_study(page: str) -> Study:
+    """The study of a page in docs. docs/results.md is of an earlier form of study-toy, which had the variants of
+    study-more too."""
+    made = load_study(recipe_path(PAGES[page]))
+    if page != "results":
+        return made
+    more = load_study(recipe_path("study-more"))
+    both = {"variants": more.variants | made.variants, "critics": more.critics | made.critics}
+    return made.model_copy(update=both)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +249,9 @@ def test_the_published_page_and_scores_are_those_of_the_published_runs():
         ({"critics": {"odd": {}}}, "give one of them"),
         ({"itemss": 3}, "items"),
         ({"variants": {"a.b": {}}, "tables": []}, "without dots"),
-        ({"search": {"s": {"variant": "full", "budget": "one_step", "configurations": {"a": [], "b": []}}}}, "search"),
+        ({"search": {"s": {"start": "ful", "budget": "full", "configurations": {"a": [], "b": []}}}}, "search 's'"),
+        ({"search": {"s": {"start": "full", "budget": "full", "configurations": {"a": [], "b": []}}}}, r"among \[0\]"),
+        ({"search": {"s": {"start": "full", "budget": "ful", "configurations": {"a": [], "b": []}}}}, "search 's'"),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, change, said):

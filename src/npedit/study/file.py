@@ -78,17 +78,19 @@ class Table(Settings):
 
 
 class Search(Settings):
-    """A search over settings of one variant in three stages (`search.py`). Its name can be a row: the best
+    """A search over settings of one recipe in three stages (`search.py`). Its name can be a row: the best
     configuration."""
 
-    variant: str  # recipe, start, critic and settings that every configuration changes
+    recipe: str = ""  # of all configurations; another recipe than the study's
+    start: str = ""  # a variant; training starts from its finished run of the same seed
     budget: str  # a trained variant: no configuration makes more generator passes or critic passes than it does
-    set: list[str] = []  # KEY=VALUE of all configurations, after those of `variant`
+    set: list[str] = []  # KEY=VALUE of all configurations, after the study's own
     configurations: dict[str, list[str]] = Field(min_length=2)  # KEY=VALUE, after `set`
     short: float = Field(0.25, gt=0, le=1)  # part of the budget that every configuration gets at first
     keep: int = Field(3, ge=1)  # configurations that then get the whole budget
     seeds: list[int] = Field([0, 1, 2], min_length=1)  # of the best; the others are trained with the first only
-    words: str = ""
+    row: str = ""  # a description of the best configuration for the tables
+    words: str = ""  # text at the top of the search's section
 
 
 class Study(Settings):
@@ -128,7 +130,7 @@ class Study(Settings):
         for name, variant in self.variants.items():
             asked += [(variant.start, list(trained), f"start of variant {name!r}")] if variant.start else []
             trained += [] if variant.of else [name]
-        asked += [(n, trained, f"search {k!r}") for k, s in self.search.items() for n in (s.variant, s.budget)]
+        asked += [(n, trained, f"search {k!r}") for k, s in self.search.items() for n in (s.start, s.budget) if n]
         for name, known, place in asked:
             if name not in known:
                 raise ValueError(
@@ -150,6 +152,17 @@ class Study(Settings):
             if variant.start and not set(self.seeds_of(name)) <= set(self.seeds_of(variant.start)):
                 there = f"{variant.start!r}: expected seeds among {self.seeds_of(variant.start)}"
                 raise ValueError(f"variant {name!r} starts from {there}; got {self.seeds_of(name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_search_seeds(self) -> Self:
+        """Refuse searches with a seed that their start is not trained with."""
+        for name, search in self.search.items():
+            there = self.seeds_of(search.start) if search.start else search.seeds
+            if not set(search.seeds) <= set(there):
+                raise ValueError(
+                    f"search {name!r} starts from {search.start!r}: expected seeds among {there}; got {search.seeds}"
+                )
         return self
 
     def seeds_of(self, name: str) -> list[int]:

@@ -41,8 +41,7 @@ def check_searches(work: StudyWork, find: Callable[[str], Path]) -> None:
     """
     for search in work.study.search.values():
         for own in search.configurations.values():
-            lines = [*work.study.variants[search.variant].set, *search.set, *own]
-            affordable_updates(_recipe_of(work.study, search, lines, find), 1.0, 1.0)
+            affordable_updates(_recipe_of(work.study, search, [*search.set, *own], find), 1.0, 1.0)
 
 
 def expand_search(work: StudyWork, name: str, stage: str, find: Callable[[str], Path]) -> Study:
@@ -92,7 +91,7 @@ def affordable_updates(recipe: Recipe, generator: float, critic: float) -> int:
     if len(recipe.stages) > 1 or count is None:
         raise UserError(
             f"expected a search over a recipe with one stage, flow_grpo; got {[s.step for s in recipe.stages]}; "
-            "give the variant a recipe of that form and a start"
+            "give the search a recipe of that form and a start"
         )
     own_generator, own_critic = count(stage.settings, stage.batch_size * stage.accumulate)
     return max(1, int(min(generator / own_generator, critic / own_critic)))
@@ -111,18 +110,17 @@ def _budget_run(work: StudyWork, name: str) -> Path:
 
 def _variant(work: StudyWork, name: str, configuration: str, part: float, find: Callable[[str], Path]) -> Variant:
     """The variant of one configuration with a part of the budget."""
-    study, search = work.study, work.study.search[name]
-    base = study.variants[search.variant]
-    lines = [*base.set, *search.set, *search.configurations[configuration]]
-    updates = affordable_updates(_recipe_of(study, search, lines, find), *_budget(work, search, name, part, find))
+    search = work.study.search[name]
+    lines = [*search.set, *search.configurations[configuration]]
+    updates = affordable_updates(_recipe_of(work.study, search, lines, find), *_budget(work, search, name, part, find))
     every = max(1, updates // EVALUATIONS)
     lines += [f"stages.0.updates={updates}", f"trainer.evaluate_every={every}"]
-    words = f"{base.words}; {describe_configuration(search, configuration)}"
-    return base.model_copy(update={"set": lines, "seeds": search.seeds[:1], "words": words})
+    words = "; ".join(filter(None, (search.row, describe_configuration(search, configuration))))
+    return Variant(recipe=search.recipe, start=search.start, set=lines, seeds=search.seeds[:1], words=words)
 
 
 def _recipe_of(study: Study, search: Search, lines: list[str], find: Callable[[str], Path]) -> Recipe:
-    return load_recipe(find(study.variants[search.variant].recipe or study.recipe), [*study.set, *lines])
+    return load_recipe(find(search.recipe or study.recipe), [*study.set, *lines])
 
 
 def _budget(
