@@ -208,8 +208,8 @@ def test_every_recipe_of_the_packaged_studies_is_valid(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_published_page_and_its_scores_are_those_of_the_published_runs(page):
-    """Each row of docs/PAGE.md has the figures of docs/PAGE/results.json, each row there those of its runs, and the
-    runs have the recipes that the study's file states."""
+    """Each row of a page has the figures of its results.json, each row there those of its runs, and the runs have the
+    recipes that the study's file states."""
     made, folder = _published_study(page), DOCS / page
     scores, text = json.loads((folder / "results.json").read_text()), (DOCS / f"{page}.md").read_text()
     for name, score in scores.items():
