@@ -170,7 +170,7 @@ def test_a_variants_own_seeds_are_trained_and_missing_ones_are_named(finished, m
     assert quick_study(make_study(variants={"full": {"seeds": [0, 1]}}, tables=[])).seeds_of("full") == [0]
 
 
-def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finished):
+def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finished, tmp_path):
     variants = {
         "full": {},
         "weak": {"critic": "weak"},
@@ -180,7 +180,8 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
     tables = [{"title": "Critics", "rows": ["weak", "full"], "by_critic": True}]
     critics = {"weak": {"batches": 1}, "two": {"members": ["embedded", "weak"]}}
     (finished / "full-0" / "score-full.json").unlink()  # it was made without the critic's own score
-    words = run(make_study(variants=variants, tables=tables, critics=critics), finished)
+    made = make_study(variants=variants, tables=tables, critics=critics)
+    words = run(made, finished)
     scores = json.loads((finished / "results.json").read_text())
     assert scores["weak"]["critic_right"] < 0.8 < scores["full"]["critic_right"]
     assert scores["two"]["critic_right"] is None and "answers" in words
@@ -191,6 +192,9 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
     assert rows and (finished / "1.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="expected a critic of 2 batches"):
         train_graded_critic(finished / "critics" / "weak-1", 2, 9)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(finished, moved)  # with paths of the old folder in its recipes: a start and critics
+    assert not StudyWork(made, moved, recipe_path, False).missing_jobs()
     edited = make_study(variants=variants, tables=tables, critics=critics | {"weak": {"batches": 2}})
     with pytest.raises(UserError, match=r"weak-1/critic' -> '.*weak-2/critic'"):
         StudyWork(edited, finished, recipe_path, False)  # before anything is trained

@@ -20,7 +20,7 @@ import yaml
 from npedit.benchmarks import toy
 from npedit.editor import Editor
 from npedit.errors import UserError
-from npedit.recipe.config import EMBEDDED, Recipe
+from npedit.recipe.config import EMBEDDED, Recipe, make_recipe
 from npedit.runs.checkpoint import (
     METRICS,
     explain_write_errors,
@@ -287,14 +287,25 @@ def train_when_free(recipe: Recipe, run: Path) -> None:
 
 
 def require_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Check that a finished run of the study was trained by this very recipe.
+    """Check that a finished run of the study was trained by this very recipe. The study's folder may have been moved
+    since.
 
     Raises:
         UserError: the study has been edited since; a change that a resumed run may make counts too.
     """
-    if changes := require_allowed_changes(run, recipe):
+    if changes := require_allowed_changes(run, _use_old_places(recipe, run)):
         said = "; ".join(f"{c.setting}: {c.old!r} -> {c.new!r}" for c in changes)
         raise UserError(f"expected a run of this study's recipe in {run}; got another ({said}); choose another folder")
+
+
+def _use_old_places(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe with the paths that the run was trained with, where they are the same place in the study's folder."""
+    new, old = recipe.as_dict(), read_config(run)
+    for now, then, key in ((new, old, "start"), (new["critic"] or {}, old["critic"] or {}, "weights")):
+        path, folder = now.get(key, ""), f"{run.parent}/"
+        if path.startswith(folder) and then.get(key, "").endswith(f"/{path.removeprefix(folder)}"):
+            now[key] = then[key]
+    return make_recipe(new)
 
 
 def train_and_count_passes(recipe: Recipe, run: Path) -> None:
