@@ -203,11 +203,11 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_recipe_of_the_packaged_studies_is_valid(name):
     made = load_study(recipe_path(name))
-    for name, variant in made.variants.items():
+    for row, variant in made.variants.items():
         if not variant.of:
-            assert variant_recipe(made, name, 3, recipe_path, Path("s")).seed == 3
-            quick = variant_recipe(made, name, 3, recipe_path, Path("s"), quick=True)
-            assert quick.total_updates() < variant_recipe(made, name, 3, recipe_path, Path("s")).total_updates() / 4
+            assert variant_recipe(made, row, 3, recipe_path, Path("s")).seed == 3
+            quick = variant_recipe(made, row, 3, recipe_path, Path("s"), quick=True)
+            assert quick.total_updates() < variant_recipe(made, row, 3, recipe_path, Path("s")).total_updates() / 4
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -224,7 +224,9 @@ def test_a_published_page_and_its_scores_are_those_of_the_published_runs(page):
         low, high = score["both"]["ci95"]
         figures = f"**{score['both']['value']:.3f}** [{low:.3f}, {high:.3f}] | {score['applied']['value']:.3f}"
         assert re.search(rf"^\| {name}\b.*{re.escape(figures)}", text, re.MULTILINE), name
-        for run in runs if name in made.variants and not made.variants[name].of else []:
+        if name in made.search or (page, name) == ("results", "few_pairs_grpo"):  # no variant has this name (any more)
+            continue
+        for run in [] if made.variants[name].of else runs:
             stated = variant_recipe(made, name, read_config(run)["seed"], recipe_path, Path(f"runs/{made.name}"))
             jobs.require_same_recipe(run, stated)
 
