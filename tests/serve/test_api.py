@@ -183,6 +183,7 @@ def test_a_client_that_goes_away_does_not_stop_the_others(client, server):
     answer = client.post("/v1/edits", files={"image": GOOD}, data={"instruction": "x"})
     assert answer.status_code == 200
     deadline = time.monotonic() + 20
-    while client.get("/health").json()["waiting"] and time.monotonic() < deadline:
+    while count(client, "npedit_requests_in_progress") > 1 and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert count(client, "npedit_requests_in_progress") == 1  # the request that asks
     assert client.get("/health").json()["waiting"] == 0

@@ -86,12 +86,14 @@ def _guard(settings: ServerSettings, metrics: Metrics) -> Any:
 
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         begun, status = time.monotonic(), 500
+        metrics.in_progress.inc()
         try:
             response = _refusal(request, settings) or await call_next(request)
             status = response.status_code
             return response
         finally:
             route = getattr(request.scope.get("route"), "path", "other")
+            metrics.in_progress.dec()
             metrics.requests.labels(route, status).inc()
             metrics.seconds.labels(route).observe(time.monotonic() - begun)
 

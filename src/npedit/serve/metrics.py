@@ -18,6 +18,9 @@ class Metrics:
         self.requests = Counter(
             "npedit_requests", "Requests by path and HTTP status.", ["path", "status"], registry=self.registry
         )
+        self.in_progress = Gauge(
+            "npedit_requests_in_progress", "Requests begun and not answered.", registry=self.registry
+        )
         self.seconds = Histogram(
             "npedit_request_seconds", "Seconds of a request, with waiting.", ["path"], buckets=SECONDS,
             registry=self.registry,
