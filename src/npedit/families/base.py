@@ -7,6 +7,7 @@ family, and text encoders and VAE exist once.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from npedit.errors import UserError
 from npedit.families._isolated import ReferenceKVCache
 from npedit.families._prompts import text_after_tokens
-from npedit.families._shared import check_pipeline_folder
+from npedit.families._shared import check_pipeline_folder, schedule_shift
 
 References = Sequence[Tensor] | ReferenceKVCache  # latents (b, c, h, w), or their KV cache
 Dtypes = torch.dtype | dict[str, torch.dtype]  # one for all parts, or by part as diffusers takes it, with a "default"
@@ -128,9 +129,9 @@ class Family(ABC):
         parts = self.pipe.components.items()
         return [m for name, m in parts if name.startswith("text_encoder") and isinstance(m, nn.Module)]
 
-    @abstractmethod
     def trainable_net(self) -> nn.Module:
         """A fresh, trainable copy of the base model's denoiser in its loaded dtype."""
+        return copy.deepcopy(self.base).requires_grad_(True).train()
 
     def lora_base(self) -> nn.Module:
         """The frozen net that LoRA adapters are added to: the base itself. A family whose `trainable_net` has more
@@ -146,9 +147,11 @@ class Family(ABC):
         """A denoiser that was saved in a diffusers folder (`save_pretrained`), in the base's number type."""
         return self.load_net(folder, next(self.base.parameters()).dtype, self.device)
 
-    @abstractmethod
     def noise_shift(self, height: int, width: int) -> float:
-        """The noise shift of the base model's schedule for images of this size in pixels (see `flow.shift_times`)."""
+        """The noise shift of the base model's schedule for images of this size in pixels (see `flow.shift_times`): the
+        scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
+        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
+        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:

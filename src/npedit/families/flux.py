@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
@@ -37,7 +36,7 @@ from npedit.families._isolated import (
     attend_to_references,
     cache_references,
 )
-from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, pack_latents, schedule_shift, unpack_latents
+from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, pack_latents, unpack_latents
 from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.nets.distributed import compute_dtype
 from npedit.nets.lora import weights_module
@@ -99,15 +98,6 @@ class Flux(Family):
             tokenizer_2=ByT5Tokenizer(model_max_length=128), transformer=net,
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
-
-    def trainable_net(self) -> nn.Module:
-        """A trainable copy of the base transformer."""
-        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
-    def noise_shift(self, height: int, width: int) -> float:
-        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
-        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """T5's tokenizer and length; CLIP reads less, for the pooled vector alone."""

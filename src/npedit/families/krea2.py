@@ -22,7 +22,6 @@ editing model.)
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -44,7 +43,6 @@ from npedit.families._shared import (
     decode_with_qwen_vae,
     encode_with_qwen_vae,
     pack_latents,
-    schedule_shift,
     trim_padding,
     unpack_latents,
 )
@@ -115,16 +113,12 @@ class Krea2(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def trainable_net(self) -> nn.Module:
-        """A trainable copy of the base transformer."""
-        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
     def noise_shift(self, height: int, width: int) -> float:
         """exp(mu) of the scheduler's resolution-dependent shift or of the distilled model's own, or the fixed one."""
         config = self.pipe.scheduler.config
         if config.use_dynamic_shifting and self.pipe.config.is_distilled:
             return math.exp(DISTILLED_MU)
-        return schedule_shift(config, (height // self.facts.multiple) * (width // self.facts.multiple))
+        return super().noise_shift(height, width)
 
     def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen3-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""

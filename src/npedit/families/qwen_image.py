@@ -20,7 +20,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -52,7 +51,6 @@ from npedit.families._shared import (
     decode_with_qwen_vae,
     encode_with_qwen_vae,
     pack_latents,
-    schedule_shift,
     trim_padding,
     unpack_latents,
 )
@@ -114,15 +112,6 @@ class QwenImage(Family):
             tokenizer=ByT5Tokenizer(model_max_length=1024), transformer=net,
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
-
-    def trainable_net(self) -> nn.Module:
-        """A trainable copy of the base transformer."""
-        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
-    def noise_shift(self, height: int, width: int) -> float:
-        """exp(mu) of the scheduler's resolution-dependent shift, or its fixed one."""
-        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen2.5-VL's tokenizer, and the place that the pipeline's template leaves for the prompt."""

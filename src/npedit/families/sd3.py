@@ -23,7 +23,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -45,7 +44,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae, schedule_shift
+from npedit.families._shared import decode_with_kl_vae, encode_with_kl_vae
 from npedit.families.base import EncodedText, Family, ModelProperties, References, require_latents
 from npedit.nets.distributed import compute_dtype
 
@@ -112,15 +111,6 @@ class SD3(Family):
             text_encoder_3=T5EncoderModel(t5), tokenizer_3=ByT5Tokenizer(model_max_length=128),
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
-
-    def trainable_net(self) -> nn.Module:
-        """A trainable copy of the base transformer."""
-        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
-    def noise_shift(self, height: int, width: int) -> float:
-        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
-        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """T5's tokenizer and length, or CLIP's where the folder has no T5."""

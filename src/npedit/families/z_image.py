@@ -25,7 +25,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +46,7 @@ from npedit.families._isolated import (
     z_image_frames_after,
 )
 from npedit.families._prompts import count_tokens
-from npedit.families._shared import check_pipeline_folder, decode_with_kl_vae, encode_with_kl_vae, schedule_shift
+from npedit.families._shared import check_pipeline_folder, decode_with_kl_vae, encode_with_kl_vae
 from npedit.families.base import EncodedText, Family, ModelProperties, References
 from npedit.hub_access import is_local_only
 from npedit.nets.distributed import compute_dtype
@@ -120,21 +119,12 @@ class ZImage(Family):
         )  # fmt: skip
         return cls(pipe, torch.device("cpu"))
 
-    def trainable_net(self) -> nn.Module:
-        """A trainable copy of the base transformer."""
-        return copy.deepcopy(self.pipe.transformer).requires_grad_(True).train()
-
     def open_net(self, folder: Path) -> nn.Module:
         """A transformer saved with `save_pretrained`, in the base's number type. After one that was trained with
         frames, prompts are encoded as for it."""
         net = super().open_net(folder)
         self.thinking = not _takes_frames(net)
         return net
-
-    def noise_shift(self, height: int, width: int) -> float:
-        """The scheduler's fixed shift, or exp(mu) of its resolution-dependent one."""
-        tokens = (height // self.facts.multiple) * (width // self.facts.multiple)
-        return schedule_shift(self.pipe.scheduler.config, tokens)
 
     def prompt_tokenizer_and_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Qwen3's tokenizer, and the place that the chat template leaves for the prompt."""
