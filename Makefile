@@ -34,7 +34,7 @@ help: ## say what can be made
 
 install: $(INSTALLED) ## set up .venv with npedit, without what only the tests need
 
-demo: $(READY) ## train a tiny editor without pairs and write a report (10 to 15 minutes on two cores)
+demo: $(READY) ## train a tiny editor without pairs and write a report (12 to 15 minutes on two cores)
 	$(BIN)/npedit demo $(ARGS)
 
 test: $(READY) ## the tests, except the slow ones and those that need a GPU, in two processes

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pkgutil
+from dataclasses import replace
 
 import pytest
 
 from npedit import benchmarks
+from npedit.export.measured_scores import find_scores, read_scores
+from npedit.runs.resolve import resolve_editor
 from npedit.toy.dataset import write_dataset
 from tests.benchmarks.test_dreambench import write_data as write_dreambench
 from tests.benchmarks.test_imgedit import write_data as write_imgedit
@@ -17,11 +20,10 @@ from tests.support.encoder_sets import clip, dino
 from tests.support.judge_server import write_gedit
 
 NETS = ("--dino", "nets/dino", "--clip", "nets/clip")
-JUDGED = ("--judge", "judge", "--items", 3)
 COMMANDS = {
     "toy": ("--items", 9, "--json", "r/summary.json"),
-    "gedit": ("--data", "gedit", *JUDGED, *NETS, "--out", "r"),
-    "imgedit": ("--data", "imgedit", *JUDGED, *NETS, "--out", "r"),
+    "gedit": ("--data", "gedit", "--judge", "judge", *NETS, "--out", "r"),
+    "imgedit": ("--data", "imgedit", "--judge", "judge", "--items", 3, *NETS, "--out", "r"),
     "own": ("own", *NETS, "--out", "r"),
     "dreambench": ("dreambench", "--pictures", 1, *NETS, "--out", "r"),
 }
@@ -37,7 +39,7 @@ def root(tmp_path_factory):
     dino(root / "nets" / "dino"), clip(root / "nets" / "clip")
     write_gedit(root / "gedit")
     write_imgedit(root / "imgedit")
-    write_dataset(root / "own", 3, 0, pairs=True)
+    write_dataset(root / "own", 12, 0, pairs=True)
     write_dreambench(root / "dreambench")
     return root
 
@@ -53,11 +55,12 @@ def test_the_toy_editor_is_evaluated_on_every_benchmark(name, root, tmp_path, mo
     run("evaluate", name, *COMMANDS[name], "--steps", 1, code=2 if unscored else 0)
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary
+    check_card(name, tmp_path)
     if name == "toy":
         assert summary["n"] == 9
         return
     rows = [json.loads(line) for line in (tmp_path / "r" / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == (6 if name == "dreambench" else 3)
+    assert len(rows) == {"dreambench": 6, "gedit": 11, "own": 12}.get(name, 3)
     named = {score for row in rows for score in row["scores"]}
     assert named
     for row in rows:  # a number, or the reason why there is none
@@ -69,3 +72,19 @@ def test_the_toy_editor_is_evaluated_on_every_benchmark(name, root, tmp_path, mo
         kept = json.loads((tmp_path / "r" / "preservation" / "summary.json").read_text())
         assert {"l1", "ssim"} < set(kept) and any(k.startswith("dino") for k in kept), set(kept)
         assert any(k.startswith("clip") for k in kept) and all(f["n"] for k, f in kept.items() if k.startswith("dino"))
+
+
+def check_card(name, folder):
+    """The card of a run in whose folder the results lie has their scores, and each has an interval."""
+    paths = find_scores(replace(resolve_editor("embedded"), run=folder))
+    metrics = {score.metric for score in read_scores(paths)}
+    kept = {"l1", "psnr", "ssim"}
+    wanted = {
+        "toy": {"applied", "preserved", "both"},
+        "gedit": {"en/full/SC", "en/full/PQ", "en/full/O"} | kept,
+        "imgedit": kept,
+        "own": kept,
+        "dreambench": set(),
+    }[name]
+    assert wanted <= metrics and not any(metric.endswith("micro") for metric in metrics), metrics
+    assert metrics

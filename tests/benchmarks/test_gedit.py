@@ -169,7 +169,7 @@ def test_without_scores_in_one_task_there_is_no_headline_at_any_coverage(tmp_pat
     assert gedit.summarise(rows, found, 0.5, "p")["p/en/full/O"]["value"] is None
     part = rows_of(found[:5], lambda i: (5, 5))  # a trial run: the rest was not asked
     assert gedit.summarise(part, found, 0.1, "p")["p/en/full/O"] | {"bounds": 0} == {
-        "value": None, "n": 5, "coverage": 5 / 11, "bounds": 0,
+        "value": None, "n": 5, "coverage": 5 / 11, "ci95": None, "bounds": 0,
     }  # fmt: skip
 
 

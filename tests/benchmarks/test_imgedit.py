@@ -11,6 +11,7 @@ from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
 from npedit.judges.server import ServerJudge
+from npedit.scoring.statistics import bootstrap_interval
 from tests.support.judge_server import picture, serving, text_of
 
 ANSWERS = {"2": '{"reasoning": "good", "score": [5, 4, 4]}', "0": '{"score": [1, 1, 1]}', "1": "no idea"}
@@ -71,6 +72,10 @@ def test_means_by_hand(found):
     assert summary["p/O"]["value"] == pytest.approx((add + 8 * 3) / 9, abs=1e-12)
     assert summary["p/O_micro"]["value"] == pytest.approx((13 / 3 + 1 + 2 + 8 * 3) / 11, abs=1e-12)
     assert summary["p/S1"]["value"] == pytest.approx((3 + 8 * 4) / 9, abs=1e-12)
+    values, tasks = [row["scores"]["O"] for row in rows], [row["task"] for row in rows]
+    assert summary["p/O"]["ci95"] == bootstrap_interval(values, tasks)
+    low, high = summary["p/O_micro"]["ci95"]
+    assert low < summary["p/O_micro"]["value"] < high and (low, high) != summary["p/O"]["ci95"]
     assert rows[0]["scores"] == {"S1": 5, "S2": 4, "S3": 4, "O": pytest.approx(13 / 3)}
 
 

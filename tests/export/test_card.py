@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from npedit.benchmarks._headlines import ScoreScale, summarise_score
 from npedit.errors import UserError
 from npedit.export.base_licences import LICENCES
 from npedit.export.card import CardFacts, model_card, set_repository, write_card
@@ -16,7 +17,6 @@ from npedit.export.measured_scores import MeasuredScore, last_evaluation, read_s
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs.resolve import resolve_editor
-from npedit.scoring.results import Row, write_results
 
 SCORES = {"n": 90, "applied": {"value": 0.5, "ci95": [0.4, 0.6]}, "preserved": {"value": 0.7, "ci95": [0.6, 0.8]},
           "both": {"value": 0.4, "ci95": [0.3, 0.5]}}  # fmt: skip
@@ -87,8 +87,12 @@ def test_data_licences_come_from_the_set(tmp_path: Path) -> None:
 def test_scores_are_those_that_were_measured(tmp_path: Path) -> None:
     assert "No measured scores" in card(tmp_path).text
     (tmp_path / "toy.json").write_text(json.dumps(SCORES))
-    rows = [Row(str(i), "recolour", {"overall": float(i % 3), "broken": None}, {"broken": "no"}) for i in range(9)]
-    write_results(tmp_path / "gedit", rows)
+    rows = [{"task": "recolour", "scores": {"overall": float(i % 3), "broken": None}} for i in range(9)]
+    scale, sizes = ScoreScale(0, 10, 0.99), {"recolour": 9}
+    summary = {f"npedit-edit-v1/{name}": summarise_score(rows, name, sizes, scale) for name in ("overall", "broken")}
+    summary["npedit-edit-v1/overall_micro"] = summarise_score(rows, "overall", sizes, scale, micro=True)
+    (tmp_path / "gedit").mkdir()
+    (tmp_path / "gedit" / "summary.json").write_text(json.dumps(summary))
     settings = {"protocol": {"name": "npedit-edit-v1"}, "judge": {"name": "/models/a-judge"}}
     (tmp_path / "gedit" / "settings.json").write_text(json.dumps(settings))
     scores = read_scores([tmp_path / "toy.json", tmp_path / "gedit"])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from npedit.scoring.statistics import bootstrap_interval
+
 Row = dict[str, Any]
 
 
@@ -22,21 +24,25 @@ class ScoreScale:
 def summarise_score(
     rows: Sequence[Row], name: str, task_sizes: Mapping[str, int], scale: ScoreScale, micro: bool = False
 ) -> dict[str, Any]:
-    """{"value", "n", "coverage", "bounds"} of one score: the mean of the tasks' means, or with `micro` the mean over
-    items. `task_sizes` is the number of items of each task in the benchmark, judged or not."""
+    """{"value", "n", "coverage", "ci95", "bounds"} of one score: the mean of the tasks' means, or with `micro` the mean
+    over items, and its interval over items (task-stratified bootstrap). `task_sizes` is the number of items of each
+    task in the benchmark, judged or not."""
     by_task: dict[str, list[float]] = {task: [] for task in task_sizes}
     for row in rows:
         if row["scores"][name] is not None:
             by_task[row["task"]].append(row["scores"][name])
     n, total = sum(map(len, by_task.values())), sum(task_sizes.values())
     coverage = n / total if total else 0.0
-    result = {"value": None, "n": n, "coverage": coverage}
+    result: dict[str, Any] = {"value": None, "n": n, "coverage": coverage, "ci95": None}
     bounds = []
     for end in (scale.low, scale.high):
         filled = {t: v + [end] * (task_sizes[t] - len(v)) for t, v in by_task.items()}
         bounds.append(_mean_over_tasks(filled, micro))
     if n and all(by_task.values()) and coverage >= scale.min_coverage:
         result["value"] = _mean_over_tasks(by_task, micro)
+        tasks = [task for task, values in by_task.items() for _ in values]
+        values = [value for values in by_task.values() for value in values]
+        result["ci95"] = bootstrap_interval(values, tasks, over_tasks=not micro)
     return {**result, "bounds": bounds}
 
 

@@ -1,7 +1,7 @@
 """The results folder of a judged benchmark: settings, edited pictures, rows, headlines.
 
     rows.jsonl      one row an item, see `_scorer.py`
-    summary.json    {headline: {"value": number or null, "n", "coverage", "bounds"}}
+    summary.json    {headline: {"value": number or null, "n", "coverage", "ci95", "bounds"}}
     settings.json   protocol, judge, editor, counts of outcomes: what the numbers depend on
     answers.jsonl   every answer in full (judges/cache.py); a resumed run asks no question twice
     official/       pictures and scores in the layout of the benchmark's own scripts

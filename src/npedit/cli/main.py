@@ -210,7 +210,7 @@ def edit(
             "--out",
             "-o",
             help="A .png, .jpg or .webp file, a folder, or - for a PNG on standard output. "
-            "If not given: IMAGE-edited.png, or IMAGE-edited-2.png and so on.",
+            "If not given: IMAGE-edited with the ending of the picture, or IMAGE-edited-2 and so on.",
         ),
     ] = "",
     references: Annotated[

@@ -70,8 +70,8 @@ def find_scores(source: EditorSource) -> list[Path]:
 def _scored_editor(path: Path) -> str:
     """The name of the editor that was scored, as `npedit evaluate` wrote it; "" if there is none."""
     found = read_json_object(path / SETTINGS if path.is_dir() else path)
-    editor = found.get("editor")
-    return str(editor.get("editor", "")) if isinstance(editor, dict) else str(found.get("model", ""))
+    facts = found.get("editor") or found.get("source") or found  # of a judged benchmark, of `own`, of the toy benchmark
+    return str(facts.get("editor") or facts.get("model") or "") if isinstance(facts, dict) else ""
 
 
 def _is_same_editor(source: EditorSource, name: str) -> bool:
@@ -124,10 +124,19 @@ def _read_toy(path: Path) -> Iterator[MeasuredScore]:
 def _read_results(folder: Path) -> Iterator[MeasuredScore]:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     settings = read_json_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    title = _title(settings, folder)
+    title, prefix = _title(settings, folder), _judged_prefix(settings)
     for name, score in summary.items():
-        if "/" not in name and isinstance(score, dict) and score.get("value") is not None and score.get("ci95"):
-            yield MeasuredScore.from_interval(title, name, score, score["n"])
+        metric = name.removeprefix(prefix)
+        is_headline = not metric.endswith("_micro") if prefix else "/" not in metric
+        if is_headline and isinstance(score, dict) and score.get("value") is not None and score.get("ci95"):
+            yield MeasuredScore.from_interval(title, metric, score, score["n"])
+
+
+def _judged_prefix(settings: dict[str, Any]) -> str:
+    """What the names of a judged benchmark's scores begin with, "PROTOCOL/"; "" for another benchmark."""
+    protocol = settings.get("protocol")
+    name = protocol.get("name", "") if isinstance(protocol, dict) and "judge" in settings else ""
+    return f"{name}/" if name else ""
 
 
 def _title(settings: dict[str, Any], folder: Path) -> str:

@@ -112,7 +112,7 @@ def savings_in_a_new_run(recipe: Recipe) -> list[str]:
     """Memory settings that are not in use and need a new run."""
     found = []
     if recipe.lora is None:
-        found.append("lora={rank: 64, alpha: 64}  (trained models, optimizer and averages)")
+        found.append("'lora={rank: 64, alpha: 64}'  (trained models, optimizer and averages)")
     for i, stage in enumerate(recipe.stages):
         for role in ("student", "fake"):
             if (
