@@ -197,6 +197,19 @@ def test_the_manifest(tmp_path: Path) -> None:
     assert isinstance(found["git_revision"], str)
 
 
+def test_the_manifest_says_which_code_a_resumed_run_goes_on_with(tmp_path: Path) -> None:
+    run, made = begun(tmp_path / "run", recipe()), recipe()
+    first = checkpoint.read_manifest(run)
+    for revision in ("", "b", "b", "c"):
+        now = first | ({"git_revision": revision} if revision else {})
+        with checkpoint.hold_run(run, made, True):
+            checkpoint.write_run_metadata(run, made, now)
+    found = checkpoint.read_manifest(run)
+    assert found["git_revision"] == first["git_revision"]
+    assert [(part["update"], part["git_revision"]) for part in found["resumed"]] == [(0, "b"), (0, "c")]
+    assert found["resumed"][0]["versions"] == first["versions"]
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_revision_is_read_without_writing_into_the_repository(tmp_path):
     """`git describe --dirty` rewrites the index, and a process that is killed meanwhile leaves index.lock behind."""

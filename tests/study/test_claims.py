@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,12 @@ def row(name: str, n: int, *hits: int) -> dict:
 
 
 def judge(test: str, spread: SeedSpread = NO_SPREAD, **rows: dict) -> claims.Verdict:
-    return claims.judge_claim(Claim(test=test), rows, spread)
+    return claims.judge_claim(study_of(**{name: {} for name in rows}), Claim(test=test), rows, spread)
+
+
+def study_of(**variants: dict) -> Study:
+    seeds = {name: {"seeds": [0]} | keys if not keys.get("of") else keys for name, keys in variants.items()}
+    return validate_settings(Study, {"name": "s", "recipe": "demo", "items": 900, "variants": seeds, "tables": []}, "")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,37 @@ def test_variation_between_seeds_widens_a_claims_interval():
     assert judge("a > b", **rows).word == "holds" and judge("a > b", spread, **rows).word == "undecided"
     same = {"a": rows["a"], "c": dict(rows["a"])}  # the same runs, so their seeds are paired
     assert judge("a ~ c", spread, **same).ci95 == (0.0, 0.0)
+
+
+def test_rows_that_started_from_the_same_runs_are_paired_by_seed():
+    """Every seed of `later` gains 36 of 900 over the run that it started from; the starts vary by much more."""
+    few = row("few", 900, 400, 450, 500)
+    later = {"outcomes": [o.replace("0", "1", 36) for o in few["outcomes"]], "runs": [f"later-{i}" for i in range(3)]}
+    other = row("other", 900, 436, 486, 536)
+    rows, spread = {"few": few, "later": later, "other": other, "twice": later}, SeedSpread(0.03**2, 0.03**2, 8)
+    seeds = {"seeds": [0, 1, 2]}
+    made = study_of(few=seeds, later=seeds | {"start": "few"}, other=seeds, twice={"of": "later"})
+    found = {t: claims.judge_claim(made, Claim(test=t), rows, spread) for t in ("later > few", "other > few")}
+    assert found["later > few"].word == "holds" and found["other > few"].word == "undecided"
+    low, high = found["later > few"].ci95
+    assert low == pytest.approx(0.04, abs=0.015) and high == pytest.approx(0.04, abs=0.015)
+    assert claims.are_paired(made, rows, "twice", "few") and not claims.are_paired(made, rows, "later", "other")
+    one = {name: {"runs": [f"{name}-0"]} for name in rows}  # a single pair does not show how pairs vary
+    assert not claims.are_paired(made, one, "later", "few")
+    assert not claims.are_paired(made, rows | {"few": {"runs": ["few-0", "few-1"]}}, "later", "few")
+
+
+def test_a_claim_says_which_rows_lack_seeds():
+    made = study_of(a={"seeds": [0, 1]}, b={})
+    found = claims.judge_claim(made, Claim(test="a > b"), {"a": row("a", 900, 500), "b": row("b", 900, 400)}, NO_SPREAD)
+    assert found.partial == ("a",) and found.numbers().endswith("; some seeds of a are missing")
+
+
+def test_the_row_of_a_search_counts_as_runs_of_its_own_and_a_row_of_other_steps_does_not():
+    rows = {"few": row("few", 900, 400, 450), "best": row("x", 900, 400, 450), "steps": row("few", 900, 300, 600)}
+    made = study_of(few={}, x={}, best={"of": "x"}, steps={"of": "few"})  # x is a configuration, and so no row
+    assert claims.rows_with_own_runs(made, rows) == ["few", "best"]
+    assert claims.study_spread(made, rows).freedom == 2
 
 
 def test_the_same_scenes_right_in_both_rows_narrow_the_interval():
@@ -94,6 +131,9 @@ def test_readme_quotes_the_claims_with_words_and_nothing_else(tmp_path):
     quoted = page.read_text()
     table = "\n".join(claims.claim_table(verdicts))
     assert quoted == f"before\n{claims.BEGIN}\n\n{table}\n\n{claims.END}\nafter\n"
+    assert (
+        claims.claim_table([replace(verdicts[1], claim=Claim(test="a ~ b", says="x"))])[-1].count("(within 0.1)") == 1
+    )
     assert "| A is better | **holds** | `a > b` | +0.333 [" in table and "a ~ b" not in table
     assert [v["verdict"] for v in json.loads((tmp_path / claims.CLAIMS_FILE).read_text())][0] == "holds"
 

@@ -13,9 +13,10 @@ from npedit.recipe.packaged import recipe_path
 from npedit.report.reward_curves import plot_reward_curves, reward_ends
 from npedit.steps.flow_grpo import Step
 from npedit.study import study
-from npedit.study.file import Study, load_study, quick_study, variant_recipe
+from npedit.study.file import Study, Variant, load_study, quick_study, variant_recipe
 from npedit.study.jobs import SELECTION, StudyWork
 from npedit.study.search import STAGES, expand_search
+from npedit.study.search_page import search_alarms, search_section
 from tests.study.test_study import TINY
 
 CONFIGURATIONS = {"a": [], "b": ["stages.0.settings.group=3"], "c": ["stages.0.settings.group=4"]}
@@ -52,11 +53,11 @@ def finish(run: Path, generator: float = 100.0, critic: float = 50.0, success: f
         (run / SELECTION).write_text(json.dumps({"n": 9, "both": {"value": success}}))
 
 
-def expand(made: Study, folder: Path, stage: str) -> Study:
+def expand(made: Study, folder: Path, stage: str, failed: tuple[str, ...] = ()) -> Study:
     for earlier in STAGES[: STAGES.index(stage) + 1]:
         work = StudyWork.__new__(StudyWork)  # without reading the recipes of the runs, which are not real
         work.study, work.folder = made, folder
-        made = expand_search(work, "s", earlier, recipe_path)
+        made = expand_search(work, "s", earlier, recipe_path, failed)
     return made
 
 
@@ -77,6 +78,41 @@ def test_the_stages_train_all_then_the_best_few_then_the_best_with_further_seeds
     best = expand(made, tmp_path, "best")
     assert best.variants["s"].of == "s.long.c" and best.seeds_of("s") == [0, 1] and best.seeds_of("s.long.b") == [0]
     assert Study.model_validate(best.model_dump(mode="json")) == best  # as it goes to a worker
+
+
+def test_a_stage_waits_for_all_runs_of_the_stage_before_but_not_for_failed_ones(tmp_path: Path) -> None:
+    made = validate_settings(Study, TINY_SEARCH | {"items": 9}, "")
+    later = lambda stage, *failed: set(expand(made, tmp_path, stage, failed).variants) - set(made.variants)  # noqa: E731
+    shorts = {f"s.short.{c}" for c in "abc"}
+    finish(tmp_path / "np-0")
+    finish(tmp_path / "s.short.a-0", success=0.2)
+    finish(tmp_path / "s.short.b-0", success=0.4)
+    assert later("long") == later("best") == shorts
+    assert later("long", "s.short.c-0") == shorts | {"s.long.a", "s.long.b"}
+    finish(tmp_path / "s.long.a-0", success=0.5)
+    assert "s" not in later("best", "s.short.c-0")
+    assert expand(made, tmp_path, "best", ("s.short.c-0", "s.long.b-0")).variants["s"].of == "s.long.a"
+    finish(tmp_path / "s.short.c-0", success=0.9)  # repeated with success, after the long runs of the others
+    assert later("best") == shorts | {"s.long.b", "s.long.c"}
+    finish(tmp_path / "s.long.c-0", success=0.1)
+    finish(tmp_path / "s.long.b-0", success=0.3)
+    assert expand(made, tmp_path, "best").variants["s"].of == "s.long.b"  # a is not among the best two any more
+
+
+def test_the_page_shows_configurations_that_are_not_finished_and_alarms_of_all_that_are(tmp_path: Path) -> None:
+    made = validate_settings(Study, TINY_SEARCH | {"items": 9}, "")
+    run = tmp_path / "s.short.a-0"
+    finish(run, success=0.2)
+    (run / "config.resolved.yaml").write_text("trainer: {evaluate_items: 900}\n")
+    fooled = [{"step": k, "critic/p_edit": k / 100, "critic/p_identity": k / 100} for k in range(1, 101)]
+    fooled[9] |= {"eval/applied": 0.8, "eval/preserved": 0.8}
+    fooled[89] |= {"eval/applied": 0.4, "eval/preserved": 0.4}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fooled))
+    text = "\n".join(search_section(made, "s", tmp_path))
+    assert "The search is not finished" in text and text.count("not finished |") == 2 and "| a |" in text
+    assert [words[:16] for words in search_alarms(made, "s", tmp_path)] == ["`s.short.a-0` at"]
+    used = made.model_copy(update={"variants": made.variants | {"s": Variant(of="s.short.a")}})
+    assert not search_alarms(used, "s", tmp_path)  # an alarm of the row itself is told there
 
 
 def test_no_configuration_exceeds_the_budget_and_one_more_update_would(tmp_path: Path) -> None:

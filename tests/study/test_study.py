@@ -129,7 +129,9 @@ def test_a_study_trains_scores_writes_its_page_and_resumes(finished, tmp_path, m
 
     with pytest.raises(UserError, match=r"ends in \.md"):
         study_page.publish_results(results, tmp_path / "docs")
+    (finished / "9.png").write_bytes(b"of a table that the study no longer has")
     page = study_page.publish_results(results, tmp_path / "docs" / "r.md")
+    assert {path.name for path in (tmp_path / "docs" / "r").glob("*.png")} == {"1.png"}
     links = re.findall(r"\]\(([^)]*)\)", page.read_text())
     assert len(links) > 2 and all((page.parent / link).is_file() for link in links)
     kept, told_of = (json.loads((f / "full-0" / "manifest.json").read_text()) for f in (finished, page.parent / "r"))
@@ -198,6 +200,26 @@ def test_a_study_trains_its_critics_and_starts_a_variant_from_anothers_run(finis
     edited = make_study(variants=variants, tables=tables, critics=critics | {"weak": {"batches": 2}})
     with pytest.raises(UserError, match=r"weak-1/critic' -> '.*weak-2/critic'"):
         StudyWork(edited, finished, recipe_path, False)  # before anything is trained
+
+
+def test_a_run_that_was_begun_with_another_recipe_is_refused_also_if_it_is_not_finished(finished):
+    """`npedit train` lets a resumed run have more updates; in a study such a run would be of two recipes."""
+    (finished / "dmd_only-0" / "passes.json").unlink()
+    config = finished / "dmd_only-0" / "config.resolved.yaml"
+    longer = yaml.safe_load(config.read_text())
+    longer["stages"][-1]["updates"] += 1
+    config.write_text(yaml.safe_dump(longer))
+    with pytest.raises(UserError, match=r"dmd_only-0; got another \(stages\.1\.updates: 3 -> 2\)"):
+        StudyWork(make_study(), finished, recipe_path, False)
+
+
+def test_a_page_names_the_revisions_of_the_code_that_trained_its_runs(finished):
+    manifest = finished / "full-0" / "manifest.json"
+    facts = json.loads(manifest.read_text()) | {"git_revision": "a" * 40}
+    manifest.write_text(json.dumps(facts | {"resumed": [{"update": 1, "git_revision": "b" * 40, "versions": {}}]}))
+    (finished / "dmd_only-0" / "manifest.json").write_text(json.dumps(facts))
+    words = run(make_study(), finished)
+    assert "trained the runs: `aaaaaaaa` (1 run), `aaaaaaaa` and `bbbbbbbb` (1 run)." in words
 
 
 @pytest.mark.parametrize("name", STUDIES)

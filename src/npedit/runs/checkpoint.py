@@ -121,12 +121,21 @@ def write_run_metadata(
         if kept.get("processes", 1) != manifest["processes"]:
             changes.append(Change("processes", kept.get("processes", 1), manifest["processes"], done))
         kept |= {key: manifest[key] for key in ("data_fingerprint", "processes")}
+        kept["resumed"] = [*kept.get("resumed", []), *_new_software(kept, manifest, done)]
         kept["changes"] = [*kept.get("changes", []), *(change.as_dict() for change in changes)]
     if inventory is not None:
         write_text(run / PHOTOS, json.dumps(inventory) + "\n")
     write_text(run / MANIFEST, json.dumps(kept, indent=2) + "\n")
     write_text(run / CONFIG, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     return changes
+
+
+def _new_software(kept: Mapping[str, Any], now: Mapping[str, Any], update: int) -> list[dict[str, Any]]:
+    """The code's revision and the versions with which a run goes on after this update, if they are not those of its
+    last part."""
+    last = [kept, *kept.get("resumed", [])][-1]
+    keys = ("git_revision", "versions")
+    return [] if all(last.get(key) == now[key] for key in keys) else [{"update": update} | {k: now[k] for k in keys}]
 
 
 def read_held_out(run: Path) -> list[int] | None:

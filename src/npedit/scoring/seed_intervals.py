@@ -68,11 +68,12 @@ def mean_interval(outcomes: np.ndarray, tasks: Sequence[str], spread: SeedSpread
 
 
 def difference_interval(
-    a: np.ndarray, b: np.ndarray, tasks: Sequence[str], spread: SeedSpread, same_runs: bool = False
+    a: np.ndarray, b: np.ndarray, tasks: Sequence[str], spread: SeedSpread, paired_seeds: bool = False
 ) -> tuple[float, float, float]:
     """(difference, low, high) of the means of two rows (seeds, items), a less b, with its 95 % interval.
 
-    With `same_runs` the rows are the same runs, used in two ways, so their seeds are paired too.
+    With `paired_seeds` the runs of each seed are related: the same run used in two ways, or runs that started from the
+    same one. Then the seeds' part is the variance of the differences of the pairs.
 
     Raises:
         ValueError: other numbers of items.
@@ -80,8 +81,8 @@ def difference_interval(
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"expected rows with the same items; got {a.shape[1]} and {b.shape[1]}")
     paired = a.mean(0) - b.mean(0)
-    share = 1 / len(a) if same_runs else 1 / len(a) + 1 / len(b)
-    spread = pool_seed_spread([a - b], tasks) if same_runs else spread
+    share = 1 / len(a) if paired_seeds else 1 / len(a) + 1 / len(b)
+    spread = pool_seed_spread([a - b], tasks) if paired_seeds else spread
     variance, t = _variance_and_t(_item_variance(paired, tasks), spread, share, len(paired))
     half, mean = t * math.sqrt(variance), float(paired.mean())
     return mean, mean - half, mean + half

@@ -30,24 +30,28 @@ BEGIN, END = "<!-- claims of the study: begin -->", "<!-- claims of the study: e
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim with its verdict: "holds", "fails", "undecided" or "not run". `missing` are rows that were not run."""
+    """A claim with its verdict: "holds", "fails", "undecided" or "not run". `missing` are rows that were not run,
+    `partial` rows of which not all seeds were."""
 
     claim: Claim
     word: str
     difference: float = 0.0
     ci95: tuple[float, float] = (0.0, 0.0)
     missing: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
 
     def numbers(self) -> str:
         """The difference with its interval, or which rows were not run."""
         if self.missing:
             return ", ".join(self.missing)
-        return f"difference {self.difference:+.3f} [{self.ci95[0]:+.3f}, {self.ci95[1]:+.3f}]"
+        found = f"difference {self.difference:+.3f} [{self.ci95[0]:+.3f}, {self.ci95[1]:+.3f}]"
+        return found + (f"; some seeds of {', '.join(self.partial)} are missing" if self.partial else "")
 
     def facts(self) -> dict[str, Any]:
         """The verdict for JSON."""
         found = {"says": self.claim.says, "test": self.claim.test, "verdict": self.word}
-        return found | ({} if self.missing else {"difference": self.difference, "ci95": list(self.ci95)})
+        numbers = {"difference": self.difference, "ci95": list(self.ci95), "partial": list(self.partial)}
+        return found | ({} if self.missing else numbers)
 
 
 def outcome_matrix(score: Score) -> np.ndarray:
@@ -60,34 +64,56 @@ def item_types(n: int) -> list[str]:
     return [EDIT_TYPES[i % len(EDIT_TYPES)] for i in range(n)]
 
 
+def rows_with_own_runs(study: Study, scores: Mapping[str, Score]) -> list[str]:
+    """The rows without those that use the runs of another row."""
+    return [name for name in scores if study.variants[name].of not in scores]
+
+
 def study_spread(study: Study, scores: Mapping[str, Score]) -> SeedSpread:
     """The variance from seed to seed, pooled over the rows that have several seeds. Rows that use another's runs are
     left out."""
-    rows = [outcome_matrix(s) for name, s in scores.items() if not study.variants[name].of]
+    rows = [outcome_matrix(scores[name]) for name in rows_with_own_runs(study, scores)]
     return pool_seed_spread(rows, item_types(study.items))
 
 
-def judge_claim(claim: Claim, scores: Mapping[str, Score], spread: SeedSpread) -> Verdict:
+def are_paired(study: Study, scores: Mapping[str, Score], first: str, second: str) -> bool:
+    """Whether each seed's runs in two rows are related: they are the same run, one was trained from the other, or both
+    were trained from the same run. One seed alone does not show how much such a pair varies."""
+    a, b = ([run.rsplit("-", 1)[1] for run in scores[name]["runs"]] for name in (first, second))
+    is_related = bool(_lineage(study, first) & _lineage(study, second))
+    return scores[first]["runs"] == scores[second]["runs"] or (is_related and a == b and len(a) > 1)
+
+
+def _lineage(study: Study, name: str) -> set[str]:
+    """The trained variants behind a row: its own, the one that it started from, and so on."""
+    found, name = set(), study.variants[name].of or name
+    while name:
+        found.add(name)
+        name = study.variants[name].start
+    return found
+
+
+def judge_claim(study: Study, claim: Claim, scores: Mapping[str, Score], spread: SeedSpread) -> Verdict:
     """The verdict on one claim."""
     first, sign, second = claim.parts()
     if missing := tuple(name for name in (first, second) if name not in scores):
         return Verdict(claim, "not run", missing=missing)
-    a, b = scores[first], scores[second]
-    outcomes = outcome_matrix(a), outcome_matrix(b)
+    outcomes = outcome_matrix(scores[first]), outcome_matrix(scores[second])
     types = item_types(outcomes[0].shape[1])
-    d, low, high = difference_interval(*outcomes, types, spread, a["runs"] == b["runs"])
+    d, low, high = difference_interval(*outcomes, types, spread, are_paired(study, scores, first, second))
     if sign == ">":
         word = "holds" if low > 0 else "fails" if high < 0 else "undecided"
     else:
         is_level, is_apart = low > -LEVEL and high < LEVEL, low > LEVEL or high < -LEVEL
         word = "holds" if is_level else "fails" if is_apart else "undecided"
-    return Verdict(claim, word, d, (low, high))
+    partial = [name for name in (first, second) if len(scores[name]["runs"]) < len(study.seeds_of(name))]
+    return Verdict(claim, word, d, (low, high), partial=tuple(partial))
 
 
 def judge_all(study: Study, scores: Mapping[str, Score]) -> list[Verdict]:
     """The verdicts on all claims of a study, in the order of its tables."""
     spread = study_spread(study, scores)
-    return [judge_claim(claim, scores, spread) for table in study.tables for claim in table.claims]
+    return [judge_claim(study, claim, scores, spread) for table in study.tables for claim in table.claims]
 
 
 def claim_table(verdicts: Sequence[Verdict]) -> list[str]:
@@ -96,7 +122,8 @@ def claim_table(verdicts: Sequence[Verdict]) -> list[str]:
     for verdict in verdicts:
         if verdict.claim.says:
             numbers = "" if verdict.missing else verdict.numbers().removeprefix("difference ")
-            rows.append([verdict.claim.says, f"**{verdict.word}**", f"`{verdict.claim.test}`", numbers])
+            test = f"`{verdict.claim.test}`" + (f" (within {LEVEL:g})" if "~" in verdict.claim.test else "")
+            rows.append([verdict.claim.says, f"**{verdict.word}**", test, numbers])
     return markdown_table(["the paper's claim", "on the toy", "rows compared", "difference of the success rate"], rows)
 
 
@@ -141,4 +168,5 @@ def _read_verdict(facts: Mapping[str, Any]) -> Verdict:
     claim = Claim(test=facts["test"], says=facts["says"])
     if "ci95" not in facts:
         return Verdict(claim, facts["verdict"], missing=claim.parts()[::2])
-    return Verdict(claim, facts["verdict"], facts["difference"], tuple(facts["ci95"]))
+    partial = tuple(facts.get("partial", ()))
+    return Verdict(claim, facts["verdict"], facts["difference"], tuple(facts["ci95"]), partial=partial)

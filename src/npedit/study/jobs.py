@@ -24,6 +24,7 @@ from npedit.recipe.config import EMBEDDED, Recipe, make_recipe
 from npedit.runs.checkpoint import (
     METRICS,
     explain_write_errors,
+    is_run,
     read_config,
     read_rows,
     require_allowed_changes,
@@ -75,7 +76,7 @@ class StudyWork:
     """The jobs of a study in its folder. `find` turns a recipe's name into its file.
 
     Raises:
-        UserError: the recipe of a variant is wrong; a finished run was trained by another recipe.
+        UserError: the recipe of a variant is wrong; a run was begun with another recipe.
     """
 
     def __init__(self, study: Study, folder: Path, find: Callable[[str], Path], quick: bool) -> None:
@@ -87,7 +88,7 @@ class StudyWork:
                 self.runs[f"{name}-{seed}"] = (name, seed)
                 self.recipes[f"{name}-{seed}"] = variant_recipe(study, name, seed, find, folder, quick)
         for run, recipe in self.recipes.items():
-            if is_finished(folder / run):
+            if is_run(folder / run):
                 require_same_recipe(folder / run, recipe)
 
     def missing_jobs(self, only: Collection[str] = ()) -> list[Job]:
@@ -127,7 +128,7 @@ class StudyWork:
             weights = Path(critic_weights(self.study, job.critic, self.folder))
             return (weights if self.study.critics[job.critic].members else weights.with_name("right.json")).is_file()
         run = self.folder / job.name
-        if not is_finished(run) or (is_configuration(self.study, job.variant) and not (run / SELECTION).is_file()):
+        if not is_finished(run) or (is_configuration(self.study, job.variant) and not self._has_selection(run)):
             return False
         return all(self._kept_score(name, run) for name in self._scored_names(job.variant))
 
@@ -175,7 +176,7 @@ class StudyWork:
                 toy.sample_items(self.study.items, SCENES_SEED),
                 on_outcome=lambda applied, preserved: outcomes.append("01"[applied and preserved]),
             )
-            rows, every = read_rows(run / METRICS), read_config(run)["trainer"]["evaluate_items"]
+            rows = read_rows(run / METRICS)
             found = {
                 **scores,
                 "outcomes": "".join(outcomes),
@@ -183,7 +184,7 @@ class StudyWork:
                 "run": run.name,
                 "seconds": sum(r.get("time/update") or 0.0 for r in rows),
                 "passes": json.loads((run / "passes.json").read_text()),
-                "alarms": [alarm.message() for alarm in reward_hacking_alarms(rows, every)],
+                "alarms": run_alarms(run),
                 "critic_right": self._critic_accuracy(run),
             }
             write_text(run / f"score-{name}.json", json.dumps(found) + "\n")
@@ -201,11 +202,20 @@ class StudyWork:
 
     def _score_for_selection(self, run: Path, seed: int) -> None:
         """Write the success rate on the scenes of the selection."""
-        n = max(9, self.study.items // 2)
+        n = self._selection_items
         with hold_when_free(run, "study: score"):
-            if not (run / SELECTION).is_file():
+            if not self._has_selection(run):
                 found = toy.score(edit_function(run, seed, n, None), toy.sample_items(n, SELECTION_SEED))
                 write_text(run / SELECTION, json.dumps({"n": n, "both": found["both"]}) + "\n")
+
+    @property
+    def _selection_items(self) -> int:
+        return max(9, self.study.items // 2)
+
+    def _has_selection(self, run: Path) -> bool:
+        """Whether a configuration's run has its success rate on the scenes of this study's selection."""
+        kept = run / SELECTION
+        return kept.is_file() and json.loads(kept.read_text())["n"] == self._selection_items
 
     # ----------------------------------------------------------------------------------------------------- critics
 
@@ -248,6 +258,12 @@ def is_finished(run: Path) -> bool:
     return (run / "passes.json").is_file()
 
 
+def run_alarms(run: Path) -> list[str]:
+    """The alarms of reward hacking of a run, in words."""
+    items = read_config(run)["trainer"]["evaluate_items"]
+    return [alarm.message() for alarm in reward_hacking_alarms(read_rows(run / METRICS), items)]
+
+
 def edit_function(run: Path, seed: int, items: int, steps: int | None) -> toy.EditFn:
     """The function by which `toy.score` edits with a run's editor. Each item has the noise of another seed."""
     editor, noises = Editor.open(run), iter(range(seed * 1_000_003, seed * 1_000_003 + items))
@@ -287,7 +303,7 @@ def train_when_free(recipe: Recipe, run: Path) -> None:
 
 
 def require_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Check that a finished run of the study was trained by this very recipe. The study's folder may have been moved
+    """Check that a run of the study was begun with this very recipe. The study's folder may have been moved
     since.
 
     Raises:

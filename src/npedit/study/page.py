@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from npedit.benchmarks import toy
 from npedit.errors import UserError
 from npedit.report.plots import plot_comparison, points_plot_png
 from npedit.runs.checkpoint import explain_write_errors, write_text
+from npedit.runs.files import read_json_object
 from npedit.scoring.seed_intervals import SeedSpread, mean_interval
 from npedit.scoring.tables import format_interval, markdown_table
 from npedit.study.claims import (
@@ -27,11 +29,12 @@ from npedit.study.claims import (
     item_types,
     judge_all,
     outcome_matrix,
+    rows_with_own_runs,
     study_spread,
     write_claims,
 )
 from npedit.study.file import Study, Table, is_configuration
-from npedit.study.search_page import search_section
+from npedit.study.search_page import search_alarms, search_section
 
 RUN_FILES = ("manifest.json", "config.resolved.yaml", "passes.json")  # of a run
 OPTIONAL_RUN_FILES = ("score-*.json", "selection.json", "blame.json")  # where there are such
@@ -40,6 +43,12 @@ VERDICTS = (
     "interval is below 0, and otherwise it is *undecided*. A claim `a ~ b` says that a and b are level. It *holds* if "
     "the interval lies between -0.1 and +0.1, it *fails* if the interval lies outside, and otherwise it is *undecided*."
 )
+ALARMS = (
+    "An alarm says that since an earlier evaluation in training the critic's score rose and the oracle's score fell, "
+    "both by more than chance. The oracle's score here is the mean of the shares *applied* and *preserved*, so an edit "
+    "that only copies the photo has about .5; the success rate may still rise."
+)
+_PICTURE = re.compile(r"\]\(([^)/]+\.png)\)")
 _PROGRAM_PATH = re.compile(r'(?<="command": ")[^" ]*/([^/" ]+)')  # of the program, in a manifest
 
 
@@ -79,6 +88,7 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
     verdicts = judge_all(study, scores)
     lines = [f"# {study.name}", "", _describe_scores(study), "", _describe_intervals(spread), "", VERDICTS]
     lines += ["", study.words] if study.words else []
+    lines += ["", _describe_code(folder, scores)]
     if missing := _missing_runs(study, scores):
         lines += ["", f"Not run: {', '.join(missing)}."]
     if any(v.claim.says for v in verdicts):
@@ -87,9 +97,9 @@ def write_results(study: Study, folder: Path, scores: Mapping[str, dict[str, Any
         lines += _table_section(study, table, scores, verdicts, folder / f"{number}.png")
     for name in study.search:
         lines += search_section(study, name, folder)
-    alarms = [f"- {words}" for name, s in scores.items() if not study.variants[name].of for words in s["alarms"]]
-    nothing = "None: in no run did the critic's score rise while the oracle's score fell."
-    lines += ["", "## Alarms", "", *(alarms or [nothing])]
+    alarms = [words for name in rows_with_own_runs(study, scores) for words in scores[name]["alarms"]]
+    alarms += [words for name in study.search for words in search_alarms(study, name, folder)]
+    lines += ["", "## Alarms", "", ALARMS, "", *([f"- {words}" for words in alarms] or ["No run has an alarm."])]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
     write_text(folder / "results.json", json.dumps(scores, indent=1) + "\n")
     write_claims(verdicts, folder)
@@ -133,13 +143,29 @@ def _describe_intervals(spread: SeedSpread) -> str:
         "edit types; for a difference of two rows it is the variance of the paired differences on the same scenes. The "
         "second is the variance between seeds, less what different scenes add to it, divided by the number of the "
         "row's seeds. It is pooled over all rows that have several seeds, because few seeds of one row say little; so "
-        "it supposes that the seeds of all rows vary alike. Rows that use the same runs are paired by seed as well. "
+        "it supposes that the seeds of all rows vary alike. Two rows that use the same runs, or whose runs started "
+        "from the same runs, are paired by seed as well, and then the second part is that of their own differences. "
         "The interval is Student's t times the root of the sum, with the degrees of freedom of Satterthwaite (1946); "
         "for a single row the scenes' part is that of Wilson's interval. In this study the standard deviation of "
         f"`both` between seeds is {spread.observed**0.5:.3f} ({spread.variance**0.5:.3f} without the scenes' part; "
         f"{spread.freedom} degrees of freedom). Rows of one seed borrow it from the others. The small dots in the "
         "plots are single seeds. Intervals are not corrected for the number of claims."
     )
+
+
+def _describe_code(folder: Path, scores: Mapping[str, Score]) -> str:
+    """Which revisions of the code trained the runs."""
+    counts: Counter[str] = Counter()
+    for run in {run for score in scores.values() for run in score["runs"]}:
+        manifest = folder / run / "manifest.json"
+        counts[" and ".join(_revisions(read_json_object(manifest))) if manifest.is_file() else "unknown"] += 1
+    found = ", ".join(f"{revision} ({n} run{'s' if n > 1 else ''})" for revision, n in sorted(counts.items()))
+    return f"Revisions of the code that trained the runs: {found or 'none'}."
+
+
+def _revisions(manifest: Mapping[str, Any]) -> list[str]:
+    used = [manifest, *manifest.get("resumed", [])]
+    return [f"`{part['git_revision'][:8]}`" if part.get("git_revision") else "unknown" for part in used]
 
 
 def _missing_runs(study: Study, scores: Mapping[str, Score]) -> list[str]:
@@ -184,7 +210,8 @@ def publish_results(results: Path, page: Path) -> Path:
             path for run in sorted(runs) for found in OPTIONAL_RUN_FILES for path in sorted((study / run).glob(found))
         ]
         numbers = [study / "results.json", study / CLAIMS_FILE]
-        for path in [*study.glob("*.png"), *numbers, *files]:
+        shown = [study / name for name in _PICTURE.findall(results.read_text(encoding="utf-8"))]
+        for path in [*shown, *numbers, *files]:
             copy = target / path.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".png":

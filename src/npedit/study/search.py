@@ -8,6 +8,7 @@ The budget is what another variant computes in its whole training: pictures thro
 the critic. The number of updates of a configuration is the largest that exceeds neither. Configurations are selected by
 their success rate on other held-out scenes than those of the study's tables, so a lucky choice of scenes does not
 flatter the row of the best one. Luck of the first seed can: the run by which it was selected is part of the row.
+A stage begins when all runs of the stage before are finished; runs that failed are left out.
 
 A configuration's variant is called SEARCH.STAGE.NAME. The row SEARCH uses the runs of the best one.
 """
@@ -15,7 +16,7 @@ A configuration's variant is called SEARCH.STAGE.NAME. The row SEARCH uses the r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from npedit.errors import UserError
@@ -44,30 +45,35 @@ def check_searches(work: StudyWork, find: Callable[[str], Path]) -> None:
             affordable_updates(_recipe_of(work.study, search, [*search.set, *own], find), 1.0, 1.0)
 
 
-def expand_search(work: StudyWork, name: str, stage: str, find: Callable[[str], Path]) -> Study:
-    """The study with the variants of a stage of a search. It is the same study where an earlier stage has no finished
-    run yet."""
-    search = work.study.search[name]
+def expand_search(
+    work: StudyWork, name: str, stage: str, find: Callable[[str], Path], failed: Collection[str] = ()
+) -> Study:
+    """The study with the variants of a stage of a search. It is the same study while runs of an earlier stage are
+    missing. The search goes on without the runs in `failed`."""
+    search, new = work.study.search[name], {}
     if require_budget(work, name):
         return work.study
     if stage == "short":
-        chosen, part = list(search.configurations), search.short
-        new = {f"{name}.short.{c}": _variant(work, name, c, part, find) for c in chosen}
-    elif stage == "long":
-        chosen = best_configurations(work, name, "short", search.keep)
-        new = {f"{name}.long.{c}": _variant(work, name, c, 1.0, find) for c in chosen}
+        new = {f"{name}.short.{c}": _variant(work, name, c, search.short, find) for c in search.configurations}
+        return work.study.model_copy(update={"variants": work.study.variants | new})
+    kept = best_configurations(work, name, "short", search.configurations, failed)[: search.keep]
+    if stage == "long":
+        new = {f"{name}.long.{c}": _variant(work, name, c, 1.0, find) for c in kept}
     else:
-        new = {}
-        for best in (f"{name}.long.{c}" for c in best_configurations(work, name, "long", 1)):
+        for best in (f"{name}.long.{c}" for c in best_configurations(work, name, "long", kept, failed)[:1]):
             trained = work.study.variants[best].model_copy(update={"seeds": search.seeds})
             new = {best: trained, name: Variant(of=best, words=trained.words)}
     return work.study.model_copy(update={"variants": work.study.variants | new})
 
 
-def best_configurations(work: StudyWork, name: str, stage: str, count: int) -> list[str]:
-    """The configurations with the highest success rates on the scenes of the selection, the best first."""
-    rates = selection_rates(work.study, work.folder, name, stage)
-    return sorted(rates, key=lambda c: -rates[c])[:count]
+def best_configurations(
+    work: StudyWork, name: str, stage: str, among: Iterable[str], failed: Collection[str] = ()
+) -> list[str]:
+    """These configurations by their success rate on the scenes of the selection, the best first, without those whose
+    run failed. [] while the run of another one is missing."""
+    rates, seed = selection_rates(work.study, work.folder, name, stage), work.study.search[name].seeds[0]
+    alive = [c for c in among if f"{name}.{stage}.{c}-{seed}" not in failed]
+    return sorted(alive, key=lambda c: -rates[c]) if set(alive) <= set(rates) else []
 
 
 def selection_rates(study: Study, folder: Path, name: str, stage: str) -> dict[str, float]:

@@ -61,7 +61,7 @@ def run_study(
     session.do_missing_jobs(work, [name for name in only if name in study.variants])
     for name in study.search:
         for stage in STAGES:
-            expanded = expand_search(work, name, stage, find)
+            expanded = expand_search(work, name, stage, find, [failure.name for failure in session.failures])
             work = work if expanded == work.study else StudyWork(expanded, folder, find, quick)
             if not only or name in only:
                 session.do_search_jobs(work, name)
