@@ -128,7 +128,7 @@ def pico_files(folder: Path) -> dict[str, Path]:
 def pico_line(number: int, **more: str) -> dict:
     return {
         "open_image_input_url": f"https://farm8.staticflickr.com/29/{number}_o.jpg",
-        "text": "Remove the red flag and its pole from the sky, seamlessly.",
+        "text": "Remove the red flag from the sky, filling it with blue and white.",
         "output_image": f"images/positive-edit/{number}.png",
         "edit_type": "Remove an existing object",
         "summarized_text": "Flag removed.",
@@ -342,11 +342,24 @@ def test_edit_types_and_objects():
     }  # fmt: skip
     assert {word: read_edit_type(word) for word in words} == words
     removed = {
-        "Remove the fence.": "fence", "please delete all of the red cars, and paint it": "red cars",
+        "Remove the fence.": "fence", "please delete all of the red cars in the street, and paint it": "red cars",
         "Erase the man with a hat": "man", "make it red": "", "Remove it": "", "Remove": "",
         "remove the one that I have always thought of as rather ugly": "",
     }  # fmt: skip
     assert {text: read_removed_object(text) for text in removed} == removed
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "Remove the red and white flag", "Remove the man and the dog", "Remove the cat, the dog and the bird",
+        "Remove the black and white cat from the sofa", "Remove the sign and add a tree", "Remove the cat, the dog",
+        "Remove the cat from the sofa and the dog", "Remove the sign, and add a tree", "Remove the cat or the dog",
+        "Remove the sign then add a tree", "REMOVE THE MAN AND THE DOG", "Remove the big, red flag",
+    ],
+)  # fmt: skip
+def test_a_removal_that_may_name_several_objects_names_none_plainly(instruction):
+    assert read_removed_object(instruction) == ""
 
 
 def test_the_command(tmp_path):

@@ -48,10 +48,11 @@ KEYWORDS = (  # for types written as sentences (pico-banana-400k); the first tha
 REMOVED = re.compile(
     r"(?:please )?(?:remove|delete|erase|take away|get rid of|eliminate) (?:the |a |an |all (?:of )?(?:the )?|any )?"
     r"(?P<object>[\w' -]+?)"
-    r"(?: (?:from|in|on|at|and|with|to|so|while|near|by|under|behind|that|which|located|completely|entirely)\b.*"
-    r"|[,.;:].*|)",
+    r"(?: (?:from|in|on|at|with|to|so|while|near|by|under|behind|that|which|located|completely|entirely)\b.*"
+    r"|[.;:].*|)",
     re.IGNORECASE | re.DOTALL,
 )
+SEVERAL = re.compile(r"[^,.;:]*\b(?:and|or|then|plus)\b", re.IGNORECASE)  # before the first comma or full stop
 OBJECT_WORDS = 5  # a longer name is no name
 PRONOUNS = frozenset(
     ("it", "this", "that", "them", "these", "those", "one", "all", "everything", "everyone", "him", "her")
@@ -74,8 +75,10 @@ def read_edit_type(word: str) -> str:
 
 
 def read_removed_object(instruction: str) -> str:
-    """What an instruction such as "Remove the red flag from the sky" removes; "" if that is not plain."""
-    found = REMOVED.fullmatch(instruction.strip())
+    """What an instruction such as "Remove the red flag from the sky" removes; "" if that is not plain: the instruction
+    may name several objects or another edit."""
+    text = instruction.strip()
+    found = None if SEVERAL.match(text) else REMOVED.fullmatch(text)
     name = found["object"].strip() if found else ""
     words = name.lower().split()
     return name if words and len(words) <= OBJECT_WORDS and words[0] not in PRONOUNS else ""
