@@ -55,6 +55,22 @@ def test_diffsynth_csv(tmp_path):
     assert rows_of(tmp_path / "set")[0]["instruction"] == "make it night"
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("1.png,Remove the cat, the dog and the bird", "rows.csv:3: expected 2 fields, as in the header; got 3"),
+        ('1.png,"make it "night", please"', "rows.csv:3: expected csv"),
+        ('1.png,"make it night', "expected csv"),
+    ],
+)
+def test_a_csv_line_that_would_be_cut_off_is_refused(tmp_path, line, said):
+    write_file(tmp_path / "1.png", photo(1))
+    path = write_file(tmp_path / "rows.csv", f'file_name,instruction\n1.png,"make it day, please"\n{line}\n')
+    with pytest.raises(UserError) as caught:
+        import_set("columns", path, tmp_path / "set")
+    assert said in str(caught.value) and not (tmp_path / "set").exists()
+
+
 def test_caption_files(tmp_path):
     write_file(tmp_path / "edited" / "a.txt", "make it night\n")
     write_file(tmp_path / "edited" / "a.png", NO_PICTURE)

@@ -6,9 +6,7 @@ decoded here.
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from npedit.data._formats import read_csv
 from npedit.errors import UserError, did_you_mean
 
 HELD_OUT_SPLITS = ("test", "dev", "val", "valid", "validation", "eval")
@@ -91,7 +90,7 @@ def read_records(path: Path, columns: Collection[str]) -> Iterator[Located]:
         raise UserError(f"expected a list ({', '.join(readers)}); got {path}; name another file or a folder")
     try:
         yield from readers[path.suffix.lower()](path, columns)
-    except (OSError, ValueError, csv.Error, tarfile.TarError, RecursionError, pa.ArrowException) as error:
+    except (OSError, ValueError, tarfile.TarError, RecursionError, pa.ArrowException) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"expected a list that can be read; got {path}: {said}; download it again") from None
 
@@ -142,10 +141,8 @@ def _as_object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _read_csv(path: Path, columns: Collection[str]) -> Iterator[Located]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, values in enumerate(csv.DictReader(file), 2):
-            yield Located({k: v for k, v in values.items() if k}, f"{path.name}:{number}", path.parent)
+    for line, values in read_csv(path):
+        yield Located(values, f"{path.name}:{line}", path.parent)
 
 
 def _read_caption_file(path: Path, columns: Collection[str]) -> Iterator[Located]:
