@@ -18,6 +18,7 @@ from npedit.errors import UserError
 from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.import_set import import_set, report_lines
 from npedit.interop.set_forms import FORMS
+from npedit.interop.set_writer import SetWriter
 
 # ---- parquet sets
 
@@ -256,6 +257,23 @@ def test_the_set_opens_in_datasets_and_holds_out_whole_photos(tmp_path, tmp_path
     assert facts["rows"] == 8 and facts["photos"] == 4 and facts["never_read"] == ["edited_image", "mask_image"]
     assert "CC BY 4.0" in (tmp_path / "set" / "README.md").read_text()
     assert not (tmp_path / "set.importing").exists()
+
+
+def test_copies_of_a_photo_are_one_group_and_are_held_out_together(tmp_path):
+    for number, name in enumerate(("x.png", "copies/y.png", "z.png")):
+        write_file(tmp_path / name, photo(number // 2))
+    names = ["x.png", "copies/y.png", "z.png", "x.png"]
+    rows = [{"source_image": name, "instruction": f"edit {i}"} for i, name in enumerate(names)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    report = import_set("pref-grpo", path, tmp_path / "set", held_out=1)
+    found = rows_of(tmp_path / "set")
+    assert report.photos == 2 and [r["group"] == found[0]["group"] for r in found] == [True, True, False, True]
+    held_out = (tmp_path / "set" / "held_out.txt").read_text().split()
+    assert held_out in ([r["id"] for r in found if r["group"] == group] for group in {r["group"] for r in found})
+    assert len(list((tmp_path / "set").rglob("*.png"))) == 2
+    writer = SetWriter(tmp_path / "other", [tmp_path])
+    assert len({writer.save_photo(p, tmp_path, ["."]) for p in ("x.png", photo(0), "copies/y.png")}) == 1
+    writer.close()
 
 
 def test_training_reads_the_imported_set(tmp_path):

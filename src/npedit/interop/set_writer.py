@@ -44,7 +44,8 @@ class SetWriter:
         self.out, self.folder, self.roots = out, out.with_name(out.name + ".importing"), tuple(roots)
         self.bad_photos: list[dict[str, Any]] = []
         self.rejected: list[dict[str, Any]] = []
-        self._saved: dict[str, str] = {}  # hash of the bytes, or path -> file name in the set
+        self._saved: dict[str, str] = {}  # hash of the bytes -> file name in the set
+        self._hashes: dict[Path, str] = {}  # of the files read so far
         self._ids: set[str] = set()
         self._named: set[str] = set()  # photos that a row names
         with explain_write_errors(out):
@@ -84,7 +85,9 @@ class SetWriter:
         return self._saved[key]
 
     def _save_file(self, source: Path) -> str:
-        key = str(source)
+        if source not in self._hashes:
+            self._hashes[source] = _hash_file(source)
+        key = self._hashes[source]
         if key not in self._saved:
             path = self._new_path(_read_suffix(source))
             with explain_write_errors(path):
@@ -168,6 +171,14 @@ def _read_suffix(source: Path | io.BytesIO) -> str:
     if kind not in SUFFIXES:
         raise BadPhoto(f"a picture of the format {kind}")
     return SUFFIXES[kind]
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadPhoto(f"a file that cannot be read: {error.strerror}") from None
 
 
 def _link_or_copy(source: Path, path: Path) -> None:
