@@ -18,7 +18,8 @@ from npedit.errors import UserError
 from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.import_set import import_set, report_lines
 from npedit.interop.set_forms import FORMS
-from npedit.interop.set_writer import SetWriter
+from npedit.interop.set_writer import open_writer
+from npedit.runs.lock import require_free
 
 # ---- parquet sets
 
@@ -271,9 +272,38 @@ def test_copies_of_a_photo_are_one_group_and_are_held_out_together(tmp_path):
     held_out = (tmp_path / "set" / "held_out.txt").read_text().split()
     assert held_out in ([r["id"] for r in found if r["group"] == group] for group in {r["group"] for r in found})
     assert len(list((tmp_path / "set").rglob("*.png"))) == 2
-    writer = SetWriter(tmp_path / "other", [tmp_path])
-    assert len({writer.save_photo(p, tmp_path, ["."]) for p in ("x.png", photo(0), "copies/y.png")}) == 1
-    writer.close()
+    with open_writer(tmp_path / "other", [tmp_path]) as writer:
+        assert len({writer.save_photo(p, tmp_path, ["."]) for p in ("x.png", photo(0), "copies/y.png")}) == 1
+
+
+def test_two_imports_into_one_folder_do_not_mix(tmp_path):
+    for folder, seed in (("A", 1), ("B", 2)):
+        write_file(tmp_path / folder / "1.png", photo(seed))
+        write_lines(tmp_path / folder / "rows.jsonl", [{"source_image": "1.png", "instruction": folder}] * 2)
+
+    def import_other(rows_so_far):
+        with pytest.raises(UserError, match="set.importing to be free; got a folder that is held by .*import"):
+            import_set("pref-grpo", tmp_path / "B" / "rows.jsonl", tmp_path / "set")
+
+    import_set("pref-grpo", tmp_path / "A" / "rows.jsonl", tmp_path / "set", on_row=import_other)
+    found = rows_of(tmp_path / "set")
+    assert [(r["instruction"], pixels_of(tmp_path / "set", r)) for r in found] == [("A", photo(1))] * 2
+    assert not (tmp_path / "set" / ".holder.json").exists() and not (tmp_path / "set.importing").exists()
+    require_free(tmp_path / "set")
+
+
+@pytest.mark.parametrize("out", [".", "here/..", "../work/new", "link"])
+def test_the_folder_may_be_named_in_any_way(tmp_path, monkeypatch, out):
+    write_file(tmp_path / "1.png", photo(1))
+    path = write_lines(tmp_path / "rows.jsonl", [{"source_image": "1.png", "instruction": "p"}])
+    (tmp_path / "work").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    if out == "link":
+        Path("link").symlink_to(tmp_path / "empty")
+    place = Path(out).resolve()
+    import_set("pref-grpo", path, Path(out))
+    assert pixels_of(place, rows_of(place)[0]) == photo(1)
 
 
 def test_training_reads_the_imported_set(tmp_path):

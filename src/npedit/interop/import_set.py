@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from npedit.errors import UserError, did_you_mean
 from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.set_forms import FORMS, Entry, SetForm
 from npedit.interop.set_records import Located, find_lists, list_columns, read_records
-from npedit.interop.set_writer import BadPhoto, SetWriter
+from npedit.interop.set_writer import BadPhoto, SetWriter, open_writer
 from npedit.questions import OTHER
 
 FIELDS = ("photo", "instruction", "edit_type", "object", "source_caption", "target_caption", "id")
@@ -67,7 +68,8 @@ def import_set(
     are all held out, or none.
 
     Raises:
-        UserError: unknown form or column; a list that cannot be read; no rows; `out` is not empty.
+        UserError: unknown form or column; a list that cannot be read; no rows; `out` is not empty, or another
+            process imports into it.
     """
     if name not in FORMS:
         raise UserError(f"expected a format among {', '.join(FORMS)}; got {name!r}.{did_you_mean(name, FORMS)}")
@@ -83,19 +85,14 @@ def import_set(
     if left_out:
         report.notes.append(f"Held-out splits are left out: {', '.join(p.name for p in left_out[:3])}.")
     form = _choose_columns(FORMS[name], lists[0], columns or {}, report)
-    importer = _Importer(form, SetWriter(out, [photos] if photos else []), report, licence or form.licence)
-    try:
-        for path in lists:
-            for record in read_records(path, form.columns):
-                importer.add(record)
-                on_row(report.rows)
-                if first and report.rows >= first:
-                    break
+    with open_writer(out, [photos] if photos else []) as writer:
+        importer = _Importer(form, writer, report, licence or form.licence)
+        for record in chain.from_iterable(read_records(path, form.columns) for path in lists):
+            importer.add(record)
+            on_row(report.rows)
             if first and report.rows >= first:
                 break
         importer.finish(name, source, held_out)
-    finally:
-        importer.writer.close()
     return report
 
 

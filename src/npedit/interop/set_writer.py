@@ -12,7 +12,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from npedit.errors import UserError, explain_write_errors
 from npedit.runs.files import fsync_file, fsync_folder, write_rows, write_text
+from npedit.runs.lock import Lock, hold
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
 TRIED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of a photo that is named without one
@@ -30,18 +32,34 @@ class BadPhoto(Exception):
     """A photo that cannot be taken; the message is the reason."""
 
 
-class SetWriter:
-    """Writes rows and photos to `out`. `roots` are the folders in which relative file names of photos are sought; a
-    photo outside of them is a bad photo.
+@contextmanager
+def open_writer(out: Path, roots: Sequence[Path] = ()) -> Iterator[SetWriter]:
+    """A writer of the set `out`, for the length of a `with` block in which no other process can write the set.
 
     Raises:
-        UserError: `out` exists and is not empty, or cannot be written.
+        UserError: `out` exists and is not empty, or cannot be written, or another process imports into it.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: expected a new or empty folder; got {out}, which is not; choose another")
+    with hold(out.with_name(out.name + ".importing"), "import") as lock:
+        writer = SetWriter(out, lock, roots)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+class SetWriter:
+    """Writes rows and photos to the folder of `lock`, which becomes `out`. `roots` are the folders in which relative
+    file names of photos are sought; a photo outside of them is a bad photo.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path, roots: Sequence[Path] = ()):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out: expected a new or empty folder; got {out}, which is not; choose another")
-        self.out, self.folder, self.roots = out, out.with_name(out.name + ".importing"), tuple(roots)
+    def __init__(self, out: Path, lock: Lock, roots: Sequence[Path] = ()):
+        self.out, self.folder, self.roots, self._lock = out, lock.folder, tuple(roots), lock
         self.bad_photos: list[dict[str, Any]] = []
         self.rejected: list[dict[str, Any]] = []
         self._saved: dict[str, str] = {}  # hash of the bytes -> file name in the set
@@ -138,7 +156,12 @@ class SetWriter:
         return unique
 
     def finish(self, facts: Mapping[str, Any], card: str, held_out: Sequence[str] = ()) -> None:
-        """Write the other files of the set and give it its name."""
+        """Write the other files of the set and give it its name.
+
+        Raises:
+            UserError: a file cannot be written, or another process has taken the folder over.
+        """
+        self._lock.check()
         with explain_write_errors(self.folder):
             fsync_file(self._rows)
             self.close()
@@ -152,6 +175,7 @@ class SetWriter:
             if self.out.exists():
                 self.out.rmdir()
             os.replace(self.folder, self.out)
+            self._lock.folder = self.out
             fsync_folder(self.out.parent)
 
     def _delete_other_photos(self) -> None:
