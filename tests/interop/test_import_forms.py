@@ -99,6 +99,32 @@ def test_a_folder_of_photos_and_instructions(tmp_path):
     assert report.photos == 2 and pixels_of(tmp_path / "set", found[2]) == photo(2, "JPEG")
 
 
+def test_a_folder_gives_every_picture(tmp_path):
+    kinds = {"JPEG": ("jpg", "JPG", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",)}
+    kinds |= {"TIFF": ("tif", "tiff"), "GIF": ("gif",)}
+    names = [(kind, suffix) for kind, suffixes in kinds.items() for suffix in suffixes]
+    for number, (kind, suffix) in enumerate(names):
+        write_file(tmp_path / "photos" / f"{number}.{suffix}", photo(number, kind))
+    write_file(tmp_path / "photos" / "instructions.txt", "make it night\n")
+    report = import_set("folder", tmp_path / "photos", tmp_path / "set")
+    assert (report.rows, report.bad_photos) == (len(names), 0)
+    shard = {f"{n}.{suffix}": photo(n, kind) for n, (kind, suffix) in enumerate(names)}
+    texts = {f"{n}.txt": b"make it night" for n in range(len(names))}
+    members = {k: v for n in range(len(names)) for k, v in (shard | texts).items() if k.startswith(f"{n}.")}
+    report = import_set("webdataset", write_shard(tmp_path / "0.tar", members), tmp_path / "tar")
+    assert (report.rows, report.bad_photos) == (len(names), 0)
+
+
+def test_lists_of_another_kind_are_named(tmp_path):
+    write_file(tmp_path / "data" / "1.png", photo(1))
+    write_lines(tmp_path / "data" / "rows.jsonl", [{"source_image": "1.png", "instruction": "p"}])
+    for number in range(5):
+        write_file(tmp_path / "data" / f"{number}.json", [{"source_image": "1.png", "instruction": "p"}])
+    report = import_set("pref-grpo", tmp_path / "data", tmp_path / "set")
+    assert report.rows == 1
+    assert "Lists of another kind are left out: 0.json, 1.json, 2.json and 2 more." in report.notes
+
+
 def test_webdataset_shards(tmp_path):
     fields = {"instruction": "make it night", "edit_type": "style", "target_caption": "night"}
     members = {"a.jpg": photo(1, "JPEG"), "a.json": json.dumps(fields).encode(), "a.edited.jpg": NO_PICTURE}

@@ -168,6 +168,16 @@ def test_pico_banana_of_several_turns(tmp_path):
     assert report.skipped == {"a later turn: it edits an edited image": 2}
 
 
+def test_a_folder_of_pico_banana_is_read_completely(tmp_path):
+    pico_files(tmp_path)
+    turns = {"local_input_image": "2_o.jpg", "metadata_edit_turn_prompts": ["Add a hat"], "files": []}
+    write_lines(tmp_path / "jsonl" / "sft_with_local_source_image_path.jsonl", [pico_line(1)])
+    write_lines(tmp_path / "jsonl" / "multi_turn_with_local_source_image_path.jsonl", [turns])
+    report = import_set("pico-banana", tmp_path / "jsonl", tmp_path / "set", tmp_path / "openimages")
+    assert [pixels_of(tmp_path / "set", r) for r in rows_of(tmp_path / "set")] == [photo(0), photo(1)]
+    assert not any("left out" in note for note in report.notes)
+
+
 def test_gpt_image_edit_metadata(tmp_path):
     root = tmp_path / "gpt-edit"
     for task, words in (("addition", "Add a hat"), ("removal", "Remove the hat")):

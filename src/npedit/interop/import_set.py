@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from npedit import __version__
 from npedit.errors import UserError, did_you_mean
 from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.set_forms import FORMS, Entry, SetForm
-from npedit.interop.set_records import Located, find_lists, list_columns, read_records
+from npedit.interop.set_records import Lists, Located, find_lists, list_columns, read_records
 from npedit.interop.set_writer import BadPhoto, SetWriter, open_writer
 from npedit.questions import OTHER
 
@@ -80,20 +80,27 @@ def import_set(
             f"{name}: expected --photos; got none; give the folder of the references. The pictures beside the caption "
             "files may be edited images"
         )
-    lists, left_out = find_lists(source, FORMS[name].files)
-    report = ImportReport(notes=list(FORMS[name].notes))
-    if left_out:
-        report.notes.append(f"Held-out splits are left out: {', '.join(p.name for p in left_out[:3])}.")
-    form = _choose_columns(FORMS[name], lists[0], columns or {}, report)
+    lists = find_lists(source, FORMS[name].files, FORMS[name].all_files)
+    report = ImportReport(notes=[*FORMS[name].notes, *_notes_of_lists(lists)])
+    form = _choose_columns(FORMS[name], lists.wanted[0], columns or {}, report)
     with open_writer(out, [photos] if photos else []) as writer:
         importer = _Importer(form, writer, report, licence or form.licence)
-        for record in chain.from_iterable(read_records(path, form.columns) for path in lists):
+        for record in chain.from_iterable(read_records(path, form.columns) for path in lists.wanted):
             importer.add(record)
             on_row(report.rows)
             if first and report.rows >= first:
                 break
         importer.finish(name, source, held_out)
     return report
+
+
+def _notes_of_lists(lists: Lists) -> Iterator[str]:
+    """Which lists are left out."""
+    words = (("Held-out splits are left out", lists.held_out), ("Lists of another kind are left out", lists.others))
+    for what, paths in words:
+        if paths:
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            yield f"{what}: {', '.join(path.name for path in paths[:3])}{more}."
 
 
 # ---------------------------------------------------------------------------------------------------------- columns

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from npedit.interop.set_records import PICTURES
+
 Record = Mapping[str, Any]
 
 
@@ -49,6 +51,7 @@ class SetForm:
     edited: tuple[str, ...] = ()
     also: tuple[str, ...] = ()  # further columns that `split` reads
     files: tuple[str, ...] = ("*.parquet",)
+    all_files: bool = False  # the lists of all patterns belong to the set, not of the first one only
     photo_folders: tuple[str, ...] = (".",)
     needs_photos: bool = False  # the pictures beside the lists may be edited images, so --photos must be given
     licence: str = ""
@@ -154,6 +157,7 @@ FORMS = {
         also=("open_image_input_url", "files", "metadata_edit_turn_prompts"),
         edited=("output_image",),
         files=("sft*.jsonl", "multi*.jsonl"),
+        all_files=True,
         licence="CC BY-NC-ND 4.0 (edits), CC BY 2.0 (photos of Open Images)",
         notes=("The photos are those of Open Images: download them and give their folder with --photos.",),
         split=_pico_banana,
@@ -294,7 +298,7 @@ FORMS = {
     ),
     "webdataset": SetForm(
         "WebDataset shards",
-        photo=("jpg", "jpeg", "png", "webp"),
+        photo=PICTURES,
         instruction=("instruction", "txt"),
         edit_type=("edit_type",),
         object=("object",),

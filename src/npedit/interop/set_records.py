@@ -10,8 +10,9 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from npedit.errors import UserError, did_you_mean
 HELD_OUT_SPLITS = ("test", "dev", "val", "valid", "validation", "eval")
 BATCH = 64  # rows of a parquet file in memory at a time
 INSTRUCTIONS = "instructions.txt"
-PHOTO_MEMBERS = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")  # the suffixes of pictures
 MAX_MEMBER_BYTES = 200_000_000
 
 
@@ -35,28 +36,39 @@ class Located:
     folder: Path
 
 
-def find_lists(source: Path, patterns: Collection[str]) -> tuple[list[Path], list[Path]]:
-    """(the lists to read, the lists of held-out splits that are left out). `source` is a list or a folder of lists. A
-    file or folder whose name begins with a split's name, such as `dev-00000-of-00004.parquet`, is of that split.
+class Lists(NamedTuple):
+    """The lists of a data set: those to read, those of held-out splits, and those of other patterns."""
+
+    wanted: list[Path]
+    held_out: list[Path] = []
+    others: list[Path] = []
+
+
+def find_lists(source: Path, patterns: Collection[str], all_patterns: bool = False) -> Lists:
+    """The lists in `source`, which is a list or a folder of lists. The files of the first pattern that has any are
+    wanted, or with `all_patterns` those of each. A file or folder whose name begins with a split's name, such as
+    `dev-00000-of-00004.parquet`, is of that split.
 
     Raises:
         UserError: there is no list.
     """
     if source.is_file():
-        return [source], []
+        return Lists([source])
     if not source.is_dir():
         raise UserError(
             f"expected a downloaded data set; got {source}, which does not exist; download it, then name it"
         )
-    for pattern in patterns:
-        found = sorted(path for path in source.rglob(pattern) if path.is_file())
-        if found:
-            held_out = [path for path in found if _split_of(path.relative_to(source)) in HELD_OUT_SPLITS]
-            wanted = [path for path in found if path not in held_out]
-            if not wanted:
-                raise UserError(f"expected training data in {source}; got held-out splits only; name the file itself")
-            return wanted, held_out
-    raise UserError(f"expected {' or '.join(patterns)} in {source}; got none of these; check the path and the name")
+    by_pattern = [sorted(path for path in source.rglob(pattern) if path.is_file()) for pattern in patterns]
+    by_pattern = [paths for paths in by_pattern if paths]
+    if not by_pattern:
+        raise UserError(f"expected {' or '.join(patterns)} in {source}; got none of these; check the path and the name")
+    read = len(by_pattern) if all_patterns else 1
+    found, others = (list(chain(*part)) for part in (by_pattern[:read], by_pattern[read:]))
+    held_out = [path for path in found if _split_of(path.relative_to(source)) in HELD_OUT_SPLITS]
+    wanted = [path for path in found if path not in held_out]
+    if not wanted:
+        raise UserError(f"expected training data in {source}; got held-out splits only; name the file itself")
+    return Lists(wanted, held_out, others)
 
 
 def _split_of(path: Path) -> str:
@@ -151,7 +163,7 @@ def _read_caption_file(path: Path, columns: Collection[str]) -> Iterator[Located
     text = path.read_text(encoding="utf-8-sig").strip()
     if path.name == INSTRUCTIONS:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        photos = sorted(p for p in path.parent.rglob("*") if p.suffix.lower().lstrip(".") in PHOTO_MEMBERS)
+        photos = sorted(p for p in path.parent.rglob("*") if p.suffix.lower().lstrip(".") in PICTURES)
         for photo in photos:
             name = photo.relative_to(path.parent).as_posix()
             for number, line in enumerate(lines, 1):
@@ -175,7 +187,7 @@ def _read_tar(path: Path, columns: Collection[str]) -> Iterator[Located]:
             if this != key and values:
                 yield Located({"__key__": key, **values}, f"{path.name}:{key}", path.parent)
                 values = {}
-            key = this
+            key, suffix = this, suffix if suffix in columns else suffix.lower()
             values |= _read_member(shard, member, suffix, columns)
     if values:
         yield Located({"__key__": key, **values}, f"{path.name}:{key}", path.parent)
@@ -192,5 +204,5 @@ def _read_member(
     content = opened.read() if opened else b""
     if suffix == "json":
         return _as_object(json.loads(content), member.name)
-    is_text = suffix.rpartition(".")[2] not in PHOTO_MEMBERS
+    is_text = suffix.rpartition(".")[2] not in PICTURES
     return {suffix: content.decode("utf-8") if is_text else {"bytes": content, "path": member.name}}
