@@ -84,6 +84,16 @@ def test_caption_files(tmp_path):
         import_set("caption-files", tmp_path / "edited", tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["shot 3.5.jpg", "v1.0.final.PNG", "plain.bmp", "a.b.TIFF", "a.jpg.webp"])
+def test_caption_files_whose_names_have_dots(tmp_path, name):
+    kinds = {"jpg": "JPEG", "png": "PNG", "bmp": "BMP", "tiff": "TIFF", "webp": "WEBP"}
+    content = photo(1, kinds[name.rpartition(".")[2].lower()])
+    write_file(tmp_path / "photos" / name, content)
+    write_file(tmp_path / "texts" / f"{name.rpartition('.')[0]}.txt", "make it night")
+    report = import_set("caption-files", tmp_path / "texts", tmp_path / "set", tmp_path / "photos")
+    assert report.bad_photos == 0 and pixels_of(tmp_path / "set", rows_of(tmp_path / "set")[0]) == content
+
+
 def test_a_folder_of_photos_and_instructions(tmp_path):
     write_file(tmp_path / "photos" / "a.png", photo(1))
     write_file(tmp_path / "photos" / "more" / "b.jpg", photo(2, "JPEG"))

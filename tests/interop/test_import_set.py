@@ -19,6 +19,7 @@ from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.import_set import import_set, report_lines
 from npedit.interop.set_forms import FORMS
 from npedit.interop.set_writer import open_writer
+from npedit.questions import EDIT_TYPES, OBJECT_OF
 from npedit.runs.lock import require_free
 
 # ---- parquet sets
@@ -322,6 +323,31 @@ def test_training_reads_the_imported_set(tmp_path):
     row = {"source_image": photo(1), "edit_prompt": "edit", "source_caption": "a", "target_caption": "b", "idx": 1}
     import_set("ultraedit", write_parquet(tmp_path / "train.parquet", [row]), tmp_path / "set")
     assert opened(tmp_path / "set", sizes=((16, 16),)).batch(0, 1).instructions == ("edit",)
+
+
+@pytest.mark.parametrize("edit_type", [*EDIT_TYPES, "customization", "removal", "no such type"])
+def test_training_reads_every_edit_type_without_an_object(tmp_path, edit_type):
+    from photo_sets import opened
+
+    write_file(tmp_path / "1.png", photo(1))
+    row = {"file_name": "1.png", "instruction": "Take this dog to the moon", "edit_type": edit_type}
+    report = import_set("columns", write_lines(tmp_path / "rows.jsonl", [row]), tmp_path / "set")
+    (batch,) = [opened(tmp_path / "set", sizes=((16, 16),)).batch(0, 1)]
+    needs_object = edit_type in {*OBJECT_OF, "customization", "removal"}
+    assert report.without_object == ({"other": 1} if needs_object else {})
+    assert batch.instructions == ("Take this dog to the moon",)
+
+
+@pytest.mark.parametrize("field", ["instruction", "object", "source_caption", "target_caption", "id"])
+def test_a_lone_surrogate_costs_one_row(tmp_path, field):
+    write_file(tmp_path / "1.png", photo(1))
+    good = {"file_name": "1.png", "instruction": "make it red", "id": "a"}
+    path = write_lines(tmp_path / "rows.jsonl", [good, good | {field: "half \ud83d"}, good | {"id": "\u00e9"}])
+    report = import_set("columns", path, tmp_path / "set")
+    assert report.rows == 2 and report.skipped == {"a text with half a character (a lone surrogate)": 1}
+    (rejected,) = rows_of(tmp_path / "set", "rejected.jsonl")
+    assert "lone surrogate" in rejected["reason"]
+    assert "Edits that are left out: 1 (a text with half a character" in "\n".join(report_lines(report))
 
 
 def test_a_name_that_leads_out_is_a_bad_photo(tmp_path):

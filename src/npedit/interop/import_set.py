@@ -20,7 +20,7 @@ from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.set_forms import FORMS, Entry, SetForm
 from npedit.interop.set_records import Lists, Located, find_lists, list_columns, read_records
 from npedit.interop.set_writer import BadPhoto, SetWriter, open_writer
-from npedit.questions import OTHER
+from npedit.questions import OBJECT_OF, OTHER
 
 FIELDS = ("photo", "instruction", "edit_type", "object", "source_caption", "target_caption", "id")
 CAPTIONS = ("source_caption", "target_caption")
@@ -46,7 +46,7 @@ class ImportReport:
     types: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
-    removals: Counter[str] = field(default_factory=Counter)  # how removals without a named object were handled
+    without_object: Counter[str] = field(default_factory=Counter)  # how edits that need an object had none were handled
     notes: list[str] = field(default_factory=list)
 
 
@@ -182,7 +182,7 @@ class _Importer:
         """Add the edits of a record. What cannot be used is counted, with the reason."""
         for number, entry in enumerate(self.form.split(self.form, record.values)):
             place = record.place if number == 0 else f"{record.place}/{number}"
-            if reason := entry.skip or self._fault(entry):
+            if reason := entry.skip or _find_fault(entry, place):
                 self._reject(place, entry, reason)
                 continue
             try:
@@ -196,11 +196,6 @@ class _Importer:
                 continue
             self._add_row(entry, names, entry.id or place)
 
-    def _fault(self, entry: Entry) -> str:
-        if not isinstance(entry.instruction, str) or not entry.instruction.strip():
-            return "no instruction"
-        return ""
-
     def _reject(self, place: str, entry: Entry, reason: str) -> None:
         self.report.skipped[reason] += 1
         row = {"id": entry.id or place, "instruction": entry.instruction, "reason": reason, "pass": "import"}
@@ -209,10 +204,10 @@ class _Importer:
     def _add_row(self, entry: Entry, names: Sequence[str], row_id: str) -> None:
         instruction = " ".join(str(entry.instruction).split())
         edit_type, thing = read_edit_type(entry.edit_type), entry.object.strip()
-        if edit_type == "remove" and not thing:
-            thing = read_removed_object(instruction)
-            edit_type = "remove" if thing else OTHER
-            self.report.removals["from the instruction" if thing else OTHER] += 1
+        if edit_type in OBJECT_OF and not thing:
+            thing = read_removed_object(instruction) if edit_type == "remove" else ""
+            edit_type = edit_type if thing else OTHER
+            self.report.without_object["from the instruction" if thing else OTHER] += 1
         row: dict[str, Any] = {
             "file_name": names[0],
             "id": row_id,
@@ -257,7 +252,7 @@ class _Importer:
             "edit_types": dict(report.types),
             "rows_without": dict(report.missing),
             "skipped": dict(report.skipped),
-            "removals_without_object": dict(report.removals),
+            "without_object": dict(report.without_object),
             "columns": {name: list(getattr(self.form, name)) for name in FIELDS},
             "never_read": list(self.form.edited),
         }
@@ -275,6 +270,16 @@ class _Importer:
         return chosen
 
 
+def _find_fault(entry: Entry, place: str) -> str:
+    """Why an edit cannot be a row; "" if it can."""
+    if not isinstance(entry.instruction, str) or not entry.instruction.strip():
+        return "no instruction"
+    texts = (entry.instruction, entry.object, entry.source_caption, entry.target_caption, entry.id or place)
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        return "a text with half a character (a lone surrogate)"
+    return ""
+
+
 def report_lines(report: ImportReport) -> list[str]:
     """The report as sentences."""
     lines = [f"Rows: {report.rows}. Photos: {report.photos}."]
@@ -282,10 +287,10 @@ def report_lines(report: ImportReport) -> list[str]:
     for caption, need in (("target_caption", "dmd_weight above 0"), ("source_caption", "the warm-up (reference_copy)")):
         if count := report.missing[caption]:
             lines.append(f"{caption} is empty in {count} of {report.rows} rows; training with {need} needs it.")
-    if count := report.removals["from the instruction"]:
+    if count := report.without_object["from the instruction"]:
         lines.append(f"Removals whose object is taken from the instruction: {count}.")
-    if count := report.removals[OTHER]:
-        lines.append(f"Removals that name no object plainly, now of the edit type {OTHER!r}: {count}.")
+    if count := report.without_object[OTHER]:
+        lines.append(f"Removals and scenes that name no object plainly, now of the edit type {OTHER!r}: {count}.")
     if report.bad_photos:
         lines.append(f"Rows without a photo that can be used: {report.bad_photos}; bad_photos.jsonl gives the reasons.")
     lines += [f"Edits that are left out: {count} ({reason})." for reason, count in report.skipped.most_common()]

@@ -20,11 +20,12 @@ from typing import IO, Any
 from PIL import Image
 
 from npedit.errors import UserError, explain_write_errors
+from npedit.interop.set_records import PICTURES
 from npedit.runs.files import fsync_file, fsync_folder, write_rows, write_text
 from npedit.runs.lock import Lock, hold
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
-TRIED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of a photo that is named without one
+TRIED_SUFFIXES = [f".{word}" for suffix in PICTURES for word in (suffix, suffix.upper())]  # of a photo named without
 PHOTOS_IN_FOLDER = 1000
 
 
@@ -130,8 +131,7 @@ class SetWriter:
             raise BadPhoto(f"the name {name!r} leads out of the folder of photos")
         roots = self.roots or tuple(list_folder / folder for folder in folders)
         places = [Path(name)] if written.is_absolute() else [root / written for root in roots]
-        if not written.suffix:
-            places += [place.with_name(place.name + suffix) for place in places for suffix in TRIED_SUFFIXES]
+        places += [place.with_name(place.name + suffix) for place in places for suffix in TRIED_SUFFIXES]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise BadPhoto(f"there is no file {name!r} in {', '.join(map(str, roots))}")
