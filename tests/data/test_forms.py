@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from npedit.data import hub, imagefolder, webdataset
+from npedit.data._metadata import check_columns
 from npedit.errors import UserError
 from tests.support.photo_sets import SMALL, encoded, plain, row, save, write_metadata
 
@@ -184,6 +186,50 @@ def test_edited_images_beside_the_photos_are_named_and_never_decoded(folder, tmp
         source = opened("webdataset", tmp_path / "a.tar")
     assert "edited.jpg" in caplog.text and [r.id for r in source.rows] == ["a", "b"] and not source.bad_rows
     assert "edited images" in refused("webdataset", tmp_path / "a.tar", columns={"file_name": "edited.jpg"})
+
+
+OTHERS = ["original_image", "source_image", "conditioning_image", "cond_image", "control_image_0", "input", "img"]
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "reference", "source_pixels"])
+@pytest.mark.parametrize("photo", ["image", "picture"])
+def test_a_photo_is_not_guessed_beside_another_source_picture(other, photo):
+    schema = pa.schema([(name, pa.binary()) for name in (photo, other, "mask", "thumbnail")] + [("text", pa.string())])
+    with pytest.raises(UserError) as caught:
+        hub.choose_columns(schema, {}, Path("set"))
+    assert other in str(caught.value) and "set data.columns to the column of the originals" in str(caught.value)
+    assert f"{{file_name: {min(other, photo) if photo != 'image' else other}}}" in str(caught.value)
+    assert hub.choose_columns(schema, {"file_name": other}, Path("set")) == (other, "", "mask")
+
+
+def test_lists_and_texts_beside_the_photo():
+    texts = [(name, pa.string()) for name in ("source", "source_caption", "original_prompt")]
+    several = pa.list_(pa.binary())
+    schema = pa.schema([("image", pa.binary()), ("reference", several), ("mask", pa.binary()), *texts])
+    assert hub.choose_columns(schema, {}, Path("set")) == ("image", "reference", "mask")
+    schema = pa.schema([("image", pa.binary()), ("control_images", several)])
+    with pytest.raises(UserError, match="control_images, image"):
+        hub.choose_columns(schema, {}, Path("set"))
+    columns = {"reference_file_names": "control_images"}
+    assert hub.choose_columns(schema, columns, Path("set")) == ("image", "control_images", "")
+
+
+@pytest.mark.parametrize("field", ["file_name", "reference_file_names", "mask_file_name"])
+@pytest.mark.parametrize("edited", ["edited_image", "target", "result_0"])
+def test_no_picture_field_takes_edited_images(field, edited):
+    columns = {"file_name": "photo"} | {field: edited}
+    with pytest.raises(UserError, match=f"data.columns.{field}: .*{edited}.* never opened"):
+        check_columns(columns, {"photo", edited}, Path("set"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("fields", [{"reference_file_names": ["edited.jpg"]}, {"mask_file_name": "edited.jpg"}])
+def test_a_sample_cannot_name_its_edited_image(tmp_path, fields, streaming):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        content = json.dumps({"instruction": "make it blue"} | fields).encode()
+        add(tar, "a", {"jpg": encoded("JPEG"), "edited.jpg": TRAP, "json": content})
+    with pytest.raises(UserError, match="a.tar:1: .*'edited.jpg'.* never opened"):
+        opened("webdataset", tmp_path / "a.tar", streaming=streaming).batch(0, 1)
 
 
 def test_a_folder_of_pictures_as_datasets_opens_it_is_read_too(folder):

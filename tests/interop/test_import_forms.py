@@ -149,6 +149,21 @@ def test_webdataset_shards(tmp_path):
     assert report.bad_photos == 1
 
 
+def test_texts_about_the_source_are_no_pictures(tmp_path):
+    write_file(tmp_path / "1.png", photo(1))
+    texts = ("source_caption", "original_prompt", "input_description", "source_image_id", "original_width", "edit")
+    path = write_lines(tmp_path / "rows.jsonl", [{"image": "1.png", "instruction": "p"} | dict.fromkeys(texts, "t")])
+    assert import_set("columns", path, tmp_path / "set").rows == 1
+
+
+def test_an_edited_member_of_a_shard_is_no_photo(tmp_path):
+    members = {"a.edited.jpg": NO_PICTURE, "a.jpg": photo(1, "JPEG"), "a.txt": b"make it night"}
+    with pytest.raises(UserError, match="never opened"):
+        import_set(
+            "webdataset", write_shard(tmp_path / "0.tar", members), tmp_path / "set", None, {"photo": "edited.jpg"}
+        )
+
+
 def test_columns_that_are_named_or_plain(tmp_path):
     write_file(tmp_path / "1.png", photo(1))
     path = write_lines(tmp_path / "rows.jsonl", [{"input_image": "1.png", "prompt": "p", "after": "t.png"}])
@@ -165,6 +180,16 @@ def test_columns_that_are_named_or_plain(tmp_path):
     [
         ({"image": "a", "edited_image": "b", "prompt": "p"}, {}, "give --column photo"),
         ({"image": "a", "edit_image": "b", "prompt": "p"}, {}, "give --column photo"),
+        *(
+            ({name: "a", other: "b", "prompt": "p"}, {}, f"{name!r} is the edited image; give --column photo")
+            for name in ("image", "file_name", "image_path")
+            for other in ("conditioning_image", "reference_image", "control_image_0", "original", "source", "img")
+        ),
+        ({"image": "a", "original_image": "b", "text": "p"}, {}, "give --column photo"),
+        ({"image": "a", "after_image": "b", "text": "p"}, {}, "give --column photo"),
+        ({"edit_image": "a", "before": "b", "text": "p"}, {}, "'edit_image' is the edited image; give --column photo"),
+        ({"image": "a", "result_1": "b", "text": "p"}, {}, "give --column photo"),
+        ({"image": "a", "result": "b", "text": "p"}, {"photo": "result"}, "never opened"),
         ({"image": "a", "prompt": "p", "caption": "c"}, {}, "give --column instruction"),
         ({"image": "a", "edited_image": "b", "prompt": "p"}, {"photo": "edited_image"}, "never opened"),
         ({"image": "a", "prompt": "p"}, {"photo": "imge"}, "Did you mean 'image'"),

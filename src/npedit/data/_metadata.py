@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,12 @@ FIELDS: tuple[TextField, ...] = get_args(TextField)
 _FILE = r"(_?(image|img|picture|photo|file|path|url)(_?(file_?names?|path|url))?|_?file_?names?)?s?"
 EDITED_COLUMN = re.compile(rf"(edited|edit|target|output|result|after|modified|generated|ground_truth|gt){_FILE}", re.I)
 REFERENCE_COLUMN = re.compile(rf"(source|src|input|reference|ref|original|before|image|img|photo|picture){_FILE}", re.I)
+SOURCE_COLUMN = re.compile(r"(cond|control|original|source|input)\w*", re.I)
+TEXT_COLUMN = re.compile(
+    r"\w*(caption|prompt|text|description|instruction|question|answer|id|width|height|size)s?", re.I
+)
 NOT_IMAGE_COLUMNS = {"edit", "edits"}  # in some data sets the names of instruction columns
+PICTURE_FIELDS: tuple[FieldName, ...] = ("file_name", "reference_file_names", "mask_file_name")
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,27 @@ def read_json_lines(metadata: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"expected a readable {metadata}; got {error}; check its permissions") from error
 
 
+def is_edited_column(name: str) -> bool:
+    """Whether a column holds edited images, by its name."""
+    return bool(EDITED_COLUMN.fullmatch(_without_number(name))) and name not in NOT_IMAGE_COLUMNS
+
+
+def source_columns(names: Iterable[str]) -> list[str]:
+    """The columns that may hold source pictures, by their names and sorted. Beside another one, `image` may well hold
+    the edited images."""
+    words = {name: _without_number(name) for name in names}
+    return sorted(
+        name
+        for name, word in words.items()
+        if REFERENCE_COLUMN.fullmatch(word) or (SOURCE_COLUMN.fullmatch(word) and not TEXT_COLUMN.fullmatch(word))
+    )
+
+
+def _without_number(name: str) -> str:
+    """The name of a column without a number at its end: "control_image" for "control_image_0"."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
 def check_columns(columns: Mapping[FieldName, str], present: set[str], metadata: Path) -> set[str]:
     """The columns that hold edited images. A column mapping that is wrong or missing raises a UserError."""
     for field, column in columns.items():
@@ -162,15 +188,15 @@ def check_columns(columns: Mapping[FieldName, str], present: set[str], metadata:
                 f"data.columns.{field}: expected a column of {metadata}; got {column!r}."
                 f"{did_you_mean(column, present)} Its columns are: {', '.join(sorted(present))}"
             )
-    edited = {c for c in present if EDITED_COLUMN.fullmatch(c) and c not in NOT_IMAGE_COLUMNS}
-    photo = columns.get("file_name", "file_name")
-    if photo in edited:
-        raise UserError(
-            f"data.columns.file_name: expected a column of reference images; got {photo!r}, which by its name holds "
-            "edited images, and those are never opened; name the column of the originals, or rename this one"
-        )
-    sources = sorted(c for c in present if REFERENCE_COLUMN.fullmatch(c))
-    if photo not in present and sources and edited:
+    edited = {c for c in present if is_edited_column(c)}
+    for field in PICTURE_FIELDS:
+        if columns.get(field) in edited:
+            raise UserError(
+                f"data.columns.{field}: expected a column of reference images or masks; got {columns[field]!r}, which "
+                "by its name holds edited images, and those are never opened; name another column, or rename this one"
+            )
+    sources = source_columns(present - edited)
+    if columns.get("file_name", "file_name") not in present and sources and edited:
         raise UserError(
             f"{metadata}: expected a column file_name; got {', '.join(sources)} and {', '.join(sorted(edited))}, of "
             f"which only you know the originals; set data.columns, for example {{file_name: {sources[0]}}}"

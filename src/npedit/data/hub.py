@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from npedit.data._metadata import REFERENCE_COLUMN, FieldName, Row, check_columns, parse_row
+from npedit.data._metadata import FieldName, Row, check_columns, parse_row, source_columns
 from npedit.data._photos import BadImage
 from npedit.data._rows import Cache, Rows, open_rows
 from npedit.data._scan import Facts, bytes_inspector, scan_kept
@@ -198,20 +198,33 @@ def choose_columns(schema: pa.Schema, columns: Mapping[FieldName, str], name: Pa
     edited = check_columns(columns, set(present), name)
     if edited & pictures:
         log.warning("%s: ignored, never decoded: the edited images in %s", name, ", ".join(sorted(edited & pictures)))
-    single = sorted(c for c in pictures if not _is_list(present[c]) and REFERENCE_COLUMN.fullmatch(c))
-    photo = columns.get("file_name") or (PHOTO if PHOTO in single else single[0] if len(single) == 1 else "")
+    references, mask = columns.get("reference_file_names", REFERENCES), columns.get("mask_file_name", MASK)
+    references = references if references in pictures and _is_list(present[references]) else ""
+    mask = mask if mask in pictures and not _is_list(present[mask]) else ""
+    photo = columns.get("file_name") or _plain_photo_column(pictures - {references, mask}, name)
     if photo not in pictures or _is_list(present[photo]):
         raise UserError(
             f"{name}: expected a column of reference images; got {photo or ', '.join(sorted(present))!r}; set "
-            f"data.columns, for example {{file_name: {(single or sorted(pictures) or ['image'])[0]}}}."
+            f"data.columns, for example {{file_name: {(sorted(pictures) or ['image'])[0]}}}."
             f"{did_you_mean(photo, pictures)}"
         )
-    wanted, mask = columns.get("reference_file_names", REFERENCES), columns.get("mask_file_name", MASK)
-    return PictureColumns(
-        photo,
-        wanted if wanted in pictures and _is_list(present[wanted]) else "",
-        mask if mask in pictures and not _is_list(present[mask]) else "",
-    )
+    return PictureColumns(photo, references, mask)
+
+
+def _plain_photo_column(pictures: set[str], name: Path) -> str:
+    """The column that alone may hold the photos, by its name; "" if there is none.
+
+    Raises:
+        UserError: several may.
+    """
+    found = source_columns(pictures)
+    if len(found) > 1:
+        raise UserError(
+            f"{name}: expected one column that may hold the reference images; got {', '.join(found)}, of which one may "
+            "hold edited images; set data.columns to the column of the originals, for example "
+            f"{{file_name: {next(column for column in found if column != PHOTO)}}}"
+        )
+    return found[0] if found else ""
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -180,7 +180,7 @@ def _as_row(
     photo, values = read_sample(key, list(members), texts, columns, location)
     mapping: dict[FieldName, str] = {field: column for field, column in columns.items() if field != "file_name"}
     row = parse_row(values | {"file_name": members[photo].name}, number, shard, mapping)
-    kinds = [*row.references, *([row.mask] if row.mask else [])]
+    kinds = _further_kinds(row)
     for kind in kinds:
         if kind.lower() not in members:
             raise UserError(f"{location}: expected a file {key}.{kind}; got {', '.join(members)}; add it")
@@ -207,6 +207,7 @@ def stream_samples(urls: Sequence[str], columns: Mapping[FieldName, str], seed: 
             kinds = [kind for kind in sample if not kind.startswith("__")]
             photo, values = read_sample(key, kinds, sample, columns, f"{where}:{number}")
             row = parse_row(values | {"file_name": f"{key}.{photo}"}, number, where, mapping)
+            _further_kinds(row)
             mask = sample[row.mask.lower()] if row.mask else b""
             yield Sample(row, sample[photo], tuple(sample[kind.lower()] for kind in row.references), mask)
     except (tarfile.TarError, OSError, ValueError, KeyError) as error:
@@ -220,6 +221,21 @@ def _is_wanted(name: str) -> bool:
     """Whether a file of a stream is kept: edited images are not."""
     _, kind = base_plus_ext(name)
     return kind is not None and not EDITED_COLUMN.fullmatch(kind.split(".")[0])
+
+
+def _further_kinds(row: Row) -> list[str]:
+    """The files of a sample that its row names: further references and the mask.
+
+    Raises:
+        UserError: one of them holds an edited image.
+    """
+    kinds = [*row.references, *([row.mask] if row.mask else [])]
+    if edited := [kind for kind in kinds if EDITED_COLUMN.fullmatch(kind.split(".")[0])]:
+        raise UserError(
+            f"{row.location}: expected files of reference images or masks; got {edited[0]!r}, which by its name holds "
+            "an edited image, and those are never opened; name another file, or rename this one"
+        )
+    return kinds
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

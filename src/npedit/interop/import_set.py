@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from npedit import __version__
+from npedit.data._metadata import EDITED_COLUMN, is_edited_column, source_columns
 from npedit.errors import UserError, did_you_mean
 from npedit.interop.edit_words import read_edit_type, read_removed_object
 from npedit.interop.set_forms import FORMS, Entry, SetForm
@@ -28,10 +29,7 @@ PHOTO_NAMES = (
     "file_name", "input_image", "source_image", "original_image", "image_path", "input_image_path", "control_path",
     "edit_image", "cond_image", "src_img", "source_img", "image",
 )  # fmt: skip
-EDITED_NAMES = (
-    "edited_image", "target_image", "output_image", "edited_img", "target_img", "edited_file_name", "output", "target",
-    "edited_image_path", "target_image_path", "output_image_path", "edited",
-)  # fmt: skip
+OPEN_NAMES = ("image", "image_path", "file_name", "edit_image")  # references in some sets, edited images in others
 INSTRUCTION_NAMES = ("instruction", "edit_prompt", "edit_instruction", "prompt", "caption", "text")
 
 
@@ -113,25 +111,25 @@ def _choose_columns(form: SetForm, path: Path, wanted: Mapping[str, str], report
             raise UserError(
                 f"--column: expected a field among {', '.join(FIELDS)}; got {name!r}.{did_you_mean(name, FIELDS)}"
             )
+    photo = wanted.get("photo", "")
+    if photo in form.edited or (photo not in OPEN_NAMES and EDITED_COLUMN.fullmatch(photo.split(".")[0])):
+        raise UserError(
+            f"--column photo: expected a column of references; got {photo!r}, which by its name holds edited "
+            "images, and those are never opened; name the column of the originals, or rename this one"
+        )
     if path.suffix.lower() in (".tar", ".txt"):
         return form.with_columns(wanted)
     present = list_columns(path)
-    edited = [c for c in present if c in (*form.edited, *EDITED_NAMES)]
     for name, column in wanted.items():
         if column not in present:
             raise UserError(
                 f"--column {name}: expected a column of {path}; got {column!r}.{did_you_mean(column, present)} "
                 f"Its columns are: {', '.join(present)}"
             )
-        if name == "photo" and column in edited:
-            raise UserError(
-                f"--column photo: expected a column of references; got {column!r}, which holds edited images, and "
-                "those are never opened; name the column of the originals"
-            )
     is_known = bool(form.photo)
     form = form.with_columns(wanted)
     if not form.photo:
-        form = form.with_columns({"photo": _plain_photo_column(present, edited, path)})
+        form = form.with_columns({"photo": _plain_photo_column(present, path)})
         report.notes.append(f"Photos: column {form.photo[0]!r}, by its name.")
     if not is_known and not set(form.instruction) & set(present):
         form = form.with_columns({"instruction": _plain_instruction_column(present, path)})
@@ -141,20 +139,22 @@ def _choose_columns(form: SetForm, path: Path, wanted: Mapping[str, str], report
             f"expected a column {' or '.join(form.photo)} in {path}; got {', '.join(present)}."
             f"{did_you_mean(form.photo[0], present)} Choose another format, or give --column photo=NAME"
         )
+    edited = [c for c in present if c not in form.columns and (c in form.edited or is_edited_column(c))]
     if edited:
         report.notes.append(f"Edited images are ignored and never opened: {', '.join(edited)}.")
     return form
 
 
-def _plain_photo_column(present: Sequence[str], edited: Sequence[str], path: Path) -> str:
-    """The only column that can be the reference by its name. `image` beside edited or other pictures may be either."""
-    found = [c for c in present if c in PHOTO_NAMES and c not in edited]
-    if len(found) == 1 and not (found == ["image"] and edited):
+def _plain_photo_column(present: Sequence[str], path: Path) -> str:
+    """The only column that can be the reference by its name; one of `OPEN_NAMES` only if there is no other picture."""
+    found = [c for c in present if c in PHOTO_NAMES]
+    others = [c for c in present if c not in found and (source_columns([c]) or is_edited_column(c))]
+    if len(found) == 1 and (not others or found[0] not in OPEN_NAMES):
         return found[0]
-    candidates = [*found, *edited]
+    got, open_name = [*found, *others] or present, found[0] if len(found) == 1 else "image"
     raise UserError(
-        f"expected to know which column of {path} holds the references; got {', '.join(candidates or present)}, and in "
-        "some formats 'image' is the edited image; give --column photo=NAME"
+        f"expected to know which column of {path} holds the references; got {', '.join(got)}, and in some formats "
+        f"{open_name!r} is the edited image; give --column photo=NAME"
     )
 
 
