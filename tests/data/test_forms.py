@@ -105,7 +105,9 @@ def test_every_form_gives_the_same_examples_in_the_same_order(folder, tmp_path, 
         for module in SOURCES.values():
             monkeypatch.setattr(module, "CACHED_FROM", 0)
     several = []
-    for more in ({}, {"held_out": 4}, {"shares": {"style": 0.5}}, {"share": 0.5}):
+    (tmp_path / "ids.txt").write_text("i1\ni8\n")
+    ids = str(tmp_path / "ids.txt")
+    for more in ({}, {"held_out": 4}, {"shares": {"style": 0.5}}, {"share": 0.5}, {"share": 0.5, "held_out": ids}):
         wanted = None
         for name, place in places.items():
             for _ in range(1 + cached):
@@ -120,6 +122,21 @@ def test_every_form_gives_the_same_examples_in_the_same_order(folder, tmp_path, 
                     assert a.extra_references is None or torch.equal(a.extra_references, b.extra_references)
                 several += [b for b in found if b.extra_references is not None]
     assert several
+
+
+def test_the_cached_photos_follow_the_file_of_held_out_rows(folder, tmp_path, monkeypatch):
+    places = {
+        "imagefolder": folder,
+        "hub": as_parquet(folder, tmp_path / "p"),
+        "webdataset": as_tars(folder, tmp_path / "t"),
+    }
+    for name, place in places.items():
+        monkeypatch.setattr(SOURCES[name], "CACHED_FROM", 0)
+        for ids in (["i0", "i1"], ["i5", "i10"], ["i0", "i1"]):
+            (tmp_path / "ids.txt").write_text("\n".join(ids))
+            source = opened(name, place, share=0.5, held_out=str(tmp_path / "ids.txt"))
+            shapes = {i: tuple(b.references.shape[2:]) for b in source.held_out_batches(2) for i in b.ids}
+            assert shapes == {i: SMALL[int(i[1:]) % 3] for i in ids}, name
 
 
 def test_the_fingerprint_of_each_form_follows_its_content(folder, tmp_path):

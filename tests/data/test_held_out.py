@@ -85,6 +85,34 @@ def test_a_file_of_ids_names_the_rows(many):
     assert held_out_ids(opened(many, held_out=str(many / "held out.txt")), count=1) == ["3"]
 
 
+def test_a_share_is_drawn_from_the_rows_that_a_file_does_not_name(many):
+    (many / "ids.txt").write_text("0\n2\n21\n10\n")
+    named, before = {"0", "2", "21", "10"}, set[str]()
+    for share in (0.05, 0.25, 0.5, 1):
+        source = opened(many, held_out="ids.txt", share=share)
+        trained = trained_ids(source)
+        assert len(source) == len(trained) == round(20 * share)
+        assert (
+            held_out_ids(source) == held_out_ids(opened(many, held_out="ids.txt"))
+            and set(held_out_ids(source)) == named
+        )
+        assert before <= trained and not trained & named
+        before = trained
+    (many / "ids.txt").write_text("0\n77\n")
+    assert "'77' (1 of 2 ids are unknown)" in refused(many, held_out="ids.txt", share=0.5)
+    write_metadata(many, [row(f"{i}.png", id=str(i), group="g" if i < 3 else "") for i in range(24)])
+    (many / "ids.txt").write_text("0\n1\n")
+    assert "expected all rows of a group" in refused(many, held_out="ids.txt", share=0.05)
+
+
+def test_the_draw_of_a_share_without_a_file_is_as_ever(many):
+    """Runs that began before must find the same rows."""
+    half = ["1", "3", "4", "5", "7", "11", "13", "17", "18", "19", "20", "22"]
+    assert [r.id for r in opened(many, share=0.5).rows] == half
+    assert [r.id for r in opened(many, share=0.5, held_out=3).rows] == half
+    assert [r.id for r in opened(many, share=0.25).rows] == ["3", "7", "17", "19", "20", "22"]
+
+
 def test_no_instruction_of_a_held_out_row_becomes_do_nothing(many):
     batches = opened(many, held_out=8, nothing_share=1.0).held_out_batches(8)
     assert {text for batch in batches for text in batch.instructions} == {"make it blue"}

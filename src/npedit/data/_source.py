@@ -45,14 +45,16 @@ LISTED_PHOTOS = 100_000  # the inventory of a larger set does not name its photo
 Shape = tuple[tuple[int, int], int]  # of a bucket: (H, W) of the references, number of further references
 
 
-def subsample(rows: Rows, share: float) -> Rows:
-    """A random share of the rows, at least one, in their order. The choice does not depend on the seed, and a smaller
-    share is part of a larger one."""
+def subsample(rows: Rows, share: float, kept: Sequence[int] = ()) -> Rows:
+    """The rows with the numbers `kept` and a random share of the others, at least one, in their order. The choice does
+    not depend on the seed, and a smaller share is part of a larger one."""
     if share == 1:
         return rows
-    shuffled = array("i", range(len(rows)))
+    others = np.setdiff1d(np.arange(len(rows)), np.array(kept, dtype=np.int64))
+    shuffled = array("i", range(len(others)))
     random.Random("share").shuffle(shuffled)
-    return rows.select(np.sort(np.array(shuffled[: max(1, round(share * len(rows)))])))
+    drawn = others[np.array(shuffled[: max(1, round(share * len(others)))], dtype=np.int64)]
+    return rows.select(np.union1d(drawn, np.array(kept, dtype=np.int64)))
 
 
 class PhotoSource:
@@ -68,7 +70,9 @@ class PhotoSource:
         self.settings = settings
         self.seed = seed
         self._cache: Cache | None = None
-        self.rows = subsample(self._open_rows(settings.path, settings.columns), settings.share)
+        rows = self._open_rows(settings.path, settings.columns)
+        self._named = self._find_named_rows(rows) if settings.share < 1 else []
+        self.rows = subsample(rows, settings.share, self._named)
         self._subjects = Groups(self.rows) if settings.other_photos and self.rows.has_scenes else None
         self._without = {field: self.rows.numbers_without(field) for field in ("source_caption", "target_caption")}
         self._bad: dict[int, dict] = {}  # by the row's number
@@ -194,8 +198,13 @@ class PhotoSource:
     def _choose_held_out(self) -> list[int]:
         chosen = self.settings.held_out
         if isinstance(chosen, str):
-            return find_rows(self.rows, read_held_out_ids(chosen, self.folder))
+            return self._find_named_rows(self.rows)
         return draw_rows(self.rows, self._bucket_of, chosen)
+
+    def _find_named_rows(self, rows: Rows) -> list[int]:
+        """The numbers of the rows that the file of `data.held_out` names; [] if there is no file."""
+        chosen = self.settings.held_out
+        return find_rows(rows, read_held_out_ids(chosen, self.folder)) if isinstance(chosen, str) else []
 
     def hold_out(self, numbers: Sequence[int]) -> None:
         """Keep the rows with these numbers out of training, and no others. A run that resumes gives the numbers that it
@@ -305,7 +314,8 @@ class PhotoSource:
     def _scan_name(self, max_pixels: int) -> str:
         """The name under which a cache keeps what the scan of the photos found. It has every setting that the result
         depends on."""
-        return f"photos-{self.settings.share:g}-{max_pixels}-{self.settings.other_photos:d}"
+        named = f"-{hashlib.sha256(repr(sorted(self._named)).encode()).hexdigest()[:16]}" if self._named else ""
+        return f"photos-{self.settings.share:g}-{max_pixels}-{self.settings.other_photos:d}{named}"
 
     def _reference_counts(self) -> np.ndarray:
         """How many further references the student sees of each row."""
