@@ -10,7 +10,10 @@ from edit_sets import NO_PICTURE, photo, pixels_of, rows_of, write_file, write_l
 from opened_files import opened_files
 
 from npedit.errors import UserError
-from npedit.interop.import_set import import_set
+from npedit.interop.import_set import import_set, report_lines
+from npedit.interop.set_writer import open_writer
+from npedit.questions import EDIT_TYPES, OBJECT_OF
+from npedit.runs.lock import require_free
 
 GENERIC = {
     "edit-r1": ("train_metadata.jsonl", {"prompt": "p", "image": "1.png", "requirement": "r"}, "images/1.png"),
@@ -202,3 +205,77 @@ def test_columns_that_are_not_clear_are_refused(tmp_path, row, columns, said):
         import_set("columns", path, tmp_path / "set", columns=columns)
     assert said in str(caught.value)
     assert not (tmp_path / "set").exists()
+
+
+# ---- what holds for every form
+
+
+def test_copies_of_a_photo_are_one_group_and_are_held_out_together(tmp_path):
+    for number, name in enumerate(("x.png", "copies/y.png", "z.png")):
+        write_file(tmp_path / name, photo(number // 2))
+    names = ["x.png", "copies/y.png", "z.png", "x.png"]
+    rows = [{"source_image": name, "instruction": f"edit {i}"} for i, name in enumerate(names)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    report = import_set("pref-grpo", path, tmp_path / "set", held_out=1)
+    found = rows_of(tmp_path / "set")
+    assert report.photos == 2 and [r["group"] == found[0]["group"] for r in found] == [True, True, False, True]
+    held_out = (tmp_path / "set" / "held_out.txt").read_text().split()
+    assert held_out in ([r["id"] for r in found if r["group"] == group] for group in {r["group"] for r in found})
+    assert len(list((tmp_path / "set").rglob("*.png"))) == 2
+    with open_writer(tmp_path / "other", [tmp_path]) as writer:
+        assert len({writer.save_photo(p, tmp_path, ["."]) for p in ("x.png", photo(0), "copies/y.png")}) == 1
+
+
+def test_two_imports_into_one_folder_do_not_mix(tmp_path):
+    for folder, seed in (("A", 1), ("B", 2)):
+        write_file(tmp_path / folder / "1.png", photo(seed))
+        write_lines(tmp_path / folder / "rows.jsonl", [{"source_image": "1.png", "instruction": folder}] * 2)
+
+    def import_other(rows_so_far):
+        with pytest.raises(UserError, match="set.importing to be free; got a folder that is held by .*import"):
+            import_set("pref-grpo", tmp_path / "B" / "rows.jsonl", tmp_path / "set")
+
+    import_set("pref-grpo", tmp_path / "A" / "rows.jsonl", tmp_path / "set", on_row=import_other)
+    found = rows_of(tmp_path / "set")
+    assert [(r["instruction"], pixels_of(tmp_path / "set", r)) for r in found] == [("A", photo(1))] * 2
+    assert not (tmp_path / "set" / ".holder.json").exists() and not (tmp_path / "set.importing").exists()
+    require_free(tmp_path / "set")
+
+
+@pytest.mark.parametrize("out", [".", "new/..", "../here/new", "link"])
+def test_the_folder_may_be_named_in_any_way(tmp_path, monkeypatch, out):
+    write_file(tmp_path / "1.png", photo(1))
+    path = write_lines(tmp_path / "rows.jsonl", [{"source_image": "1.png", "instruction": "p"}])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if out == "link":
+        Path("link").symlink_to(tmp_path / "empty")
+    place = Path(out).resolve()
+    import_set("pref-grpo", path, Path(out))
+    assert pixels_of(place, rows_of(place)[0]) == photo(1)
+
+
+@pytest.mark.parametrize("edit_type", [*EDIT_TYPES, "customization", "removal", "no such type"])
+def test_training_reads_every_edit_type_without_an_object(tmp_path, edit_type):
+    from photo_sets import opened
+
+    write_file(tmp_path / "1.png", photo(1))
+    row = {"file_name": "1.png", "instruction": "Take this dog to the moon", "edit_type": edit_type}
+    report = import_set("columns", write_lines(tmp_path / "rows.jsonl", [row]), tmp_path / "set")
+    (batch,) = [opened(tmp_path / "set", sizes=((16, 16),)).batch(0, 1)]
+    needs_object = edit_type in {*OBJECT_OF, "customization", "removal"}
+    assert report.without_object == ({"other": 1} if needs_object else {})
+    assert batch.instructions == ("Take this dog to the moon",)
+
+
+@pytest.mark.parametrize("field", ["instruction", "object", "source_caption", "target_caption", "id"])
+def test_a_lone_surrogate_costs_one_row(tmp_path, field):
+    write_file(tmp_path / "1.png", photo(1))
+    good = {"file_name": "1.png", "instruction": "make it red", "id": "a"}
+    path = write_lines(tmp_path / "rows.jsonl", [good, good | {field: "half \ud83d"}, good | {"id": "\u00e9"}])
+    report = import_set("columns", path, tmp_path / "set")
+    assert report.rows == 2 and report.skipped == {"a text with half a character (a lone surrogate)": 1}
+    (rejected,) = rows_of(tmp_path / "set", "rejected.jsonl")
+    assert "lone surrogate" in rejected["reason"]
+    assert "Edits that are left out: 1 (a text with half a character" in "\n".join(report_lines(report))

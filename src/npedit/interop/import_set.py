@@ -139,7 +139,7 @@ def _choose_columns(form: SetForm, path: Path, wanted: Mapping[str, str], report
             f"expected a column {' or '.join(form.photo)} in {path}; got {', '.join(present)}."
             f"{did_you_mean(form.photo[0], present)} Choose another format, or give --column photo=NAME"
         )
-    edited = [c for c in present if c not in form.columns and (c in form.edited or is_edited_column(c))]
+    edited = [c for c in present if c not in form.photo and (c in form.edited or is_edited_column(c))]
     if edited:
         report.notes.append(f"Edited images are ignored and never opened: {', '.join(edited)}.")
     return form
