@@ -269,6 +269,25 @@ def test_training_reads_every_edit_type_without_an_object(tmp_path, edit_type):
     assert batch.instructions == ("Take this dog to the moon",)
 
 
+@pytest.mark.parametrize(
+    ("form", "photos", "bad"),
+    [
+        ("pico-banana", "local_input_image", {"metadata_edit_turn_prompts": None}),
+        ("pico-banana", "local_input_image", {"metadata_edit_turn_prompts": ["p"], "files": 3}),
+        ("gpt-image-edit", "input", {"conversations": None}),
+        ("gpt-image-edit", "input", {"conversations": ["p"]}),
+        ("gpt-image-edit", "input", {"conversations": [{"from": "human", "value": None}]}),
+        ("magicbrush", "source_img", {"turn_index": "two"}),
+    ],
+)
+def test_a_record_of_another_form_costs_one_row(tmp_path, form, photos, bad):
+    write_file(tmp_path / "1.png", photo(1))
+    good = {photos: "1.png", "text": "p", "instruction": "p"}
+    report = import_set(form, write_lines(tmp_path / "rows.jsonl", [good, good | bad, good]), tmp_path / "set")
+    assert report.rows == 2 and report.skipped == {"a record whose values are not those of the format": 1}
+    assert [r["id"] for r in rows_of(tmp_path / "set", "rejected.jsonl")] == ["rows.jsonl:2"]
+
+
 @pytest.mark.parametrize("field", ["instruction", "object", "source_caption", "target_caption", "id"])
 def test_a_lone_surrogate_costs_one_row(tmp_path, field):
     write_file(tmp_path / "1.png", photo(1))

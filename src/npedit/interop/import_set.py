@@ -180,7 +180,7 @@ class _Importer:
 
     def add(self, record: Located) -> None:
         """Add the edits of a record. What cannot be used is counted, with the reason."""
-        for number, entry in enumerate(self.form.split(self.form, record.values)):
+        for number, entry in enumerate(self._split(record)):
             place = record.place if number == 0 else f"{record.place}/{number}"
             if reason := entry.skip or _find_fault(entry, place):
                 self._reject(place, entry, reason)
@@ -195,6 +195,12 @@ class _Importer:
                 self.writer.bad_photos.append({"id": entry.id or place, "file": place, "reason": str(error)})
                 continue
             self._add_row(entry, names, entry.id or place)
+
+    def _split(self, record: Located) -> list[Entry]:
+        try:
+            return list(self.form.split(self.form, record.values))
+        except (TypeError, AttributeError, ValueError):  # null or a number where the format has a list, for example
+            return [Entry(skip="a record whose values are not those of the format")]
 
     def _reject(self, place: str, entry: Entry, reason: str) -> None:
         self.report.skipped[reason] += 1
