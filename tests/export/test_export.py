@@ -110,3 +110,22 @@ def test_a_base_that_is_no_folder_and_no_id_is_refused(lora: Path, tmp_path: Pat
     with pytest.raises(UserError, match="--base"):
         export_editor(str(lora), tmp_path / "out", base=base)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", [".", "../here", "link"])
+@pytest.mark.parametrize("form", ["", "diffusers"])
+def test_an_empty_folder_that_is_there_keeps_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, form: str
+) -> None:
+    """It may be the folder that a shell is in, so it is not replaced by another of its name."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if out == "link":
+        (tmp_path / "link").symlink_to("here")
+        out = "../link"
+    run("export", "embedded", out, *(["--as", form] if form else []))
+    assert {"README.md", "npedit.json", "transformer"} <= set(os.listdir())
+    assert not [name for name in os.listdir() if name.startswith(".")]
+    assert "expected a new or empty folder" in run("export", "embedded", out, code=2)
+    assert {p.name for p in tmp_path.iterdir()} <= {"here", "link"}

@@ -23,7 +23,7 @@ from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import EMBEDDED
 from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
 from npedit.runs.editor_weights import read_recipe, require_finite_files
-from npedit.runs.files import read_json_object, write_text
+from npedit.runs.files import move_into_place, read_json_object, write_text
 from npedit.runs.final import drop_source_paths, set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
@@ -55,15 +55,15 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
     """
     if form and form not in FORMS:
         raise UserError(f"expected the form {' or '.join(FORMS)}; got {form!r}; choose one of them")
-    source = resolve_editor(name)
+    source, folder = resolve_editor(name), Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
-    work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    work = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.tmp-{os.getpid()}"
     try:
         work.mkdir(parents=True)
         done = _write_form(source, work / folder.name, form, _absolute(base), merge)
         _open_permissions(work / folder.name)
-        os.replace(work / folder.name, folder)
+        move_into_place(work / folder.name, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from npedit.errors import UserError
+from npedit.runs.files import move_into_place
 from npedit.toy.edits import sample_edit
 from npedit.toy.language import questions_about
 from npedit.toy.world import SIDE, render
@@ -48,13 +48,14 @@ def write_dataset(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        inside = folder if folder.is_dir() else folder.parent
+        with tempfile.TemporaryDirectory(dir=inside, prefix=f".{folder.name}-") as aside:
             complete = Path(aside) / "data"
             if bare:
                 _write_pictures(complete, count, seed, side)
             else:
                 _write_items(complete, count, seed, pairs, side)
-            os.replace(complete, folder)
+            move_into_place(complete, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder
