@@ -40,6 +40,34 @@ def test_an_exported_folder_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
     assert hub.commits == 2
 
 
+def test_a_folder_for_comfyui_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
+    for name in ("README.md", "workflow.json", "custom_nodes/npedit_comfyui.py", "loras/mine.safetensors"):
+        (here / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "mine" / name).write_text("x")
+    run("push", "mine", "me/mine")
+    assert set(hub.files) == {p.relative_to("mine").as_posix() for p in Path("mine").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("others", [["metadata.jsonl", "images/0.png"], ["workflow.json"], ["model_index.json"]])
+def test_a_folder_with_a_card_that_is_no_editor_is_refused(here: Path, hub: Hub, others: list[str]) -> None:
+    for name in ("README.md", ".env", *others):
+        (here / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "photos" / name).write_text("x")
+    assert "expected a run or an editor's folder" in run("push", "photos", "me/mine", code=2)
+    assert not hub.tokens and not hub.files
+
+
+def test_hidden_files_stay_here(here: Path, hub: Hub) -> None:
+    run("export", "embedded", ".mine", "--as", "diffusers")
+    written = {p.relative_to(".mine").as_posix() for p in Path(".mine").rglob("*") if p.is_file()}
+    (here / ".mine" / ".git").mkdir()
+    for name in (".env", ".git/config", "vae/.DS_Store"):
+        (here / ".mine" / name).write_text("secret")
+    told = run("push", ".mine", "me/mine")
+    assert set(hub.files) == written
+    assert "without its hidden files: .env, .git/config, vae/.DS_Store" in told
+
+
 def test_a_base_that_nobody_else_has_is_refused(here: Path, hub: Hub) -> None:
     (here / "elsewhere").mkdir()
     run("export", "embedded", "mine", "--base", "elsewhere")

@@ -37,7 +37,7 @@ def run_push(
     Raises:
         UserError: a bad id, no token, no editor, a base model that is named by a local path, or what the Hub answers.
     """
-    from npedit.export.hub import push_to_hub, require_pushable
+    from npedit.export.hub import hidden_files, push_to_hub, require_pushable
     from npedit.runs.resolve import resolve_editor
 
     folder = Path(name)
@@ -49,15 +49,20 @@ def run_push(
             folder = _export(name, Path(place) / "editor", form, merge, base)
         _require_public_base(folder)
         address = push_to_hub(folder, repository, private)
-    return f"Pushed {name} to {address}"
+        hidden = ", ".join(hidden_files(folder))
+    return f"Pushed {name} to {address}" + (f" without its hidden files: {hidden}" if hidden else "")
 
 
 def _is_exported(folder: Path) -> bool:
-    """Whether this is a finished folder, in any form, that belongs to no run."""
+    """Whether `npedit export` wrote this folder, in any form: an editor with its card that belongs to no run."""
     from npedit.export.card import CARD
+    from npedit.export.comfyui import is_comfyui_folder
+    from npedit.runs.editor_facts import FACTS_FILE
     from npedit.runs.resolve import CONFIG
 
-    return (folder / CARD).is_file() and not (folder / CONFIG).exists() and not (folder.parent / CONFIG).exists()
+    is_editor = (folder / FACTS_FILE).is_file() or is_comfyui_folder(folder)
+    in_run = (folder / CONFIG).exists() or (folder.parent / CONFIG).exists()
+    return is_editor and (folder / CARD).is_file() and not in_run
 
 
 def _export(name: str, folder: Path, form: str, merge: bool, base: str) -> Path:
