@@ -38,7 +38,7 @@ def run_export(name: str, folder: Path, base: str = "", form: str = "", merge: b
 
     done = export_editor(name, folder, form, base, merge)
     head = f"Exported {done.source} to {folder}. Its base model: {done.base}."
-    return [head, *_base_warning(done.base), *(done.notes or _use_lines(folder, form))]
+    return [head, *_base_warning(done.base), *(done.notes or _use_lines(folder))]
 
 
 def _base_warning(base: str) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _number_type(folder: Path) -> str:
     return str(json.loads((folder / "npedit.json").read_text(encoding="utf-8")).get("dtype", "float32"))
 
 
-def _use_lines(folder: Path, form: str) -> Iterator[str]:
+def _use_lines(folder: Path) -> Iterator[str]:
     yield f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"
-    if form == "diffusers":
+    if (folder / "pipeline.py").is_file():
         yield f"In diffusers: {LOAD.format(str(folder), _number_type(folder))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -73,14 +74,28 @@ def _export(name: str, folder: Path, form: str, merge: bool, base: str) -> Path:
 
 
 def _require_public_base(folder: Path) -> None:
-    """Refuse an editor whose base model is named by its place on this computer."""
-    from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+    """Refuse an editor whose base model, or a part of it, is named by its place on this computer."""
+    for base in _named_bases(folder):
+        if os.path.isabs(base) or os.path.isdir(base):
+            raise UserError(
+                f"expected an editor whose base model has a Hub id; got the folder {base}, which nobody else has; say "
+                "which model it is with --base USER/MODEL"
+            )
 
-    if not (folder / FACTS_FILE).is_file():
-        return
-    base = EditorFacts.read(folder).base
-    if os.path.isabs(base) or os.path.isdir(base):
-        raise UserError(
-            f"expected an editor whose base model has a Hub id; got the folder {base}, which nobody else has; say "
-            "which model it is with --base USER/MODEL"
-        )
+
+def _named_bases(folder: Path) -> Iterator[str]:
+    """What npedit.json and the parts of a pipeline name as the base model.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+    from npedit.runs.files import read_json_object
+
+    if (folder / FACTS_FILE).is_file():
+        yield EditorFacts.read(folder).base
+    for path in folder.glob("*/base_part.json"):
+        try:
+            yield str(read_json_object(path).get("base", ""))
+        except ValueError as error:
+            raise UserError(f"expected a JSON object in {path}; got: {error}; export the editor again") from None

@@ -28,6 +28,7 @@ from npedit.runs.files import write_text
 PIPELINES = Path(__file__).parent / "pipelines"
 PACKAGE = Path(__file__).parents[2]  # the folder that holds npedit
 CLASS_NAME = "NPEditPipeline"  # of every family, see pipelines/few_step.py
+PIPELINE_FILE = "pipeline.py"
 PART_FILE = "base_part"
 WIDENED_LAYER = "transformer.patch_embed.proj.lora_A.weight"
 SCHEDULE_KEYS = (
@@ -60,7 +61,7 @@ def write_pipeline(folder: Path, read_base_from: str = "") -> None:
     write_text(
         folder / "model_index.json", json.dumps({**head, **settings, "editor": editor, **written}, indent=2) + "\n"
     )
-    write_text(folder / "pipeline.py", pipeline_source(facts.family))
+    write_text(folder / PIPELINE_FILE, pipeline_source(facts.family))
 
 
 def _is_part(value: Any) -> bool:
