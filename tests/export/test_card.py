@@ -160,6 +160,18 @@ def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:
     assert "torch_dtype=torch.float32" in text and "torch_dtype=torch.bfloat16" in card(tmp_path, dtype="bfloat16").text
 
 
+@pytest.mark.parametrize("types", [{}, {"vae_dtype": "bfloat16"}, {"text_dtype": "", "vae_dtype": ""}], ids=str)
+def test_one_number_type_is_named_once(tmp_path: Path, types: dict[str, str]) -> None:
+    (tmp_path / "pipeline.py").touch()
+    assert "torch_dtype=torch.bfloat16,\n" in card(tmp_path, dtype="bfloat16", **types).text
+
+
+def test_an_unknown_number_type_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").touch()
+    with pytest.raises(UserError, match=r"expected float32, bfloat16 or float16 .* got 'int4'"):
+        card(tmp_path, vae_dtype="int4")
+
+
 def test_a_folder_for_comfyui_names_no_other_tool(tmp_path: Path) -> None:
     (tmp_path / "workflow.json").touch()
     (tmp_path / "loras").mkdir()
