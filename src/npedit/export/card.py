@@ -74,7 +74,7 @@ def model_card(folder: Path, source: EditorSource, editor: Mapping[str, Any] | N
     editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
     without_pairs = is_trained_without_pairs(recipe) if recipe else None
-    measured, earlier = read_scores(find_scores(source)), ""
+    measured, earlier = read_scores(find_scores(source), editor["steps"]), ""
     if recipe is None and (source.folder / CARD).is_file():
         earlier = (source.folder / CARD).read_text(encoding="utf-8")
         without_pairs = True if NO_PAIRS in (_read_head(earlier).get("tags") or []) else None
