@@ -23,7 +23,7 @@ from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import EMBEDDED
 from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
 from npedit.runs.editor_weights import read_recipe, require_finite_files
-from npedit.runs.files import move_into_place, read_json_object, write_text
+from npedit.runs.files import read_json_object, write_text
 from npedit.runs.final import drop_source_paths, set_base, write_final
 from npedit.runs.resolve import EditorSource, resolve_editor
 
@@ -64,12 +64,22 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
         work.mkdir(parents=True)
         done = _write_form(source, work / folder.name, form, _absolute(base), merge)
         _open_permissions(work / folder.name)
-        move_into_place(work / folder.name, folder)
+        _move_into_place(work / folder.name, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+def _move_into_place(written: Path, folder: Path) -> None:
+    """Rename a complete folder to `folder`. An empty folder that is there already stays and gets the content: it may be
+    the working folder of a shell."""
+    if not folder.is_dir():
+        os.replace(written, folder)
+        return
+    for path in sorted(written.iterdir()):
+        os.replace(path, folder / path.name)
 
 
 def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge: bool) -> Exported:

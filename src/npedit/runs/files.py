@@ -50,16 +50,6 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def move_into_place(written: Path, folder: Path) -> None:
-    """Rename a complete folder to `folder`. An empty folder that is there already stays and gets the content: it may be
-    the working folder of a shell."""
-    if not folder.is_dir():
-        os.replace(written, folder)
-        return
-    for path in sorted(written.iterdir()):
-        os.replace(path, folder / path.name)
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -12,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from npedit.errors import UserError
-from npedit.runs.files import move_into_place
 from npedit.toy.edits import sample_edit
 from npedit.toy.language import questions_about
 from npedit.toy.world import SIDE, render
@@ -55,7 +55,11 @@ def write_dataset(
                 _write_pictures(complete, count, seed, side)
             else:
                 _write_items(complete, count, seed, pairs, side)
-            move_into_place(complete, folder)
+            if folder.is_dir():  # it may be the working folder of a shell, so it stays
+                for path in sorted(complete.iterdir()):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(complete, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder
