@@ -10,6 +10,8 @@ import pytest
 
 from npedit import benchmarks
 from npedit.export.measured_scores import find_scores, read_scores
+from npedit.recipe.config import embedded_weights
+from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.resolve import resolve_editor
 from npedit.toy.dataset import write_dataset
 from tests.benchmarks.test_dreambench import write_data as write_dreambench
@@ -77,7 +79,9 @@ def test_the_toy_editor_is_evaluated_on_every_benchmark(name, root, tmp_path, mo
 def check_card(name, folder):
     """The card of a run in whose folder the results lie has their scores, and each has an interval."""
     paths = find_scores(replace(resolve_editor("embedded"), run=folder))
-    metrics = {score.metric for score in read_scores(paths)}
+    scores = read_scores(paths, EditorFacts.read(embedded_weights("editor")).steps)
+    metrics = {score.metric for score in scores}
+    assert all(score.benchmark.endswith("; steps 1") for score in scores)
     kept = {"l1", "psnr", "ssim"}
     wanted = {
         "toy": {"applied", "preserved", "both"},

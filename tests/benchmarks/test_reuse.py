@@ -23,9 +23,8 @@ from typer.testing import CliRunner, Result
 
 from npedit.benchmarks import _outputs
 from npedit.benchmarks import dreambench as dreambench_benchmark
-from npedit.benchmarks._outputs import EditJob, edit_missing_pictures, save_png
+from npedit.benchmarks._outputs import EditJob, edit_missing_pictures, hash_editor, save_png
 from npedit.cli import main as cli
-from npedit.cli.own import hash_editor
 from npedit.judges.cache import answer_cache_key, hash_json
 from npedit.recipe import config
 from npedit.runs.lock import hold

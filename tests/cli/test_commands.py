@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from npedit.benchmarks._outputs import hash_editor
 from npedit.cli import main as cli
 from npedit.recipe import config
+from npedit.toy.edits import EDIT_TYPES
 from tests.support.command_line import names, picture, run
 
 RECIPE = """
@@ -78,6 +80,7 @@ def test_evaluate_writes_the_documented_keys(here):
     said = run("evaluate", "toy", "--items", 18, "--seed", 2, "--json", "f.json")
     scores = json.loads((here / "f.json").read_text())
     assert scores["n"] == 18 and scores["seed"] == 2 and scores["steps"] == 2
+    assert scores["weights"] == hash_editor("embedded") and scores["edit_types"] == list(EDIT_TYPES)
     for part in (scores, *scores["by_type"].values()):
         for key in ("applied", "preserved", "both"):
             low, high = part[key]["ci95"]
@@ -85,6 +88,9 @@ def test_evaluate_writes_the_documented_keys(here):
     assert "recolour" in said
     run("evaluate", "toy", "--run", "embedded", "--items", 18, "--seed", 2, "--json", "again.json")
     assert (here / "again.json").read_text() == (here / "f.json").read_text()
+    run("evaluate", "toy", "--items", 2, "--edit-type", "add", "--steps", 1, "--json", "add.json")
+    scores = json.loads((here / "add.json").read_text())
+    assert scores["edit_types"] == ["add"] and scores["steps"] == 1
     assert "Did you mean 'toy'" in run("evaluate", "tyo", code=2)
     assert "can be written" in run("evaluate", "toy", "--items", 9, "--json", "f.json/x.json", code=2)
     run("evaluate", "toy", "--items", 0, code=2)

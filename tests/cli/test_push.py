@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
+from npedit.recipe import config
 from tests.support.command_line import run
 from tests.support.hub_server import TOKEN, Hub, serve_hub
 
@@ -40,11 +42,61 @@ def test_an_exported_folder_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
     assert hub.commits == 2
 
 
+def test_a_folder_for_comfyui_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
+    for name in ("README.md", "workflow.json", "custom_nodes/npedit_comfyui.py", "loras/mine.safetensors"):
+        (here / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "mine" / name).write_text("x")
+    run("push", "mine", "me/mine")
+    assert set(hub.files) == {p.relative_to("mine").as_posix() for p in Path("mine").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("others", [["metadata.jsonl", "images/0.png"], ["workflow.json"], ["model_index.json"]])
+def test_a_folder_with_a_card_that_is_no_editor_is_refused(here: Path, hub: Hub, others: list[str]) -> None:
+    for name in ("README.md", ".env", *others):
+        (here / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "photos" / name).write_text("x")
+    assert "expected a run or an editor's folder" in run("push", "photos", "me/mine", code=2)
+    assert not hub.tokens and not hub.files
+
+
+def test_hidden_files_stay_here(here: Path, hub: Hub) -> None:
+    run("export", "embedded", ".mine", "--as", "diffusers")
+    written = {p.relative_to(".mine").as_posix() for p in Path(".mine").rglob("*") if p.is_file()}
+    (here / ".mine" / ".git").mkdir()
+    for name in (".env", ".git/config", "vae/.DS_Store"):
+        (here / ".mine" / name).write_text("secret")
+    told = run("push", ".mine", "me/mine")
+    assert set(hub.files) == written
+    assert "without its hidden files: .env, .git/config, vae/.DS_Store" in told
+
+
 def test_a_base_that_nobody_else_has_is_refused(here: Path, hub: Hub) -> None:
     (here / "elsewhere").mkdir()
     run("export", "embedded", "mine", "--base", "elsewhere")
     assert "--base USER/MODEL" in run("push", "mine", "me/mine", code=2)
     assert not hub.commits and not hub.created
+
+
+def test_a_pipeline_whose_parts_name_a_folder_is_refused(here: Path, hub: Hub) -> None:
+    """As earlier versions of npedit wrote it, if --base was given for an exported pipeline."""
+    run("export", "embedded", "mine", "--as", "diffusers", "--base", "someone/base")
+    part = here / "mine" / "vae" / "base_part.json"
+    facts = json.loads(part.read_text())
+    for base in (str(here), ""):
+        part.write_text(json.dumps(facts | {"base": base}))
+        told = run("push", "mine", "me/mine", code=2 if base else 0)
+        assert ("--base USER/MODEL" in told) == bool(base) and bool(hub.commits) != bool(base)
+    part.write_text("{")
+    assert "vae/base_part.json; got" in run("push", "mine", "me/mine", code=2)
+
+
+def test_the_base_of_an_exported_pipeline_can_be_named_on_the_way(here: Path, hub: Hub) -> None:
+    shutil.copytree(config.embedded_weights("base"), here / "base")
+    run("export", "embedded", "mine", "--as", "diffusers", "--base", "base")
+    assert "--base USER/MODEL" in run("push", "mine", "me/mine", code=2)
+    run("push", "mine", "me/mine", "--base", "someone/base")
+    assert not [name for name, content in hub.files.items() if str(here).encode() in content]
+    assert json.loads(hub.files["vae/base_part.json"])["base"] == "someone/base"
 
 
 @pytest.mark.parametrize("name", ["mine", "me/my editor", "me/a/b", "me/-x-"])

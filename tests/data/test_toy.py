@@ -1,6 +1,7 @@
 """The toy world as a data source and as a data set on disk."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -163,6 +164,14 @@ def test_hugging_face_opens_the_toy_on_disk(tmp_path, tmp_path_factory):
         loaded = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=cache)
         assert len(loaded) == 3
         assert loaded[0]["image"].size == (32, 32)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_toy_is_written_into_the_working_folder(tmp_path, monkeypatch, bare):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(".", 2, seed=0, bare=bare)
+    written = ["000000.png", "000001.png"] if bare else ["images", "metadata.jsonl"]
+    assert sorted(os.listdir()) == written
 
 
 def test_the_toy_is_not_written_over_anything(tmp_path):

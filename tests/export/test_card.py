@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from npedit.benchmarks._headlines import ScoreScale, summarise_score
+from npedit.benchmarks._outputs import hash_editor
+from npedit.cli.own import PictureSource
 from npedit.errors import UserError
 from npedit.export.base_licences import LICENCES
 from npedit.export.card import CardFacts, model_card, set_repository, write_card
@@ -17,6 +19,7 @@ from npedit.export.measured_scores import MeasuredScore, last_evaluation, read_s
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs.resolve import resolve_editor
+from npedit.toy.edits import EDIT_TYPES
 
 SCORES = {"n": 90, "applied": {"value": 0.5, "ci95": [0.4, 0.6]}, "preserved": {"value": 0.7, "ci95": [0.6, 0.8]},
           "both": {"value": 0.4, "ci95": [0.3, 0.5]}}  # fmt: skip
@@ -118,17 +121,89 @@ def test_the_last_evaluation_of_training_gets_its_interval(tmp_path: Path) -> No
     assert not last_evaluation(tmp_path, made, update=2) and not last_evaluation(tmp_path, recipe())
 
 
-def test_results_in_the_runs_folder_count_if_they_are_of_this_editor(tmp_path: Path) -> None:
-    for name in ("final", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "npedit.json").write_text(json.dumps(editor(base="embedded")))
-    (tmp_path / "config.resolved.yaml").write_text(json.dumps(recipe().as_dict()))
-    (tmp_path / "mine.json").write_text(json.dumps(SCORES | {"model": str(tmp_path)}))
-    (tmp_path / "other.json").write_text(json.dumps(SCORES | {"n": 91, "model": str(tmp_path / "other")}))
-    (tmp_path / "embedded.json").write_text(json.dumps(SCORES | {"n": 92, "model": "embedded"}))
-    text = model_card(tmp_path / "final", resolve_editor(tmp_path))
-    assert "| 90 |" in text and "| 91 |" not in text and "| 92 |" not in text
-    assert "No pairs were used" in text
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run with a checkpoint and a finished editor, which are of different weights."""
+    folder = tmp_path / "run"
+    for name in ("final", "checkpoint-000010"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+    (folder / "final" / "npedit.json").write_text(json.dumps(editor(base="embedded")))
+    (folder / "checkpoint-000010" / "COMPLETE").touch()
+    (folder / "config.resolved.yaml").write_text(json.dumps(recipe().as_dict()))
+    return folder
+
+
+def write_toy(path: Path, scored: str | Path, items: int = 90, **changes: Any) -> None:
+    """What `npedit evaluate toy --json` writes, with `items` as the mark of this file."""
+    path.write_text(json.dumps(SCORES | {"n": items, "model": str(scored), "weights": hash_editor(scored)} | changes))
+
+
+def write_own(folder: Path, source: dict[str, Any]) -> None:
+    """What `npedit evaluate own` writes for pictures of this source."""
+    folder.mkdir()
+    summary = {"ssim": {"value": 0.5, "n": 77, "coverage": 1.0, "undefined": 0, "ci95": [0.4, 0.6]}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "settings.json").write_text(json.dumps({"source": source, "protocol": {"benchmark": "own"}}))
+
+
+def shown(source: Path) -> str:
+    """The scores in the card of an editor of a run."""
+    return model_card(source, resolve_editor(source), editor()).split("## Scores")[1].split("## Limits")[0]
+
+
+def test_results_in_the_runs_folder_count_if_they_are_of_these_weights(trained: Path) -> None:
+    write_toy(trained / "early.json", trained / "checkpoint-000010", 91)
+    write_toy(trained / "mine.json", trained)
+    write_toy(trained / "elsewhere.json", trained, 92, model="a/path/that/is/gone")
+    write_toy(trained / "embedded.json", "embedded", 93)
+    write_toy(trained / "old.json", trained, 94, weights="")
+    final, early = shown(trained), shown(trained / "checkpoint-000010")
+    assert [n for n in range(90, 95) if f"| {n} |" in final] == [90, 92]
+    assert [n for n in range(90, 95) if f"| {n} |" in early] == [91]
+    assert "No pairs were used" in model_card(trained / "final", resolve_editor(trained))
+
+
+def test_scores_of_a_checkpoint_are_not_those_of_the_later_end(trained: Path) -> None:
+    """A run's name means its latest checkpoint until there is final/."""
+    (trained / "final").rename(trained / "aside")
+    write_toy(trained / "toy.json", trained)
+    assert "| 90 |" in shown(trained / "checkpoint-000010")
+    (trained / "aside").rename(trained / "final")
+    assert "No measured scores" in shown(trained)
+
+
+def test_scores_are_found_from_any_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    write_toy(trained / "toy.json", ".")
+    write_own(trained / "own", PictureSource("../run", None, False, "", 0, None).facts())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for name in (Path("../run"), trained):
+        assert "| 90 |" in shown(name) and "| 77 |" in shown(name)
+
+
+def test_scores_of_pictures_that_the_editor_did_not_make_are_left_out(trained: Path) -> None:
+    run = str(trained)
+    write_own(trained / "text", PictureSource(run, None, False, "", 0, None, text_only=True).facts())
+    write_own(trained / "copy", PictureSource("embedded", None, True, "", 0, None).facts())
+    write_own(trained / "edited", PictureSource("embedded", trained, False, "", 0, None).facts())
+    assert "No measured scores" in shown(trained)
+    write_own(trained / "own", PictureSource(run, None, False, "", 0, None).facts())
+    assert "| own | ssim |" in shown(trained)
+
+
+def test_a_title_states_the_settings_that_are_not_the_default(trained: Path) -> None:
+    write_toy(trained / "a.json", trained, 1, steps=4, edit_types=list(EDIT_TYPES))
+    write_toy(trained / "b.json", trained, 2, steps=1, edit_types=["add"])
+    write_toy(trained / "c.json", trained, 3, steps=4, edit_types=["scene", "add"], base="/private/FLUX.1-dev")
+    for steps in (None, 1, 4):
+        write_own(trained / f"own-{steps}", PictureSource(str(trained), None, False, "", 0, steps).facts())
+    found = shown(trained)
+    assert "| toy benchmark | both | 0.400 | 0.300 to 0.500 | 1 |" in found
+    assert "| toy benchmark; edit types add; steps 1 | both | 0.400 | 0.300 to 0.500 | 2 |" in found
+    assert "| toy benchmark; edit types scene, add; base model FLUX.1-dev | both |" in found and "private" not in found
+    assert found.count("| own | ssim |") == 2 and found.count("| own; steps 1 | ssim |") == 1
 
 
 def test_an_editor_without_a_run_keeps_what_its_card_said(tmp_path: Path) -> None:
@@ -158,6 +233,18 @@ def test_how_to_use_it_depends_on_what_is_in_the_folder(tmp_path: Path) -> None:
     assert "### npedit" in text and "no files for ComfyUI" in text
     assert '"me/mine", custom_pipeline="me/mine"' in text and "USER/NAME" not in text
     assert "torch_dtype=torch.float32" in text and "torch_dtype=torch.bfloat16" in card(tmp_path, dtype="bfloat16").text
+
+
+@pytest.mark.parametrize("types", [{}, {"vae_dtype": "bfloat16"}, {"text_dtype": "", "vae_dtype": ""}], ids=str)
+def test_one_number_type_is_named_once(tmp_path: Path, types: dict[str, str]) -> None:
+    (tmp_path / "pipeline.py").touch()
+    assert "torch_dtype=torch.bfloat16,\n" in card(tmp_path, dtype="bfloat16", **types).text
+
+
+def test_an_unknown_number_type_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").touch()
+    with pytest.raises(UserError, match=r"expected float32, bfloat16 or float16 .* got 'int4'"):
+        card(tmp_path, vae_dtype="int4")
 
 
 def test_a_folder_for_comfyui_names_no_other_tool(tmp_path: Path) -> None:

@@ -15,7 +15,11 @@ from command_line import run
 from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.export.export import export_editor
+from npedit.families.flux import Flux
+from npedit.nets.lora import LoraAdapter
+from npedit.recipe.config import embedded_weights
 from tests.support.exported import load, noise, seeds, write_editor
+from tests.support.parts import nudge
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -110,3 +114,106 @@ def test_a_base_that_is_no_folder_and_no_id_is_refused(lora: Path, tmp_path: Pat
     with pytest.raises(UserError, match="--base"):
         export_editor(str(lora), tmp_path / "out", base=base)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", [".", "../here", "link"])
+@pytest.mark.parametrize("form", ["", "diffusers"])
+def test_an_empty_folder_that_is_there_keeps_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, form: str
+) -> None:
+    """It may be the folder that a shell is in, so it is not replaced by another of its name."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if out == "link":
+        (tmp_path / "link").symlink_to("here")
+        out = "../link"
+    run("export", "embedded", out, *(["--as", form] if form else []))
+    assert {"README.md", "npedit.json", "transformer"} <= set(os.listdir())
+    assert not [name for name in os.listdir() if name.startswith(".")]
+    assert "expected a new or empty folder" in run("export", "embedded", out, code=2)
+    assert {p.name for p in tmp_path.iterdir()} <= {"here", "link"}
+
+
+# ------------------------------------------------------------------------------------------------- an export, exported
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny editor that was fully fine-tuned."""
+    return write_editor("flux", tmp_path_factory.mktemp("whole"), False)
+
+
+def files_that_name(text: str, folder: Path) -> list[str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".md", ".py")]
+    return [p.relative_to(folder).as_posix() for p in files if text in p.read_text()]
+
+
+@pytest.mark.parametrize("form", ["", "diffusers"])
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_another_base_of_an_exported_pipeline_is_named_everywhere(
+    kind: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    editor = request.getfixturevalue(kind)
+    old = json.loads((editor / "npedit.json").read_text())["base"]
+    export_editor(str(editor), tmp_path / "first", "diffusers")
+    assert "vae/base_part.json" in files_that_name(old, tmp_path / "first")
+    export_editor(str(tmp_path / "first"), tmp_path / "second", form, base="someone/flux")
+    assert files_that_name(old, tmp_path / "second") == []
+    named = files_that_name("someone/flux", tmp_path / "second")
+    parts = {f"{name}/base_part.json" for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    assert parts | {"npedit.json"} <= set(named) and ("transformer/base_part.json" in named) == (kind == "lora")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("form", ["", "diffusers"])
+@pytest.mark.parametrize("kind", ["lora", "whole", "embedded"])
+def test_an_exported_pipeline_can_be_exported_again(
+    kind: str, form: str, merge: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The second folder is the one that the first export would have written with the same options."""
+    editor = kind if kind == "embedded" else str(request.getfixturevalue(kind))
+    export_editor(editor, tmp_path / "first", "diffusers")
+    export_editor(str(tmp_path / "first"), tmp_path / "second", form, merge=merge)
+    export_editor(editor, tmp_path / "wanted", "diffusers", merge=merge)
+    found, wanted = (
+        {
+            p.relative_to(folder): p.suffix in (".json", ".py") and p.read_text()
+            for p in folder.rglob("*")
+            if p.is_file()
+        }
+        for folder in (tmp_path / "second", tmp_path / "wanted")
+    )
+    assert found == wanted
+    pipe, size = load(tmp_path / "second"), (32, 32)
+    edit = Editor.open(editor, device="cpu").edit(noise(size), "make it night", seed=3)[0]
+    again = pipe(image=noise(size), prompt="make it night", generator=seeds(3)).images[0]
+    assert max(abs(a - b) for a, b in zip(again.tobytes(), edit.tobytes(), strict=True)) <= 1
+
+
+def test_a_lora_of_the_embedded_base_can_be_exported_again(tmp_path: Path) -> None:
+    """The pipeline's transformer/ then holds a copy of the base model's weights, which are not the editor's."""
+    family = Flux.load(embedded_weights("base"), torch.float32, torch.device("cpu"))
+    net = LoraAdapter.create(family.lora_base(), "student", 2, 6.0, 0)
+    nudge(net, by=0.05)
+    shutil.copytree(embedded_weights("editor"), tmp_path / "mine", ignore=shutil.ignore_patterns("transformer"))
+    net.save(tmp_path / "mine")
+    export_editor(str(tmp_path / "mine"), tmp_path / "first", "diffusers")
+    wanted = edited(tmp_path / "first")
+    for number, merge in enumerate((False, True)):
+        export_editor(str(tmp_path / "first"), tmp_path / str(number), "diffusers", merge=merge)
+        torch.testing.assert_close(edited(tmp_path / str(number)), wanted, atol=1e-5, rtol=0)
+        assert (tmp_path / str(number) / "transformer" / "base_part.py").exists() != merge
+
+
+def test_what_is_no_part_of_the_editor_is_not_copied(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "mine")
+    for name in (".env", "notes.txt", "transformer/base_part.json"):
+        (tmp_path / "mine" / name).write_text("secret")
+    export_editor(str(tmp_path / "mine"), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "npedit.json", "scheduler", "transformer"]  # fmt: skip
+    assert not (tmp_path / "out" / "transformer" / "base_part.json").exists()
+    shutil.rmtree(tmp_path / "mine" / "transformer")
+    with pytest.raises(UserError, match="expected transformer/ or pytorch_lora_weights.safetensors"):
+        export_editor(str(tmp_path / "mine"), tmp_path / "none")

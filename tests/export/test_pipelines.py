@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from npedit import flow
+from npedit.cli.export import run_export
 from npedit.editor import Editor
 from npedit.export.diffusers_folder import pipeline_source
 from npedit.export.export import export_editor
@@ -210,6 +212,25 @@ def test_a_number_type_is_that_of_all_parts(tmp_path: Path) -> None:
     (final / "npedit.json").write_text(json.dumps({**facts, "dtype": "bfloat16"}))
     (wanted,) = Editor.open(final, device="cpu").edit(noise(SIZES[0]), WORDS[0], seed=3)
     assert largest_difference(pipe(**{**given, "generator": seeds(3)}).images[0], wanted) <= 8
+
+
+@pytest.mark.parametrize("types", [{"vae_dtype": "float32"}, {"text_dtype": "float32"}], ids=str)
+def test_card_and_command_open_each_part_in_its_number_type(tmp_path: Path, types: dict[str, str]) -> None:
+    final = write_editor("flux", tmp_path, False)
+    facts = json.loads((final / "npedit.json").read_text())
+    (final / "npedit.json").write_text(json.dumps({**facts, "dtype": "bfloat16", **types}))
+    printed = run_export(str(final), tmp_path / "out", form="diffusers")[-1].removeprefix("In diffusers: ")
+    card = (tmp_path / "out" / "README.md").read_text().replace("USER/NAME", str(tmp_path / "out"))
+    shown = card[card.index("DiffusionPipeline.from_pretrained(") :].split("generator =")[0]
+    (wanted,) = Editor.open(final, device="cpu").edit(noise(SIZES[0]), WORDS[0], seed=3)
+    for source in (printed, shown):
+        pipe = eval(source, {"torch": torch, "DiffusionPipeline": DiffusionPipeline})
+        assert pipe.transformer.dtype is torch.bfloat16
+        assert pipe.vae.dtype is (torch.float32 if "vae_dtype" in types else torch.bfloat16)
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+            assert encoder.dtype is (torch.float32 if "text_dtype" in types else torch.bfloat16)
+        made = pipe(image=noise(SIZES[0]), prompt=WORDS[0], generator=seeds(3)).images[0]
+        assert largest_difference(made, wanted) <= 8
 
 
 def test_sd3_without_t5(tmp_path: Path) -> None:

@@ -144,3 +144,16 @@ def test_a_damaged_holder_file_harms_nobody(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / lock.HOLDER).write_text(text)
         with lock.hold(tmp_path, "train"):
             pass
+
+
+@pytest.mark.parametrize("name", [".", "..", "../run", "inner"])
+def test_the_working_folder_is_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Relative paths of this process and of its shell would lead into the moved folder."""
+    (tmp_path / "run" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    if name == "inner":
+        assert lock.move_aside(Path(name)) is not None
+        return
+    with pytest.raises(UserError, match="got the working folder"):
+        lock.move_aside(Path(name))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -1,6 +1,7 @@
 """What a run sends to TensorBoard and other services: its metrics and samples, once, also after a crash."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +79,9 @@ def test_other_processes_send_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.distributed, "is_main_process", lambda: False)
     trackers.Trackers(with_log("tensorboard"), tmp_path).log({"step": 1, "loss": 1.0})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_the_working_folder_has_this_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert trackers._tracking_id(Path(".")).startswith("mine-")

@@ -16,6 +16,11 @@ from npedit.data._photos import BadImage, read_photo
 from npedit.errors import explain_write_errors
 from npedit.generator import NOISE_VERSION
 from npedit.judges.cache import answer_cache_key, hash_json
+from npedit.judges.local import hash_folder
+from npedit.recipe.config import EMBEDDED
+from npedit.runs.editor_facts import EditorFacts
+from npedit.runs.editor_weights import read_recipe
+from npedit.runs.resolve import resolve_editor
 from npedit.scoring.metrics import ImageOpener
 from npedit.scoring.results import MissingScore, lower_is_better
 from npedit.scoring.tables import TextTable, format_interval
@@ -92,6 +97,20 @@ def edit_cache_key(source: Image.Image, instruction: str, editor: Mapping[str, A
     """A hash of everything that an edited picture depends on: the source's pixels, the instruction, the editor's facts
     (weights, seed, steps), and how a seed becomes noise."""
     return _hash_inputs(answer_cache_key([source]), instruction, editor)
+
+
+def hash_editor(model: str | Path) -> str:
+    """A hash of the names and contents of an editor's files, and of its base model's where that is a local folder.
+    `model` is what `resolve_editor` takes.
+
+    Raises:
+        UserError: there is no editor, or what it says about itself is damaged.
+    """
+    source = resolve_editor(model)
+    recipe = read_recipe(source) if source.is_checkpoint else None
+    facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
+    digest, base = hash_folder(source.folder), Path(facts.base)
+    return hash_json([digest, hash_folder(base)]) if facts.base != EMBEDDED and base.is_dir() else digest
 
 
 def _hash_inputs(source_digest: str, instruction: str, editor: Mapping[str, Any]) -> str:

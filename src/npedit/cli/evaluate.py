@@ -81,9 +81,11 @@ def toy(
     import tempfile
 
     from npedit.benchmarks import toy as bench
+    from npedit.benchmarks._outputs import hash_editor
     from npedit.output_pictures import check_writable, save_picture
     from npedit.report.toy_sheets import draw_results_sheet
     from npedit.runs.checkpoint import write_text
+    from npedit.toy.edits import EDIT_TYPES
 
     _check_edit_types(edit_types or ())
     as_json = json_file == STDOUT
@@ -98,10 +100,14 @@ def toy(
             if picture:
                 save_picture(draw_results_sheet(Path(kept)), picture)
         out.print(rich_table(bench.results_table(scores)))
-    facts = {"benchmark": "toy", "model": str(model), "seed": seed, "steps": steps or editor.steps, **scores}
+    if json_file is None:
+        return
+    facts: dict[str, Any] = {"benchmark": "toy", "model": str(model), "weights": hash_editor(model)}
+    facts |= {"base": base} if base else {}
+    facts |= {"seed": seed, "steps": steps or editor.steps, "edit_types": list(edit_types or EDIT_TYPES), **scores}
     if as_json:
         print_json(facts)
-    elif json_file:
+    else:
         write_text(json_file, json.dumps(facts, indent=1) + "\n")
         out.print(f"Scores: {escape(str(json_file))}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from rich.markup import escape
 from npedit.cli.console import out
 from npedit.errors import npedit_command
 
-LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True, torch_dtype=torch.{1})"
+LOAD = "DiffusionPipeline.from_pretrained({0!r}, custom_pipeline={0!r}, trust_remote_code=True, torch_dtype={1})"
 
 
 def export(
@@ -38,7 +37,7 @@ def run_export(name: str, folder: Path, base: str = "", form: str = "", merge: b
 
     done = export_editor(name, folder, form, base, merge)
     head = f"Exported {done.source} to {folder}. Its base model: {done.base}."
-    return [head, *_base_warning(done.base), *(done.notes or _use_lines(folder, form))]
+    return [head, *_base_warning(done.base), *(done.notes or _use_lines(folder))]
 
 
 def _base_warning(base: str) -> Iterator[str]:
@@ -49,12 +48,12 @@ def _base_warning(base: str) -> Iterator[str]:
         )
 
 
-def _number_type(folder: Path) -> str:
-    """The number type of the editor, as `npedit edit` opens it."""
-    return str(json.loads((folder / "npedit.json").read_text(encoding="utf-8")).get("dtype", "float32"))
+def _use_lines(folder: Path) -> Iterator[str]:
+    from npedit.export.diffusers_folder import PIPELINE_FILE, dtype_source
+    from npedit.runs.editor_facts import FACTS_FILE
+    from npedit.runs.files import read_json_object
 
-
-def _use_lines(folder: Path, form: str) -> Iterator[str]:
     yield f"Use it: {npedit_command()} edit PICTURE INSTRUCTION --model {shlex.quote(str(folder))}"
-    if form == "diffusers":
-        yield f"In diffusers: {LOAD.format(str(folder), _number_type(folder))}"
+    if (folder / PIPELINE_FILE).is_file():
+        types = dtype_source(read_json_object(folder / FACTS_FILE))
+        yield f"In diffusers: {LOAD.format(str(folder), types)}"

@@ -16,7 +16,7 @@ from npedit import __version__
 from npedit.cli.console import err, out
 from npedit.cli.json_output import print_json, text_on_stderr
 from npedit.cli.options import ProgressBar
-from npedit.cli.own import METRICS_VERSION, failure_reasons, hash_editor, open_encoders, open_lpips, print_reasons
+from npedit.cli.own import METRICS_VERSION, failure_reasons, open_encoders, open_lpips, print_reasons
 from npedit.errors import UserError
 from npedit.scoring.tables import rich_table
 
@@ -254,6 +254,7 @@ def open_edit_function(request: EvaluationRequest) -> tuple[Callable[..., Any], 
     """A function (pictures, instructions) -> edited pictures, and the facts that these pictures depend on."""
     if request.model == COPY:
         return (lambda pictures, _: pictures), {"editor": COPY}
+    from npedit.benchmarks._outputs import hash_editor
     from npedit.cli.editor_source import open_editor
 
     editor = open_editor(request.model, request.base, out)

@@ -184,6 +184,8 @@ class PictureSource:
 
     def facts(self) -> dict[str, Any]:
         """Everything that the pictures depend on, as settings.json records it."""
+        from npedit.benchmarks._outputs import hash_editor
+
         if self.edited:
             return {"edited": str(self.edited.resolve())}
         if self.copy:
@@ -319,18 +321,3 @@ def open_lpips(folder: Path | None) -> Any:
     from npedit.scoring.lpips import Lpips
 
     return Lpips.load(folder, pick_device()) if folder else None
-
-
-def hash_editor(model: str) -> str:
-    """A hash of the names and contents of an editor's files, and of its base model's where that is a local folder."""
-    from npedit.judges.cache import hash_json
-    from npedit.judges.local import hash_folder
-    from npedit.runs.editor_facts import EditorFacts
-    from npedit.runs.editor_weights import read_recipe
-    from npedit.runs.resolve import resolve_editor
-
-    source = resolve_editor(model)
-    recipe = read_recipe(source) if source.is_checkpoint else None
-    facts = EditorFacts.from_recipe(recipe) if recipe else EditorFacts.read(source.folder)
-    digest, base = hash_folder(source.folder), Path(facts.base)
-    return hash_json([digest, hash_folder(base)]) if facts.base != "embedded" and base.is_dir() else digest

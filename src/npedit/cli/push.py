@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def run_push(
     Raises:
         UserError: a bad id, no token, no editor, a base model that is named by a local path, or what the Hub answers.
     """
-    from npedit.export.hub import push_to_hub, require_pushable
+    from npedit.export.hub import hidden_files, push_to_hub, require_pushable
     from npedit.runs.resolve import resolve_editor
 
     folder = Path(name)
@@ -49,15 +50,20 @@ def run_push(
             folder = _export(name, Path(place) / "editor", form, merge, base)
         _require_public_base(folder)
         address = push_to_hub(folder, repository, private)
-    return f"Pushed {name} to {address}"
+        hidden = ", ".join(hidden_files(folder))
+    return f"Pushed {name} to {address}" + (f" without its hidden files: {hidden}" if hidden else "")
 
 
 def _is_exported(folder: Path) -> bool:
-    """Whether this is a finished folder, in any form, that belongs to no run."""
+    """Whether `npedit export` wrote this folder, in any form: an editor with its card that belongs to no run."""
     from npedit.export.card import CARD
+    from npedit.export.comfyui import is_comfyui_folder
+    from npedit.runs.editor_facts import FACTS_FILE
     from npedit.runs.resolve import CONFIG
 
-    return (folder / CARD).is_file() and not (folder / CONFIG).exists() and not (folder.parent / CONFIG).exists()
+    is_editor = (folder / FACTS_FILE).is_file() or is_comfyui_folder(folder)
+    in_run = (folder / CONFIG).exists() or (folder.parent / CONFIG).exists()
+    return is_editor and (folder / CARD).is_file() and not in_run
 
 
 def _export(name: str, folder: Path, form: str, merge: bool, base: str) -> Path:
@@ -68,14 +74,28 @@ def _export(name: str, folder: Path, form: str, merge: bool, base: str) -> Path:
 
 
 def _require_public_base(folder: Path) -> None:
-    """Refuse an editor whose base model is named by its place on this computer."""
-    from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+    """Refuse an editor whose base model, or a part of it, is named by its place on this computer."""
+    for base in _named_bases(folder):
+        if os.path.isabs(base) or os.path.isdir(base):
+            raise UserError(
+                f"expected an editor whose base model has a Hub id; got the folder {base}, which nobody else has; say "
+                "which model it is with --base USER/MODEL"
+            )
 
-    if not (folder / FACTS_FILE).is_file():
-        return
-    base = EditorFacts.read(folder).base
-    if os.path.isabs(base) or os.path.isdir(base):
-        raise UserError(
-            f"expected an editor whose base model has a Hub id; got the folder {base}, which nobody else has; say "
-            "which model it is with --base USER/MODEL"
-        )
+
+def _named_bases(folder: Path) -> Iterator[str]:
+    """What npedit.json and the parts of a pipeline name as the base model.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
+    from npedit.runs.files import read_json_object
+
+    if (folder / FACTS_FILE).is_file():
+        yield EditorFacts.read(folder).base
+    for path in folder.glob("*/base_part.json"):
+        try:
+            yield str(read_json_object(path).get("base", ""))
+        except ValueError as error:
+            raise UserError(f"expected a JSON object in {path}; got: {error}; export the editor again") from None

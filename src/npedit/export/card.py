@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from npedit.export.base_licences import BaseLicence, find_licence
+from npedit.export.diffusers_folder import PIPELINE_FILE, dtype_source
 from npedit.export.measured_scores import MeasuredScore, find_scores, last_evaluation, read_scores
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, find_class
@@ -73,7 +74,7 @@ def model_card(folder: Path, source: EditorSource, editor: Mapping[str, Any] | N
     editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
     without_pairs = is_trained_without_pairs(recipe) if recipe else None
-    measured, earlier = read_scores(find_scores(source)), ""
+    measured, earlier = read_scores(find_scores(source), editor["steps"]), ""
     if recipe is None and (source.folder / CARD).is_file():
         earlier = (source.folder / CARD).read_text(encoding="utf-8")
         without_pairs = True if NO_PAIRS in (_read_head(earlier).get("tags") or []) else None
@@ -126,7 +127,7 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _has_pipeline(facts: CardFacts) -> bool:
-    return (facts.folder / "pipeline.py").is_file()
+    return (facts.folder / PIPELINE_FILE).is_file()
 
 
 def _intro(facts: CardFacts) -> str:
@@ -158,7 +159,7 @@ def _diffusers_text(facts: CardFacts) -> str:
             "```python\nimport torch\nfrom diffusers import DiffusionPipeline\nfrom PIL import Image\n\n"
             # Without a number type transformers opens its parts in that of their files, and diffusers in float32.
             f'pipe = DiffusionPipeline.from_pretrained(\n    "{PLACE}", custom_pipeline="{PLACE}", '
-            f"trust_remote_code=True, torch_dtype=torch.{facts.editor.get('dtype', 'float32')}\n)\n"
+            f"trust_remote_code=True,\n    torch_dtype={dtype_source(facts.editor)},\n)\n"
             'generator = torch.Generator("cpu").manual_seed(0)\n'
             'image = Image.open("picture.png")\n'
             f'pipe(image=image, prompt="INSTRUCTION", num_inference_steps={facts.editor["steps"]}, '

@@ -87,6 +87,11 @@ def write_comfyui(editor: Editor, facts: Mapping[str, Any], folder: Path) -> lis
     return _usage_lines(settings, weights.relative_to(folder))
 
 
+def is_comfyui_folder(folder: Path) -> bool:
+    """Whether this is what `write_comfyui` wrote."""
+    return (folder / "workflow.json").is_file() and (folder / "custom_nodes" / NODE_FILE).is_file()
+
+
 def require_known_model(name: str, family: Family, net: nn.Module) -> None:
     """Check that ComfyUI would open this net, with this family's VAE, as the right model.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from npedit.errors import UserError
 from npedit.families._published import find_published
 from npedit.hub_access import hub_error_text, is_local_only
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
-from npedit.recipe.config import EMBEDDED, embedded_weights
-from npedit.runs.editor_facts import EditorFacts
+from npedit.recipe.config import EMBEDDED, embedded_weights, part_dtypes
+from npedit.runs.editor_facts import FACTS_FILE, EditorFacts
 from npedit.runs.files import write_text
 
 PIPELINES = Path(__file__).parent / "pipelines"
 PACKAGE = Path(__file__).parents[2]  # the folder that holds npedit
 CLASS_NAME = "NPEditPipeline"  # of every family, see pipelines/few_step.py
+PIPELINE_FILE = "pipeline.py"
 PART_FILE = "base_part"
 WIDENED_LAYER = "transformer.patch_embed.proj.lora_A.weight"
 SCHEDULE_KEYS = (
@@ -60,7 +62,26 @@ def write_pipeline(folder: Path, read_base_from: str = "") -> None:
     write_text(
         folder / "model_index.json", json.dumps({**head, **settings, "editor": editor, **written}, indent=2) + "\n"
     )
-    write_text(folder / "pipeline.py", pipeline_source(facts.family))
+    write_text(folder / PIPELINE_FILE, pipeline_source(facts.family))
+
+
+def dtype_source(facts: Mapping[str, Any]) -> str:
+    """The argument `torch_dtype` with which diffusers opens an editor in the number types of its training, as Python
+    source. `facts` are those of npedit.json.
+
+    Raises:
+        UserError: they name an unknown type.
+    """
+    names = [str(facts.get(key) or "") for key in ("dtype", "text_dtype", "vae_dtype")]
+    try:
+        types = part_dtypes(names[0] or "float32", *names[1:])
+    except KeyError as error:
+        raise UserError(
+            f"expected float32, bfloat16 or float16 as the number types in {FACTS_FILE}; got {error}; correct the file"
+        ) from None
+    if len(set(types.values())) == 1:
+        return str(types["transformer"])
+    return "{" + ", ".join(f'"{part}": {kind}' for part, kind in types.items()) + "}"
 
 
 def _is_part(value: Any) -> bool:

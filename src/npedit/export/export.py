@@ -15,7 +15,7 @@ from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.export.card import CARD, model_card
 from npedit.export.comfyui import write_comfyui
-from npedit.export.diffusers_folder import write_pipeline
+from npedit.export.diffusers_folder import PART_FILE, PIPELINE_FILE, write_pipeline
 from npedit.export.lora_file import fold_alpha, merged_transformer
 from npedit.flow import few_step_times
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
@@ -45,9 +45,10 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
     the EMA weights are written.
 
     `form` is "" for a copy that npedit opens, or one of `FORMS`. "diffusers" adds a pipeline, and npedit opens the
-    folder too; "comfyui" writes ComfyUI's files only. `base` is what the folder will name as the base model, a Hub id
-    or a folder; "" for what the editor names now. With `merge` an adapter is added to the base's weights, and a whole
-    transformer is written; an editor that was fully fine-tuned is one already.
+    folder too; a copy of an editor with a pipeline has one as well. "comfyui" writes ComfyUI's files only. `base` is
+    what the folder will name as the base model, a Hub id or a folder; "" for what the editor names now. With `merge` an
+    adapter is added to the base's weights, and a whole transformer is written; an editor that was fully fine-tuned is
+    one already.
 
     Raises:
         UserError: there is no editor, a weight is NaN or infinite, the form is unknown, the base model is not found
@@ -55,20 +56,30 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
     """
     if form and form not in FORMS:
         raise UserError(f"expected the form {' or '.join(FORMS)}; got {form!r}; choose one of them")
-    source = resolve_editor(name)
+    source, folder = resolve_editor(name), Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
-    work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    work = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.tmp-{os.getpid()}"
     try:
         work.mkdir(parents=True)
         done = _write_form(source, work / folder.name, form, _absolute(base), merge)
         _open_permissions(work / folder.name)
-        os.replace(work / folder.name, folder)
+        _move_into_place(work / folder.name, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+def _move_into_place(written: Path, folder: Path) -> None:
+    """Rename a complete folder to `folder`. An empty folder that is there already stays and gets the content: it may be
+    the working folder of a shell."""
+    if not folder.is_dir():
+        os.replace(written, folder)
+        return
+    for path in sorted(written.iterdir()):
+        os.replace(path, folder / path.name)
 
 
 def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge: bool) -> Exported:
@@ -83,7 +94,7 @@ def _write_form(source: EditorSource, folder: Path, form: str, base: str, merge:
         fold_alpha(copy / LORA_FILE, facts)
     elif merge:
         notes = (NOTHING_TO_MERGE,)
-    if form == "diffusers":
+    if form == "diffusers" or (not form and (source.folder / PIPELINE_FILE).is_file()):
         write_pipeline(copy, where)
     if form == "comfyui":
         folder.mkdir()
@@ -100,11 +111,28 @@ def _write_editor(source: EditorSource, folder: Path, base: str) -> str:
     if recipe:
         _write_checkpoint(source, where, folder)
     else:
-        require_finite_files(source.folder)
-        shutil.copytree(source.folder, folder)
+        _copy_editor(source.folder, folder)
     if base:
         set_base(folder, base)
     return where
+
+
+def _copy_editor(source: Path, folder: Path) -> None:
+    """Copy what `Editor.open` reads. A pipeline that the source has is not copied: its files name the base model.
+
+    Raises:
+        UserError: there are no weights, or one is NaN or infinite.
+    """
+    weights = LORA_FILE if (source / LORA_FILE).is_file() else "transformer"  # of a LoRA, transformer/ is the base's
+    if not (source / weights).exists():
+        raise UserError(f"expected transformer/ or {LORA_FILE} in {source}; got neither; export the run again")
+    require_finite_files(source)
+    folder.mkdir()
+    for name in (FACTS_FILE, "scheduler", weights):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(f"{PART_FILE}.*"))
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _readable_base(named: str, chosen: str) -> str:

@@ -37,8 +37,9 @@ def require_pushable(repository: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload all files of a folder to the repository USER/NAME, which is made if there is none; returns the address of
-    the commit. `private` counts for a new repository only. The card names the repository in its examples.
+    """Upload the files of a folder, without hidden ones, to the repository USER/NAME, which is made if there is none;
+    returns the address of the commit. `private` counts for a new repository only. The card names the repository in its
+    examples.
 
     Raises:
         UserError: a bad id, no token, or what the Hub answers.
@@ -52,15 +53,31 @@ def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
 
 
 def upload_operations(folder: Path, repository: str) -> list[CommitOperationAdd]:
-    """The files of a folder, as operations of a commit. The card has the repository's id in the place of USER/NAME."""
+    """The files of a folder, without hidden ones, as operations of a commit. The card has the repository's id in the
+    place of USER/NAME."""
     operations = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        content: Path | bytes = path
+    for name in _file_names(folder):
+        content: Path | bytes = folder / name
+        if _is_hidden(name):
+            continue
         if name == CARD:
-            content = set_repository(path.read_text(encoding="utf-8"), repository).encode("utf-8")
+            content = set_repository((folder / name).read_text(encoding="utf-8"), repository).encode("utf-8")
         operations.append(CommitOperationAdd(name, content))
     return operations
+
+
+def hidden_files(folder: Path) -> list[str]:
+    """The files of a folder that are not uploaded: their name, or that of a folder that they are in, begins with a
+    dot. An export writes none."""
+    return [name for name in _file_names(folder) if _is_hidden(name)]
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 @contextmanager

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from npedit.benchmarks._outputs import hash_editor
 from npedit.benchmarks.toy import wilson_interval
 from npedit.errors import UserError
 from npedit.recipe.config import Recipe
 from npedit.runs.checkpoint import METRICS, read_rows
 from npedit.runs.files import read_json_object
 from npedit.runs.final import public_name
-from npedit.runs.resolve import EditorSource, resolve_editor
+from npedit.runs.resolve import EditorSource
 from npedit.scoring.results import SETTINGS, SUMMARY
+from npedit.toy.edits import EDIT_TYPES
 
 SHARES = ("both", "applied", "preserved")  # the toy benchmark's headlines
 
@@ -48,37 +50,39 @@ class MeasuredScore:
         return f"{self.low:.3f} to {self.high:.3f}"
 
 
-def read_scores(paths: Sequence[Path]) -> list[MeasuredScore]:
-    """The scores with intervals in these folders of results and files of the toy benchmark.
+def read_scores(paths: Sequence[Path], steps: int | None = None) -> list[MeasuredScore]:
+    """The scores with intervals in these folders of results and files of the toy benchmark. `steps` is the editor's own
+    number of steps: the title of results of another number states it.
 
     Raises:
         UserError: a path is neither.
     """
-    return [score for path in paths for score in _read_path(path)]
+    return [score for path in paths for score in _read_path(path, steps)]
 
 
 def find_scores(source: EditorSource) -> list[Path]:
-    """The folders of results and files of the toy benchmark in the run's folder of an editor, at any depth, that name
-    this very editor as the one that was scored."""
+    """The folders of results and files of the toy benchmark in the run's folder of an editor, at any depth, that are of
+    the weights of this very editor."""
     if source.run is None:
         return []
     folders = [path.parent for path in sorted(source.run.rglob(SUMMARY)) if (path.parent / SETTINGS).is_file()]
     files = [path for path in sorted(source.run.rglob("*.json")) if _is_toy_file(path)]
-    return [path for path in folders + files if _is_same_editor(source, _scored_editor(path))]
+    scored = {path: _hash_of_scored(path) for path in folders + files}
+    wanted = hash_editor(source.folder) if any(scored.values()) else ""  # reads all weights
+    return [path for path, found in scored.items() if found and found == wanted]
 
 
-def _scored_editor(path: Path) -> str:
-    """The name of the editor that was scored, as `npedit evaluate` wrote it; "" if there is none."""
-    found = read_json_object(path / SETTINGS if path.is_dir() else path)
+def _hash_of_scored(path: Path) -> str:
+    """The hash of the editor whose pictures were scored, as `npedit evaluate` wrote it; "" if these are not pictures of
+    an editor, or no hash is there."""
+    facts = _editor_facts(read_json_object(path / SETTINGS if path.is_dir() else path))
+    return "" if facts.get("text_only") else str(facts.get("weights") or facts.get("files") or "")
+
+
+def _editor_facts(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a settings.json or a file of the toy benchmark says of the editor that was scored."""
     facts = found.get("editor") or found.get("source") or found  # of a judged benchmark, of `own`, of the toy benchmark
-    return str(facts.get("editor") or facts.get("model") or "") if isinstance(facts, dict) else ""
-
-
-def _is_same_editor(source: EditorSource, name: str) -> bool:
-    try:
-        return bool(name) and resolve_editor(name).folder.resolve() == source.folder.resolve()
-    except UserError:
-        return False
+    return facts if isinstance(facts, dict) else {}
 
 
 def last_evaluation(run: Path, recipe: Recipe, update: int | None = None) -> list[MeasuredScore]:
@@ -93,11 +97,11 @@ def last_evaluation(run: Path, recipe: Recipe, update: int | None = None) -> lis
     return [MeasuredScore.from_interval(title, name, rate, n) for name, rate in rates.items()]
 
 
-def _read_path(path: Path) -> Iterator[MeasuredScore]:
+def _read_path(path: Path, steps: int | None) -> Iterator[MeasuredScore]:
     if _is_toy_file(path):
-        yield from _read_toy(path)
+        yield from _read_toy(path, steps)
     elif (path / SUMMARY).is_file():
-        yield from _read_results(path)
+        yield from _read_results(path, steps)
     else:
         raise UserError(
             f"expected a folder of results (with {SUMMARY}) or a file of 'npedit evaluate toy --json'; got {path}; "
@@ -115,16 +119,18 @@ def _is_toy_file(path: Path) -> bool:
     return isinstance(found.get("n"), int) and all(isinstance(found.get(name), dict) for name in SHARES)
 
 
-def _read_toy(path: Path) -> Iterator[MeasuredScore]:
+def _read_toy(path: Path, steps: int | None) -> Iterator[MeasuredScore]:
     found = read_json_object(path)
+    title = "toy benchmark" + _changed_settings(found, steps)
     for name in SHARES:
-        yield MeasuredScore.from_interval("toy benchmark", name, found[name], found["n"])
+        yield MeasuredScore.from_interval(title, name, found[name], found["n"])
 
 
-def _read_results(folder: Path) -> Iterator[MeasuredScore]:
+def _read_results(folder: Path, steps: int | None) -> Iterator[MeasuredScore]:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     settings = read_json_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    title, prefix = _title(settings, folder), _judged_prefix(settings)
+    title = _title(settings, folder) + _changed_settings(_editor_facts(settings), steps)
+    prefix = _judged_prefix(settings)
     for name, score in summary.items():
         metric = name.removeprefix(prefix)
         is_headline = not metric.endswith("_micro") if prefix else "/" not in metric
@@ -146,3 +152,13 @@ def _title(settings: dict[str, Any], folder: Path) -> str:
     name = str(named.get("benchmark") or named.get("name") or folder.name)
     judge = judge.get("name", "") if isinstance(judge, dict) else judge
     return name + (f", judge {public_name(str(judge))}" if judge else "")
+
+
+def _changed_settings(facts: Mapping[str, Any], steps: int | None) -> str:
+    """The settings of an evaluation that are not the default, in words that follow a title: edit types of the toy
+    benchmark, steps, base model."""
+    kinds, count, base = facts.get("edit_types") or EDIT_TYPES, facts.get("steps"), facts.get("base")
+    words = [f"edit types {', '.join(kinds)}"] if set(kinds) != set(EDIT_TYPES) else []
+    words += [f"steps {count}"] if count not in (None, steps) else []
+    words += [f"base model {public_name(str(base))}"] if base else []
+    return "".join(f"; {each}" for each in words)

@@ -113,10 +113,15 @@ def move_aside(folder: Path) -> Path | None:
     """Rename a folder to FOLDER.old-TIME if it is there; returns the new path.
 
     Raises:
-        UserError: another process holds the folder or one inside, or the folder cannot be moved.
+        UserError: another process holds the folder or one inside, this process is in it, or it cannot be moved.
     """
     if not folder.exists():
         return None
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"expected to move {folder} aside; got the working folder, or one that it is in, which must stay in its "
+            "place; change to a folder outside it (cd), or name another folder"
+        )
     require_free(folder)
     with hold(folder, "move aside") as lock:
         aside = _unused_name(folder)

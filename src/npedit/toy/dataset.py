@@ -48,13 +48,18 @@ def write_dataset(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        inside = folder if folder.is_dir() else folder.parent
+        with tempfile.TemporaryDirectory(dir=inside, prefix=f".{folder.name}-") as aside:
             complete = Path(aside) / "data"
             if bare:
                 _write_pictures(complete, count, seed, side)
             else:
                 _write_items(complete, count, seed, pairs, side)
-            os.replace(complete, folder)
+            if folder.is_dir():  # it may be the working folder of a shell, so it stays
+                for path in sorted(complete.iterdir()):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(complete, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another place") from error
     return folder

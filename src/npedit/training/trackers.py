@@ -69,7 +69,12 @@ class Wandb:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.wandb = wandb
         self.run = wandb.init(
-            project=project, name=run.name, id=_tracking_id(run), resume="allow", dir=str(run), config=recipe.as_dict()
+            project=project,
+            name=run.resolve().name,
+            id=_tracking_id(run),
+            resume="allow",
+            dir=str(run),
+            config=recipe.as_dict(),
         )
         self.run.define_metric("*", step_metric="update")
 
@@ -165,7 +170,7 @@ def _tracking_id(run: Path) -> str:
     """The name under which the services know this run; the same after a resume and in a moved folder."""
     path = run / TRACKING_FILE
     if not path.is_file():
-        write_text(path, json.dumps({"id": f"{run.name}-{uuid.uuid4().hex[:8]}"}) + "\n")
+        write_text(path, json.dumps({"id": f"{run.resolve().name}-{uuid.uuid4().hex[:8]}"}) + "\n")
     return str(json.loads(path.read_text())["id"])
 
 
