@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from npedit.errors import UserError
+from npedit.report.comparison import agreement_table
 from npedit.scoring import results as r
-from npedit.scoring.comparison import open_results
+from npedit.scoring.comparison import AGREEMENTS, open_results
 from npedit.scoring.human_agreement import agreement_with_people, read_labels
 
 
@@ -132,6 +134,46 @@ def test_agreement_with_people_by_hand(tmp_path):
     assert plain[0] == pytest.approx(2 / 3) == calibrated[0]
     assert plain[1][0] <= 2 / 3 <= plain[1][1]
     assert agreement_with_people([a, b], "x", labels, lower=True).estimates[2][0] == pytest.approx(1 / 3)
+
+
+def many_labels(sizes):
+    """One editor's results and labels of it: tasks of so many pictures whose order agrees loosely with people's; in
+    those of fewer than ten it agrees fully."""
+    rng, rows, labels = np.random.default_rng(0), [], {}
+    for task, size in enumerate(sizes):
+        for k in range(size):
+            score = float(rng.normal())
+            rows.append(row(f"{task}-{k}", str(task), x=score))
+            labels["A", f"{task}-{k}"] = score if size < 10 else 0.3 * score + float(rng.normal())
+    return r.Results("A", tuple(rows), {}), labels
+
+
+@pytest.mark.parametrize("small", [[2], [3], [2] * 20, [4], [1]])
+def test_small_tasks_do_not_dominate_the_agreement_with_people(small):
+    def correlations(sizes):
+        result, labels = many_labels(sizes)
+        found = agreement_with_people([result], "x", labels, lower=False)
+        assert found.tasks == sum(n >= 4 for n in sizes) and found.tasks_left_out == sum(n < 4 for n in sizes)
+        return [value for value, _ in found.estimates[:2]]
+
+    large = [30] * 4
+    for value, with_small in zip(correlations(large), correlations([*large, *small])):
+        assert 0.05 < value < 0.5 and abs(with_small - value) < 0.02
+        assert with_small == value or small == [4]
+
+
+def test_tasks_of_equal_labels_are_counted_as_left_out():
+    result, labels = many_labels([30, 30])
+    labels |= {key: 1.0 for key in labels if key[1].startswith("0-")}
+    found = agreement_with_people([result], "x", labels, lower=False)
+    assert (found.tasks, found.tasks_left_out) == (1, 1) and found.estimates[0] is not None
+    result, labels = many_labels([3])
+    few = agreement_with_people([result], "x", labels, lower=False)
+    assert few.estimates[:2] == (None, None) and (few.tasks, few.tasks_left_out) == (0, 1)
+    (line,) = agreement_table(
+        [{"metric": "x", "tasks": 1, "tasks_left_out": 2, "n": 3, **dict.fromkeys(AGREEMENTS)}], 3
+    ).rows
+    assert "1 of 3" in line.cells
 
 
 def test_labels_that_cannot_be_used(tmp_path):

@@ -13,6 +13,7 @@ from npedit.report import plots
 from npedit.report.page_parts import Html, element
 from npedit.report.result_pictures import ResultPicture
 from npedit.scoring.comparison import AGREEMENTS
+from npedit.scoring.human_agreement import MIN_LABELS
 from npedit.scoring.results import Results
 from npedit.scoring.tables import Interval, TextTable, format_estimate
 
@@ -69,14 +70,16 @@ def agreement_table(found: Sequence[Mapping[str, Any]], labels: int) -> TextTabl
     """The agreement with human labels as a table; `labels` is their number."""
     table = TextTable(
         f"Agreement with {labels} human labels",
-        ("metric", "n", *AGREEMENTS.values()),
+        ("metric", "n", "tasks", *AGREEMENTS.values()),
         left=("metric",),
-        caption="correlations: mean over tasks by Fisher's z; a pair is two editors on one item; the tie margin is "
-        "chosen on the same pairs, so the accuracy with calibrated ties is slightly too high",
+        caption="correlations: mean over tasks by Fisher's z, weight n - 3; left out are tasks of fewer than "
+        f"{MIN_LABELS} labels or of equal scores; a pair is two editors on one item; the tie margin is chosen on the "
+        "same pairs, so the accuracy with calibrated ties is slightly too high",
     )
     for metric in found:
+        tasks = f"{metric['tasks']} of {metric['tasks'] + metric['tasks_left_out']}"
         cells = ["-" if metric[key] is None else format_estimate(*metric[key]) for key in AGREEMENTS]
-        table.add_row(metric["metric"], metric["n"], *cells)
+        table.add_row(metric["metric"], metric["n"], tasks, *cells)
     return table
 
 

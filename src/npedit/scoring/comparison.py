@@ -164,5 +164,6 @@ def measure_agreement(
     found = []
     for name in metrics:
         agreement = human_agreement.agreement_with_people(results, name, given, lower_is_better(name), seed)
-        found.append({"metric": name, "n": agreement.n} | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
+        counts = {"n": agreement.n, "tasks": agreement.tasks, "tasks_left_out": agreement.tasks_left_out}
+        found.append({"metric": name} | counts | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
     return found, len(given)
