@@ -9,7 +9,12 @@ import pytest
 from npedit.errors import UserError
 from npedit.report.comparison import agreement_table
 from npedit.scoring import results as r
-from npedit.scoring.comparison import AGREEMENTS, open_results
+from npedit.scoring.comparison import (
+    AGREEMENTS,
+    open_results,
+    select_common_metrics,
+    unknown_judge_notes,
+)
 from npedit.scoring.human_agreement import agreement_with_people, read_labels
 
 
@@ -217,3 +222,35 @@ def test_mean_of_judges_is_missing_where_one_judge_has_no_score(tmp_path):
     (a2 / "rows.jsonl").write_text('{"id": "9", "task": "t", "scores": {"O": 1}}')
     with pytest.raises(UserError, match="same items from every judge"):
         open_results([both, b1], force=False)
+
+
+def with_settings(name, scores, /, **settings):
+    return r.Results(name, tuple(row(str(k), "t", **scores) for k in range(3)), settings)
+
+
+@pytest.mark.parametrize("kind", ["dino", "clip"])
+@pytest.mark.parametrize("other", [{"same": "b"}, {}, None])
+def test_a_metric_of_different_encoders_is_left_out_and_named(kind, other):
+    names = {"dino": ["dino_vits16", "dino_vits16_target"], "clip": ["clip_i_b", "clip_dir_b"]}
+    scores = dict.fromkeys([*sum(names.values(), []), "ssim"], 1.0)
+    used = {"dino": "a", "clip": "a", "dtype": "float32"}
+    changed = None if other is None else {k: v for k, v in used.items() if k != kind} | ({kind: "b"} if other else {})
+    first = with_settings("one", scores, encoders=used)
+    second = with_settings("two", scores, **({"encoders": changed} if changed else {}))
+    kept, notes = select_common_metrics([first, second], [])
+    lost = list(scores)[:-1] if other is None else names[kind]
+    assert kept == [name for name in scores if name not in lost] and len(notes) == len(lost)
+    assert f"its encoders differ (one: a, two: {'b' if other else 'unknown'})" in notes[0] and "--force" in notes[0]
+    assert select_common_metrics([first, second], lost[:1]) == ([], notes[:1])
+    assert select_common_metrics([first, second], [], force=True) == (list(scores), [])
+    assert select_common_metrics([second, second], []) == (list(scores), [])
+
+
+def test_imported_results_of_an_unknown_judge_are_noted(tmp_path):
+    own, judged = with_settings("own", {"x": 1.0}), with_settings("judged", {"x": 1.0}, judge={"name": "j"})
+    later = with_settings("later", {"x": 1.0}, scores="s.csv", judge=None)
+    earlier = with_settings("earlier", {"x": 1.0}, scores="s.csv")
+    assert unknown_judge_notes([own, own]) == unknown_judge_notes([judged, judged]) == []
+    (note,) = unknown_judge_notes([later, earlier])
+    assert "the judge of later, earlier is unknown" in note
+    assert unknown_judge_notes([judged, r.average_judges([judged, later])])

@@ -6,7 +6,7 @@ Each function returns plain values, ready for JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from npedit.scoring.results import (
     lower_is_better,
 )
 
+ENCODERS = ("dino", "clip")  # a metric's name begins with that of its encoder
 AGREEMENTS = {  # key -> column
     "spearman": "Spearman",
     "kendall_tau_b": "Kendall tau-b",
@@ -60,6 +61,20 @@ def _without_judge_names(fact: Any) -> Any:
     return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
 
 
+def unknown_judge_notes(results: Sequence[Results]) -> list[str]:
+    """A sentence about imported results, whose files do not say who judged; [] if there are none."""
+    names = [r.name for r in results if _is_imported(r.settings)]
+    if not names:
+        return []
+    return [f"the judge of {', '.join(names)} is unknown (evaluate --scores): make sure that one judge scored them all"]
+
+
+def _is_imported(settings: Mapping[str, Any]) -> bool:
+    """Whether the results, or those of one of several judges, are from a file of scores."""
+    judge = settings.get("judge")
+    return "scores" in settings or (isinstance(judge, list) and None in judge)
+
+
 def split_folders(folder: Path) -> list[Path]:
     """The folders of one editor's results under several judges, which are joined by +; or one folder."""
     if folder.exists() or "+" not in str(folder):
@@ -77,8 +92,11 @@ def _read_results(folder: Path) -> Results:
     return average_judges(judged)
 
 
-def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(metrics to compare, reasons why others are left out). If none is `wanted`, all except those of baselines.
+def select_common_metrics(
+    results: Sequence[Results], wanted: Sequence[str], force: bool = False
+) -> tuple[list[str], list[str]]:
+    """(metrics to compare, reasons why others are left out). If none is `wanted`, all except those of baselines. A
+    metric of different encoders is left out without `force`.
 
     Raises:
         UserError: the first result does not have a wanted metric.
@@ -90,6 +108,7 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
                             f"It has: {', '.join(names)}")  # fmt: skip
     kept, notes = [], []
     for name in wanted or [n for n in names if "/" not in n]:
+        encoders = {} if force else _different_encoders(results, name)
         failed = {}
         for r in results:
             bad = sum(
@@ -99,11 +118,25 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
                 failed[r.name] = f"{bad} of {len(r.rows)} missing in {r.name}"
         if failed:
             notes.append(f"{name} is left out: {', '.join(failed.values())}")
+        elif encoders:
+            used = ", ".join(f"{editor}: {weights}" for editor, weights in encoders.items())
+            notes.append(
+                f"{name} is left out: its encoders differ ({used}); evaluate again with one, or compare with --force"
+            )
         elif not common_scores(results, name)[0].size:
             notes.append(f"{name} is left out: no item has it in all results")
         else:
             kept.append(name)
     return kept, notes
+
+
+def _different_encoders(results: Sequence[Results], metric: str) -> dict[str, str]:
+    """Each result's weights of the encoder that a metric needs; {} if they are the same or the metric needs none."""
+    kind = metric.partition("_")[0]
+    if kind not in ENCODERS:
+        return {}
+    used = {r.name: str((r.settings.get("encoders") or {}).get(kind, "unknown")) for r in results}
+    return used if len(set(used.values())) > 1 else {}
 
 
 def paired_differences(
