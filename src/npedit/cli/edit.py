@@ -19,7 +19,15 @@ from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
 from npedit.full_size import scale_back
 from npedit.input_pictures import open_picture, to_rgb
-from npedit.output_pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
+from npedit.output_pictures import (
+    ALPHA,
+    FORMATS,
+    check_writable,
+    require_size,
+    restore_transparency,
+    save_picture,
+    write_to_stdout,
+)
 from npedit.provenance import provenance_packet, require_choice
 from npedit.runs.resolve import resolve_editor
 
@@ -86,8 +94,8 @@ def run_edit(
     finish = FullSize([str(job.source) for job in jobs], masks, overwrite, err) if keep_resolution else scale_back
     edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps, further, finish)
     for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
-        if alpha := reader.alpha.pop(number, None):
-            picture.putalpha(alpha)
+        if original := reader.transparent.pop(number, None):
+            picture = restore_transparency(picture, original)
         xmp = provenance_packet(provenance, model, source, job.instruction)
         if job.target is None:
             write_to_stdout(picture, xmp)
@@ -225,11 +233,12 @@ def _check_pictures(jobs: Sequence[Job], err: Console) -> None:
 
 class _Reader:
     """Reads the jobs' pictures one by one, and notes those that an editor of these sizes (H, W) loses detail of.
-    `alpha` has the transparency of those that are read and not yet written, by the job's number."""
+    `transparent` has the RGBA pictures whose results are not yet written and keep the transparency, by the job's
+    number."""
 
     def __init__(self, jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], err: Console) -> None:
         self.jobs, self.sizes, self.err = jobs, sizes, err
-        self.alpha: dict[int, Image.Image] = {}
+        self.transparent: dict[int, Image.Image] = {}
 
     def read_each(self) -> Iterator[Image.Image]:
         """The pictures as opaque RGB, in the jobs' order."""
@@ -238,7 +247,7 @@ class _Reader:
             picture = open_picture(job.source)
             if picture.mode == "RGBA":
                 if job.target is None or job.target.suffix.lower() in ALPHA:
-                    self.alpha[number] = picture.getchannel("A")
+                    self.transparent[number] = picture
                 picture = composite_on_white(picture)
             if self.sizes and job.source not in noted and _loses_detail(picture, self.sizes):
                 sizes = ", ".join(f"{w}x{h}" for h, w in self.sizes)
