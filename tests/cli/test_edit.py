@@ -2,8 +2,11 @@
 
 import io
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ from PIL import Image
 
 from npedit import output_pictures
 from npedit.cli import edit as edit_module
+from npedit.data._photos import srgb_profile
 from npedit.editor import Editor
 from npedit.families.flux import Flux
+from npedit.input_pictures import colour_conversion
 from tests.support.command_line import names, picture, run
 
 # ------------------------------------------------------------------------------------------------------------ edit
@@ -286,6 +291,54 @@ def test_keep_resolution_is_used_and_masks_are_written(here, monkeypatch):
     run("edit", "d.png", "make it night", "-o", "d-out.png", "--keep-resolution", "--mask", "n.png")
     mask, result = np.asarray(Image.open(here / "n.png"))[..., 0], np.asarray(Image.open(here / "d-out.png"))
     assert (mask == 0).mean() > 0.5 and (result[mask == 0] == np.asarray(clear)[mask == 0]).all()
+
+
+def write_png16(path, samples):
+    """A PNG of 16 bits a channel, which Pillow cannot write: `samples` is (h, w, 1 to 4)."""
+    kind, size = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]], struct.pack(">II", *samples.shape[1::-1])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    parts = [(b"IHDR", size + bytes([16, kind, 0, 0, 0])), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def swapped_colours_profile():
+    """sRGB's profile with its red and green primaries exchanged."""
+    icc = srgb_profile()
+    return icc.replace(b"rXYZ", b"!XYZ").replace(b"gXYZ", b"rXYZ").replace(b"!XYZ", b"gXYZ")
+
+
+def noise(mode="RGB"):
+    return Image.merge("RGB", [Image.effect_noise((40, 30), 60 + k) for k in range(3)]).convert(mode)
+
+
+WRITERS = {  # name -> (a function that writes the picture, what the note says)
+    "profile.png": (lambda path: noise().save(path, icc_profile=swapped_colours_profile()), "colour profile"),
+    "profile.jpg": (lambda path: noise().save(path, icc_profile=swapped_colours_profile()), "colour profile"),
+    "cmyk.jpg": (lambda path: noise("CMYK").save(path), "CMYK"),
+    "grey.tif": (lambda path: Image.fromarray(np.full((30, 40), 999, np.uint16)).save(path), "16 bits"),
+    **{f"deep{n}.png": (partial(lambda n, path: write_png16(path, np.full((30, 40, n), 999)), n), "16 bits")
+       for n in (1, 2, 3, 4)},
+    "plain.png": (lambda path: noise().save(path), ""),
+    "srgb.jpg": (lambda path: noise().save(path, icc_profile=srgb_profile()), ""),
+    "grey.png": (lambda path: noise("L").save(path), ""),
+    "palette.png": (lambda path: noise("P").save(path), ""),
+    "alpha.png": (lambda path: noise("RGBA").save(path), ""),
+}  # fmt: skip
+
+
+def test_photos_that_are_converted_are_named_in_one_note(here):
+    for name, (write, _) in WRITERS.items():
+        write(here / name)
+        assert colour_conversion(here / name).startswith(WRITERS[name][1]), name
+        assert bool(colour_conversion(here / name)) == bool(WRITERS[name][1]), name
+    converted = [name for name, (_, why) in WRITERS.items() if why]
+    said = run("edit", *WRITERS, "x", "-o", "out/", "--keep-resolution")
+    assert said.count("converted to 8-bit sRGB") == 1 and f"{len(converted) - 3} more" in said
+    assert all(name in said.partition("more")[0] for name in converted[:3])
+    plain = [name for name in WRITERS if name not in converted]
+    assert "converted" not in run("edit", *plain, "x", "-o", "plain/", "--keep-resolution")
+    assert "converted" not in run("edit", *converted, "x", "-o", "scaled/")  # no part of the photo is kept
 
 
 BAD_MASKS = {

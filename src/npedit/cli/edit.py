@@ -18,7 +18,7 @@ from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
 from npedit.full_size import scale_back
-from npedit.input_pictures import open_picture, to_rgb
+from npedit.input_pictures import colour_conversion, open_picture, to_rgb
 from npedit.output_pictures import (
     ALPHA,
     FORMATS,
@@ -82,6 +82,8 @@ def run_edit(
     jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
     masks = plan_masks(jobs, mask, keep_resolution, overwrite)
     _check_pictures(jobs, err)
+    if keep_resolution:
+        _note_conversions(jobs, err)
     further = [to_rgb(open_picture(Path(name))) for name in references]
     for path in (*(job.target for job in jobs), *masks):
         if path is not None:
@@ -229,6 +231,16 @@ def _check_pictures(jobs: Sequence[Job], err: Console) -> None:
         if mode == "RGBA" and job.target.suffix.lower() not in ALPHA:
             kept = " and ".join(sorted(ALPHA))
             _note(err, f"{job.target} cannot hold the transparency of {job.source}: laid on white. {kept} keep it.")
+
+
+def _note_conversions(jobs: Sequence[Job], err: Console) -> None:
+    """Say which pictures cannot be kept as their files have them."""
+    found = {str(path): why for path in dict.fromkeys(job.source for job in jobs) if (why := colour_conversion(path))}
+    if not found:
+        return
+    named = [f"{name} ({why})" for name, why in found.items()]
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    _note(err, f"converted to 8-bit sRGB: {', '.join(named[:3])}{more}. What the edit leaves unchanged equals that.")
 
 
 class _Reader:
