@@ -224,6 +224,25 @@ def test_mean_of_judges_is_missing_where_one_judge_has_no_score(tmp_path):
         open_results([both, b1], force=False)
 
 
+def test_results_of_the_same_name_are_named_by_short_paths(tmp_path, monkeypatch):
+    for folder in ("j1/x", "j2/x", "deep/j1/y", "deep/j2/y", "x"):
+        r.write_results(tmp_path / folder, [row("1", "t", x=1.0)])
+    monkeypatch.chdir(tmp_path)
+
+    def names(*folders):
+        return [
+            found.name for found in open_results([Path(str(f).replace("@", str(tmp_path))) for f in folders], False)
+        ]
+
+    assert names("j1/x", "deep/j1/y") == names("@/j1/x", "@/deep/j1/y") == ["x", "y"]
+    assert names("j1/x", "j2/x") == names("@/j1/x", "@/j2/x") == names("@/j1/x", "j2/x") == ["j1/x", "j2/x"]
+    assert names("@/x", "@/j1/x") == ["x", "j1/x"]
+    assert names("@/j1/x+@/j2/x", "@/x+@/j1/x") == ["j1/x+j2/x", "x+j1/x"]
+    assert names("@/deep/j1/y", "@/deep/j2/y") == ["j1/y", "j2/y"]
+    with pytest.raises(UserError, match="one of them twice"):
+        names("@/j1/x", "j1/x")
+
+
 def with_settings(name, scores, /, **settings):
     return r.Results(name, tuple(row(str(k), "t", **scores) for k in range(3)), settings)
 

@@ -6,6 +6,7 @@ Each function returns plain values, ready for JSON.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ AGREEMENTS = {  # key -> column
 
 
 def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
-    """Read folders of results. Folders of the same name are named by their paths.
+    """Read folders of results. Folders of the same name are named by their paths, from the folder that holds them all.
 
     Raises:
         UserError: fewer than two folders, or different protocols or judges without `force`.
@@ -41,7 +42,7 @@ def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
         raise UserError(f"expected at least two folders of results; got {len(folders)}; give another")
     found = [_read_results(folder) for folder in folders]
     if len({r.name for r in found}) < len(found):
-        found = [replace(r, name=str(folder)) for r, folder in zip(found, folders)]
+        found = [replace(r, name=name) for r, name in zip(found, _names_of(folders))]
     if len({r.name for r in found}) < len(found):
         raise UserError("expected different folders; got one of them twice; leave it out")
     for key in ("protocol", "judge", "repeats", "swap"):
@@ -52,6 +53,15 @@ def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
                 "evaluate them in the same way, or compare them nevertheless with --force"
             )
     return found
+
+
+def _names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders as they were given; absolute paths without the part that all have in common."""
+    parts = [split_folders(folder) for folder in folders]
+    if not any(part.is_absolute() for group in parts for part in group):
+        return [str(folder) for folder in folders]
+    common = os.path.commonpath([part.resolve().parent for group in parts for part in group])
+    return ["+".join(os.path.relpath(part.resolve(), common) for part in group) for group in parts]
 
 
 def _without_judge_names(fact: Any) -> Any:
