@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from npedit.data._photos import BadImage, decoding, refuse_animation, to_srgb
@@ -44,6 +46,30 @@ def open_picture(path: Path) -> Image.Image:
             ) from None
         fault = "is broken or truncated" if error.__cause__ else "cannot be used"  # the cause: a decoder's error
         raise UserError(f"expected a readable picture; {path} {fault}: {error}.") from None
+
+
+def colour_conversion(path: Path) -> str:
+    """Why the colours of a picture that `open_picture` returns differ from those in the file: "colour profile",
+    "CMYK", "16 bits a channel"; "" if they are the same."""
+    with decoding(), Image.open(path) as image:
+        reasons = {
+            "16 bits a channel": image.mode.startswith("I") or ";16" in str(image.tile),
+            "CMYK": image.mode == "CMYK",
+            "colour profile": image.mode != "CMYK" and _profile_changes_colours(image, str(path)),
+        }
+        return ", ".join(reason for reason, applies in reasons.items() if applies)
+
+
+def _profile_changes_colours(image: Image.Image, name: str) -> bool:
+    """Whether a picture's colour profile changes any of the colours of a grid."""
+    if not (icc := image.info.get("icc_profile")):
+        return False
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    is_grey = image.mode.startswith(("1", "L", "I"))
+    grid = steps[None] if is_grey else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    probe: Any = Image.fromarray(grid)
+    probe.info["icc_profile"], probe.filename = icc, name
+    return to_srgb(probe).tobytes() != Image.fromarray(grid).convert("RGB").tobytes()
 
 
 def check_size(image: Image.Image, name: str) -> None:

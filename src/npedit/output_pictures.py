@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
-from npedit.data._photos import srgb_profile
+from npedit.data._photos import composite_on_white, srgb_profile
 from npedit.errors import UserError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ALPHA = {".png", ".webp"}  # the suffixes of formats with transparency
 OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}  # of Pillow, by format
 LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # in pixels, by the formats' own specifications
+
+
+STRIP_ROWS = 256  # of a picture whose transparency is restored at a time
 
 
 def check_writable(path: Path) -> None:
@@ -52,6 +56,26 @@ def require_size(size: tuple[int, int], path: Path) -> None:
             f"expected at most {longest} pixels a side for {kind}; the result for {path} has {size[0]}x{size[1]}. "
             "Write a .png instead."
         )
+
+
+def restore_transparency(edited: Image.Image, original: Image.Image) -> Image.Image:
+    """The RGBA picture that looks on white like `edited`, an RGB edit of the RGBA `original` on white. It has the
+    original's alpha channel, and the original's colours where nothing changed. It is made in strips of bounded memory.
+    """
+    out = Image.new("RGBA", original.size)
+    for top in range(0, out.height, STRIP_ROWS):
+        box = (0, top, out.width, min(top + STRIP_ROWS, out.height))
+        out.paste(_restore_strip(edited.crop(box), original.crop(box)), (0, top))
+    return out
+
+
+def _restore_strip(edited: Image.Image, original: Image.Image) -> Image.Image:
+    before, after = np.asarray(original), np.asarray(edited)
+    is_unchanged = (after == np.asarray(composite_on_white(original))).all(-1, keepdims=True)
+    alpha = before[..., 3:].astype(np.float32) / 255
+    colours = (after - 255 * (1 - alpha)) / np.maximum(alpha, 1 / 255)  # inverts c = a x + 255 (1 - a)
+    colours = np.where(is_unchanged | (alpha == 0), before[..., :3], colours.clip(0, 255).round())
+    return Image.fromarray(np.concatenate([colours.astype(np.uint8), before[..., 3:]], -1))
 
 
 def save_picture(picture: Image.Image, path: Path, overwrite: bool = True, xmp: bytes = b"") -> None:

@@ -18,6 +18,7 @@ from npedit.benchmarks._protocol import Protocol
 from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
 from npedit.judges.server import ServerJudge
+from tests.support.command_line import run
 from tests.support.judge_server import encode_png, images_of, picture, serving, text_of, write_edited, write_gedit
 
 
@@ -246,3 +247,82 @@ def test_official_scores_with_missing_items_or_values_outside_the_scale(tmp_path
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="expected the official combined CSV"):
         gedit.read_official_scores(path, found)
+
+
+# ------------------------------------------------------------------------------------------ folders of finished results
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """A function that runs the command on a bench of both languages, with a judge whose answers are all the same."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("NPEDIT_DEVICE", "cpu")
+    monkeypatch.chdir(tmp_path)
+    write_gedit(tmp_path / "data", {"ps_human": 2}, ("en", "cn"))
+    with serving(lambda *_: '{"score": [9, 4]}') as server:
+        judge = ("--judge", server.url, "--judge-model", "m", "--model", "copy", "--dino", "none", "--clip", "none")
+
+        def call(*words, code=0):
+            asked = () if "--scores" in words else judge
+            return run("evaluate", "gedit", "--data", "data", *asked, *words, code=code)
+
+        yield call
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in ("rows.jsonl", "summary.json", "settings.json")}
+
+
+def drop_later_facts(folder):
+    """Settings as earlier versions wrote them."""
+    facts = json.loads((folder / "settings.json").read_text())
+    kept = {k: v for k, v in facts.items() if k not in _judged.LATER_FACTS}
+    assert len(kept) == len(facts) - 2
+    (folder / "settings.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_a_finished_result_is_never_replaced_by_one_of_other_items(evaluate, tmp_path, is_earlier):
+    evaluate("--out", "r")
+    evaluate("--language", "cn", "--out", "cn")
+    csv_file = tmp_path / "cn/official/copy/m/eval_results_new/copy_combined_gpt_score.csv"
+    evaluate("--scores", csv_file, "--language", "cn", "--out", "s")
+    if is_earlier:
+        drop_later_facts(tmp_path / "r")
+    before, imported = contents(tmp_path / "r"), contents(tmp_path / "s")
+    for words in (("--language", "cn"), ("--items", 2), ("--scores", csv_file, "--language", "cn")):
+        said = evaluate(*words, "--out", "r", code=2)
+        assert "choose another --out" in said and "--fresh" in said, words
+    assert "judge None" in evaluate("--language", "cn", "--out", "s", code=2)
+    if not is_earlier:
+        assert "language 'en'" in evaluate("--language", "both", "--out", "r", code=2)
+    assert contents(tmp_path / "r") == before and contents(tmp_path / "s") == imported
+    assert "0 answers came from m" in evaluate("--out", "r")  # the same evaluation
+    evaluate("--scores", csv_file, "--language", "cn", "--out", "s")
+    for folder, old in (("r", before), ("s", imported)):
+        assert (tmp_path / folder / "rows.jsonl").read_bytes() == old["rows.jsonl"]
+
+
+def test_other_data_or_other_scores_under_the_same_name_are_refused(evaluate, tmp_path):
+    evaluate("--out", "r")
+    csv_file = tmp_path / "r/official/copy/m/eval_results_new/copy_combined_gpt_score.csv"
+    evaluate("--scores", csv_file, "--out", "s")
+    csv_file.write_text(csv_file.read_text().replace(",9.0,4.0,", ",9,5,").replace(",9,4,", ",9,5,"))
+    assert "scores_hash" in evaluate("--scores", csv_file, "--out", "s", code=2)
+    write_gedit(tmp_path / "data", {"ps_human": 2, "text_change": 2}, ("en", "cn"))
+    assert "data_hash" in evaluate("--out", "r", code=2)
+
+
+def test_a_trial_of_a_few_items_is_extended(evaluate, tmp_path):
+    evaluate("--items", 3, "--out", "r")
+    assert "6 were there already" in evaluate("--out", "r")
+    evaluate("--out", "whole")
+    assert contents(tmp_path / "r")["rows.jsonl"] == contents(tmp_path / "whole")["rows.jsonl"]
+
+
+def test_the_usual_folder_names_a_language_other_than_english(evaluate, tmp_path):
+    for language in ("en", "zh", "both"):
+        evaluate("--language", language, "--items", 1)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+        "gedit-copy-m", "gedit-copy-m-cn", "gedit-copy-m-both",
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -169,6 +170,31 @@ def test_the_page_of_compare_holds_the_printed_figures_and_every_editors_picture
     assert len(re.findall(r'<tr><td><img src="data:image/png;base64,', page.read_text())) == len(rows)
     assert "can be written" in run("compare", *folders, "--page", Path(__file__) / "c.html", code=2)
     assert "end in .html" in run("compare", *folders, "--page", tmp_path / "c.txt", code=2)
+
+
+def test_the_page_of_compare_shows_no_local_paths(done, tmp_path):
+    """Everything that settings name, in results of one name; the pictures are damaged, then the photos are gone."""
+    gone, page, plot = tmp_path / "gone" / "photos", tmp_path / "c.html", tmp_path / "p.png"
+    made = {"model": str(gone / "run"), "base": "~/secret/base", "edited": str(tmp_path / "made")}
+    shutil.copytree(json.loads((done[0] / "r-true" / "settings.json").read_text())["source"]["edited"], made["edited"])
+    for damaged in (tmp_path / "made").rglob("*.png"):
+        damaged.write_bytes(b"no picture")
+    for name in "ab":
+        shutil.copytree(done[0] / "r-true", tmp_path / name / "same")
+        file = tmp_path / name / "same" / "settings.json"
+        facts = json.loads(file.read_text()) | {"editor": {"pictures": str(gone)}, "scores": str(gone / "s.csv")}
+        facts |= {"source": made, "judge": [{"name": str(gone / "judge")}]}
+        facts["encoders"] |= {"clip": str(gone / f"clip-{name}"), "dino": "facebook/dino-vits16"}
+        file.write_text(json.dumps(facts))
+    both = (tmp_path / "a" / "same", tmp_path / "b" / "same")
+    run("compare", *both, "--plot", plot, "--page", page, "--data", done[0] / "data")
+    text = page.read_text()
+    assert "clip-a" in text and "facebook/dino-vits16" in text and "a/same: not a picture" in text
+    run("compare", *both, "--plot", plot, "--page", page, "--data", gone)
+    for shown in (text, page.read_text()):
+        visible = re.sub(r"base64,[^\"]*", "", shown)
+        assert not [p for p in (str(tmp_path), str(done[0]), "secret", "gone/") if p in visible]
+    assert "No pictures: " in page.read_text()
 
 
 def test_compare_refuses_what_cannot_be_compared(done, tmp_path):

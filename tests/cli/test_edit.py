@@ -2,17 +2,23 @@
 
 import io
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
 from PIL import Image
 
+from npedit import output_pictures
 from npedit.cli import edit as edit_module
+from npedit.data._photos import srgb_profile
 from npedit.editor import Editor
 from npedit.families.flux import Flux
+from npedit.input_pictures import colour_conversion
 from tests.support.command_line import names, picture, run
 
 # ------------------------------------------------------------------------------------------------------------ edit
@@ -170,6 +176,51 @@ def test_results_are_srgb_with_a_profile_and_keep_transparency(here):
     assert "laid on white" in run("edit", "clear.png", "make it night", "-o", "opaque.jpg")
 
 
+def all_alphas(side=32):
+    """A picture with smooth colours and transparency, and with a pixel of each extreme."""
+    ramp = Image.linear_gradient("L")
+    bands = (ramp, ramp.rotate(90), ramp.rotate(180), ramp.rotate(270))
+    made = Image.merge("RGBA", [band.resize((side, side)) for band in bands])
+    for x, alpha in enumerate((0, 1, 64, 254, 255)):
+        made.putpixel((x, 0), (115, 87, 92, alpha))
+    return made
+
+
+def on_white(picture):
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), int)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+@pytest.mark.parametrize("target", ["o.png", "-"])
+def test_an_unchanged_edit_keeps_the_colours_of_transparent_pixels(here, monkeypatch, name, target):
+    clear = all_alphas()
+    clear.save(here / name, lossless=True, exact=True)
+    monkeypatch.setattr(Editor, "edit_tensor", lambda self, references, *rest: references)
+    written = []
+    monkeypatch.setattr(edit_module, "write_to_stdout", lambda picture, xmp: written.append(picture))
+    monkeypatch.setattr(edit_module.sys.stdout.__class__, "isatty", lambda self: False, raising=False)
+    run("edit", name, "x", "-o", target)
+    result = written[0] if written else Image.open(here / target)
+    assert result.mode == "RGBA" and result.tobytes() == clear.tobytes()
+
+
+@pytest.mark.parametrize("rows", [7, 256])
+def test_a_changed_edit_looks_on_white_as_the_editor_made_it(monkeypatch, rows):
+    monkeypatch.setattr(output_pictures, "STRIP_ROWS", rows)
+    clear, rng = all_alphas(), np.random.default_rng(0)
+    wanted = clear.copy()  # any other colours under the same alpha
+    wanted.paste(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), (0, 0))
+    wanted.putalpha(clear.getchannel("A"))
+    edited = Image.fromarray(on_white(wanted).astype(np.uint8))
+    result = output_pictures.restore_transparency(edited, clear)
+    assert result.getchannel("A").tobytes() == clear.getchannel("A").tobytes()
+    assert abs(on_white(result) - on_white(wanted)).max() <= 1
+    opaque = np.asarray(clear)[..., 3] == 255
+    assert opaque.any() and (np.asarray(result)[opaque] == np.asarray(wanted)[opaque]).all()
+    black = np.asarray(output_pictures.restore_transparency(Image.new("RGB", (32, 32)), clear))
+    assert (black[..., :3][black[..., 3] > 0] == 0).all()  # as dark as the transparency allows
+
+
 def test_a_result_that_its_format_cannot_hold_is_refused_before_work(here):
     Image.new("RGB", (17000, 300)).save(here / "long.png")
     said = run("edit", "long.png", "make it night", "-o", "out.webp", "-m", "nowhere", code=2)
@@ -235,6 +286,59 @@ def test_keep_resolution_is_used_and_masks_are_written(here, monkeypatch):
     mask, result = np.asarray(Image.open(here / "m.png"))[..., 0], np.asarray(Image.open(here / "c-out.png"))
     assert mask.shape == (200, 300) and mask[:40, :60].min() == 255 and (mask[100:, 150:] == 0).all()
     assert (result[mask == 0] == np.asarray(smooth)[mask == 0]).all()
+    clear = all_alphas(200)
+    clear.save(here / "d.png")
+    run("edit", "d.png", "make it night", "-o", "d-out.png", "--keep-resolution", "--mask", "n.png")
+    mask, result = np.asarray(Image.open(here / "n.png"))[..., 0], np.asarray(Image.open(here / "d-out.png"))
+    assert (mask == 0).mean() > 0.5 and (result[mask == 0] == np.asarray(clear)[mask == 0]).all()
+
+
+def write_png16(path, samples):
+    """A PNG of 16 bits a channel, which Pillow cannot write: `samples` is (h, w, 1 to 4)."""
+    kind, size = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]], struct.pack(">II", *samples.shape[1::-1])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    parts = [(b"IHDR", size + bytes([16, kind, 0, 0, 0])), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def swapped_colours_profile():
+    """sRGB's profile with its red and green primaries exchanged."""
+    icc = srgb_profile()
+    return icc.replace(b"rXYZ", b"!XYZ").replace(b"gXYZ", b"rXYZ").replace(b"!XYZ", b"gXYZ")
+
+
+def noise(mode="RGB"):
+    return Image.merge("RGB", [Image.effect_noise((40, 30), 60 + k) for k in range(3)]).convert(mode)
+
+
+WRITERS = {  # name -> (a function that writes the picture, what the note says)
+    "profile.png": (lambda path: noise().save(path, icc_profile=swapped_colours_profile()), "colour profile"),
+    "profile.jpg": (lambda path: noise().save(path, icc_profile=swapped_colours_profile()), "colour profile"),
+    "cmyk.jpg": (lambda path: noise("CMYK").save(path), "CMYK"),
+    "grey.tif": (lambda path: Image.fromarray(np.full((30, 40), 999, np.uint16)).save(path), "16 bits"),
+    **{f"deep{n}.png": (partial(lambda n, path: write_png16(path, np.full((30, 40, n), 999)), n), "16 bits")
+       for n in (1, 2, 3, 4)},
+    "plain.png": (lambda path: noise().save(path), ""),
+    "srgb.jpg": (lambda path: noise().save(path, icc_profile=srgb_profile()), ""),
+    "grey.png": (lambda path: noise("L").save(path), ""),
+    "palette.png": (lambda path: noise("P").save(path), ""),
+    "alpha.png": (lambda path: noise("RGBA").save(path), ""),
+}  # fmt: skip
+
+
+def test_photos_that_are_converted_are_named_in_one_note(here):
+    for name, (write, _) in WRITERS.items():
+        write(here / name)
+        assert colour_conversion(here / name).startswith(WRITERS[name][1]), name
+        assert bool(colour_conversion(here / name)) == bool(WRITERS[name][1]), name
+    converted = [name for name, (_, why) in WRITERS.items() if why]
+    said = run("edit", *WRITERS, "x", "-o", "out/", "--keep-resolution")
+    assert said.count("converted to 8-bit sRGB") == 1 and f"{len(converted) - 3} more" in said
+    assert all(name in said.partition("more")[0] for name in converted[:3])
+    plain = [name for name in WRITERS if name not in converted]
+    assert "converted" not in run("edit", *plain, "x", "-o", "plain/", "--keep-resolution")
+    assert "converted" not in run("edit", *converted, "x", "-o", "scaled/")  # no part of the photo is kept
 
 
 BAD_MASKS = {

@@ -130,6 +130,14 @@ def test_compare(here):
     assert {"kendall_tau_b", "pairwise_accuracy", "pairwise_accuracy_with_ties"} <= set(agreement["l1"])
 
 
+def test_compare_tells_of_results_whose_judge_is_unknown(here):
+    for name in "ab":
+        write_results(here / name, [0.1, 0.2])
+        (here / name / "settings.json").write_text(json.dumps({"scores": "scores.csv", "judge": None}))
+    found, said = call("compare", "a", "b", "--plot", "p.png")
+    assert "the judge of a, b is unknown" in said and "is unknown" in found["notes"][0]
+
+
 def test_import(here):
     row = {"omni_edit_id": "a_1", "task": "addition", "src_img": photo(1), "edited_img": None}
     write_parquet(here / "omni" / "data" / "train-0.parquet", [row | {"edited_prompt_list": ["Add a kite"]}])

@@ -3,11 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from npedit.errors import UserError
+from npedit.report.comparison import agreement_table
 from npedit.scoring import results as r
-from npedit.scoring.comparison import open_results
+from npedit.scoring.comparison import (
+    AGREEMENTS,
+    open_results,
+    select_common_metrics,
+    unknown_judge_notes,
+)
 from npedit.scoring.human_agreement import agreement_with_people, read_labels
 
 
@@ -134,6 +141,46 @@ def test_agreement_with_people_by_hand(tmp_path):
     assert agreement_with_people([a, b], "x", labels, lower=True).estimates[2][0] == pytest.approx(1 / 3)
 
 
+def many_labels(sizes):
+    """One editor's results and labels of it: tasks of so many pictures whose order agrees loosely with people's; in
+    those of fewer than ten it agrees fully."""
+    rng, rows, labels = np.random.default_rng(0), [], {}
+    for task, size in enumerate(sizes):
+        for k in range(size):
+            score = float(rng.normal())
+            rows.append(row(f"{task}-{k}", str(task), x=score))
+            labels["A", f"{task}-{k}"] = score if size < 10 else 0.3 * score + float(rng.normal())
+    return r.Results("A", tuple(rows), {}), labels
+
+
+@pytest.mark.parametrize("small", [[2], [3], [2] * 20, [4], [1]])
+def test_small_tasks_do_not_dominate_the_agreement_with_people(small):
+    def correlations(sizes):
+        result, labels = many_labels(sizes)
+        found = agreement_with_people([result], "x", labels, lower=False)
+        assert found.tasks == sum(n >= 4 for n in sizes) and found.tasks_left_out == sum(n < 4 for n in sizes)
+        return [value for value, _ in found.estimates[:2]]
+
+    large = [30] * 4
+    for value, with_small in zip(correlations(large), correlations([*large, *small])):
+        assert 0.05 < value < 0.5 and abs(with_small - value) < 0.02
+        assert with_small == value or small == [4]
+
+
+def test_tasks_of_equal_labels_are_counted_as_left_out():
+    result, labels = many_labels([30, 30])
+    labels |= {key: 1.0 for key in labels if key[1].startswith("0-")}
+    found = agreement_with_people([result], "x", labels, lower=False)
+    assert (found.tasks, found.tasks_left_out) == (1, 1) and found.estimates[0] is not None
+    result, labels = many_labels([3])
+    few = agreement_with_people([result], "x", labels, lower=False)
+    assert few.estimates[:2] == (None, None) and (few.tasks, few.tasks_left_out) == (0, 1)
+    (line,) = agreement_table(
+        [{"metric": "x", "tasks": 1, "tasks_left_out": 2, "n": 3, **dict.fromkeys(AGREEMENTS)}], 3
+    ).rows
+    assert "1 of 3" in line.cells
+
+
 def test_labels_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="correct --people"):
         read_labels(tmp_path / "none", ["A"])
@@ -175,3 +222,54 @@ def test_mean_of_judges_is_missing_where_one_judge_has_no_score(tmp_path):
     (a2 / "rows.jsonl").write_text('{"id": "9", "task": "t", "scores": {"O": 1}}')
     with pytest.raises(UserError, match="same items from every judge"):
         open_results([both, b1], force=False)
+
+
+def test_results_of_the_same_name_are_named_by_short_paths(tmp_path, monkeypatch):
+    for folder in ("j1/x", "j2/x", "deep/j1/y", "deep/j2/y", "x"):
+        r.write_results(tmp_path / folder, [row("1", "t", x=1.0)])
+    monkeypatch.chdir(tmp_path)
+
+    def names(*folders):
+        return [
+            found.name for found in open_results([Path(str(f).replace("@", str(tmp_path))) for f in folders], False)
+        ]
+
+    assert names("j1/x", "deep/j1/y") == names("@/j1/x", "@/deep/j1/y") == ["x", "y"]
+    assert names("j1/x", "j2/x") == names("@/j1/x", "@/j2/x") == names("@/j1/x", "j2/x") == ["j1/x", "j2/x"]
+    assert names("@/x", "@/j1/x") == ["x", "j1/x"]
+    assert names("@/j1/x+@/j2/x", "@/x+@/j1/x") == ["j1/x+j2/x", "x+j1/x"]
+    assert names("@/deep/j1/y", "@/deep/j2/y") == ["j1/y", "j2/y"]
+    with pytest.raises(UserError, match="one of them twice"):
+        names("@/j1/x", "j1/x")
+
+
+def with_settings(name, scores, /, **settings):
+    return r.Results(name, tuple(row(str(k), "t", **scores) for k in range(3)), settings)
+
+
+@pytest.mark.parametrize("kind", ["dino", "clip"])
+@pytest.mark.parametrize("other", [{"same": "b"}, {}, None])
+def test_a_metric_of_different_encoders_is_left_out_and_named(kind, other):
+    names = {"dino": ["dino_vits16", "dino_vits16_target"], "clip": ["clip_i_b", "clip_dir_b"]}
+    scores = dict.fromkeys([*sum(names.values(), []), "ssim"], 1.0)
+    used = {"dino": "a", "clip": "a", "dtype": "float32"}
+    changed = None if other is None else {k: v for k, v in used.items() if k != kind} | ({kind: "b"} if other else {})
+    first = with_settings("one", scores, encoders=used)
+    second = with_settings("two", scores, **({"encoders": changed} if changed else {}))
+    kept, notes = select_common_metrics([first, second], [])
+    lost = list(scores)[:-1] if other is None else names[kind]
+    assert kept == [name for name in scores if name not in lost] and len(notes) == len(lost)
+    assert f"its encoders differ (one: a, two: {'b' if other else 'unknown'})" in notes[0] and "--force" in notes[0]
+    assert select_common_metrics([first, second], lost[:1]) == ([], notes[:1])
+    assert select_common_metrics([first, second], [], force=True) == (list(scores), [])
+    assert select_common_metrics([second, second], []) == (list(scores), [])
+
+
+def test_imported_results_of_an_unknown_judge_are_noted(tmp_path):
+    own, judged = with_settings("own", {"x": 1.0}), with_settings("judged", {"x": 1.0}, judge={"name": "j"})
+    later = with_settings("later", {"x": 1.0}, scores="s.csv", judge=None)
+    earlier = with_settings("earlier", {"x": 1.0}, scores="s.csv")
+    assert unknown_judge_notes([own, own]) == unknown_judge_notes([judged, judged]) == []
+    (note,) = unknown_judge_notes([later, earlier])
+    assert "the judge of later, earlier is unknown" in note
+    assert unknown_judge_notes([judged, r.average_judges([judged, later])])

@@ -160,10 +160,21 @@ def test_correlations_with_ties_by_their_definitions():
     )
     with pytest.raises(ValueError, match="values differ"):
         rank_agreement.spearman([1, 1], [1, 2])
-    assert (
-        rank_agreement.fisher_z_mean([0.5, 0.5]) == pytest.approx(0.5)
-        and rank_agreement.fisher_z_mean([0.9, 0.1]) > 0.5
-    )
+
+
+def test_correlations_are_averaged_by_their_precision():
+    mean = rank_agreement.fisher_z_mean
+    assert mean([0.5, 0.5], [10, 4]) == pytest.approx(0.5) and mean([0.9, 0.1], [10, 10]) > 0.5
+    assert mean([0.9, 0.1], [4, 13]) == pytest.approx(math.tanh((math.atanh(0.9) + 10 * math.atanh(0.1)) / 11))
+    assert mean([1.0], [5]) == mean([1.0, 1.0], [5, 9]) == 1 and mean([-1.0], [4]) == -1
+    for perfect in (1.0, -1.0):  # four items: 1 and then .8 are the highest correlations
+        assert mean([perfect, 0.2], [4, 30]) == mean([perfect * 0.9, 0.2], [4, 30])
+    assert mean([1 - 6 * 2 / (30 * 899), 0.2], [30, 30]) == pytest.approx(
+        math.tanh((math.atanh(1 - 12 / (30 * 899)) + math.atanh(0.2)) / 2)
+    )  # the next to perfect one is as it is
+    for correlations, counts in (([], []), ([0.5, 0.2], [9, 3])):
+        with pytest.raises(ValueError, match="four items"):
+            mean(correlations, counts)
 
 
 def test_right_pairs_by_hand():

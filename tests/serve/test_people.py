@@ -238,10 +238,11 @@ def test_answers_in_a_file_are_compared(evaluated, tmp_path, monkeypatch):
 
 def test_what_cannot_be_compared_is_told(evaluated, tmp_path):
     one, two = evaluated / "one", evaluated / "two"
-    assert "two folders" in run("compare", "--people", one, two, evaluated / "one" / ".." / "one", "--force", code=2)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "rows.jsonl").write_text((one / "rows.jsonl").read_text())
+    assert "two folders" in run("compare", "--people", one, two, bare, "--force", code=2)
+    assert "one of them twice" in run("compare", "--people", one, two, one / ".." / "one", "--force", code=2)
     assert "evaluate own" in run("compare", "--people", bare, two, "--force", code=2)
 
 

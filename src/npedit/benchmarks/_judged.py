@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections import Counter
@@ -34,6 +35,7 @@ from npedit.benchmarks._outputs import (
 from npedit.benchmarks._scorer import Item
 from npedit.errors import UserError, explain_write_errors
 from npedit.judges.base import OK
+from npedit.judges.cache import hash_json
 from npedit.runs.checkpoint import write_text
 from npedit.runs.files import read_json_object
 from npedit.scoring import results
@@ -43,6 +45,7 @@ from npedit.scoring.metrics import feature_metrics, perceptual_metrics, pixel_me
 from npedit.scoring.tables import TextTable
 
 ROWS, SUMMARY, FACTS, ANSWERS = "rows.jsonl", "summary.json", "settings.json", "answers.jsonl"
+LATER_FACTS = ("data_hash", "language", "scores_hash")  # settings.json of earlier versions lacks these
 CHUNK = 16  # pictures edited at a time
 EditFn = Callable[[list[Image.Image], list[str]], list[Image.Image]]  # RGB pictures and instructions -> results
 
@@ -125,23 +128,51 @@ def score_preservation(
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def write_initial_settings(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write settings.json before the first question. Where the file is there, compare it instead.
+def hash_items(items: Sequence[Item]) -> str:
+    """A hash of everything that the data say of these items: ids, instructions, source pictures and further fields."""
+    return hash_json([[i.id, i.instruction, i.source.file_hash(), dict(i.more)] for i in items])[:16]
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def write_initial_settings(folder: Path, facts: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """Write settings.json before the first question about `items`. Where the file is there, compare it instead.
 
     Raises:
-        UserError: the folder holds results, finished or not, of other settings.
+        UserError: the folder holds results, finished or not, of other settings; or a finished result of more items.
     """
     path = folder / FACTS
     if path.is_file():
-        old = _read_settings(path)
-        other = [f"{k} {old.get(k)!r}" for k, v in json.loads(json.dumps(facts)).items() if old.get(k) != v]
-        if other:
-            raise UserError(
-                f"expected a new folder, or one of the same evaluation; {folder} is of another: {'; '.join(other)}; "
-                "choose another --out, or give --fresh"
-            )
+        _require_same_settings(folder, _read_settings(path), json.loads(json.dumps(facts)))
+        _require_all_rows(folder, {item.id for item in items})
         return
     write_text(path, json.dumps({"state": "under way", **facts}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _require_same_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    compared = {k: v for k, v in new.items() if k in old or k not in LATER_FACTS}
+    other = [f"{k} {old.get(k)!r}" for k, v in compared.items() if old.get(k) != v]
+    if other:
+        raise UserError(
+            f"expected a new folder, or one of the same evaluation; {folder} is of another: {'; '.join(other)}; "
+            "choose another --out, or give --fresh"
+        )
+
+
+def _require_all_rows(folder: Path, ids: set[str]) -> None:
+    """Check that every item of a finished result is among `ids`, so that no row of it is lost."""
+    if not (folder / ROWS).is_file():
+        return
+    rows = results.Results.read(folder).rows
+    lost = [row.id for row in rows if row.id not in ids]
+    if lost:
+        raise UserError(
+            f"expected all {len(rows)} items of the finished result in {folder}; got {len(ids)} items, without "
+            f"{len(lost)} of them, such as {lost[0]}; choose another --out, raise --items, or give --fresh"
+        )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

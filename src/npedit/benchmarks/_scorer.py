@@ -9,6 +9,7 @@ A row without an edited picture also has "reason", the failure in words.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import time
@@ -54,7 +55,7 @@ class Item:
     task: str
     kind: str
     instruction: str
-    source: Callable[[], Image.Image]
+    source: SourceImage
     edited: Path
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,6 +76,14 @@ class SourceImage:
             return read_photo(self.file)
         except BadImage as error:
             raise UserError(f"expected the source picture of {self.name}; got: {error}; fetch the data again") from None
+
+    def file_hash(self) -> str:
+        """sha256 of the file. Errors as when it is called."""
+        try:
+            content = self.file if isinstance(self.file, bytes) else self.file.read_bytes()
+        except OSError as error:
+            raise UserError(f"expected the source picture of {self.name}; got: {error}; fetch the data again") from None
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)

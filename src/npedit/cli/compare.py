@@ -59,7 +59,9 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of intervals and tests.", min=0)] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Compare results of different protocols or judges.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare results of different protocols, judges or encoders.")
+    ] = False,
     answers: AnswersOption = Path("people.jsonl"),
     data: DataOption = None,
     port: PagePortOption = 7862,
@@ -94,17 +96,19 @@ def _compare(request: _Request) -> dict[str, Any]:
         paired_differences,
         rank_editors,
         select_common_metrics,
+        unknown_judge_notes,
     )
 
     for place in filter(None, (request.plot, request.page)):
         check_writable(place)
     results = open_results(request.folders, request.force)
-    metrics, left_out = select_common_metrics(results, request.wanted)
-    for note in left_out:
+    metrics, left_out = select_common_metrics(results, request.wanted, request.force)
+    notes = unknown_judge_notes(results) + left_out
+    for note in notes:
         out.print(f"[yellow]note[/] {escape(note)}")
     if not metrics:
         raise UserError("expected a metric that all results have on enough items; got none; the notes above say why")
-    values: dict[str, Any] = {"editors": [r.name for r in results], "notes": left_out, "ranking": [], "agreement": []}
+    values: dict[str, Any] = {"editors": [r.name for r in results], "notes": notes, "ranking": [], "agreement": []}
     values["metrics"] = paired_differences(results, metrics, request.margin, request.seed)
     tables = [differences_table(values["metrics"], results[0].name)]
     if len(results) > 2:

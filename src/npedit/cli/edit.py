@@ -18,8 +18,16 @@ from npedit.data._photos import composite_on_white
 from npedit.editor import Editor, pair_up
 from npedit.errors import UserError, did_you_mean
 from npedit.full_size import scale_back
-from npedit.input_pictures import open_picture, to_rgb
-from npedit.output_pictures import ALPHA, FORMATS, check_writable, require_size, save_picture, write_to_stdout
+from npedit.input_pictures import colour_conversion, open_picture, to_rgb
+from npedit.output_pictures import (
+    ALPHA,
+    FORMATS,
+    check_writable,
+    require_size,
+    restore_transparency,
+    save_picture,
+    write_to_stdout,
+)
 from npedit.provenance import provenance_packet, require_choice
 from npedit.runs.resolve import resolve_editor
 
@@ -74,6 +82,8 @@ def run_edit(
     jobs = plan_outputs(pair_up(paths, texts), target, overwrite)
     masks = plan_masks(jobs, mask, keep_resolution, overwrite)
     _check_pictures(jobs, err)
+    if keep_resolution:
+        _note_conversions(jobs, err)
     further = [to_rgb(open_picture(Path(name))) for name in references]
     for path in (*(job.target for job in jobs), *masks):
         if path is not None:
@@ -86,8 +96,8 @@ def run_edit(
     finish = FullSize([str(job.source) for job in jobs], masks, overwrite, err) if keep_resolution else scale_back
     edited = editor.edit_each(reader.read_each(), [job.instruction for job in jobs], seed, steps, further, finish)
     for number, (job, picture) in enumerate(zip(jobs, edited, strict=True)):
-        if alpha := reader.alpha.pop(number, None):
-            picture.putalpha(alpha)
+        if original := reader.transparent.pop(number, None):
+            picture = restore_transparency(picture, original)
         xmp = provenance_packet(provenance, model, source, job.instruction)
         if job.target is None:
             write_to_stdout(picture, xmp)
@@ -223,13 +233,24 @@ def _check_pictures(jobs: Sequence[Job], err: Console) -> None:
             _note(err, f"{job.target} cannot hold the transparency of {job.source}: laid on white. {kept} keep it.")
 
 
+def _note_conversions(jobs: Sequence[Job], err: Console) -> None:
+    """Say which pictures cannot be kept as their files have them."""
+    found = {str(path): why for path in dict.fromkeys(job.source for job in jobs) if (why := colour_conversion(path))}
+    if not found:
+        return
+    named = [f"{name} ({why})" for name, why in found.items()]
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    _note(err, f"converted to 8-bit sRGB: {', '.join(named[:3])}{more}. What the edit leaves unchanged equals that.")
+
+
 class _Reader:
     """Reads the jobs' pictures one by one, and notes those that an editor of these sizes (H, W) loses detail of.
-    `alpha` has the transparency of those that are read and not yet written, by the job's number."""
+    `transparent` has the RGBA pictures whose results are not yet written and keep the transparency, by the job's
+    number."""
 
     def __init__(self, jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], err: Console) -> None:
         self.jobs, self.sizes, self.err = jobs, sizes, err
-        self.alpha: dict[int, Image.Image] = {}
+        self.transparent: dict[int, Image.Image] = {}
 
     def read_each(self) -> Iterator[Image.Image]:
         """The pictures as opaque RGB, in the jobs' order."""
@@ -238,7 +259,7 @@ class _Reader:
             picture = open_picture(job.source)
             if picture.mode == "RGBA":
                 if job.target is None or job.target.suffix.lower() in ALPHA:
-                    self.alpha[number] = picture.getchannel("A")
+                    self.transparent[number] = picture
                 picture = composite_on_white(picture)
             if self.sizes and job.source not in noted and _loses_detail(picture, self.sizes):
                 sizes = ", ".join(f"{w}x{h}" for h, w in self.sizes)

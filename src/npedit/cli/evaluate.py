@@ -174,11 +174,12 @@ def gedit(
 
     if language not in (*bench.LANGUAGES, "both"):
         raise UserError(f"--language: expected en, cn or both; got {language!r}; correct it")
-    spoken = ("en", "cn") if language == "both" else (bench.LANGUAGES[language],)
+    language = bench.LANGUAGES.get(language, language)
+    spoken = ("en", "cn") if language == "both" else (language,)
     request = EvaluationRequest(
         model, seed, steps, edited, scores, judge, judge_model, judge_revision, workers, protocol, prompts, folder,
         first, repeats, swap, coverage, fresh, (dino, clip), lpips, judge_parameters, base,
-        as_json,
+        as_json, language,
     )  # fmt: skip
     evaluate_with_judge(bench, request, lambda pictures: bench.read_items(data, spoken, pictures))
 

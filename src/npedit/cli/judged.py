@@ -20,6 +20,7 @@ from npedit.cli.own import METRICS_VERSION, failure_reasons, open_encoders, open
 from npedit.errors import UserError
 from npedit.scoring.tables import rich_table
 
+DEFAULT_LANGUAGE = "en"  # of a benchmark in several languages
 COPY = "copy"  # the editor that returns its input: what a judge must not like
 
 
@@ -49,6 +50,7 @@ class EvaluationRequest:
     parameters: str = ""
     base: str = ""
     as_json: bool = False
+    language: str = ""  # of the items; "" where a benchmark has one alone
 
 
 def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Callable[[Path], list[Any]]) -> None:
@@ -64,7 +66,8 @@ def evaluate_with_judge(bench: ModuleType, request: EvaluationRequest, items: Ca
 
     name, label = bench.__name__.rpartition(".")[2], check_request(request)
     judge = file_safe_name(request.judge_model or Path(request.judge).name or "imported")
-    folder = request.out or Path("runs") / f"{name}-{label}-{judge}"
+    ending = f"-{request.language}" if request.language not in ("", DEFAULT_LANGUAGE) else ""
+    folder = request.out or Path("runs") / f"{name}-{label}-{judge}{ending}"
     with text_on_stderr(request.as_json):
         if request.fresh:
             move_aside(folder)
@@ -90,13 +93,15 @@ def _evaluate_in_folder(
     found = items(request.edited or pictures)
     if lacking := bench.missing_items_message(found):
         err.print(f"[yellow]note[/] {escape(lacking)}: the figures are not those of the whole benchmark.")
+    data_facts: dict[str, Any] = {"data_hash": _judged.hash_items(found)} | (
+        {"language": request.language} if request.language else {}
+    )
     if request.scores:
-        facts: dict[str, Any] = {"scores": str(request.scores)}
-        protocol, rows = "imported", bench.read_official_scores(request.scores, found)
+        facts, protocol, rows = read_scores(bench, request.scores, found, folder, data_facts)
     else:
         todo, lpips = _judged.sample_across_tasks(found, request.first), open_lpips(request.lpips)
         encoders, used = open_encoders(request.encoders, lpips)
-        facts, protocol, rows = edit_and_judge(bench, request, todo, folder, pictures)
+        facts, protocol, rows = edit_and_judge(bench, request, todo, folder, pictures, data_facts)
     summary = bench.summarise(rows, found, request.coverage, protocol)
     facts |= {
         "items": len(found),
@@ -143,10 +148,28 @@ def measure_preservation(
     return summary
 
 
-def edit_and_judge(
-    bench: ModuleType, request: EvaluationRequest, todo: list[Any], folder: Path, pictures: Path
+def read_scores(
+    bench: ModuleType, scores: Path, found: list[Any], folder: Path, data_facts: dict[str, Any]
 ) -> tuple[dict[str, Any], str, Any]:
-    """Edit the pictures and ask the judge; returns facts for summary.json, the protocol's name, and rows of scores."""
+    """Read a file of the official scripts; returns what `edit_and_judge` returns. The file does not say who judged."""
+    from npedit.benchmarks import _judged
+
+    rows = bench.read_official_scores(scores, found)
+    facts = data_facts | {"scores": str(scores), "scores_hash": _judged.hash_file(scores), "judge": None}
+    _judged.write_initial_settings(folder, facts, found)
+    return facts, "imported", rows
+
+
+def edit_and_judge(
+    bench: ModuleType,
+    request: EvaluationRequest,
+    todo: list[Any],
+    folder: Path,
+    pictures: Path,
+    data_facts: dict[str, Any],
+) -> tuple[dict[str, Any], str, Any]:
+    """Edit the pictures and ask the judge; returns facts for settings.json, the protocol's name, and rows of scores.
+    `data_facts` are facts about the data."""
     from npedit.benchmarks import _judged, _scorer
     from npedit.benchmarks._headlines import measure_judge_noise
     from npedit.benchmarks._protocol import Protocol
@@ -161,7 +184,7 @@ def edit_and_judge(
     if words := shared_origin_warning(judge, request):
         err.print(f"[yellow]note[/] {escape(words)}")
     edit, editor = (None, {"pictures": str(request.edited)}) if request.edited else open_edit_function(request)
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = data_facts | {
         "protocol": protocol.to_record(),
         "judge": {"name": judge.name, **judge.identity},
         "editor": editor,
@@ -169,7 +192,7 @@ def edit_and_judge(
     facts |= {"repeats": request.repeats, "swap": request.swap}
     with AnswerCache(folder / _judged.ANSWERS) as cache:
         scorer = _scorer.Scorer(judge, protocol, cache, passes, bench.combine_numbers)
-        _judged.write_initial_settings(folder, facts)
+        _judged.write_initial_settings(folder, facts, todo)
         if edit:
             with ProgressBar(f"editing with {request.model}", len(todo)) as report_progress:
                 _judged.edit_missing_items(edit, todo, report_progress, _picture_facts(editor))

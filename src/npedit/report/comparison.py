@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from npedit.report import page_parts as parts
 from npedit.report import plots
 from npedit.report.page_parts import Html, element
 from npedit.report.result_pictures import ResultPicture
+from npedit.runs.final import public_name
 from npedit.scoring.comparison import AGREEMENTS
+from npedit.scoring.human_agreement import MIN_LABELS
 from npedit.scoring.results import Results
 from npedit.scoring.tables import Interval, TextTable, format_estimate
 
 PICTURES_PER_TASK, MOST_PICTURES = 2, 24
+LOCAL_PATH = re.compile(r"(?<![\w./~:])(?:~|\.{0,2})/[^\s,;:()'\"]+")  # in a sentence
 SHOWN_SCORES = 3  # metrics under a picture
 Metrics = Sequence[Mapping[str, Any]]  # as of `scoring.comparison.paired_differences`
 
@@ -69,14 +73,16 @@ def agreement_table(found: Sequence[Mapping[str, Any]], labels: int) -> TextTabl
     """The agreement with human labels as a table; `labels` is their number."""
     table = TextTable(
         f"Agreement with {labels} human labels",
-        ("metric", "n", *AGREEMENTS.values()),
+        ("metric", "n", "tasks", *AGREEMENTS.values()),
         left=("metric",),
-        caption="correlations: mean over tasks by Fisher's z; a pair is two editors on one item; the tie margin is "
-        "chosen on the same pairs, so the accuracy with calibrated ties is slightly too high",
+        caption="correlations: mean over tasks by Fisher's z, weight n - 3; left out are tasks of fewer than "
+        f"{MIN_LABELS} labels or of equal scores; a pair is two editors on one item; the tie margin is chosen on the "
+        "same pairs, so the accuracy with calibrated ties is slightly too high",
     )
     for metric in found:
+        tasks = f"{metric['tasks']} of {metric['tasks'] + metric['tasks_left_out']}"
         cells = ["-" if metric[key] is None else format_estimate(*metric[key]) for key in AGREEMENTS]
-        table.add_row(metric["metric"], metric["n"], *cells)
+        table.add_row(metric["metric"], metric["n"], tasks, *cells)
     return table
 
 
@@ -135,17 +141,37 @@ def make_comparison_page(
     blocks = [
         element("h1", title),
         element("p", f"The baseline is {names[0]}. Intervals are 95 % bootstrap intervals.", kind="soft"),
-        *(element("p", f"Note: {note}", kind="soft") for note in values["notes"]),
+        *(element("p", f"Note: {_hide_paths(note)}", kind="soft") for note in values["notes"]),
         element("p", preference_sentence(values["people"])) if values.get("people") else Html(""),
         *(block for table in tables for block in (element("h2", table.title), parts.text_table(table))),
         element("h2", "Means"),
         _means_figure(names, metrics),
         element("h2", "Pictures"),
-        _pictures_section(results, metrics, pictures) if pictures else element("p", picture_note, kind="soft"),
+        _pictures_section(results, metrics, pictures)
+        if pictures
+        else element("p", _hide_paths(picture_note), kind="soft"),
         element("h2", "How the results were made"),
-        *(parts.details(r.name, json.dumps(r.settings, indent=2, ensure_ascii=False)) for r in results),
+        *(parts.details(r.name, _public_settings(r.settings)) for r in results),
     ]
     return parts.document(f"npedit: {title}", blocks)
+
+
+def _public_settings(settings: Mapping[str, Any]) -> str:
+    """The settings as JSON for a page that others see: of each local path the last part alone."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: shortened(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [shortened(v) for v in value]
+        return public_name(value) if isinstance(value, str) else value
+
+    return json.dumps(shortened(settings), indent=2, ensure_ascii=False)
+
+
+def _hide_paths(sentence: str) -> str:
+    """The sentence with the last part alone of each local path in it."""
+    return LOCAL_PATH.sub(lambda found: public_name(found[0]), sentence)
 
 
 def _means_figure(names: Sequence[str], metrics: Metrics) -> Html:
@@ -192,7 +218,7 @@ def _thumbnail(open_picture: Any, alt: str) -> Html:
     try:
         return parts.thumbnail(open_picture(), alt)
     except (BadImage, UserError, OSError) as error:
-        return parts.escape(f"{alt}: {error}")
+        return parts.escape(_hide_paths(f"{alt}: {error}"))
 
 
 def _format_score(score: float | None) -> str:

@@ -6,7 +6,8 @@ Each function returns plain values, ready for JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from npedit.scoring.results import (
     lower_is_better,
 )
 
+ENCODERS = ("dino", "clip")  # a metric's name begins with that of its encoder
 AGREEMENTS = {  # key -> column
     "spearman": "Spearman",
     "kendall_tau_b": "Kendall tau-b",
@@ -31,7 +33,7 @@ AGREEMENTS = {  # key -> column
 
 
 def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
-    """Read folders of results. Folders of the same name are named by their paths.
+    """Read folders of results. Folders of the same name are named by their paths, from the folder that holds them all.
 
     Raises:
         UserError: fewer than two folders, or different protocols or judges without `force`.
@@ -40,7 +42,7 @@ def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
         raise UserError(f"expected at least two folders of results; got {len(folders)}; give another")
     found = [_read_results(folder) for folder in folders]
     if len({r.name for r in found}) < len(found):
-        found = [replace(r, name=str(folder)) for r, folder in zip(found, folders)]
+        found = [replace(r, name=name) for r, name in zip(found, _names_of(folders))]
     if len({r.name for r in found}) < len(found):
         raise UserError("expected different folders; got one of them twice; leave it out")
     for key in ("protocol", "judge", "repeats", "swap"):
@@ -53,11 +55,34 @@ def open_results(folders: Sequence[Path], force: bool) -> list[Results]:
     return found
 
 
+def _names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders as they were given; absolute paths without the part that all have in common."""
+    parts = [split_folders(folder) for folder in folders]
+    if not any(part.is_absolute() for group in parts for part in group):
+        return [str(folder) for folder in folders]
+    common = os.path.commonpath([part.resolve().parent for group in parts for part in group])
+    return ["+".join(os.path.relpath(part.resolve(), common) for part in group) for group in parts]
+
+
 def _without_judge_names(fact: Any) -> Any:
     """A setting of a result. A judge is identified without its name if other facts identify it: its folder may move."""
     if isinstance(fact, list):
         return [_without_judge_names(f) for f in fact]
     return {k: v for k, v in fact.items() if k != "name"} or fact if isinstance(fact, dict) else fact
+
+
+def unknown_judge_notes(results: Sequence[Results]) -> list[str]:
+    """A sentence about imported results, whose files do not say who judged; [] if there are none."""
+    names = [r.name for r in results if _is_imported(r.settings)]
+    if not names:
+        return []
+    return [f"the judge of {', '.join(names)} is unknown (evaluate --scores): make sure that one judge scored them all"]
+
+
+def _is_imported(settings: Mapping[str, Any]) -> bool:
+    """Whether the results, or those of one of several judges, are from a file of scores."""
+    judge = settings.get("judge")
+    return "scores" in settings or (isinstance(judge, list) and None in judge)
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -77,8 +102,11 @@ def _read_results(folder: Path) -> Results:
     return average_judges(judged)
 
 
-def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(metrics to compare, reasons why others are left out). If none is `wanted`, all except those of baselines.
+def select_common_metrics(
+    results: Sequence[Results], wanted: Sequence[str], force: bool = False
+) -> tuple[list[str], list[str]]:
+    """(metrics to compare, reasons why others are left out). If none is `wanted`, all except those of baselines. A
+    metric of different encoders is left out without `force`.
 
     Raises:
         UserError: the first result does not have a wanted metric.
@@ -90,6 +118,7 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
                             f"It has: {', '.join(names)}")  # fmt: skip
     kept, notes = [], []
     for name in wanted or [n for n in names if "/" not in n]:
+        encoders = {} if force else _different_encoders(results, name)
         failed = {}
         for r in results:
             bad = sum(
@@ -99,11 +128,25 @@ def select_common_metrics(results: Sequence[Results], wanted: Sequence[str]) -> 
                 failed[r.name] = f"{bad} of {len(r.rows)} missing in {r.name}"
         if failed:
             notes.append(f"{name} is left out: {', '.join(failed.values())}")
+        elif encoders:
+            used = ", ".join(f"{editor}: {weights}" for editor, weights in encoders.items())
+            notes.append(
+                f"{name} is left out: its encoders differ ({used}); evaluate again with one, or compare with --force"
+            )
         elif not common_scores(results, name)[0].size:
             notes.append(f"{name} is left out: no item has it in all results")
         else:
             kept.append(name)
     return kept, notes
+
+
+def _different_encoders(results: Sequence[Results], metric: str) -> dict[str, str]:
+    """Each result's weights of the encoder that a metric needs; {} if they are the same or the metric needs none."""
+    kind = metric.partition("_")[0]
+    if kind not in ENCODERS:
+        return {}
+    used = {r.name: str((r.settings.get("encoders") or {}).get(kind, "unknown")) for r in results}
+    return used if len(set(used.values())) > 1 else {}
 
 
 def paired_differences(
@@ -164,5 +207,6 @@ def measure_agreement(
     found = []
     for name in metrics:
         agreement = human_agreement.agreement_with_people(results, name, given, lower_is_better(name), seed)
-        found.append({"metric": name, "n": agreement.n} | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
+        counts = {"n": agreement.n, "tasks": agreement.tasks, "tasks_left_out": agreement.tasks_left_out}
+        found.append({"metric": name} | counts | dict(zip(AGREEMENTS, agreement.estimates, strict=True)))
     return found, len(given)

@@ -80,6 +80,17 @@ def calibrate_tie_margin(judge: Numbers, people: Numbers, groups: Labels) -> flo
     return float(margins[np.argmax(ties_right + orders_left)])
 
 
-def fisher_z_mean(correlations: Sequence[float]) -> float:
-    """The mean of correlations through Fisher's z."""
-    return float(np.tanh(np.mean(np.arctanh(np.clip(correlations, -1 + 1e-9, 1 - 1e-9)))))
+def fisher_z_mean(correlations: Sequence[float], counts: Sequence[int]) -> float:
+    """The mean of rank correlations through Fisher's z; that of n items has the weight n - 3. A perfect one, whose z
+    is infinite, counts as halfway to the next lower Spearman correlation that n items can have.
+
+    Raises:
+        ValueError: no correlation, or one of fewer than four items.
+    """
+    r, n = np.asarray(correlations, dtype=float), np.asarray(counts, dtype=float)
+    if not len(r) or len(r) != len(n) or n.min() < 4:
+        raise ValueError(f"expected correlations of four items or more; got {r.tolist()} of {n.tolist()} items")
+    if np.ptp(r) == 0:
+        return float(r[0])
+    limit = 1 - 6 / (n * (n**2 - 1))
+    return float(np.tanh(np.average(np.arctanh(np.clip(r, -limit, limit)), weights=n - 3)))
