@@ -288,5 +288,88 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, words, message):
     assert message in run("prepare", *words, code=2)
 
 
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two folders of photos, and of each kind of set one: prepared, its two shards, captioned, imported."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, start in (("photos", 0), ("others", 20)):
+        for number in range(6):
+            photo(folder / name / f"{number}.png", start + number)
+    texts = {"instruction": "mine", "source_caption": "x", "target_caption": "y"}
+    rows = [json.dumps({"file_name": f"{k}.png", **texts}) for k in range(6)]
+    (folder / "others" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    run("import", "columns", folder / "others" / "metadata.jsonl", "--out", folder / "imported")
+    with writing() as server:
+        prepare(server, folder / "photos", folder / "prepared")
+        for i in range(2):
+            prepare(server, folder / "photos", folder / f"s{i}", "--shard", f"{i}/2")
+    run("caption", folder / "others", "--out", folder / "captioned", *MODEL)  # nothing is missing, nothing is asked
+    return folder
+
+
+def all_bytes(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+COMMANDS = {
+    "prepare": ["prepare", "others", "--out"],
+    "dry run": ["prepare", "others", "--dry-run", 1, "--out"],
+    "own photos": ["prepare", "imported/images", "--out"],
+    "caption": ["caption", "imported", "--out"],
+    "merge": ["merge-shards", "OUT", "s0", "s1"],
+}
+
+
+@pytest.mark.parametrize("made", ["prepared", "s0", "captioned", "imported"])
+@pytest.mark.parametrize("older", [False, True], ids=["", "older"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_set_is_not_replaced_by_another_one(sets, tmp_path, monkeypatch, command, older, made):
+    """`older`: the set has no begun.json. Then its photos are not known, and the command that began it goes on."""
+    begun_by = {"prepared": "prepare", "s0": "prepare", "captioned": "caption"}.get(made)
+    if older and COMMANDS[command][0] == begun_by:
+        pytest.skip("older sets can be resumed")
+    folder = shutil.copytree(sets, tmp_path / "sets")
+    monkeypatch.chdir(folder)
+    for name in ("prepared", "s0", "s1", "captioned") if older else ():
+        (folder / name / "begun.json").unlink()
+    before = all_bytes(folder / made)
+    words = COMMANDS[command]
+    words = [made if word == "OUT" else word for word in words] if "OUT" in words else [*words, made]
+    said = run(*words, *(MODEL if command != "merge" else ()), code=2)
+    assert "expected a new folder for the set" in said or "outside" in said
+    assert all_bytes(folder / made) == before
+
+
+def test_sets_that_an_older_npedit_began_go_on(sets, tmp_path):
+    """Finished, merged, and stopped before prepare.json was written."""
+    folder = shutil.copytree(sets, tmp_path / "sets")
+    for name in ("prepared", "s0", "s1", "captioned"):
+        (folder / name / "begun.json").unlink()
+    with writing() as server:
+        for lost in ((), ("prepare.json",), ("photos.jsonl",)):
+            for name in lost:
+                (folder / "prepared" / name).unlink()
+            prepare(server, folder / "photos", folder / "prepared")
+            (folder / "prepared" / "begun.json").unlink()
+        run("merge-shards", folder / "merged", folder / "s0", folder / "s1")
+        prepare(server, folder / "photos", folder / "merged")
+        assert not server.bodies
+    assert rows_of(folder / "merged") == rows_of(folder / "prepared") == rows_of(sets / "prepared")
+
+
+def test_a_merge_that_was_killed_is_repeated_and_then_prepare_goes_on(sets, tmp_path):
+    shards = [sets / "s0", sets / "s1"]
+    run("merge-shards", tmp_path / "set", *shards)
+    rows = rows_of(tmp_path / "set")
+    (tmp_path / "killed").mkdir()
+    begun = {"command": "merge-shards", "sources": [str(shard.resolve()) for shard in shards]}
+    (tmp_path / "killed" / "begun.json").write_text(json.dumps(begun))
+    (tmp_path / "killed" / "answers.jsonl.tmp").write_text("half")
+    assert "begun from" in run("merge-shards", tmp_path / "killed", *shards[::-1], code=2)
+    run("merge-shards", tmp_path / "killed", *shards)
+    assert rows_of(tmp_path / "killed") == rows
+    assert "has begun from" in run("merge-shards", tmp_path / "set", *shards, code=2)
+
+
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     assert "finished shard in" in run("merge-shards", tmp_path / "set", tmp_path / "nowhere", code=2)

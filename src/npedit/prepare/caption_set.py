@@ -18,6 +18,7 @@ from npedit.data._formats import edited_columns, read_metadata
 from npedit.data._metadata import find_metadata, parse_row, relative_name, resolve_photo_path
 from npedit.data._photos import BadImage
 from npedit.errors import UserError
+from npedit.prepare import out_folder
 from npedit.prepare.asking import Meter
 from npedit.prepare.caption_rows import FILLED, caption_photo, is_complete
 from npedit.prepare.engine import Engine, LocalEngine
@@ -32,7 +33,6 @@ from npedit.prepare.set_folder import (
     METADATA,
     REJECTED,
     place_photo,
-    require_folder,
     write_lines,
 )
 from npedit.prepare.writer import Writer
@@ -76,11 +76,12 @@ def caption_set(
     Raises:
         UserError: bad input, the model cannot be reached, or no row is complete. All answers are kept.
     """
-    require_folder(out, source)
+    out_folder.require_folder(out, out_folder.CAPTION, [source])
     folder, entries = read_entries(source)
     out.mkdir(parents=True, exist_ok=True)
     engine = engine or LocalEngine(max(writer.workers, 2))
     with hold(out, "caption"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+        out_folder.begin_set(out, out_folder.CAPTION, [source])
         passes = make_passes(settings, prompts, writer, verifier, answers, total)
         rows, rejected, stopped = ask_for_captions(entries, passes, engine, report)
         facts = describe_captions(source, passes, total, stopped) | count_captions(entries, rows, rejected)

@@ -19,6 +19,7 @@ from npedit.prepare.asking import Answers, Asker, Meter
 from npedit.prepare.card import count_values, write_card
 from npedit.prepare.duplicates import MAX_BITS, group_near_duplicates, join_groups
 from npedit.prepare.engine import Engine, LocalEngine
+from npedit.prepare.out_folder import PREPARE, begin_set, require_folder
 from npedit.prepare.passes import Passes, prepare_photo
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.prompts import Prompts
@@ -30,7 +31,6 @@ from npedit.prepare.set_folder import (
     PHOTOS,
     count_rows,
     draw_held_out,
-    require_folder,
     write_set,
 )
 from npedit.prepare.writer import Writer
@@ -109,10 +109,11 @@ def prepare(
     Raises:
         UserError: bad input, the model cannot be reached, or no row was made. All answers are kept.
     """
-    require_folder(out, folder)
+    require_folder(out, PREPARE, [folder])
     out.mkdir(parents=True, exist_ok=True)
     engine = engine or LocalEngine(max(writer.workers, 2))
     with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+        begin_set(out, PREPARE, [folder])
         scan = scan_folder(folder, out, settings, rights or {}, engine, report)
         passes = make_passes(settings, prompts, writer, verifier, answers, total)
         made, stopped = ask_for_edits(scan.chosen, settings, passes, engine, report)

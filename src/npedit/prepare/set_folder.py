@@ -4,6 +4,7 @@ metadata.jsonl   one row an edit        images/          the photos, unchanged (
 held_out.txt     ids for data.held_out  rejected.jsonl   rejected rows with pass and reason
 bad_photos.jsonl photos not used        prepare.json     models, prompts, settings, counts
 answers.jsonl    every answer           photos.jsonl     what was read from each photo
+begun.json       what makes the set, see prepare/out_folder.py
 README.md        the data card               review.jsonl     decisions of a person, see serve/review_set.py
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.errors import UserError, explain_write_errors
+from npedit.errors import explain_write_errors
 from npedit.prepare.passes import short_reason
 from npedit.runs.files import fsync_file, fsync_folder, write_text
 
@@ -147,27 +148,3 @@ def count_rows(rows: Sequence[Row], rejected: Sequence[Row]) -> dict[str, Any]:
         "not_offered": len(missing),
         "reasons": dict(reasons.most_common()),
     }
-
-
-def require_folder(folder: Path, photos: Path | None = None) -> None:
-    """Check that a folder can become a set: it is new, or was begun by this command, and is not inside `photos`.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if photos is not None and (folder.resolve() == photos.resolve() or photos.resolve() in folder.resolve().parents):
-        raise UserError(f"expected --out outside the folder of photos; got {folder}; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder as --out; got the file {folder}; choose another name")
-    if (folder / REVIEW).exists():
-        raise UserError(
-            f"expected a set that no person has reviewed; got {folder}, whose {REVIEW} holds decisions that would be "
-            "lost; choose another folder"
-        )
-    known = any((folder / name).exists() for name in (ANSWERS, PHOTOS, FACTS))
-    hidden = (".lock", ".holder.json")
-    if folder.is_dir() and not known and any(path.name not in hidden for path in folder.iterdir()):
-        raise UserError(
-            f"expected a new folder as --out, or one that npedit prepare has begun; got {folder}, which holds other "
-            "files; choose another"
-        )
