@@ -57,14 +57,14 @@ def _require_begun(folder: Path, command: str, sources: Sequence[Path]) -> None:
     begun = _read_begun(folder)
     if not begun and command not in _older_commands(folder):
         raise UserError(
-            f"expected a new folder for the set, or one that npedit {command} has begun; got {folder}, which holds other "
-            "files; choose another"
+            f"expected a new folder for the set, or one that npedit {command} has begun; got {folder}, which holds "
+            "other files; choose another"
         )
     if begun and begun != _origin(command, sources):
         given = ", ".join(str(source.resolve()) for source in sources)
         raise UserError(
-            f"expected a new folder for the set, or one that npedit {command} has begun from {given}; got {folder}, which "
-            f"npedit {begun.get('command')} has begun from {', '.join(map(str, begun.get('sources', ())))}; choose "
+            f"expected a new folder for the set, or one that npedit {command} has begun from {given}; got {folder}, "
+            f"which npedit {begun.get('command')} has begun from {', '.join(map(str, begun.get('sources', ())))}; choose "
             f"another folder, or correct {BEGUN} in it if the same files have moved"
         )
 
