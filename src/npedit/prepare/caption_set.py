@@ -33,6 +33,7 @@ from npedit.prepare.set_folder import (
     METADATA,
     REJECTED,
     place_photo,
+    read_held_out,
     write_lines,
 )
 from npedit.prepare.writer import Writer
@@ -102,7 +103,8 @@ def read_entries(source: Path) -> tuple[Path, list[Entry]]:
     """(the folder of the set, its rows).
 
     Raises:
-        UserError: there is no set, or names file and line: a row is wrong, or a picture is outside the set.
+        UserError: there is no set, or names file and line: a row is wrong, a picture is outside the set, or a value has
+            no form in JSON.
     """
     folder, files = find_metadata(str(source))
     edited = edited_columns(files, {})
@@ -126,11 +128,24 @@ def _read_entry(number: int, values: Row, edited: Collection[str], file: Path, l
     found = kept | {"file_name": names[0], "id": row.id, "instruction": row.instruction, "edit_type": row.edit_type}
     found |= {"object": "" if row.object == UNNAMED else row.object, "questions": json.loads(row.questions or "[]")}
     found |= {"source_caption": row.source_caption, "target_caption": row.target_caption}
-    if row.references:
+    if "reference_file_names" in values:
         found["reference_file_names"] = [relative_name(prefix + name) for name in row.references]
-    if row.mask:
-        found["mask_file_name"] = relative_name(prefix + row.mask)
+    if "mask_file_name" in values:
+        found["mask_file_name"] = relative_name(prefix + row.mask) if row.mask else ""
+    _require_json(found, row.location)
     return Entry(number, found, places)
+
+
+def _require_json(values: Row, location: str) -> None:
+    """Check that a row can be written into metadata.jsonl."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{location}: expected values that JSON can hold; got {value!r:.80} in {name!r} ({error}); write it as "
+                "text or as a number, or leave the column out"
+            ) from None
 
 
 # --------------------------------------------------------------------------------------------------------------- ask
@@ -228,7 +243,7 @@ def write_captioned_set(
     write_lines(out / REJECTED, rejected)
     ids = {row["id"] for row in rows}
     if (folder / HELD_OUT).is_file():
-        held_out = [line for line in (folder / HELD_OUT).read_text(encoding="utf-8").splitlines() if line in ids]
+        held_out = [i for i in read_held_out(folder) if i in ids]
         write_text(out / HELD_OUT, "".join(f"{i}\n" for i in held_out))
     write_text(out / FACTS, json.dumps(_old_facts(folder) | {"captions": facts}, indent=1, ensure_ascii=False) + "\n")
     write_text(out / CARD, _card(folder, facts))

@@ -10,6 +10,7 @@ README.md        the data card               review.jsonl     decisions of a per
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from npedit.data._held_out import read_held_out_ids
 from npedit.errors import explain_write_errors
 from npedit.prepare.passes import short_reason
 from npedit.runs.files import fsync_file, fsync_folder, write_text
@@ -111,6 +113,18 @@ def _remove_unused(folder: Path, used: set[str]) -> None:
     for path in (folder / IMAGES).glob("??/*"):
         if f"{IMAGES}/{path.parent.name}/{path.name}" not in used and path.stem[:2] == path.parent.name:
             path.unlink()
+
+
+def read_held_out(folder: Path) -> list[str]:
+    """The ids in a set's held_out.txt as training reads them; [] if there is no such file, or none in it.
+
+    Raises:
+        UserError: it is no text.
+    """
+    path = folder / HELD_OUT
+    if not path.is_file() or not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+        return []
+    return read_held_out_ids(str(path.resolve()), folder)
 
 
 def draw_held_out(rows: Sequence[Row], groups: Mapping[str, str], share: float, seed: int) -> list[str]:
