@@ -64,8 +64,8 @@ def _require_begun(folder: Path, command: str, sources: Sequence[Path]) -> None:
         given = ", ".join(str(source.resolve()) for source in sources)
         raise UserError(
             f"expected a new folder for the set, or one that npedit {command} has begun from {given}; got {folder}, "
-            f"which npedit {begun.get('command')} has begun from {', '.join(map(str, begun.get('sources', ())))}; choose "
-            f"another folder, or correct {BEGUN} in it if the same files have moved"
+            f"which npedit {begun.get('command')} has begun from {', '.join(map(str, begun.get('sources', ())))}; "
+            f"choose another folder, or correct {BEGUN} in it if the same files have moved"
         )
 
 
