@@ -53,6 +53,21 @@ def test_bad_photos_are_listed_with_their_reasons(tmp_path):
     assert all(words in reasons[name] for name, words in wanted.items()), reasons
 
 
+def test_photos_are_found_by_every_suffix_that_is_read_and_others_are_listed(tmp_path):
+    read = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
+            ".avif": "AVIF", ".bmp": "BMP", ".tif": "TIFF", ".TIFF": "TIFF", ".Gif": "GIF"}  # fmt: skip
+    not_read = (".heic", ".HEIC", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".dng", ".CR2", ".nef", ".arw")
+    for number, (suffix, kind) in enumerate(read.items()):
+        photo(tmp_path / "p" / f"a{suffix}", number, format=kind)
+    for suffix in not_read:
+        (tmp_path / "p" / f"b{suffix}").write_bytes((tmp_path / "p" / "a.TIFF").read_bytes())
+    found, bad = scan(tmp_path / "p")
+    assert {p["name"] for p in found} == {f"a{suffix}" for suffix in read}
+    assert {row["file"] for row in bad} == {f"b{suffix}" for suffix in not_read}
+    assert all("convert it to JPEG or PNG" in row["reason"] for row in bad)
+    assert scan(tmp_path / "p") == (found, bad)
+
+
 @pytest.mark.parametrize("place", ["missing", "file", "empty"])
 def test_a_wrong_folder_is_named(tmp_path, place):
     (tmp_path / "file").write_text("")
