@@ -8,6 +8,7 @@ import datasets
 import pytest
 import yaml
 from command_line import run
+from judge_server import images_of
 from PIL import Image
 from writer_server import (
     good_proposal,
@@ -23,6 +24,7 @@ from writer_server import (
 
 from npedit.cli.prepare_progress import TimeLeft, progress_line
 from npedit.errors import UserError
+from npedit.prepare.photos import choose_shard
 from npedit.prepare.prepare import Progress
 from npedit.prepare.prompts import PACKAGED, load_prompts, parse_shares
 
@@ -141,6 +143,40 @@ def test_a_scene_gets_the_other_photos_of_its_subject(tmp_path):
         assert {subject_of[name] for name in row["reference_file_names"]} == {subject_of[row["file_name"]]}
         assert row["file_name"] not in row["reference_file_names"]
     assert len({row["group"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize("photos_left", [True, False])
+def test_shards_of_subjects_merge_although_a_photo_has_no_row(tmp_path, photos_left):
+    """The photo is in no shard; the merge takes it from the folder of photos, or leaves it out."""
+
+    def change(name, answer, body):
+        (sent,) = images_of({"messages": [m for m in body["messages"] if m["role"] == "user"]})
+        return {"proposals": []} if name == "write" and sent.size[0] == 49 else answer
+
+    source = tmp_path / "photos"
+    for number in range(6):
+        photo(source / "dog" / f"{number}.png", number, (48 + number, 32))
+    photo(source / next(n for n in (f"cat/{k}.png" for k in range(99)) if choose_shard([n], (1, 3))), 7, (70, 32))
+    assert choose_shard([f"dog/{k}.png" for k in range(6)], (1, 3)) == ["dog/1.png"]  # so the merge needs the folder
+    words = ("--types", "scene", "--subjects", "--per-photo", 1, "--rounds", 1, "--held-out", 0)
+    with writing(change) as server:
+        prepare(server, source, tmp_path / "whole", *words)
+        for i in range(3):
+            prepare(server, source, tmp_path / f"s{i}", *words, "--shard", f"{i}/3")
+    if not photos_left:
+        source.rename(tmp_path / "moved")
+    run("merge-shards", tmp_path / "merged", *(tmp_path / f"s{i}" for i in range(3)))
+    (unused,) = [p["id"] for p in rows_of(tmp_path / "whole", "photos.jsonl") if p["width"] == 49]
+    merged, whole = rows_of(tmp_path / "merged"), rows_of(tmp_path / "whole")
+    dogs = [row for row in whole if row["reference_file_names"]]
+    assert all(any(unused in name for name in row["reference_file_names"]) for row in dogs)
+    if not photos_left:
+        assert sorted(len(row["reference_file_names"]) for row in merged) == [0, 4, 4, 4, 4, 4]
+        assert not any(unused in name for row in merged for name in row["reference_file_names"])
+    else:
+        assert merged == whole
+    for row in merged:
+        assert all((tmp_path / "merged" / name).is_file() for name in row["reference_file_names"])
 
 
 def test_checks_that_need_no_model(tmp_path):

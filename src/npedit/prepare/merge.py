@@ -122,6 +122,7 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[Row], list[Row], dict[str
     for shard in shards:
         own = {photo for photo, source in sources.items() if source == shard}
         _read_rows_of(shard, own, photos, made)
+        _find_photos_without_rows([photos[photo] for photo in own], read_sources(shard))
     return sorted(photos.values(), key=lambda p: p["name"]), bad, made
 
 
@@ -139,6 +140,17 @@ def _read_rows_of(shard: Path, own: set[str], photos: dict[str, Row], made: dict
     for row in read_rows(shard / REJECTED):
         if row["photo"] in own:
             made.setdefault(row["photo"], {"rows": [], "rejected": []})["rejected"].append(row)
+
+
+def _find_photos_without_rows(photos: Sequence[Row], folders: Sequence[Path]) -> None:
+    """Give photos that are in no shard, because no row has them, the `path` of the file in the folder of photos if it
+    has not changed: another photo's row may have them as reference."""
+    for photo in photos:
+        for place in (folder / photo["name"] for folder in folders):
+            if "path" not in photo and place.is_file():
+                facts = place.stat()
+                if (facts.st_size, facts.st_mtime_ns) == (photo["bytes"], photo["modified"]):
+                    photo["path"] = str(place)
 
 
 def _join_answers(out: Path, shards: Sequence[Path]) -> None:

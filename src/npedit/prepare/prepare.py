@@ -280,9 +280,10 @@ def finish_set(out: Path, scan: Scan, made: Made, settings: PrepareSettings, fac
 
 
 def add_references(rows: Sequence[Row], photos: Sequence[Row]) -> None:
-    """Give each row of the type "scene" the other photos of its subject as `references`, at most `MAX_REFERENCES`."""
+    """Give each row of the type "scene" the other photos of its subject as `references`, at most `MAX_REFERENCES`.
+    Photos without `path`, which a merge no longer finds, are left out."""
     folder = {photo["id"]: photo["name"].rpartition("/")[0] for photo in photos}
-    members = {name: [p["id"] for p in group] for name, group in subjects(photos).items()}
+    members = {name: [p["id"] for p in group if "path" in p] for name, group in subjects(photos).items()}
     for row in rows:
         if row["edit_type"] == SCENE:
             others = [p for p in members.get(folder[row["photo"]], ()) if p != row["photo"]]
