@@ -1,6 +1,7 @@
 """`npedit caption`: captions for the rows of a set that has instructions, with the toy's real writer."""
 
 import json
+import os
 import random
 from collections import Counter
 from datetime import datetime, timedelta
@@ -217,6 +218,18 @@ def test_bad_input(tmp_path):
     assert "metadata.jsonl:1: the name leads out" in captions(server.url, outside, tmp_path / "o", code=2)
     assert "does not exist" in captions(server.url, tmp_path / "nowhere", tmp_path / "o", code=2)
     assert "outside the folder" in captions(server.url, source, source / "set", code=2)
+
+
+def test_a_photo_of_the_same_size_but_other_content_is_replaced(tmp_path):
+    """A set that was stopped, or whose photos have changed since; the dates of the files say nothing."""
+    source = bare_set(tmp_path / "rows", {"instruction": "x", "file_name": "a.bmp"})
+    for seed in (1, 2):
+        photo(tmp_path / "new.bmp", seed)
+        (tmp_path / "new.bmp").replace(source / "a.bmp")
+        os.utime(source / "a.bmp", (1, 1))
+        with captioning() as server:
+            captions(server.url, source, tmp_path / "set")
+        assert (tmp_path / "set" / "a.bmp").read_bytes() == (source / "a.bmp").read_bytes()
 
 
 TABLES = {

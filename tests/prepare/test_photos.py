@@ -183,6 +183,22 @@ def test_held_out_rows_never_split_a_group():
     assert draw_held_out(rows[:2], groups, 0.5, 0) == []  # the last row of a type stays for training
 
 
+@pytest.mark.parametrize("sizes", [[900] + [5] * 20, [900] + [1] * 100, [300, 3, 3, 4], [50] * 20])
+def test_a_large_group_is_not_held_out_while_smaller_ones_are_left(sizes):
+    """Ten groups of one row are nearer to 20 rows than one group of 900; where only large ones are left, one is."""
+    names = [f"g{k}" for k, size in enumerate(sizes) for _ in range(size)]
+    rows = [{"id": f"r{k}", "photo": f"p{k}", "edit_type": "scene"} for k in range(len(names))]
+    groups = {f"p{k}": name for k, name in enumerate(names)}
+    for seed in range(12):
+        held = set(draw_held_out(rows, groups, 0.02, seed))
+        drawn = {groups[row["photo"]] for row in rows if row["id"] in held}
+        assert len(held) == sum(sizes[int(name[1:])] for name in drawn)
+        wanted = round(0.02 * len(rows))
+        assert abs(len(held) - wanted) <= min(sizes) if min(sizes) < wanted else len(drawn) == 1
+        assert "g0" not in drawn or len(set(sizes)) == 1
+    assert draw_held_out(rows, groups, 0, 0) == []
+
+
 def test_a_damaged_file_of_facts_is_read_again(tmp_path):
     photo(tmp_path / "p" / "a.png", 0)
     first = scan(tmp_path / "p", known=tmp_path / "k.jsonl")

@@ -6,6 +6,7 @@ A stopped run resumes: every answer is kept. The set is a function of the photos
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ from npedit.questions import SCENE
 from npedit.runs.files import write_text
 from npedit.runs.lock import hold
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Made = dict[str, dict[str, list[Row]]]  # photo id -> {"rows", "rejected"}
 
@@ -147,7 +149,9 @@ def scan_folder(
     Raises:
         UserError: no photo can be used.
     """
-    names = scanning.choose_shard(scanning.find_photos(folder), settings.shard)
+    names = scanning.find_photos(folder)
+    _report_unknown(rights, names, folder)
+    names = scanning.choose_shard(names, settings.shard)
     found, bad = scanning.scan_photos(
         folder, names, out / PHOTOS, settings.max_pixels, settings.min_side, engine.scan,
         lambda done, total: report(Progress("photos", done, total)),
@@ -158,6 +162,15 @@ def scan_folder(
             f"{bad[0]['reason']}; correct the photos"
         )
     return group_scan([{**photo, **rights.get(photo["name"], {})} for photo in found], list(bad), settings)
+
+
+def _report_unknown(rights: Mapping[str, object], names: Sequence[str], folder: Path) -> None:
+    """Say which names of the table of licences are no photos."""
+    if unknown := sorted(set(rights) - set(names)):
+        log.warning(
+            "--licences: expected names of photos in %s, such as %r; %d of %d are none, such as %r; write them "
+            "relative to that folder, with / between folders", folder, names[0], len(unknown), len(rights), unknown[0],
+        )  # fmt: skip
 
 
 def group_scan(photos: list[Row], bad: list[Row], settings: PrepareSettings) -> Scan:

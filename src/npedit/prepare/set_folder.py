@@ -11,6 +11,7 @@ README.md        the data card               review.jsonl     decisions of a per
 from __future__ import annotations
 
 import codecs
+import filecmp
 import json
 import os
 import random
@@ -51,7 +52,7 @@ def write_set(
     for row in rows:
         used |= dict.fromkeys([row["photo"], *row.get("references", ())])
     for photo in used:
-        place_photo(Path(photos[photo]["path"]), folder / image_name(photos[photo]))
+        place_photo(Path(photos[photo]["path"]), folder / image_name(photos[photo]), is_named_by_content=True)
     has = {name: any(photos[p].get(name) for p in used) for name in ("licence", "source")}
     has["asked_type"] = any(row["asked_type"] != row["edit_type"] for row in rows)
     has["reference_file_names"] = any(row.get("references") for row in rows)
@@ -81,10 +82,12 @@ def image_name(photo: Mapping[str, Any]) -> str:
     return f"{IMAGES}/{photo['id'][:2]}/{photo['id']}{Path(photo['name']).suffix.lower()}"
 
 
-def place_photo(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy where that is not possible. An existing file of the same size is kept."""
+def place_photo(source: Path, target: Path, is_named_by_content: bool = False) -> None:
+    """Make a hard link to a file, or a copy where that is not possible. An existing file of the same content is kept;
+    if the content makes the name, it is not read again."""
     with explain_write_errors(target):
-        if target.exists() and target.stat().st_size == source.stat().st_size:
+        has_size = target.exists() and target.stat().st_size == source.stat().st_size
+        if has_size and (is_named_by_content or target.samefile(source) or filecmp.cmp(source, target, shallow=False)):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -129,7 +132,8 @@ def read_held_out(folder: Path) -> list[str]:
 
 def draw_held_out(rows: Sequence[Row], groups: Mapping[str, str], share: float, seed: int) -> list[str]:
     """The ids of the rows that are held out: about `share` of all, in complete groups. `groups` maps photo to group. At
-    least one row of each edit type stays for training."""
+    least one row of each edit type stays for training. A group that is too large for the share is left out, unless
+    there is no other one."""
     members: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         members[groups[row["photo"]]].append(row)
@@ -137,13 +141,20 @@ def draw_held_out(rows: Sequence[Row], groups: Mapping[str, str], share: float, 
     order = sorted(members)
     random.Random(f"{seed}/held out").shuffle(order)
     held: set[str] = set()
-    for group in order:
+
+    def take(group: str) -> None:
         types = Counter(row["edit_type"] for row in members[group])
-        if len(held) >= round(share * len(rows)):
-            break
         if all(left[kind] > count for kind, count in types.items()):
-            left -= types
-            held |= {row["id"] for row in members[group]}
+            left.subtract(types)
+            held.update(row["id"] for row in members[group])
+
+    wanted = round(share * len(rows))
+    for group in order:
+        if len(members[group]) <= 2 * (wanted - len(held)):  # brings the number nearer to the wanted one
+            take(group)
+    for group in sorted(order, key=lambda group: len(members[group])):
+        if wanted and not held:
+            take(group)
     return [row["id"] for row in rows if row["id"] in held]
 
 
