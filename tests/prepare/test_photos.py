@@ -1,9 +1,11 @@
 """Finding and reading photos, their rights, near-duplicates, and the plan of edit types."""
 
+import itertools
 import json
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
@@ -11,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from writer_server import photo
 
 from npedit.errors import UserError
+from npedit.prepare import duplicates
 from npedit.prepare import photos as scanning
 from npedit.prepare.duplicates import group_near_duplicates, join_groups, similarity_facts
 from npedit.prepare.engine import LocalEngine
@@ -145,6 +148,59 @@ def test_near_duplicates_of_real_photos_are_grouped_and_others_are_not(tmp_path)
         assert {groups[f"{name}-{k}"] for k in range(4)} == {f"{name}-0"}
     assert groups["red"] == "red" and groups["blue"] == "blue"  # equal hashes, other colours
     assert len(set(groups.values())) == 6
+
+
+def random_looks(count, seed, spread):
+    """Photos around a few hashes and colours, at distances about the limits; some look exactly alike."""
+    rng = np.random.default_rng(seed)
+    hashes = [int(h) for h in rng.integers(0, 2**63, 6)]
+    colours = rng.integers(0, 256, (6, 192))
+    made = []
+    for number in rng.permutation(count):
+        phash = hashes[rng.integers(6)]
+        for bit in rng.integers(0, 64, rng.integers(0, spread + 1)):
+            phash ^= 1 << int(bit)
+        near = colours[rng.integers(6)] + rng.integers(-1, 2, 192) * rng.integers(0, 12)
+        made.append({"id": f"id{number}", "name": f"{number:04d}", "phash": f"{phash:016x}",
+                     "colours": near.clip(0, 255).astype(np.uint8).tobytes().hex()})  # fmt: skip
+        if rng.random() < 0.2:
+            made.append(made[-1] | {"id": f"copy{number}", "name": f"{(number * 7) % count:04d}-copy"})
+    return made
+
+
+def plain_groups(items, max_bits, max_colour):
+    """The rule as it is written: all pairs are compared, and connected ones are one group."""
+    items = sorted(items, key=lambda item: item["name"])
+    hashes = [int(item["phash"], 16) for item in items]
+    colours = np.array([list(bytes.fromhex(item["colours"])) for item in items], float)
+    group = list(range(len(items)))
+    for a, b in itertools.combinations(range(len(items)), 2):
+        is_near = (hashes[a] ^ hashes[b]).bit_count() <= max_bits
+        if is_near and ((colours[a] - colours[b]) ** 2).mean() <= max_colour**2 and group[a] != group[b]:
+            low, high = sorted((group[a], group[b]))
+            group = [low if k == high else k for k in group]
+    return {item["id"]: items[k]["id"] for item, k in zip(items, group, strict=True)}
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 4, 9, 64])
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_are_those_of_the_plain_rule(max_bits, seed):
+    items = random_looks(120, seed, spread=max(2, min(max_bits, 9)))
+    found = group_near_duplicates(items, max_bits)
+    assert found == plain_groups(items, max_bits, 8.0)
+    assert len(items) > len(set(found.values())) > 1
+    assert group_near_duplicates(items[:1]) == {items[0]["id"]: items[0]["id"]} and group_near_duplicates([]) == {}
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["equal hashes", "unequal hashes"])
+def test_frames_that_look_alike_are_not_all_compared(monkeypatch, step):
+    count, compared = 2000, []
+    real = duplicates.np.bitwise_count
+    monkeypatch.setattr(duplicates.np, "bitwise_count", lambda bits: compared.append(bits.size) or real(bits))
+    items = [{"id": f"{k}", "name": f"{k:04d}", "phash": f"{1 << (k % 64 * step):016x}",
+              "colours": bytes([100 + k % 3] * 191 + [k % 256]).hex()} for k in range(count)]  # fmt: skip
+    assert set(group_near_duplicates(items).values()) == {"0"}
+    assert sum(compared) < 100 * count
 
 
 def test_joined_groups():
