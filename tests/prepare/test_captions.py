@@ -1,10 +1,15 @@
 """`npedit caption`: captions for the rows of a set that has instructions, with the toy's real writer."""
 
 import json
+import os
 import random
 from collections import Counter
+from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from npedit.data import imagefolder
@@ -213,6 +218,79 @@ def test_bad_input(tmp_path):
     assert "metadata.jsonl:1: the name leads out" in captions(server.url, outside, tmp_path / "o", code=2)
     assert "does not exist" in captions(server.url, tmp_path / "nowhere", tmp_path / "o", code=2)
     assert "outside the folder" in captions(server.url, source, source / "set", code=2)
+
+
+def test_a_photo_of_the_same_size_but_other_content_is_replaced(tmp_path):
+    """A set that was stopped, or whose photos have changed since; the dates of the files say nothing."""
+    source = bare_set(tmp_path / "rows", {"instruction": "x", "file_name": "a.bmp"})
+    for seed in (1, 2):
+        photo(tmp_path / "new.bmp", seed)
+        (tmp_path / "new.bmp").replace(source / "a.bmp")
+        os.utime(source / "a.bmp", (1, 1))
+        with captioning() as server:
+            captions(server.url, source, tmp_path / "set")
+        assert (tmp_path / "set" / "a.bmp").read_bytes() == (source / "a.bmp").read_bytes()
+
+
+TABLES = {
+    "metadata.csv": 'file_name,instruction,reference_file_names,mask_file_name\nimages/a.png,x,"[""images/b.png""]",'
+    'images/b.png\nimages/a.png,y,,\nimages/a.png,z,[]," "\n',
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": "images/a.png", "instruction": "x", **more}) + "\n"
+        for more in (
+            {"reference_file_names": ["images/b.png"], "mask_file_name": "images/b.png"},
+            {"reference_file_names": None, "mask_file_name": None},
+            {"reference_file_names": "[]", "mask_file_name": " "},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_empty_references_and_masks_are_none(tmp_path, table):
+    source = bare_set(tmp_path / "rows")
+    photo(source / "images" / "b.png", 1)
+    (source / "metadata.jsonl").unlink()
+    (source / table).write_text(TABLES[table])
+    with captioning() as server:
+        captions(server.url, source, tmp_path / "set")
+    rows = rows_of(tmp_path / "set")
+    assert [row["reference_file_names"] for row in rows] == [["images/b.png"], [], []]
+    assert [row["mask_file_name"] for row in rows] == ["images/b.png", "", ""]
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 1, 1), Decimal("1.5"), [timedelta(1)]], ids=str)
+def test_a_value_without_a_form_in_json_is_told_before_the_first_request(tmp_path, value):
+    source = bare_set(tmp_path / "rows")
+    (source / "metadata.jsonl").unlink()
+    table = pa.table({"file_name": ["images/a.png"] * 2, "instruction": ["x", "y"], "taken": [None, value]})
+    pq.write_table(table, source / "metadata.parquet")
+    with captioning() as server:
+        said = captions(server.url, source, tmp_path / "set", code=2)
+        assert "metadata.parquet:2: expected values that JSON can hold" in said and "'taken'" in said
+        assert not server.bodies
+
+
+def test_half_a_character_in_any_column_is_told_before_the_first_request(tmp_path):
+    source = bare_set(tmp_path / "rows", {"instruction": "x", "note": {"by": "a \ud83d"}})
+    with captioning() as server:
+        assert "metadata.jsonl:1: expected values" in captions(server.url, source, tmp_path / "set", code=2)
+        assert not server.bodies
+
+
+HELD_OUT_FILES = ["r0\nr2\n", "\ufeffr0\nr2\n", "r0\r\nr2\r\n", " r0 \n\n r2", "\ufeffr0 \r\n\r\nr2\t\r\n"]
+
+
+@pytest.mark.parametrize("text", [*HELD_OUT_FILES, "", "\ufeff\r\n"], ids=ascii)
+def test_held_out_rows_stay_held_out(tmp_path, text):
+    rows = [{"instruction": f"paint it {k}", "file_name": f"images/{k}.png"} for k in range(4)]
+    source = bare_set(tmp_path / "rows", *rows)
+    for k in range(4):
+        photo(source / "images" / f"{k}.png", k)
+    (source / "held_out.txt").write_bytes(text.encode())
+    with captioning() as server:
+        captions(server.url, source, tmp_path / "set")
+    assert (tmp_path / "set" / "held_out.txt").read_text() == ("r0\nr2\n" if text in HELD_OUT_FILES else "")
 
 
 # ---------------------------------------------------------------------------------------------------- the toy's writer

@@ -1,9 +1,11 @@
 """Finding and reading photos, their rights, near-duplicates, and the plan of edit types."""
 
+import itertools
 import json
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
@@ -11,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from writer_server import photo
 
 from npedit.errors import UserError
+from npedit.prepare import duplicates
 from npedit.prepare import photos as scanning
 from npedit.prepare.duplicates import group_near_duplicates, join_groups, similarity_facts
 from npedit.prepare.engine import LocalEngine
@@ -51,6 +54,21 @@ def test_bad_photos_are_listed_with_their_reasons(tmp_path):
     }  # fmt: skip
     assert set(reasons) == set(wanted)
     assert all(words in reasons[name] for name, words in wanted.items()), reasons
+
+
+def test_photos_are_found_by_every_suffix_that_is_read_and_others_are_listed(tmp_path):
+    read = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
+            ".avif": "AVIF", ".bmp": "BMP", ".tif": "TIFF", ".TIFF": "TIFF", ".Gif": "GIF"}  # fmt: skip
+    not_read = (".heic", ".HEIC", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".dng", ".CR2", ".nef", ".arw")
+    for number, (suffix, kind) in enumerate(read.items()):
+        photo(tmp_path / "p" / f"a{suffix}", number, format=kind)
+    for suffix in not_read:
+        (tmp_path / "p" / f"b{suffix}").write_bytes((tmp_path / "p" / "a.TIFF").read_bytes())
+    found, bad = scan(tmp_path / "p")
+    assert {p["name"] for p in found} == {f"a{suffix}" for suffix in read}
+    assert {row["file"] for row in bad} == {f"b{suffix}" for suffix in not_read}
+    assert all("convert it to JPEG or PNG" in row["reason"] for row in bad)
+    assert scan(tmp_path / "p") == (found, bad)
 
 
 @pytest.mark.parametrize("place", ["missing", "file", "empty"])
@@ -132,6 +150,59 @@ def test_near_duplicates_of_real_photos_are_grouped_and_others_are_not(tmp_path)
     assert len(set(groups.values())) == 6
 
 
+def random_looks(count, seed, spread):
+    """Photos around a few hashes and colours, at distances about the limits; some look exactly alike."""
+    rng = np.random.default_rng(seed)
+    hashes = [int(h) for h in rng.integers(0, 2**63, 6)]
+    colours = rng.integers(0, 256, (6, 192))
+    made = []
+    for number in rng.permutation(count):
+        phash = hashes[rng.integers(6)]
+        for bit in rng.integers(0, 64, rng.integers(0, spread + 1)):
+            phash ^= 1 << int(bit)
+        near = colours[rng.integers(6)] + rng.integers(-1, 2, 192) * rng.integers(0, 12)
+        made.append({"id": f"id{number}", "name": f"{number:04d}", "phash": f"{phash:016x}",
+                     "colours": near.clip(0, 255).astype(np.uint8).tobytes().hex()})  # fmt: skip
+        if rng.random() < 0.2:
+            made.append(made[-1] | {"id": f"copy{number}", "name": f"{(number * 7) % count:04d}-copy"})
+    return made
+
+
+def plain_groups(items, max_bits, max_colour):
+    """The rule as it is written: all pairs are compared, and connected ones are one group."""
+    items = sorted(items, key=lambda item: item["name"])
+    hashes = [int(item["phash"], 16) for item in items]
+    colours = np.array([list(bytes.fromhex(item["colours"])) for item in items], float)
+    group = list(range(len(items)))
+    for a, b in itertools.combinations(range(len(items)), 2):
+        is_near = (hashes[a] ^ hashes[b]).bit_count() <= max_bits
+        if is_near and ((colours[a] - colours[b]) ** 2).mean() <= max_colour**2 and group[a] != group[b]:
+            low, high = sorted((group[a], group[b]))
+            group = [low if k == high else k for k in group]
+    return {item["id"]: items[k]["id"] for item, k in zip(items, group, strict=True)}
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 4, 9, 64])
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_are_those_of_the_plain_rule(max_bits, seed):
+    items = random_looks(120, seed, spread=max(2, min(max_bits, 9)))
+    found = group_near_duplicates(items, max_bits)
+    assert found == plain_groups(items, max_bits, 8.0)
+    assert len(items) > len(set(found.values())) > 1
+    assert group_near_duplicates(items[:1]) == {items[0]["id"]: items[0]["id"]} and group_near_duplicates([]) == {}
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["equal hashes", "unequal hashes"])
+def test_frames_that_look_alike_are_not_all_compared(monkeypatch, step):
+    count, compared = 2000, []
+    real = duplicates.np.bitwise_count
+    monkeypatch.setattr(duplicates.np, "bitwise_count", lambda bits: compared.append(bits.size) or real(bits))
+    items = [{"id": f"{k}", "name": f"{k:04d}", "phash": f"{1 << (k % 64 * step):016x}",
+              "colours": bytes([100 + k % 3] * 191 + [k % 256]).hex()} for k in range(count)]  # fmt: skip
+    assert set(group_near_duplicates(items).values()) == {"0"}
+    assert sum(compared) < 100 * count
+
+
 def test_joined_groups():
     groups = {"a": "a", "b": "a", "c": "c", "d": "d"}
     joined = join_groups(groups, [["b", "c"]])
@@ -166,6 +237,22 @@ def test_held_out_rows_never_split_a_group():
     held_groups = {groups[row["photo"]] for row in rows if row["id"] in held}
     assert not held_groups & {groups[row["photo"]] for row in rows if row["id"] not in held}
     assert draw_held_out(rows[:2], groups, 0.5, 0) == []  # the last row of a type stays for training
+
+
+@pytest.mark.parametrize("sizes", [[900] + [5] * 20, [900] + [1] * 100, [300, 3, 3, 4], [50] * 20])
+def test_a_large_group_is_not_held_out_while_smaller_ones_are_left(sizes):
+    """Ten groups of one row are nearer to 20 rows than one group of 900; where only large ones are left, one is."""
+    names = [f"g{k}" for k, size in enumerate(sizes) for _ in range(size)]
+    rows = [{"id": f"r{k}", "photo": f"p{k}", "edit_type": "scene"} for k in range(len(names))]
+    groups = {f"p{k}": name for k, name in enumerate(names)}
+    for seed in range(12):
+        held = set(draw_held_out(rows, groups, 0.02, seed))
+        drawn = {groups[row["photo"]] for row in rows if row["id"] in held}
+        assert len(held) == sum(sizes[int(name[1:])] for name in drawn)
+        wanted = round(0.02 * len(rows))
+        assert abs(len(held) - wanted) <= min(sizes) if min(sizes) < wanted else len(drawn) == 1
+        assert "g0" not in drawn or len(set(sizes)) == 1
+    assert draw_held_out(rows, groups, 0, 0) == []
 
 
 def test_a_damaged_file_of_facts_is_read_again(tmp_path):

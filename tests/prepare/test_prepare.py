@@ -27,6 +27,17 @@ def test_photos_become_a_set_that_datasets_and_training_open(tmp_path):
     assert held and source.batch(0, 2).references.shape == (2, 3, 32, 48)
 
 
+def test_a_set_of_rare_suffixes_is_opened_too(tmp_path):
+    for number, (suffix, kind) in enumerate(((".jpe", "JPEG"), (".jfif", "JPEG"), (".avif", "AVIF"))):
+        photo(tmp_path / "photos" / f"{number}{suffix}", number, format=kind)
+    with writing() as server:
+        prepare(server, tmp_path / "photos", tmp_path / "set", "--types", "add,style", "--held-out", 0)
+    opened = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert [row["image"].size for row in opened["train"]] == [(48, 32)] * 6
+    settings = imagefolder.Settings(path=str(tmp_path / "set"), sizes=((32, 48),), prefetch=0)
+    assert imagefolder.Source(settings, 0).batch(0, 6).references.shape == (6, 3, 32, 48)
+
+
 def test_what_is_sent_is_small_and_without_exif(tmp_path):
     exif = Image.Exif()
     exif[0x8298] = "somebody"

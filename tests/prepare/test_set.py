@@ -110,6 +110,19 @@ def test_the_data_card_says_what_the_set_is(tmp_path):
     assert {row["licence"] for row in opened["train"]} == {"CC0", "MIT", ""}
 
 
+def test_names_in_the_table_of_licences_that_are_no_photos_are_told(tmp_path, caplog):
+    """Also in a shard, where photos of the other shards are known."""
+    table, source = tmp_path / "r.csv", photos(tmp_path / "photos", 6)
+    names = [f"{k:03d}.png" for k in range(6)]
+    with writing() as server:
+        for unknown in ([], ["photos/000.png", ".\\001.png"]):
+            lines = [f"{name},CC0,here" for name in [*names[2:], *(unknown or names[:2])]]
+            table.write_text("\n".join(["file_name,licence,source", *lines]) + "\n")
+            prepare(server, source, tmp_path / "set", "--licences", table, "--shard", "0/2")
+            assert ("--licences: expected names" in caplog.text) == bool(unknown)
+    assert "2 of 6 are none, such as '.\\\\001.png'" in caplog.text
+
+
 def test_an_own_edit_type_with_examples_and_another_language(tmp_path):
     custom = {
         "edit_types": {"rain": {"description": "let it rain", "trained_as": "tone"}},

@@ -1,6 +1,7 @@
 """Blind comparisons by people: orders, answers, and what follows from them."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from judge_server import picture, serving, write_gedit
 from PIL import Image
 
 from npedit.errors import UserError
+from npedit.runs.files import read_rows
 from npedit.scoring.results import Results, Row
-from npedit.serve.people import Comparison, clean_name, hold_answers, preferences, rater_order, summarise
+from npedit.serve.people import (
+    Comparison,
+    answers_about,
+    clean_name,
+    hold_answers,
+    preferences,
+    rater_order,
+    summarise,
+)
 from npedit.serve.people_pairs import Pair, read_pairs
 
 NAMES = ("one", "two")
@@ -116,7 +126,7 @@ def test_the_last_answer_counts_and_others_are_not_read(tmp_path):
 
 def test_a_line_that_a_kill_truncated_does_not_spoil_the_next_one(tmp_path):
     found, file = written_pairs(3, tmp_path), tmp_path / "people.jsonl"
-    file.write_text(json.dumps(answers_of([1])[0]) + '\n{"rater": "an')
+    file.write_text(json.dumps(answers_of([1])[0] | {"digest": found[0].digest(NAMES)}) + '\n{"rater": "an')
     with hold_answers(file):
         comparison = Comparison(NAMES, found, file)
         comparison.record("ann", next(s for s in comparison.order("ann") if s.pair.id == "i2"), "tie")
@@ -133,6 +143,62 @@ def test_an_item_with_a_broken_picture_is_left_out(tmp_path):
         seen.append(shown.pair.id)
         comparison.record("ann", shown, "tie")
     assert sorted(seen) == ["i0", "i2"] and comparison.done("ann") == 2 == len(comparison.order("ann"))
+
+
+def ask_all(comparison, rater="ann"):
+    while shown := comparison.next(rater):
+        comparison.record(rater, shown, "left" if shown.swapped else "right")  # the second editor
+
+
+OTHERS = {
+    "another picture of the first editor": lambda pair: picture(90).save(pair.edited[0]),
+    "another picture of the second editor": lambda pair: picture(90).save(pair.edited[1]),
+    "other data": lambda pair: replace(pair, data=("new", "new")),
+    "another instruction": lambda pair: replace(pair, instruction="another"),
+    "swapped folders": lambda pair: replace(pair, edited=pair.edited[::-1]),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_answers_count_only_for_what_was_seen(tmp_path, change):
+    found, file = written_pairs(4, tmp_path), tmp_path / "people.jsonl"
+    ask_all(Comparison(NAMES, found, file))
+    other = OTHERS[change](found[1]) or found[1]
+    again = Comparison(NAMES, [found[0], other, *found[2:]], file)
+    assert again.done("ann") == 3 and again.ignored == 1 and again.next("ann").pair.id == "i1"
+    rows, ignored = answers_about(read_rows(file), again.pairs, NAMES)
+    assert {row["id"] for row in rows} == {"i0", "i2", "i3"} and ignored == 1
+    ask_all(again)
+    rows, ignored = answers_about(read_rows(file), again.pairs, NAMES)
+    assert len(rows) == 4 and ignored == 1
+
+
+def test_answers_count_for_the_same_results_in_the_other_order_and_not_without_a_digest(tmp_path):
+    found, file = written_pairs(3, tmp_path), tmp_path / "people.jsonl"
+    ask_all(Comparison(NAMES, found, file))
+    turned = [replace(pair, edited=pair.edited[::-1]) for pair in found]
+    assert Comparison(NAMES[::-1], turned, file).done("ann") == 3
+    assert Comparison(("one", "three"), found, file).ignored == 0  # answers about other editors are not counted at all
+    older = [{k: v for k, v in row.items() if k != "digest"} for row in read_rows(file)]
+    assert answers_about(older, found, NAMES) == ([], 3)
+    found[0].edited[0].unlink()
+    assert answers_about(read_rows(file), found, NAMES)[1] == 1
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}', '{"a": 1}\n', '{"result": "a", "id": "0", "score": 1}\n', "\x00\n", "x"]
+)
+def test_a_file_that_holds_something_else_is_no_file_of_answers(tmp_path, content):
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"--answers: expected .*results\.json, which holds something else"):
+        with hold_answers(file):
+            pass
+    assert file.read_text() == content
+    for fine in ("", '{"rater": "an'):
+        file.write_text(fine)
+        with hold_answers(file):
+            pass
 
 
 def test_names_of_raters():
@@ -229,9 +295,13 @@ def test_pairs_of_own_photos(evaluated, tmp_path):
 
 def test_answers_in_a_file_are_compared(evaluated, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    folders = [evaluated / name for name in NAMES]
+    digests = {pair.id: pair.digest(NAMES) for pair in read_pairs(folders, list(map(Results.read, folders)), None)[0]}
     rows = [{**row, "id": row["id"].replace("i", "0/")} for row in answers_of([1, -1, 1, 0])]
+    rows = [row | {"digest": digests[row["id"]]} for row in rows] + [{**rows[1], "answer": "tie", "digest": "other"}]
     Path("people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = run("compare", evaluated / "one", "--people", "people.jsonl", evaluated / "two", "--metric", "l1", "--json")
+    assert "note 1 answers in people.jsonl are ignored" in said
     assert "two against one: win rate 0.625" in said and "2/1/1 wins/ties/losses" in said
     assert json.loads(said[said.index('{ "editors"') :])["people"]["win_rate"] == 0.625
 

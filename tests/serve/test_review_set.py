@@ -96,6 +96,8 @@ def test_mending_changes_the_fields_of_one_row_alone(folder):
         ({"instruction": " "}, "empty"),
         ({"instruction": "a \ud800"}, "surrogate"),
         ({"questions": "perhaps | is it red?"}, "'yes | QUESTION'"),
+        ({"questions": "yes, all | is it red?"}, "'yes, both | QUESTION'"),
+        ({"questions": "yes, | is it red?"}, "'yes, both | QUESTION'"),
     ],
 )
 def test_a_mended_row_must_be_one_that_training_takes(folder, changes, words):
@@ -226,3 +228,52 @@ def test_questions_as_text_and_back():
     assert questions_from_text(questions_as_text(questions)) == questions
     assert questions_as_text(json.dumps(questions)) == questions_as_text(questions)
     assert questions_as_text(None) == "" and questions_from_text("\n \n") == []
+
+
+def test_a_mended_question_leaves_the_pictures_of_all_questions(tmp_path):
+    both = {"question": "the same dog, or both?", "answer": "yes", "images": "both"}
+    asked = [{"question": "a hat ther?", "answer": "yes"}, both, both | {"answer": "no"}]
+    save(tmp_path, "a.png", plain(64, 64))
+    write_metadata(tmp_path, [row("a.png", id="a", questions=asked)])
+    with open_review(tmp_path) as review:
+        shown = review.entries[0].fields()
+        assert shown["questions"].splitlines()[1] == "yes, both | the same dog, or both?"
+        review.accept("a", shown, shown | {"questions": shown["questions"].replace("ther?", "there?")})
+    assert rows_of(tmp_path)[0]["questions"] == [asked[0] | {"question": "a hat there?"}, *asked[1:]]
+    assert questions_from_text("No,BOTH| a | b") == [{"question": "a | b", "answer": "no", "images": "both"}]
+
+
+@pytest.mark.parametrize("first", ["", "\ufeff"], ids=["", "BOM"])
+def test_windows_line_ends_stay(tmp_path, first):
+    for name in "abc":
+        save(tmp_path, f"{name}.png", plain(64, 64))
+    lines = [json.dumps(row(f"{name}.png", id=name)) + "\r\n" for name in "abc"]
+    write = (tmp_path / "metadata.jsonl").write_bytes
+    write((first + "".join(lines)).encode())
+    (tmp_path / "rejected.jsonl").write_bytes(b'{"id": "x", "pass": "write", "reason": "r"}\r\n')
+    with open_review(tmp_path) as review:
+        shown = review.entries[1].fields()
+        review.accept("b", shown, shown | {"instruction": "y"})
+        review.reject("c", "dull")
+    lines[1] = lines[1].replace("make it blue", "y")
+    assert (tmp_path / "metadata.jsonl").read_bytes().decode() == first + "".join(lines[:2])
+    assert (tmp_path / "rejected.jsonl").read_bytes().startswith(b'{"id": "x", "pass": "write", "reason": "r"}\r\n{')
+    with open_review(tmp_path) as review:
+        review.accept("c")
+    assert (tmp_path / "metadata.jsonl").read_bytes().decode() == first + "".join(lines)
+
+
+@pytest.mark.parametrize("text", ["\ufeffa\nb\nc\n", "a\r\nb\r\nc\r\n", "\ufeff a \r\n\r\nb\t\r\nc"], ids=ascii)
+def test_held_out_ids_are_read_as_training_reads_them(tmp_path, text):
+    for name in "abcdef":
+        save(tmp_path, f"{name}.png", plain(64, 64))
+    write_metadata(tmp_path, [row(f"{name}.png", id=f" {name} ") for name in "abcdef"])
+    (tmp_path / "held_out.txt").write_bytes(text.encode())
+    with open_review(tmp_path) as review:
+        review.reject("a", "dull"), review.reject("b", "dull")
+        assert (tmp_path / "held_out.txt").read_text() == "c\n"
+        assert [entry.held_out for entry in review.entries[:3]] == [True, True, False]
+        opened(tmp_path, held_out="held_out.txt")
+        review.accept("a")
+    assert (tmp_path / "held_out.txt").read_text() == "c\na\n"
+    opened(tmp_path, held_out="held_out.txt")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.local_page import PagePortOption
-from npedit.cli.people import AnswersOption, DataOption, is_answers, rate_results, read_answers
+from npedit.cli.people import AnswersOption, DataOption, rate_results, read_answers
 from npedit.errors import UserError, explain_write_errors
 from npedit.scoring.tables import TextTable, rich_table
 
@@ -98,6 +98,7 @@ def _compare(request: _Request) -> dict[str, Any]:
         select_common_metrics,
         unknown_judge_notes,
     )
+    from npedit.serve.people import is_answers
 
     for place in filter(None, (request.plot, request.page)):
         check_writable(place)
@@ -120,7 +121,7 @@ def _compare(request: _Request) -> dict[str, Any]:
     for table in tables:
         out.print(rich_table(table))
     if request.labels and is_answers(request.labels):
-        values["people"] = read_answers(results, request.labels, request.seed)
+        values["people"] = read_answers(_judged_first(request), results, request.data, request.labels, request.seed)
     return values | _write_files(request, results, values, tables)
 
 
@@ -147,9 +148,8 @@ def _write_page(
     from npedit.report.comparison import make_comparison_page, preference_table
     from npedit.report.result_pictures import read_result_pictures
     from npedit.runs.checkpoint import write_text
-    from npedit.scoring.comparison import split_folders
 
-    folders = [split_folders(folder)[0] for folder in request.folders]  # all judges have seen the same pictures
+    folders = _judged_first(request)
     shown = [*tables, preference_table(values["people"])] if values.get("people") else tables
     try:
         pictures = [read_result_pictures(f, r, request.data) for f, r in zip(folders, results, strict=True)]
@@ -157,6 +157,13 @@ def _write_page(
     except UserError as error:
         pictures, note = [], f"No pictures: {error}"
     write_text(page, make_comparison_page(results, values, shown, pictures, note))
+
+
+def _judged_first(request: _Request) -> list[Path]:
+    """One folder of each editor: all judges have seen the same pictures."""
+    from npedit.scoring.comparison import split_folders
+
+    return [split_folders(folder)[0] for folder in request.folders]
 
 
 def _check_name(option: str, path: Path | None, ending: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +39,7 @@ def rate_results(
         raise UserError(f"--people: expected two folders of results; got {len(folders)}; compare two editors at a time")
     require_page_packages()
     from npedit.runs.files import read_rows
-    from npedit.serve.people import Comparison, hold_answers, preferences, summarise
+    from npedit.serve.people import Comparison, answers_about, hold_answers, preferences, summarise
     from npedit.serve.people_page import make_people_app
     from npedit.serve.people_pairs import read_pairs
 
@@ -50,8 +49,10 @@ def rate_results(
         out.print(f"[yellow]note[/] {missing} items lack a picture in one of the results and are left out")
     with hold_answers(answers):
         words = f"Comparing {len(pairs)} items, answers in {answers},"
-        run_page(make_people_app(Comparison(names, pairs, answers, seed)), port, words)
-        rows = read_rows(answers)
+        comparison = Comparison(names, pairs, answers, seed)
+        print_ignored(comparison.ignored, answers)
+        run_page(make_people_app(comparison), port, words)
+        rows, _ = answers_about(read_rows(answers), pairs, names)
     if not preferences(rows, names):
         return {}
     found = summarise(results, rows, seed)
@@ -59,33 +60,38 @@ def rate_results(
     return found
 
 
-def is_answers(path: Path) -> bool:
-    """Whether a file holds answers of people about two editors, and not scores of pictures."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            first = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(first, dict) and {"rater", "answer"} <= set(first)
-
-
-def read_answers(results: Sequence[Results], answers: Path, seed: int) -> dict[str, Any]:
+def read_answers(
+    folders: Sequence[Path], results: Sequence[Results], data: Path | None, answers: Path, seed: int
+) -> dict[str, Any]:
     """What the answers in a file say about two editors, which is printed too.
 
     Raises:
-        UserError: other than two editors, or no answer about them.
+        UserError: other than two editors, pictures that are not there, or no answer about them.
     """
     from npedit.runs.files import read_rows
-    from npedit.serve.people import summarise
+    from npedit.serve.people import answers_about, summarise
+    from npedit.serve.people_pairs import read_pairs
 
     if len(results) != 2:
         raise UserError(
             f"--people: expected two folders of results with the answers of {answers}; got {len(results)}; compare the "
             "two that people have seen"
         )
-    found = summarise(results, read_rows(answers), seed)
+    pairs, _ = read_pairs(folders, results, data)
+    rows, ignored = answers_about(read_rows(answers), pairs, (results[0].name, results[1].name))
+    print_ignored(ignored, answers)
+    found = summarise(results, rows, seed)
     print_summary(found)
     return found
+
+
+def print_ignored(count: int, answers: Path) -> None:
+    """Say how many answers do not count."""
+    if count:
+        out.print(
+            f"[yellow]note[/] {count} answers in {escape(str(answers))} are ignored: they are about other pictures of "
+            "editors with these names"
+        )
 
 
 def print_summary(found: Mapping[str, Any]) -> None:

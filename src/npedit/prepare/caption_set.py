@@ -18,6 +18,7 @@ from npedit.data._formats import edited_columns, read_metadata
 from npedit.data._metadata import find_metadata, parse_row, relative_name, resolve_photo_path
 from npedit.data._photos import BadImage
 from npedit.errors import UserError
+from npedit.prepare import out_folder
 from npedit.prepare.asking import Meter
 from npedit.prepare.caption_rows import FILLED, caption_photo, is_complete
 from npedit.prepare.engine import Engine, LocalEngine
@@ -32,7 +33,7 @@ from npedit.prepare.set_folder import (
     METADATA,
     REJECTED,
     place_photo,
-    require_folder,
+    read_held_out,
     write_lines,
 )
 from npedit.prepare.writer import Writer
@@ -76,11 +77,12 @@ def caption_set(
     Raises:
         UserError: bad input, the model cannot be reached, or no row is complete. All answers are kept.
     """
-    require_folder(out, source)
+    out_folder.require_folder(out, out_folder.CAPTION, [source])
     folder, entries = read_entries(source)
     out.mkdir(parents=True, exist_ok=True)
     engine = engine or LocalEngine(max(writer.workers, 2))
     with hold(out, "caption"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+        out_folder.begin_set(out, out_folder.CAPTION, [source])
         passes = make_passes(settings, prompts, writer, verifier, answers, total)
         rows, rejected, stopped = ask_for_captions(entries, passes, engine, report)
         facts = describe_captions(source, passes, total, stopped) | count_captions(entries, rows, rejected)
@@ -101,7 +103,8 @@ def read_entries(source: Path) -> tuple[Path, list[Entry]]:
     """(the folder of the set, its rows).
 
     Raises:
-        UserError: there is no set, or names file and line: a row is wrong, or a picture is outside the set.
+        UserError: there is no set, or names file and line: a row is wrong, a picture is outside the set, or a value has
+            no form in JSON.
     """
     folder, files = find_metadata(str(source))
     edited = edited_columns(files, {})
@@ -125,11 +128,24 @@ def _read_entry(number: int, values: Row, edited: Collection[str], file: Path, l
     found = kept | {"file_name": names[0], "id": row.id, "instruction": row.instruction, "edit_type": row.edit_type}
     found |= {"object": "" if row.object == UNNAMED else row.object, "questions": json.loads(row.questions or "[]")}
     found |= {"source_caption": row.source_caption, "target_caption": row.target_caption}
-    if row.references:
+    if "reference_file_names" in values:
         found["reference_file_names"] = [relative_name(prefix + name) for name in row.references]
-    if row.mask:
-        found["mask_file_name"] = relative_name(prefix + row.mask)
+    if "mask_file_name" in values:
+        found["mask_file_name"] = relative_name(prefix + row.mask) if row.mask else ""
+    _require_json(found, row.location)
     return Entry(number, found, places)
+
+
+def _require_json(values: Row, location: str) -> None:
+    """Check that a row can be written into metadata.jsonl."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{location}: expected values that JSON can hold; got {value!r:.80} in {name!r} ({error}); write it as "
+                "text or as a number, or leave the column out"
+            ) from None
 
 
 # --------------------------------------------------------------------------------------------------------------- ask
@@ -227,7 +243,7 @@ def write_captioned_set(
     write_lines(out / REJECTED, rejected)
     ids = {row["id"] for row in rows}
     if (folder / HELD_OUT).is_file():
-        held_out = [line for line in (folder / HELD_OUT).read_text(encoding="utf-8").splitlines() if line in ids]
+        held_out = [i for i in read_held_out(folder) if i in ids]
         write_text(out / HELD_OUT, "".join(f"{i}\n" for i in held_out))
     write_text(out / FACTS, json.dumps(_old_facts(folder) | {"captions": facts}, indent=1, ensure_ascii=False) + "\n")
     write_text(out / CARD, _card(folder, facts))

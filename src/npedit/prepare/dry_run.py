@@ -11,6 +11,7 @@ from typing import Any
 
 from npedit.prepare.asking import ANSWER_TOKENS, PROMPT_TOKENS, Asker, Meter
 from npedit.prepare.engine import LocalEngine
+from npedit.prepare.out_folder import PREPARE, begin_set, require_folder
 from npedit.prepare.passes import Passes
 from npedit.prepare.prepare import (
     PrepareSettings,
@@ -20,7 +21,7 @@ from npedit.prepare.prepare import (
     scan_folder,
 )
 from npedit.prepare.prompts import Prompts
-from npedit.prepare.set_folder import ANSWERS, require_folder
+from npedit.prepare.set_folder import ANSWERS
 from npedit.prepare.writer import Request, Writer
 from npedit.runs.lock import hold
 
@@ -83,10 +84,11 @@ def dry_run(
     Raises:
         UserError: bad input, or the model cannot be reached.
     """
-    require_folder(out, folder)
+    require_folder(out, PREPARE, [folder])
     out.mkdir(parents=True, exist_ok=True)
     engine = LocalEngine(max(writer.workers, 2))
     with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, _):
+        begin_set(out, PREPARE, [folder])
         scan = scan_folder(folder, out, settings, {}, engine, report)
         step = max(1, len(scan.chosen) // count)
         photos = scan.chosen[::step][:count]

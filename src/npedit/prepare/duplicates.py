@@ -8,7 +8,7 @@ and B is like C, all three are one group.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import imagehash
@@ -33,43 +33,80 @@ def group_near_duplicates(
 ) -> dict[str, str]:
     """Photo id -> group id. The group id is the id of the group's photo whose name comes first. Photos need `id`,
     `name`, `phash` and `colours`."""
-    order = sorted(range(len(photos)), key=lambda i: photos[i]["name"])
-    hashes = np.array([int(photos[i]["phash"], 16) for i in order], np.uint64)
-    colours = np.array([np.frombuffer(bytes.fromhex(photos[i]["colours"]), np.uint8) for i in order], np.float32)
-    root = list(range(len(order)))
-    for first, others in _candidates(hashes, max_bits):
-        distance = np.sqrt(((colours[others] - colours[first]) ** 2).mean(1))
-        for other in others[distance <= max_colour]:
-            _join(root, first, int(other))
-    return {photos[i]["id"]: photos[order[_find(root, place)]]["id"] for place, i in enumerate(order)}
+    if not photos:
+        return {}
+    order = sorted(photos, key=lambda photo: photo["name"])
+    look = [(photo["phash"], photo["colours"]) for photo in order]
+    first = {key: place for place, key in reversed(list(enumerate(look)))}  # of the photos that look exactly alike
+    places = sorted(first.values())
+    alike = _Alike([look[place] for place in places], max_bits, max_colour)
+    group = {look[place]: order[places[found]]["id"] for place, found in zip(places, alike.groups(), strict=True)}
+    return {photo["id"]: group[key] for photo, key in zip(order, look, strict=True)}
 
 
-def _candidates(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(photo, later photos whose hashes differ from its hash in at most `max_bits` bits).
+class _Alike:
+    """Finds what looks alike among pairs of perceptual hash and colours, no two of which are equal.
 
     The hash is cut into max_bits + 1 pieces. Two hashes that differ in at most `max_bits` bits agree in one of the
-    pieces, so only photos that agree in a piece are compared.
+    pieces, so only those that agree in a piece are compared. What has got a group is not compared again.
     """
-    pieces = max_bits + 1
-    edges = [HASH_BITS * k // pieces for k in range(pieces + 1)]
-    for low, high in zip(edges, edges[1:]):
-        values = (hashes >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
-        for members in _equal_values(values):
-            for place, first in enumerate(members[:-1]):
-                others = members[place + 1 :]
-                bits = np.bitwise_count(hashes[others] ^ hashes[first])
-                near = others[bits <= max_bits]
-                if len(near):
-                    yield int(first), near
+
+    def __init__(self, looks: Sequence[tuple[str, str]], max_bits: int, max_colour: float):
+        self.hashes = np.array([int(phash, 16) for phash, _ in looks], np.uint64)
+        self.colours = np.array([np.frombuffer(bytes.fromhex(c), np.uint8) for _, c in looks], np.float32)
+        self.max_bits, self.max_colour = max_bits, max_colour
+        self.sums = self.colours.sum(1, dtype=np.float64)
+        self.group = np.full(len(looks), -1)
+        edges = [HASH_BITS * k // (max_bits + 1) for k in range(max_bits + 2)]
+        self.masks = [np.uint64(2**high - 2**low) for low, high in zip(edges, edges[1:])]
+        self.members = [_places_of_values(self.hashes & mask) for mask in self.masks]
+
+    def groups(self) -> list[int]:
+        """The first member of each one's group."""
+        for start in range(len(self.group)):
+            if self.group[start] < 0:
+                self.group[start] = start
+                waiting = [start]
+                while waiting:
+                    near = self._near(waiting.pop())
+                    self.group[near] = start
+                    waiting += near.tolist()
+        return self.group.tolist()
+
+    def _near(self, place: int) -> np.ndarray:
+        """What looks like the one at `place` and has no group yet."""
+        found = [np.empty(0, int)]
+        for piece in range(len(self.masks)):
+            others = self._without_group(piece, self.hashes[place] & self.masks[piece])
+            differ = self.hashes[others] ^ self.hashes[place]
+            is_near = np.bitwise_count(differ) <= self.max_bits
+            for mask in self.masks[:piece]:
+                is_near &= (differ & mask) != 0  # else an earlier piece has found it
+            found.append(others[is_near])
+        others = np.concatenate(found)
+        return others[self._has_colours_of(place, others)]
+
+    def _without_group(self, piece: int, value: np.uint64) -> np.ndarray:
+        members = self.members[piece][int(value)]
+        self.members[piece][int(value)] = members = members[self.group[members] < 0]
+        return members
+
+    def _has_colours_of(self, place: int, others: np.ndarray) -> np.ndarray:
+        """Whether the colours of `others` differ little. Sums of colours that differ much tell it at once: the root
+        mean square is at least the difference of the means."""
+        count = self.colours.shape[1]
+        is_like = np.abs(self.sums[others] - self.sums[place]) <= self.max_colour * count
+        near = others[is_like]
+        distance = np.sqrt(((self.colours[near] - self.colours[place]) ** 2).mean(1))
+        is_like[is_like] = distance <= self.max_colour
+        return is_like
 
 
-def _equal_values(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of equal values, in ascending order, for each value that comes more than once."""
+def _places_of_values(values: np.ndarray) -> dict[int, np.ndarray]:
+    """The places of each value, in ascending order."""
     order = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0])
-    for members in np.split(order, starts[1:]):
-        if len(members) > 1:
-            yield members
+    starts = np.flatnonzero(np.diff(values[order])) + 1
+    return {int(values[places[0]]): places for places in np.split(order, starts)}
 
 
 def join_groups(groups: Mapping[str, str], together: Iterable[Sequence[str]]) -> dict[str, str]:

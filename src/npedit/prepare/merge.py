@@ -3,12 +3,14 @@ anew. No model is asked."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from npedit.errors import UserError, explain_write_errors
+from npedit.prepare.out_folder import BEGUN, MERGE, PREPARE, begin_set, read_sources, require_folder
 from npedit.prepare.prepare import PrepareSettings, finish_set, group_scan
 from npedit.prepare.set_folder import (
     ANSWERS,
@@ -17,9 +19,8 @@ from npedit.prepare.set_folder import (
     METADATA,
     PHOTOS,
     REJECTED,
-    require_folder,
 )
-from npedit.runs.files import read_json_object, read_rows
+from npedit.runs.files import fsync_file, read_json_object, read_rows
 from npedit.runs.lock import hold
 
 Row = dict[str, Any]
@@ -31,9 +32,9 @@ def merge(out: Path, shards: Sequence[Path]) -> dict[str, Any]:
     share of held-out rows and treatment of near-duplicates are those of the shards.
 
     Raises:
-        UserError: a shard is missing, unfinished, or made with other settings.
+        UserError: a shard is missing, unfinished, or made with other settings; or `out` is a shard or another set.
     """
-    require_folder(out)
+    require_folder(out, MERGE, shards)
     facts = [_read_facts(shard) for shard in shards]
     _check_shards(shards, facts)
     settings = _settings(facts[0])
@@ -43,8 +44,20 @@ def merge(out: Path, shards: Sequence[Path]) -> dict[str, Any]:
     made = {photo: result for photo, result in made.items() if photo in chosen}
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "merge-shards"):
+        begin_set(out, MERGE, shards)
         _join_answers(out, shards)
-        return finish_set(out, scan, made, settings, _sum_facts(facts))
+        merged = finish_set(out, scan, made, settings, _sum_facts(facts))
+        _hand_over(out, shards)
+        return merged
+
+
+def _hand_over(out: Path, shards: Sequence[Path]) -> None:
+    """From now on the set counts as begun by `npedit prepare` from the photos of the shards, so that it can go on."""
+    sources = [read_sources(shard) for shard in shards]
+    if sources[0] and all(found == sources[0] for found in sources):
+        begin_set(out, PREPARE, sources[0])
+    else:
+        (out / BEGUN).unlink()
 
 
 def _read_facts(shard: Path) -> dict[str, Any]:
@@ -109,6 +122,7 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[Row], list[Row], dict[str
     for shard in shards:
         own = {photo for photo, source in sources.items() if source == shard}
         _read_rows_of(shard, own, photos, made)
+        _find_photos_without_rows([photos[photo] for photo in own], read_sources(shard))
     return sorted(photos.values(), key=lambda p: p["name"]), bad, made
 
 
@@ -128,14 +142,29 @@ def _read_rows_of(shard: Path, own: set[str], photos: dict[str, Row], made: dict
             made.setdefault(row["photo"], {"rows": [], "rejected": []})["rejected"].append(row)
 
 
+def _find_photos_without_rows(photos: Sequence[Row], folders: Sequence[Path]) -> None:
+    """Give photos that are in no shard, because no row has them, the `path` of the file in the folder of photos if it
+    has not changed: another photo's row may have them as reference."""
+    for photo in photos:
+        for place in (folder / photo["name"] for folder in folders):
+            if "path" not in photo and place.is_file():
+                facts = place.stat()
+                if (facts.st_size, facts.st_mtime_ns) == (photo["bytes"], photo["modified"]):
+                    photo["path"] = str(place)
+
+
 def _join_answers(out: Path, shards: Sequence[Path]) -> None:
     """Copy the shards' answers and photos' facts, so that a later run over all photos asks nothing twice."""
     for name in (ANSWERS, PHOTOS):
-        with explain_write_errors(out / name), open(out / name, "wb") as file:
-            for shard in shards:
-                if (shard / name).exists():
-                    data = (shard / name).read_bytes()
-                    file.write(data if data.endswith(b"\n") or not data else data + b"\n")
+        aside = out / f"{name}.tmp"
+        with explain_write_errors(out / name):
+            with open(aside, "wb") as file:
+                for shard in shards:
+                    if (shard / name).exists():
+                        data = (shard / name).read_bytes()
+                        file.write(data if data.endswith(b"\n") or not data else data + b"\n")
+                fsync_file(file)
+            os.replace(aside, out / name)
 
 
 def _sum_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

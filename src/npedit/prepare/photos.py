@@ -22,7 +22,9 @@ from npedit.errors import UserError
 from npedit.prepare.duplicates import similarity_facts
 from npedit.runs.files import append_row, repair_rows, write_rows
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")  # of cameras
+NOT_READ = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", *RAW)
 MAX_SIDE_RATIO = 64  # of a photo; a longer one shows nothing when it is scaled down
 COPYRIGHT = 0x8298  # EXIF 2.3
 TEXT_KEYS = {"copyright": "licence", "license": "licence", "licence": "licence", "source": "source"}  # PNG texts
@@ -35,8 +37,8 @@ ReportProgress = Callable[[int, int], None]
 
 
 def find_photos(folder: Path) -> list[str]:
-    """The names of all photos in a folder and its sub-folders, relative to it, sorted. Hidden files and folders are
-    left out. A folder that is reached twice through symbolic links is read once.
+    """The names of all photos in a folder and its sub-folders, relative to it, sorted, with those in formats that are
+    not read. Hidden files and folders are left out. A folder that is reached twice through symbolic links is read once.
 
     Raises:
         UserError: there is no such folder, or no photo in it.
@@ -53,7 +55,7 @@ def find_photos(folder: Path) -> list[str]:
         seen.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(SUFFIXES + NOT_READ) and not name.startswith("."):
                 names.append(Path(place, name).relative_to(folder).as_posix())
     if not names:
         raise UserError(f"expected photos ({', '.join(SUFFIXES)}) in {folder}; found none; correct the path")
@@ -126,6 +128,8 @@ def scan_photo(folder: Path, name: str, kept: Photo | None, max_pixels: int, min
     if not _is_unicode(name):
         shown = os.fsencode(name).decode("ascii", "backslashreplace")
         return {"name": name, "file": shown, "reason": "the file name is not UTF-8; rename the file"}
+    if name.lower().endswith(NOT_READ):
+        return {"name": name, "reason": f"{path.suffix.lower()} files are not read; convert it to JPEG or PNG"}
     try:
         facts = path.stat()
         stamp = {"bytes": facts.st_size, "modified": facts.st_mtime_ns, "max_pixels": max_pixels}

@@ -6,6 +6,7 @@ A stopped run resumes: every answer is kept. The set is a function of the photos
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from npedit.prepare.asking import Answers, Asker, Meter
 from npedit.prepare.card import count_values, write_card
 from npedit.prepare.duplicates import MAX_BITS, group_near_duplicates, join_groups
 from npedit.prepare.engine import Engine, LocalEngine
+from npedit.prepare.out_folder import PREPARE, begin_set, require_folder
 from npedit.prepare.passes import Passes, prepare_photo
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.prompts import Prompts
@@ -30,7 +32,6 @@ from npedit.prepare.set_folder import (
     PHOTOS,
     count_rows,
     draw_held_out,
-    require_folder,
     write_set,
 )
 from npedit.prepare.writer import Writer
@@ -38,6 +39,7 @@ from npedit.questions import SCENE
 from npedit.runs.files import write_text
 from npedit.runs.lock import hold
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Made = dict[str, dict[str, list[Row]]]  # photo id -> {"rows", "rejected"}
 
@@ -109,10 +111,11 @@ def prepare(
     Raises:
         UserError: bad input, the model cannot be reached, or no row was made. All answers are kept.
     """
-    require_folder(out, folder)
+    require_folder(out, PREPARE, [folder])
     out.mkdir(parents=True, exist_ok=True)
     engine = engine or LocalEngine(max(writer.workers, 2))
     with hold(out, "prepare"), engine.open_answers(out / ANSWERS, meter) as (answers, total):
+        begin_set(out, PREPARE, [folder])
         scan = scan_folder(folder, out, settings, rights or {}, engine, report)
         passes = make_passes(settings, prompts, writer, verifier, answers, total)
         made, stopped = ask_for_edits(scan.chosen, settings, passes, engine, report)
@@ -146,7 +149,9 @@ def scan_folder(
     Raises:
         UserError: no photo can be used.
     """
-    names = scanning.choose_shard(scanning.find_photos(folder), settings.shard)
+    names = scanning.find_photos(folder)
+    _report_unknown(rights, names, folder)
+    names = scanning.choose_shard(names, settings.shard)
     found, bad = scanning.scan_photos(
         folder, names, out / PHOTOS, settings.max_pixels, settings.min_side, engine.scan,
         lambda done, total: report(Progress("photos", done, total)),
@@ -157,6 +162,15 @@ def scan_folder(
             f"{bad[0]['reason']}; correct the photos"
         )
     return group_scan([{**photo, **rights.get(photo["name"], {})} for photo in found], list(bad), settings)
+
+
+def _report_unknown(rights: Mapping[str, object], names: Sequence[str], folder: Path) -> None:
+    """Say which names of the table of licences are no photos."""
+    if unknown := sorted(set(rights) - set(names)):
+        log.warning(
+            "--licences: expected names of photos in %s, such as %r; %d of %d are none, such as %r; write them "
+            "relative to that folder, with / between folders", folder, names[0], len(unknown), len(rights), unknown[0],
+        )  # fmt: skip
 
 
 def group_scan(photos: list[Row], bad: list[Row], settings: PrepareSettings) -> Scan:
@@ -279,9 +293,10 @@ def finish_set(out: Path, scan: Scan, made: Made, settings: PrepareSettings, fac
 
 
 def add_references(rows: Sequence[Row], photos: Sequence[Row]) -> None:
-    """Give each row of the type "scene" the other photos of its subject as `references`, at most `MAX_REFERENCES`."""
+    """Give each row of the type "scene" the other photos of its subject as `references`, at most `MAX_REFERENCES`.
+    Photos without `path`, which a merge no longer finds, are left out."""
     folder = {photo["id"]: photo["name"].rpartition("/")[0] for photo in photos}
-    members = {name: [p["id"] for p in group] for name, group in subjects(photos).items()}
+    members = {name: [p["id"] for p in group if "path" in p] for name, group in subjects(photos).items()}
     for row in rows:
         if row["edit_type"] == SCENE:
             others = [p for p in members.get(folder[row["photo"]], ()) if p != row["photo"]]

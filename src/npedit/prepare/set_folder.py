@@ -4,11 +4,14 @@ metadata.jsonl   one row an edit        images/          the photos, unchanged (
 held_out.txt     ids for data.held_out  rejected.jsonl   rejected rows with pass and reason
 bad_photos.jsonl photos not used        prepare.json     models, prompts, settings, counts
 answers.jsonl    every answer           photos.jsonl     what was read from each photo
+begun.json       what makes the set, see prepare/out_folder.py
 README.md        the data card               review.jsonl     decisions of a person, see serve/review_set.py
 """
 
 from __future__ import annotations
 
+import codecs
+import filecmp
 import json
 import os
 import random
@@ -18,7 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npedit.errors import UserError, explain_write_errors
+from npedit.data._held_out import read_held_out_ids
+from npedit.errors import explain_write_errors
 from npedit.prepare.passes import short_reason
 from npedit.runs.files import fsync_file, fsync_folder, write_text
 
@@ -48,7 +52,7 @@ def write_set(
     for row in rows:
         used |= dict.fromkeys([row["photo"], *row.get("references", ())])
     for photo in used:
-        place_photo(Path(photos[photo]["path"]), folder / image_name(photos[photo]))
+        place_photo(Path(photos[photo]["path"]), folder / image_name(photos[photo]), is_named_by_content=True)
     has = {name: any(photos[p].get(name) for p in used) for name in ("licence", "source")}
     has["asked_type"] = any(row["asked_type"] != row["edit_type"] for row in rows)
     has["reference_file_names"] = any(row.get("references") for row in rows)
@@ -78,10 +82,12 @@ def image_name(photo: Mapping[str, Any]) -> str:
     return f"{IMAGES}/{photo['id'][:2]}/{photo['id']}{Path(photo['name']).suffix.lower()}"
 
 
-def place_photo(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy where that is not possible. An existing file of the same size is kept."""
+def place_photo(source: Path, target: Path, is_named_by_content: bool = False) -> None:
+    """Make a hard link to a file, or a copy where that is not possible. An existing file of the same content is kept;
+    if the content makes the name, it is not read again."""
     with explain_write_errors(target):
-        if target.exists() and target.stat().st_size == source.stat().st_size:
+        has_size = target.exists() and target.stat().st_size == source.stat().st_size
+        if has_size and (is_named_by_content or target.samefile(source) or filecmp.cmp(source, target, shallow=False)):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -112,9 +118,22 @@ def _remove_unused(folder: Path, used: set[str]) -> None:
             path.unlink()
 
 
+def read_held_out(folder: Path) -> list[str]:
+    """The ids in a set's held_out.txt as training reads them; [] if there is no such file, or none in it.
+
+    Raises:
+        UserError: it is no text.
+    """
+    path = folder / HELD_OUT
+    if not path.is_file() or not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+        return []
+    return read_held_out_ids(str(path.resolve()), folder)
+
+
 def draw_held_out(rows: Sequence[Row], groups: Mapping[str, str], share: float, seed: int) -> list[str]:
     """The ids of the rows that are held out: about `share` of all, in complete groups. `groups` maps photo to group. At
-    least one row of each edit type stays for training."""
+    least one row of each edit type stays for training. A group that is too large for the share is left out, unless
+    there is no other one."""
     members: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         members[groups[row["photo"]]].append(row)
@@ -122,13 +141,20 @@ def draw_held_out(rows: Sequence[Row], groups: Mapping[str, str], share: float, 
     order = sorted(members)
     random.Random(f"{seed}/held out").shuffle(order)
     held: set[str] = set()
-    for group in order:
+
+    def take(group: str) -> None:
         types = Counter(row["edit_type"] for row in members[group])
-        if len(held) >= round(share * len(rows)):
-            break
         if all(left[kind] > count for kind, count in types.items()):
-            left -= types
-            held |= {row["id"] for row in members[group]}
+            left.subtract(types)
+            held.update(row["id"] for row in members[group])
+
+    wanted = round(share * len(rows))
+    for group in order:
+        if len(members[group]) <= 2 * (wanted - len(held)):  # brings the number nearer to the wanted one
+            take(group)
+    for group in sorted(order, key=lambda group: len(members[group])):
+        if wanted and not held:
+            take(group)
     return [row["id"] for row in rows if row["id"] in held]
 
 
@@ -147,27 +173,3 @@ def count_rows(rows: Sequence[Row], rejected: Sequence[Row]) -> dict[str, Any]:
         "not_offered": len(missing),
         "reasons": dict(reasons.most_common()),
     }
-
-
-def require_folder(folder: Path, photos: Path | None = None) -> None:
-    """Check that a folder can become a set: it is new, or was begun by this command, and is not inside `photos`.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if photos is not None and (folder.resolve() == photos.resolve() or photos.resolve() in folder.resolve().parents):
-        raise UserError(f"expected --out outside the folder of photos; got {folder}; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder as --out; got the file {folder}; choose another name")
-    if (folder / REVIEW).exists():
-        raise UserError(
-            f"expected a set that no person has reviewed; got {folder}, whose {REVIEW} holds decisions that would be "
-            "lost; choose another folder"
-        )
-    known = any((folder / name).exists() for name in (ANSWERS, PHOTOS, FACTS))
-    hidden = (".lock", ".holder.json")
-    if folder.is_dir() and not known and any(path.name not in hidden for path in folder.iterdir()):
-        raise UserError(
-            f"expected a new folder as --out, or one that npedit prepare has begun; got {folder}, which holds other "
-            "files; choose another"
-        )

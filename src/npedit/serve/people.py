@@ -5,12 +5,15 @@ sides depend on the seed, the rater's name and the ids alone, so a rater can sto
 that is only ever added to; the last answer of a rater about an item counts:
 
     {"rater", "id", "left": editor, "right": editor, "answer": "left", "right" or "tie", "preferred": editor or null,
-     "number": place in the rater's order from 1, "seed", "time"}
+     "number": place in the rater's order from 1, "seed", "time", "digest": of the item and both results}
+
+An answer counts only for the results that it was given about: those with its digest.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import random
 import threading
 import time
@@ -79,9 +82,11 @@ class Comparison:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _orders: dict[str, list[Presentation]] = field(default_factory=dict)
     _answered: dict[str, set[str]] = field(default_factory=dict)
+    ignored: int = 0  # answers in the file about other results of these editors
 
     def __post_init__(self) -> None:
-        for rater, id in preferences(read_rows(self.file), self.names):
+        rows, self.ignored = answers_about(read_rows(self.file), self.pairs, self.names)
+        for rater, id in preferences(rows, self.names):
             self._answered.setdefault(rater, set()).add(id)
 
     def order(self, rater: str) -> list[Presentation]:
@@ -123,6 +128,7 @@ class Comparison:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row: Row = {"rater": rater, "id": shown.pair.id, "left": left, "right": right, "answer": answer}
         row |= {"preferred": preferred, "number": shown.number, "seed": self.seed, "time": now}
+        row["digest"] = shown.pair.digest(self.names)
         with self._lock:
             append_row(self.file, row)
             fsync_rows(self.file)
@@ -134,8 +140,13 @@ def hold_answers(file: Path) -> Iterator[None]:
     """Inside the block no other process adds answers to a file. A line that a kill truncated is ended first.
 
     Raises:
-        UserError: another process has the file, or it cannot be written.
+        UserError: another process has the file, it holds something else, or it cannot be written.
     """
+    if file.is_file() and file.stat().st_size and not is_answers(file):
+        raise UserError(
+            f"--answers: expected a new file, or one with people's answers; got {file}, which holds something else; "
+            "name another file"
+        )
     with explain_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         held = open(file, "ab+")  # noqa: SIM115
@@ -152,6 +163,31 @@ def hold_answers(file: Path) -> Iterator[None]:
             held.write(b"\n")
         held.flush()
         yield
+
+
+def is_answers(path: Path) -> bool:
+    """Whether a file holds answers of people about two editors, and not scores of pictures. The first answer may be
+    truncated."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = next((line for line in file if line.strip()), "")
+    except (OSError, ValueError):
+        return False
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith('{"rater": ')
+    return isinstance(first, dict) and {"rater", "answer"} <= set(first)
+
+
+def answers_about(rows: Sequence[Row], pairs: Sequence[Pair], names: tuple[str, str]) -> tuple[list[Row], int]:
+    """(the answers that were given about these results, the number of answers about the same two editors that were
+    not). An answer of an older npedit has no digest and is one of the latter."""
+    mine = [row for row in rows if {row.get("left"), row.get("right")} == set(names)]
+    answered = {row.get("id") for row in mine}
+    digests = {pair.id: pair.digest(names) for pair in pairs if pair.id in answered}
+    kept = [row for row in mine if row.get("digest") and row["digest"] == digests.get(str(row.get("id")))]
+    return kept, len(mine) - len(kept)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -28,7 +28,7 @@ LABELS = {
     "object": "Object",
     "source_caption": "Caption of the photo",
     "target_caption": "Caption of the wanted result",
-    "questions": "Questions, one a line: yes | QUESTION",
+    "questions": "Questions, one a line: yes | QUESTION, or yes, both | QUESTION about both pictures",
 }
 ALL_SEEN = "All rows are seen."
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from npedit.data._metadata import find_metadata, parse_row
 from npedit.errors import UserError, explain_write_errors
-from npedit.prepare.set_folder import HELD_OUT, METADATA, REJECTED, REVIEW
+from npedit.prepare.set_folder import HELD_OUT, METADATA, REJECTED, REVIEW, read_held_out
 from npedit.runs.files import append_row, fsync_rows, repair_rows, write_text
 from npedit.runs.lock import hold
 from npedit.serve.review_card import update_card
@@ -40,8 +40,9 @@ MOST_REASON = 1000  # characters
 
 @dataclass
 class Entry:
-    """One row. `line` is its line in metadata.jsonl; `state` is "" until a person has seen the row. `reason` and
-    `held_out` (was it one of held_out.txt?) belong to a rejected row."""
+    """One row. `line` is its line in metadata.jsonl, without the newline but with a carriage return before it. `state`
+    is "" until a person has seen the row. `reason` and `held_out` (was it one of held_out.txt?) belong to a rejected
+    row."""
 
     id: str
     values: Row
@@ -97,7 +98,7 @@ class ReviewSet:
             before = {name: entry.values.get(name) for name in FIELDS if mended.get(name) != entry.values.get(name)}
             was_rejected = entry.state == REJECTED_STATE
             if before:
-                entry.values, entry.line = mended, json.dumps(mended, ensure_ascii=False)
+                entry.values, entry.line = mended, json.dumps(mended, ensure_ascii=False) + _carriage_return(entry.line)
             entry.state = MENDED if before or entry.state == MENDED else ACCEPTED
             if before or was_rejected:
                 self._write_rows(entry, was_rejected)
@@ -199,12 +200,17 @@ def mend_row(values: Row, changed: Mapping[str, str], metadata: Path, line: int)
 
 
 def questions_as_text(questions: Any) -> str:
-    """Questions as text, one a line: "yes | Is the car red?"."""
+    """Questions as text, one a line: "yes | Is the car red?", or "yes, both | Is the dog the same?" where the critic
+    sees both pictures."""
     try:
         found = json.loads(questions) if isinstance(questions, str) and questions.strip() else questions or []
-        return "\n".join(f"{entry['answer']} | {entry['question']}" for entry in found)
+        return "\n".join(f"{_answer_as_text(entry)} | {entry['question']}" for entry in found)
     except (ValueError, TypeError, KeyError):
         return str(questions)
+
+
+def _answer_as_text(entry: Mapping[str, Any]) -> str:
+    return f"{entry['answer']}, both" if entry.get("images") == "both" else str(entry["answer"])
 
 
 def questions_from_text(text: str) -> list[dict[str, str]]:
@@ -215,10 +221,15 @@ def questions_from_text(text: str) -> list[dict[str, str]]:
     """
     made = []
     for line in filter(str.strip, text.splitlines()):
-        answer, bar, question = line.partition("|")
-        if answer.strip().lower() not in ("yes", "no") or not bar or not question.strip():
-            raise UserError(f"expected questions as 'yes | QUESTION' or 'no | QUESTION'; got {line[:80]!r}; correct it")
-        made.append({"question": question.strip(), "answer": answer.strip().lower()})
+        words, bar, question = line.partition("|")
+        answer, comma, images = (part.strip().lower() for part in words.partition(","))
+        if answer not in ("yes", "no") or bool(comma) != (images == "both") or not bar or not question.strip():
+            raise UserError(
+                "expected questions as 'yes | QUESTION' or 'no | QUESTION', and 'yes, both | QUESTION' where both "
+                f"pictures are looked at; got {line[:80]!r}; correct it"
+            )
+        both = {"images": "both"} if images else {}
+        made.append({"question": question.strip(), "answer": answer, **both})
     return made
 
 
@@ -257,16 +268,15 @@ def read_review(folder: Path) -> ReviewSet:
     for entry in entries:
         state = states.get(entry.id)
         entry.state = state if state in (ACCEPTED, MENDED) else ""
-    others = _add_rejected(folder, entries, set(ids))
-    held_out = [line for _, line in _read_lines(folder / HELD_OUT)] if (folder / HELD_OUT).is_file() else []
-    return ReviewSet(folder, entries, held_out, others)
+    others = _add_rejected(folder, entries, set(ids), _carriage_return(entries[0].line) if entries else "")
+    return ReviewSet(folder, entries, read_held_out(folder), others)
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, line) of each line that is not blank."""
     try:
         with explain_write_errors(path):
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_bytes().decode("utf-8").split("\n")  # read_text would drop carriage returns
     except UnicodeDecodeError as error:
         raise UserError(f"expected UTF-8 in {path}; got: {error}; correct it") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -281,11 +291,16 @@ def _read_entry(metadata: Path, number: int, line: str) -> Entry:
     id = values.get("id") if isinstance(values, dict) else None
     if not isinstance(id, str | int) or isinstance(id, bool) or not isinstance(values.get("file_name"), str):
         raise UserError(f"{where}: expected a row with id and file_name; got {line[:60]!r}; give each row an id")
-    return Entry(str(id), values, line)
+    return Entry(str(id).strip(), values, line)  # as training reads it
 
 
-def _add_rejected(folder: Path, entries: list[Entry], ids: set[str]) -> list[str]:
-    """Put the rows that a person rejected back into their places; returns the other lines of rejected.jsonl."""
+def _carriage_return(line: str) -> str:
+    return "\r" if line.endswith("\r") else ""
+
+
+def _add_rejected(folder: Path, entries: list[Entry], ids: set[str], ending: str) -> list[str]:
+    """Put the rows that a person rejected back into their places; returns the other lines of rejected.jsonl. `ending`
+    is the end of a line in metadata.jsonl."""
     others, found = [], []
     path = folder / REJECTED
     for number, line in _read_lines(path) if path.is_file() else []:
@@ -298,12 +313,12 @@ def _add_rejected(folder: Path, entries: list[Entry], ids: set[str]) -> list[str
         elif str(row["id"]) not in ids:
             found.append(row)
     for row in sorted(found, key=lambda row: row["position"]):
-        entries.insert(row["position"], _rejected_entry(row))
+        entries.insert(row["position"], _rejected_entry(row, ending))
     return others
 
 
-def _rejected_entry(row: Mapping[str, Any]) -> Entry:
-    line = json.dumps(row["row"], ensure_ascii=False)
+def _rejected_entry(row: Mapping[str, Any], ending: str) -> Entry:
+    line = json.dumps(row["row"], ensure_ascii=False) + ending
     return Entry(str(row["id"]), row["row"], line, REJECTED_STATE, str(row["reason"]), bool(row.get("held_out")))
 
 
