@@ -180,8 +180,6 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         UserError: names what is missing or of the wrong size.
     """
     check_processes(recipe, distributed.world_size())
-    if recipe.start:
-        resolve_start(recipe.start)
     if distributed.world_size() > 1 and distributed.world_size() > len(data):
         raise UserError(
             f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} "
