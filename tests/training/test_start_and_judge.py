@@ -166,6 +166,7 @@ def test_the_judge_scores_the_benchmarks_edited_images(tmp_path: Path) -> None:
 def test_the_judge_scores_samples_without_a_benchmark(tmp_path: Path) -> None:
     run = train(recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3}), tmp_path / "run")
     rows = checkpoint.read_rows(run / checkpoint.METRICS)
+    assert [r.get("judge/items") for r in rows] == [3, None, 3]
     assert [("judge/p_edit" in r, "eval/both" in r) for r in rows] == [(True, False), (False, False), (True, False)]
 
 
