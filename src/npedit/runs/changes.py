@@ -25,6 +25,7 @@ from npedit.errors import UserError
 from npedit.recipe.differences import differences
 
 Kind = Literal["free", "recorded", "refused"]
+ALONE = "with a cache each input is encoded by itself, which changes it by rounding"
 SAME_PRODUCT = "batch_size x accumulate must keep its product; noise and items change"
 
 
@@ -65,6 +66,8 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("trainer.*", "free", "how often the run samples, evaluates and saves, and where it logs"),
     Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
     Decision("memory.packed_questions", "recorded", "the critic's answers change by rounding"),
+    Decision("memory.cached_latents", "recorded", ALONE),
+    Decision("memory.cached_prompts", "recorded", ALONE),
     Decision("memory.*", "free", "memory against time"),
 )  # fmt: skip
 
