@@ -72,7 +72,7 @@ def test_the_docs_have_the_same_table() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"memory": {"offload": True, "gradient_checkpointing": True, "cached_prompts": 3}},
+        {"memory": {"offload": True, "gradient_checkpointing": True}},
         {"trainer": {"sample_every": 7, "evaluate_every": 3, "evaluate_items": 5, "keep": 3}},
         {"name": "another"},
     ],
@@ -90,6 +90,8 @@ def test_free_changes_leave_no_trace(run: Path, changes: dict) -> None:
         (recipe(batch_size=2, accumulate=2), [("stages.1.accumulate", 1, 2), ("stages.1.batch_size", 4, 2)]),
         (recipe(critic={"name": "llava_onevision", "bits": 8}), [("critic.bits", 0, 8)]),
         (recipe(memory={"packed_questions": True}), [("memory.packed_questions", False, True)]),
+        (recipe(memory={"cached_latents": 9}), [("memory.cached_latents", 0, 9)]),
+        (recipe(memory={"cached_prompts": 9}), [("memory.cached_prompts", 0, 9)]),
         (recipe(memory={"decode_tile": 64}), [("memory.decode_tile", 0, 64)]),
     ],
 )

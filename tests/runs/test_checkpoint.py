@@ -19,6 +19,7 @@ from npedit.families.flux import Flux
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint
 from npedit.runs.final import model_card, set_base, write_final
+from npedit.runs.git_revision import git_revision
 
 CPU = torch.device("cpu")
 TENSORS = {"student/net.a": torch.arange(6.0).view(2, 3), "student/step": torch.tensor(3.0)}
@@ -215,17 +216,17 @@ def test_the_revision_is_read_without_writing_into_the_repository(tmp_path):
     """`git describe --dirty` rewrites the index, and a process that is killed meanwhile leaves index.lock behind."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     source = tmp_path / "source.py"
-    assert checkpoint.git_revision(source) == ""
+    assert git_revision(source) == ""
     source.write_text("1")
     for words in (["init", "-q"], ["add", "source.py"], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
-    clean, index = checkpoint.git_revision(source), (tmp_path / ".git" / "index").read_bytes()
+    clean, index = git_revision(source), (tmp_path / ".git" / "index").read_bytes()
     assert len(clean) == 40
     os.utime(source, (1, 1))  # git would note the new time in its index
-    assert checkpoint.git_revision(source) == clean
+    assert git_revision(source) == clean
     assert (tmp_path / ".git" / "index").read_bytes() == index
     source.write_text("2")
-    assert checkpoint.git_revision(source) == f"{clean}-dirty"
+    assert git_revision(source) == f"{clean}-dirty"
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -260,15 +261,17 @@ def test_the_final_folder_opens_in_diffusers(tmp_path: Path) -> None:
 
 def test_the_model_card_names_the_photos_licences_and_sources(tmp_path: Path) -> None:
     data = recipe(data={"name": "imagefolder", "path": str(tmp_path)})
-    assert "Licences" not in model_card(data, FACTS)
+    assert "Licences" not in model_card(data, FACTS, False)
     (tmp_path / "prepare.json").write_text(json.dumps({"licences": {"CC0": 3}, "sources": {"flickr": 2, "me": 1}}))
-    card = model_card(data, FACTS)
+    card = model_card(data, FACTS, False)
     assert "Licences of the training photos: CC0 (3 photos)." in card
     assert "Sources of the training photos: flickr (2 photos), me (1 photos)." in card
     (tmp_path / "prepare.json").write_text(json.dumps({"licence": "CC BY 4.0"}))  # of an imported set
-    assert "Licences of the training photos: CC BY 4.0." in model_card(data, FACTS)
+    assert "Licences of the training photos: CC BY 4.0." in model_card(data, FACTS, False)
     (tmp_path / "prepare.json").write_text("broken")
-    assert model_card(data, FACTS) == model_card(recipe(data={"name": "imagefolder", "path": "nowhere"}), FACTS)
+    assert model_card(data, FACTS, False) == model_card(
+        recipe(data={"name": "imagefolder", "path": "nowhere"}), FACTS, False
+    )
 
 
 def write_editor(place: Path, weights: str) -> Path:

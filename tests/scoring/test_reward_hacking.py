@@ -61,6 +61,17 @@ def test_no_alarm_for_a_fall_within_the_standard_error() -> None:
     assert len(reward_hacking_alarms(rows(small), 2000)) == 1
 
 
+def test_the_standard_error_is_that_of_the_items_which_the_judge_was_asked_about() -> None:
+    """`evaluate_items` is 90, but a set may hold out fewer rows."""
+    points = [(100, 0.30, 0.80, 0.60, 0.70), (200, 0.60, 0.80, 0.46, 0.54)]
+    judged = rows(points, "judge")
+    assert len(reward_hacking_alarms(judged, 90)) == 1  # an old run's rows do not tell the number
+    few = [row | ({"judge/items": 32.0} if "judge/p_edit" in row else {}) for row in judged]
+    assert reward_hacking_alarms(few, 90) == [] == reward_hacking_alarms(judged, 32)
+    oracle = [row | {"judge/items": 32.0} for row in rows(points)]
+    assert len(reward_hacking_alarms(oracle, 90)) == 1
+
+
 def test_evaluation_after_the_warm_up_is_a_baseline_for_later_ones() -> None:
     """The evaluation at its end has no critic's score before it; the first ones after count."""
     warm = [{"step": 40, "eval/applied": 0.02, "eval/preserved": 0.9}]

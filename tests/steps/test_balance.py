@@ -7,6 +7,8 @@ import torch
 
 from npedit.generator import seeded_generator
 from npedit.steps import _gradient_balance
+from npedit.steps._critic_gradient import CriticFeedback
+from npedit.steps._gradient_balance import GradientBalance
 from npedit.steps.base import Timers
 from npedit.steps.np_edit import NpEditSettings, Step
 from tests.support.parts import batch, parts
@@ -113,6 +115,50 @@ def test_by_item_two_processes_weigh_as_one(frozen, monkeypatch):
     each = two.balance.batch_scale(critic[:2], half / 2)
     assert each / 2 == pytest.approx(alone)  # the learner takes the mean of the two gradients
     torch.testing.assert_close(two.balance.updated_norms(), one.balance.updated_norms())
+
+
+def ratio_to_dmd(balance: GradientBalance, size: int, update: int) -> float:
+    """The norm of the critic's gradient by DMD's, in one update of eight items in batches of this size."""
+    stream, error = seeded_generator("ratio", update), torch.ones(8)
+    critic, dmd = torch.randn(2, 8, 4, 2, 2, generator=stream)
+    ours, theirs = [], []
+    for k in range(0, 8, size):
+        rows = slice(k, k + size)
+        theirs.append(dmd[rows] / size)
+        ours.append(balance.scaled(CriticFeedback(critic[rows], error[rows], {}), theirs[-1]))
+    balance.end_update()
+    return float(torch.cat(ours).norm() / torch.cat(theirs).norm())
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 4), (4, 2)])
+def test_by_item_a_run_resumed_with_another_batch_size_keeps_the_share_of_dmd(before: int, after: int) -> None:
+    old = GradientBalance("item", 3.0, has_dmd=True)
+    for update in range(20):
+        ratio_to_dmd(old, before, update)
+    resumed = GradientBalance("item", 3.0, has_dmd=True)
+    resumed.running_norms = old.running_norms.clone()  # what a checkpoint has
+    for update in range(20, 24):
+        expected = ratio_to_dmd(old, before, update)
+        assert ratio_to_dmd(resumed, after, update) == pytest.approx(expected, rel=0.15)
+
+
+def test_by_item_norms_of_the_same_batch_size_stay_as_they_are() -> None:
+    balance = GradientBalance("item", 3.0, has_dmd=True)
+    balance.running_norms = torch.tensor([3**0.5, 0.7])  # within rounding of the root of the batch size
+    kept = balance.running_norms
+    balance._fit_batch_size(float(torch.ones(3).norm()))
+    assert balance.running_norms is kept
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_by_item_without_dmd_accumulated_batches_count_as_one(size: int) -> None:
+    balance = GradientBalance("item", 3.0, has_dmd=False)
+    gradient, error = torch.randn(8, 4, 2, 2, generator=seeded_generator("g")), torch.linspace(0.1, 0.8, 8)
+    found = [
+        balance.scaled(CriticFeedback(g, e, {}), torch.zeros_like(g)) / (8 // size)
+        for g, e in zip(gradient.split(size), error.split(size))
+    ]
+    torch.testing.assert_close(torch.cat(found).flatten(1).norm(dim=1), 3.0 * error / 8)
 
 
 def test_how_wrong_an_item_is_is_the_mean_over_its_questions(frozen):

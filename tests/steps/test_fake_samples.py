@@ -57,6 +57,18 @@ def test_the_turns_go_through_the_last_updates_with_new_noise_and_times(monkeypa
     assert [s.captions for s in step.replay.local_samples(0)] == [batch(3, 4).target_captions]
 
 
+def test_no_more_updates_are_kept_than_the_turns_go_back() -> None:
+    """The third turn uses the samples of two updates ago: older ones would only cost memory."""
+    many, three = make_step(fake_updates=3, replay_updates=64), make_step(fake_updates=3, replay_updates=3)
+    for update in range(5):
+        for step in (many, three):
+            step.step([batch(update, update + 1)], update)
+    assert len(many.replay.local_captions()) == 3
+    assert sorted(many.replay.state()) == sorted(three.replay.state())
+    for a, b in zip(many.learners["fake"].net.parameters(), three.learners["fake"].net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_accumulated_batches_are_kept_apart() -> None:
     step = make_step()
     step.step([batch(0, 1), batch(2, 3)], 0)

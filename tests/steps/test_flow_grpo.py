@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def make(frozen: Parts, seed: int = 0, **settings) -> Step:
 
 def sampled(step: Step, numbers: tuple[int, ...] = (0, 1), update: int = 0) -> tuple[Trajectories, list[dict]]:
     metrics: list[dict] = []
-    return step._sample(batch(*numbers), update, 0, metrics), metrics
+    (found,) = step._with_advantages([step._sample(batch(*numbers), update, 0, metrics)])
+    return found, metrics
 
 
 def gradient(step: Step, losses: list) -> torch.Tensor:
@@ -240,6 +242,27 @@ def test_large_advantages_are_cut(frozen: Parts) -> None:
     cut, _ = sampled(make(frozen, group=6, advantage_clip=0.5))
     assert free.advantages.abs().max() > 0.5
     torch.testing.assert_close(cut.advantages, free.advantages.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("std", ["batch", "group"])
+def test_advantages_do_not_depend_on_how_an_update_is_divided(
+    frozen: Parts, std: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch of four items, two accumulated batches, and two processes give the same advantages."""
+    step = make(frozen, group=2, advantage_std=std, advantage_clip=1.5)
+    rewards = torch.tensor([[0.50, 0.51, 0.1, 0.9], [0.52, 0.49, 0.8, 0.2]])
+    found, _ = sampled(step)
+
+    def advantages(*parts: torch.Tensor) -> torch.Tensor:
+        taken = step._with_advantages([replace(found, rewards=part.flatten()) for part in parts])
+        return torch.cat([t.advantages.view(2, -1) for t in taken], 1)
+
+    whole, halves = advantages(rewards), rewards.split(2, 1)
+    torch.testing.assert_close(advantages(*halves), whole)
+    monkeypatch.setattr("npedit.steps.flow_grpo.all_gather", lambda mine: list(halves))
+    for number, half in enumerate(halves):
+        monkeypatch.setattr("npedit.steps.flow_grpo.rank", lambda number=number: number)
+        torch.testing.assert_close(advantages(half), whole[:, 2 * number : 2 * number + 2])
 
 
 @pytest.mark.parametrize(

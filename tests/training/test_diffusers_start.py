@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from npedit.errors import UserError
 from npedit.families.base import Family
+from npedit.families.z_image import FRAMES
 from npedit.nets.lora import LoraAdapter, linear_layer_names
-from npedit.recipe.config import Recipe, find_class, make_recipe
+from npedit.recipe.config import Recipe, find_class, load_recipe, make_recipe
 from npedit.runs.checkpoint import read_manifest
 from npedit.runs.start import DiffusersStart, is_foreign, resolve_start
 from npedit.steps.base import Parts
 from npedit.training.diffusers_start import load_diffusers_start
+from npedit.training.parts import load_start_weights
 from npedit.training.trainer import train
 from tests.support.hub_downloads import serve_repositories
 from tests.support.hub_server import serve_hub, use_hub
@@ -178,3 +180,22 @@ def test_a_lora_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
             assert isinstance(start, DiffusersStart) and start.is_lora and start.path.read_bytes() == content
         with pytest.raises(UserError, match="no-such"):
             resolve_start("me/mine/no-such.safetensors")
+
+
+@pytest.mark.parametrize("is_editor", [True, False])
+def test_a_converted_z_image_that_takes_frames_is_refused(is_editor: bool, tmp_path: Path) -> None:
+    """Its weights would be trained as those of a net that takes its references in the other form."""
+    family: Any = open_tiny("z_image")
+    made = Parts(family, None, "plain", torch.device("cpu"))
+    student = made.create_trainable("student", 0)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    family.base.register_to_config(**FRAMES)
+    family.base.save_pretrained(tmp_path / "final" / "transformer")
+    if is_editor:
+        facts = {"format": 1, "family": "z_image", "base": "x", "steps": 4, "sizes": [[32, 32]]}
+        (tmp_path / "final" / "npedit.json").write_text(json.dumps(facts))
+    start = tmp_path if is_editor else tmp_path / "final" / "transformer"
+    recipe = load_recipe("demo", ["family={name: z_image, weights: x}", f"start={start}"])
+    with pytest.raises(UserError, match=r"start: expected a transformer that takes its references .* as frames"):
+        load_start_weights(recipe, made, student)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

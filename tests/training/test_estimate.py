@@ -95,6 +95,18 @@ def test_weights_averages_and_moments_are_counted_exactly(plain, models) -> None
     assert plain.disk["checkpoints, 2 kept and one being written:"] == pytest.approx(3 * 6 * net, rel=0.01)
 
 
+def test_the_room_on_the_disk_is_that_of_the_largest_stage_with_all_that_its_step_keeps(plain, models) -> None:
+    """Flow-GRPO keeps the weights of its reference policy; the last stage may be the smaller one."""
+    net, disk = worst(plain, "base"), "checkpoints, 2 kept and one being written:"
+    copied = estimate(recipe(models, stages=[NP_EDIT, COPY])).disk[disk]
+    assert copied == pytest.approx(plain.disk[disk], rel=0.01)
+    only = {"step": "flow_grpo", "updates": 1, "batch_size": 1, "settings": {"group": 2, "sampling_steps": 2}}
+    for kl_weight, kept in ((0.04, 1), (0.0, 0)):
+        stage = only | {"settings": only["settings"] | {"kl_weight": kl_weight}}
+        found = estimate(recipe(models, stages=[stage]))
+        assert found.disk[disk] == pytest.approx(3 * (3 + kept) * net, rel=0.01)
+
+
 def test_what_settings_switch_off_and_what_a_type_costs(plain, models) -> None:
     """No EMA weights where `ema` is 0; a first moment only where beta1 is not 0; float32 weights beside those of
     bfloat16, in which the models compute."""

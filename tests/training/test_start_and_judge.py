@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
+from npedit.export import card as export_card
 from npedit.families.flux import Flux
 from npedit.generator import edit_images
 from npedit.recipe.config import Recipe, make_recipe
 from npedit.runs import checkpoint, files
+from npedit.runs.resolve import resolve_editor
 from npedit.scoring.critic_scores import score_with_critic
 from npedit.steps.base import Judge, Parts
 from npedit.training import evaluation, trainer
@@ -97,6 +100,27 @@ def test_a_stopped_run_resumes_from_its_own_checkpoint(supervised: Path, tmp_pat
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("has_key", [True, False])
+@pytest.mark.parametrize("first", ["supervised", "reference_copy"])
+def test_a_run_resumes_and_ends_after_its_start_is_gone(tmp_path: Path, first: str, has_key: bool) -> None:
+    start = train_until(1, recipe(first, "toy_pairs" if first == "supervised" else "toy"), tmp_path / "first")
+    made = recipe("reference_copy", start=str(start / "checkpoint-000001"))
+    run = train_until(1, made, tmp_path / "run")
+    if not has_key:  # a run of an older version
+        for path in run.rglob("manifest.json"):
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "seen_pairs"}))
+    shutil.rmtree(start)
+    card = (train(made, run) / "final" / "README.md").read_text()
+    exported = export_card.model_card(run / "final", resolve_editor(run))
+    no_pairs = first == "reference_copy"
+    assert checkpoint.read_manifest(run)["no_pairs"] is no_pairs and ("No edited image was used" in card) is no_pairs
+    assert ("No pairs were used" in exported) is no_pairs
+    assert ("which was shown edited images" in card) is (has_key and not no_pairs)
+    assert ("is not known" in card) is (not has_key and not no_pairs)
+    with pytest.raises(UserError, match="checkpoint-000001"):
+        train(made, tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("changes", "scores"),
     [
@@ -142,6 +166,7 @@ def test_the_judge_scores_the_benchmarks_edited_images(tmp_path: Path) -> None:
 def test_the_judge_scores_samples_without_a_benchmark(tmp_path: Path) -> None:
     run = train(recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3}), tmp_path / "run")
     rows = checkpoint.read_rows(run / checkpoint.METRICS)
+    assert [r.get("judge/items") for r in rows] == [3, None, 3]
     assert [("judge/p_edit" in r, "eval/both" in r) for r in rows] == [(True, False), (False, False), (True, False)]
 
 

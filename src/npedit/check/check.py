@@ -14,6 +14,7 @@ from npedit.check.gradient import check_gradient
 from npedit.check.subject import CheckOptions, Subject, read_examples
 from npedit.errors import UserError, did_you_mean
 from npedit.recipe.config import Recipe
+from npedit.runs.start import resolve_start
 from npedit.training.parts import build_parts, build_source, check_recipe_fits
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
@@ -42,6 +43,8 @@ def check_recipe(
             raise UserError(f"--only: expected one of {known}; got {name!r}; correct it.{hint}")
     recipe = recipe.model_copy(update={"judge": None})  # it takes no part in training
     report_progress("Opening data and models")
+    if recipe.start:
+        resolve_start(recipe.start)
     data = build_source(recipe)
     parts = build_parts(recipe)
     check_recipe_fits(recipe, data, parts)

@@ -19,7 +19,7 @@ from npedit.export.diffusers_folder import PIPELINE_FILE, dtype_source
 from npedit.export.measured_scores import MeasuredScore, find_scores, last_evaluation, read_scores
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe.config import Recipe, find_class
-from npedit.runs.checkpoint import is_trained_without_pairs
+from npedit.runs.checkpoint import has_seen_pairs
 from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.editor_weights import read_recipe
 from npedit.runs.files import read_json_object
@@ -73,7 +73,7 @@ def model_card(folder: Path, source: EditorSource, editor: Mapping[str, Any] | N
     """
     editor = read_json_object(folder / FACTS_FILE) if editor is None else editor
     recipe = read_recipe(source) if source.run else None
-    without_pairs = is_trained_without_pairs(recipe) if recipe else None
+    without_pairs = has_seen_pairs(recipe, source.run) is False if recipe else None
     measured, earlier = read_scores(find_scores(source), editor["steps"]), ""
     if recipe is None and (source.folder / CARD).is_file():
         earlier = (source.folder / CARD).read_text(encoding="utf-8")

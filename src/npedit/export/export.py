@@ -167,7 +167,7 @@ def _write_checkpoint(source: EditorSource, base: str, folder: Path) -> None:
     editor, recipe = Editor.open(source.folder, base=base), read_recipe(source)
     shift = editor.family.noise_shift(*editor.sizes[0])
     times, scheduler = few_step_times(editor.steps, shift).tolist(), editor.family.few_step_scheduler(shift)
-    final = write_final(folder.parent, recipe, editor.net, scheduler, times, editor.sizes)
+    final = write_final(folder.parent, recipe, editor.net, scheduler, times, editor.sizes, source.run)
     final.rename(folder)
 
 

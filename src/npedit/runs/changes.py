@@ -1,7 +1,8 @@
 """What may change when a run is resumed: one decision for every setting of a recipe.
 
     free      does not touch the result
-    recorded  allowed; changes the result by rounding, or extends the run; the manifest lists setting, old, new, update
+    recorded  allowed; changes the result by rounding or by other noise, or extends the run; the manifest lists setting,
+              old, new, update
     refused   would make another training; train in a new folder, with `start:` to begin from this run's editor
 
 `docs/resuming.md` shows the table, and a test holds the two equal.
@@ -24,6 +25,8 @@ from npedit.errors import UserError
 from npedit.recipe.differences import differences
 
 Kind = Literal["free", "recorded", "refused"]
+ALONE = "with a cache each input is encoded by itself, which changes it by rounding"
+SAME_PRODUCT = "batch_size x accumulate must keep its product; noise and items change"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("data*", "refused", "other training data"),
     Decision("stages.*.updates", "recorded", "last stage only, and not below what is done; a cosine schedule follows "
              "the new length from the next update on"),
-    Decision("stages.*.batch_size", "recorded", "batch_size x accumulate must keep its product"),
-    Decision("stages.*.accumulate", "recorded", "batch_size x accumulate must keep its product"),
+    Decision("stages.*.batch_size", "recorded", SAME_PRODUCT),
+    Decision("stages.*.accumulate", "recorded", SAME_PRODUCT),
     Decision("stages.*.settings.*.max_skipped", "free", "the number of skipped updates at which the run stops"),
     Decision("stages*", "refused", "another method, or other settings of it"),
     Decision("trainer.steps", "refused", "another few-step editor"),
@@ -63,6 +66,8 @@ DECISIONS = (  # the first pattern that matches decides
     Decision("trainer.*", "free", "how often the run samples, evaluates and saves, and where it logs"),
     Decision("memory.decode_tile", "recorded", "decoded images change at the edges of tiles"),
     Decision("memory.packed_questions", "recorded", "the critic's answers change by rounding"),
+    Decision("memory.cached_latents", "recorded", ALONE),
+    Decision("memory.cached_prompts", "recorded", ALONE),
     Decision("memory.*", "free", "memory against time"),
 )  # fmt: skip
 

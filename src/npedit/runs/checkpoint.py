@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from npedit.runs.changes import Change, data_change, recorded_changes
 from npedit.runs.files import append_row as append_row
 from npedit.runs.files import fsync_folder, fsync_rows, read_json_object, read_rows, write_rows, write_text
 from npedit.runs.files import repair_rows as repair_rows
+from npedit.runs.git_revision import git_revision
 from npedit.runs.lock import LOCK_FILES, Lock, hold
 from npedit.runs.resolve import COMPLETE, resolve_editor
 from npedit.runs.resolve import CONFIG as CONFIG
@@ -120,7 +120,7 @@ def write_run_metadata(
             changes.append(_data_change(run, inventory, done))
         if kept.get("processes", 1) != manifest["processes"]:
             changes.append(Change("processes", kept.get("processes", 1), manifest["processes"], done))
-        kept |= {key: manifest[key] for key in ("data_fingerprint", "processes")}
+        kept |= {key: manifest[key] for key in ("data_fingerprint", "processes", "seen_pairs")}
         kept["resumed"] = [*kept.get("resumed", []), *_new_software(kept, manifest, done)]
         kept["changes"] = [*kept.get("changes", []), *(change.as_dict() for change in changes)]
     if inventory is not None:
@@ -209,12 +209,17 @@ def _read_or_recover(run: Path, name: str, parse: Callable[[Path], dict[str, Any
     )
 
 
-def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -> dict[str, Any]:
-    """Versions, git revision (if any), data, seeds and machine of a run."""
+def make_manifest(
+    recipe: Recipe, data_fingerprint: str, device: torch.device, run: Path | None = None
+) -> dict[str, Any]:
+    """Versions, git revision (if any), data, seeds and machine of a run. `run` is the folder of one that is resumed.
+    Errors as in `has_seen_pairs`."""
+    seen_pairs = has_seen_pairs(recipe, run)
     return {
         "format": 1,
         "recipe": recipe.name,
-        "no_pairs": is_trained_without_pairs(recipe),
+        "no_pairs": seen_pairs is False,
+        "seen_pairs": seen_pairs,
         "data_fingerprint": data_fingerprint,
         "seeds": {"recipe": recipe.seed},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
@@ -227,31 +232,32 @@ def make_manifest(recipe: Recipe, data_fingerprint: str, device: torch.device) -
     }
 
 
-def is_trained_without_pairs(recipe: Recipe) -> bool:
-    """Whether neither this training nor the one that it starts from uses edited images. An exported editor and a model
-    of others do not say so; they count as trained with pairs.
+def has_seen_pairs(recipe: Recipe, run: Path | None = None) -> bool | None:
+    """Whether this training or the one that it starts from used edited images; None where that is not known.
+
+    A training that has begun says so in its folder, `run`: what it started from may be gone.
 
     Raises:
-        UserError: there is no editor at `start`.
+        UserError: there is no editor at `start`, and no run that says what it was.
     """
     if recipe.is_trained_with_pairs() or not recipe.start or recipe.start == EMBEDDED:
-        return not recipe.is_trained_with_pairs()
-    if is_foreign(recipe.start):
-        return False
-    run = resolve_editor(recipe.start).run
-    return run is not None and bool(read_manifest(run)["no_pairs"])
+        return recipe.is_trained_with_pairs()
+    begun = read_manifest(run) if run is not None and is_run(run) else {}
+    if "seen_pairs" in begun:
+        return begun["seen_pairs"]
+    try:
+        return _start_has_seen_pairs(recipe.start)
+    except UserError:
+        if not begun:
+            raise
+        return False if begun["no_pairs"] else None  # an older run's manifest has `no_pairs` alone
 
 
-def git_revision(source: Path = Path(__file__)) -> str:
-    """The commit of this package's source, with "-dirty" for changes; "" if it is not in a git repository. Nothing is
-    written into the repository: a process that is killed while git writes there leaves its lock behind."""
-    if shutil.which("git") is None:
-        return ""
-    git = ["git", "--no-optional-locks", "-C", str(source.parent)]
-    if subprocess.run([*git, "ls-files", "--error-unmatch", source.name], capture_output=True).returncode:
-        return ""
-    ask = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return ask("rev-parse", "HEAD") + ("-dirty" if ask("status", "--porcelain", "--untracked-files=no") else "")
+def _start_has_seen_pairs(start: str) -> bool | None:
+    """An exported editor and a model of others do not say whether they were trained with edited images."""
+    run = None if is_foreign(start) else resolve_editor(start).run
+    manifest = read_manifest(run) if run else {"seen_pairs": None}
+    return manifest["seen_pairs"] if "seen_pairs" in manifest else not manifest["no_pairs"]
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

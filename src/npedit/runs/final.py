@@ -19,11 +19,9 @@ from npedit.errors import explain_write_errors
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
 from npedit.recipe.config import Recipe, find_class
-from npedit.runs.checkpoint import is_trained_without_pairs
+from npedit.runs.checkpoint import has_seen_pairs
 from npedit.runs.editor_facts import FACTS_FILE
 from npedit.runs.files import read_json_object, write_text
-from npedit.runs.resolve import resolve_editor
-from npedit.runs.start import is_foreign
 
 SET_FACTS = "prepare.json"  # facts about a data set, beside its metadata
 
@@ -35,11 +33,12 @@ def write_final(
     scheduler: Any,
     times: Sequence[float],
     sizes: Sequence[tuple[int, int]],
+    trained_in: Path | None = None,
 ) -> Path:
     """Write `final/`: the editor as diffusers opens it, and `npedit.json` for `Editor.open`.
 
     `net` is a diffusers model or a `LoraAdapter` of one, `scheduler` a diffusers object; `times` are the few-step
-    times for the first of `sizes` (H, W, pixels).
+    times for the first of `sizes` (H, W, pixels). `trained_in` is the training's folder, if it is not `run`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -70,7 +69,7 @@ def write_final(
         scheduler.save_pretrained(aside / "scheduler")
         drop_source_paths(aside)
         write_text(aside / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
-        write_text(aside / "README.md", model_card(recipe, facts))
+        write_text(aside / "README.md", model_card(recipe, facts, has_seen_pairs(recipe, trained_in or run)))
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(aside, folder)
@@ -101,8 +100,8 @@ def public_name(weights: str) -> str:
     return Path(weights).name if is_path else weights
 
 
-def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
-    """A short card: what the editor is, how it was made, how to use it."""
+def model_card(recipe: Recipe, facts: Mapping[str, Any], seen_pairs: bool | None) -> str:
+    """A short card: what the editor is, how it was made, how to use it. `seen_pairs` is what `has_seen_pairs` tells."""
     stages = "\n".join(f"- `{s.step}`: {s.updates} updates of {s.batch_size * s.accumulate}" for s in recipe.stages)
     sizes = ", ".join(f"{w}x{h}" for h, w in facts["sizes"])
     how = "No edited image was used, and no critic."
@@ -113,12 +112,12 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any]) -> str:
             "judged the edits, and\ndistribution matching kept them on the base model's image manifold. The method is "
             "that of NP-Edit (arXiv 2510.14978)."
         )
-    unpaired = is_trained_without_pairs(recipe)
+    unpaired = seen_pairs is False
     if not unpaired and not recipe.is_trained_with_pairs():
-        how = _start_text(recipe)
+        how = _start_text(recipe, seen_pairs)
     if recipe.is_trained_with_pairs():
         how = "It was shown edited images in training: a supervised baseline, not NP-Edit."
-    trained = " trained without pairs" if unpaired else " trained on pairs" if _has_seen_pairs(recipe) else ""
+    trained = " trained without pairs" if unpaired else " trained on pairs" if seen_pairs else ""
     return f"""---
 library_name: npedit
 tags: [image-editing{", no-pairs" if unpaired else ""}]
@@ -142,15 +141,9 @@ times of the steps, 1 being noise: {", ".join(f"{t:.4f}" for t in facts["times"]
 """
 
 
-def _has_seen_pairs(recipe: Recipe) -> bool:
-    """Whether this training, or the run that it starts from, is known to have used edited images."""
-    has_run = bool(recipe.start) and not is_foreign(recipe.start) and resolve_editor(recipe.start).run is not None
-    return recipe.is_trained_with_pairs() or (has_run and not is_trained_without_pairs(recipe))
-
-
-def _start_text(recipe: Recipe) -> str:
+def _start_text(recipe: Recipe, seen_pairs: bool | None) -> str:
     start = public_name(recipe.start)
-    if _has_seen_pairs(recipe):
+    if seen_pairs:
         return f"It starts from the run `{start}`, which was shown edited images; it was shown none itself."
     return f"It starts from `{start}`. Whether that was shown edited images is not known; it was shown none itself."
 

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 CRITIC_EDIT_KEYS = ("critic/p_edit", "critic/p_grade", "critic/p_rubric")
 CRITIC_KEYS = (*CRITIC_EDIT_KEYS, "critic/p_identity")
-HELD_OUT_KEYS = {"held-out judge": ("judge/p_edit", "judge/p_identity"), "oracle": ("eval/applied", "eval/preserved")}
+JUDGE = "held-out judge"
+HELD_OUT_KEYS = {JUDGE: ("judge/p_edit", "judge/p_identity"), "oracle": ("eval/applied", "eval/preserved")}
+ITEMS_KEY = "judge/items"  # how many items the held-out judge was asked about
 WINDOW_BEFORE = 50  # updates before an evaluation over which the training critic's score is averaged
 WINDOW_AFTER = 5  # updates after an evaluation that count where there is no score before it: the first critic stage
 MIN_CRITIC_RISE = 0.03  # rise of the critic's score; smaller differences are noise of a window
@@ -55,10 +57,12 @@ class RewardHackingAlarm:
 
 @dataclass
 class _Evaluation:
-    """One evaluation: each judge's score, and the critic's figures around it, of each update by key."""
+    """One evaluation: each judge's score and number of items, and the critic's figures around it, of each update by
+    key."""
 
     step: int
     held_out: dict[str, float]
+    items: dict[str, int]
     critic_figures: list[dict[str, float]] = field(default_factory=list)
 
     def critic_keys(self) -> set[str]:
@@ -79,7 +83,7 @@ class RewardHackingMonitor:
     """Finds alarms in the rows of a run's metrics, which are given one by one in their order.
 
     A row costs the same at any length of the run: kept are the critic's scores of the last updates and each judge's
-    best evaluation. `items` is the number of pictures behind each evaluation.
+    best evaluation. `items` is the number of pictures behind each evaluation, where its row does not tell.
 
     Attributes:
         alarms: all alarms so far, in the order in which they were found.
@@ -105,7 +109,9 @@ class RewardHackingMonitor:
         found = self._finish_waiting(step)
         held_out = {name: s for name, keys in HELD_OUT_KEYS.items() if (s := self._mean_score(row, keys)) is not None}
         if held_out:
-            found += self._add_evaluation(_Evaluation(step, held_out))
+            judged = self._finite_figures(row, [ITEMS_KEY]).get(ITEMS_KEY, self.items)
+            items = {name: max(1, int(judged)) if name == JUDGE else self.items for name in held_out}
+            found += self._add_evaluation(_Evaluation(step, held_out, items))
         self.alarms += found
         return found
 
@@ -163,16 +169,16 @@ class RewardHackingMonitor:
             if earlier:
                 best = max(earlier, key=lambda e: (e.held_out[name], -e.step))
                 critic, held_out = _comparable_scores(best, now), (best.held_out[name], score)
-                if critic and self._is_alarm(critic, held_out):
+                if critic and _is_alarm(critic, held_out, (best.items[name], now.items[name])):
                     found.append(RewardHackingAlarm(now.step, best.step, name, critic, held_out))
             if name not in self._best or score > self._best[name].held_out[name]:
                 self._best[name] = now
         return found
 
-    def _is_alarm(self, critic: tuple[float, float], held_out: tuple[float, float]) -> bool:
-        before, after = held_out
-        rise, fall = critic[1] - critic[0], before - after
-        return rise > MIN_CRITIC_RISE and fall > MIN_FALL_STANDARD_ERRORS * _standard_error(before, after, self.items)
+
+def _is_alarm(critic: tuple[float, float], held_out: tuple[float, float], items: tuple[int, int]) -> bool:
+    rise, fall = critic[1] - critic[0], held_out[0] - held_out[1]
+    return rise > MIN_CRITIC_RISE and fall > MIN_FALL_STANDARD_ERRORS * _standard_error(held_out, items)
 
 
 def _critic_score(evaluation: _Evaluation) -> tuple[int, float]:
@@ -202,6 +208,6 @@ def reward_hacking_alarms(rows: Iterable[Row], items: int) -> list[RewardHacking
     return sorted(monitor_rows(rows, items).alarms, key=lambda alarm: alarm.step)
 
 
-def _standard_error(a: float, b: float, items: int) -> float:
-    """The standard error of the difference of two shares of `items` each."""
-    return math.sqrt(max(0.0, a * (1 - a) + b * (1 - b)) / items)
+def _standard_error(shares: tuple[float, float], items: tuple[int, int]) -> float:
+    """The standard error of the difference of two shares, each of its number of items."""
+    return math.sqrt(sum(max(0.0, p * (1 - p)) / n for p, n in zip(shares, items)))

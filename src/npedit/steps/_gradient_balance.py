@@ -20,7 +20,8 @@ class GradientBalance:
     With "none" the gradient stays. With "match" the norm of the batch's gradient becomes `critic_weight` times DMD's,
     on average over updates. With "item" each item's gradient gets a norm in proportion to the item's error; an item
     with p = 0 gets `critic_weight` times DMD's norm. So the critic's gradient vanishes when all answers are right.
-    Without DMD there is no norm to compare with, and the batch's factor is 1.
+    Without DMD there is no norm to compare with: "match" leaves the gradient as it is, and with "item" the norms are
+    those of a mean over the batch.
     """
 
     def __init__(self, balance: Balance, critic_weight: float, has_dmd: bool):
@@ -39,11 +40,13 @@ class GradientBalance:
     def batch_scale(self, from_critic: Tensor, from_dmd: Tensor) -> float:
         """The factor for all items of a batch. It uses the norms of this batch and of those before it."""
         if self.balance == "none" or not self.has_dmd:
-            return 1.0
+            return 1.0 / len(from_critic) if self.balance == "item" else 1.0
         processes = global_batch_size(1)
         all_wrong = processes * norm_over_global_batch(
             torch.ones(len(from_critic))
         )  # the global batch's items, each of norm 1
+        if self.balance == "item":
+            self._fit_batch_size(float(all_wrong))
         ours = all_wrong if self.balance == "item" else norm_over_global_batch(from_critic) / self.critic_weight
         now = torch.stack([ours.cpu(), norm_over_global_batch(from_dmd).cpu()])
         if bool(now.isfinite().all()):  # an update that the learner skips must not change the running norms
@@ -51,6 +54,14 @@ class GradientBalance:
         critic_norm, dmd_norm = self.updated_norms()
         scale = float(dmd_norm / critic_norm.clamp_min(1e-12))
         return scale * processes if self.balance == "item" else scale  # averaging over processes divides by it again
+
+    def _fit_batch_size(self, all_wrong: float) -> None:
+        """Adapt the running norms of a run that was resumed with batches of another size. With "item" the critic's norm
+        is the root of the number of items, by which DMD's norm, of a mean over items, is too small."""
+        kept = float(self.running_norms[0])
+        has_run = not bool((self.running_norms == 1).all())
+        if has_run and round(kept**2) != round(all_wrong**2):
+            self.running_norms = self.running_norms * torch.tensor([all_wrong / kept, kept / all_wrong])
 
     def updated_norms(self) -> Tensor:
         """The running norms, updated with the mean over the batches of this update so far."""

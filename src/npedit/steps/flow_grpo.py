@@ -40,6 +40,7 @@ from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families.base import EncodedText, References
 from npedit.generator import sample_noise, seeded_generator
+from npedit.nets.distributed import all_gather, rank
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.nets.master_weights import master_weight, set_weight
 from npedit.recipe.config import Settings
@@ -86,7 +87,8 @@ class Trajectories:
 
     `states` holds x (n, c, h, w) at each of `times`. `trained` are the numbers of the steps that are noisy. For each of
     these, `before` holds the log-probability (n,), and `reference` the mean (n, c, h, w) that the reference policy
-    gives it (nothing, if the KL's weight is 0).
+    gives it (nothing, if the KL's weight is 0). `advantages` (n,) are those of the rewards (n,), and zero until the
+    rewards of the whole update are known.
     """
 
     text: EncodedText
@@ -96,6 +98,7 @@ class Trajectories:
     trained: tuple[int, ...]
     before: tuple[Tensor, ...]
     reference: tuple[Tensor, ...]
+    rewards: Tensor
     advantages: Tensor
 
     def select(self, rows: Tensor) -> Trajectories:
@@ -104,6 +107,7 @@ class Trajectories:
             self,
             text=self.text.select(rows),
             references=self.references[rows],
+            rewards=self.rewards[rows],
             advantages=self.advantages[rows],
             **{k: tuple(x[rows] for x in getattr(self, k)) for k in ("states", "before", "reference")},
         )
@@ -139,7 +143,7 @@ class Step(Base):
         metrics: list[dict[str, float]] = []
         texts, images = [b.instructions for b in batches], [b.references for b in batches]
         with timers("sample"), self.parts.encode_ahead(texts, images):
-            taken = [self._sample(batch, update, i, metrics) for i, batch in enumerate(batches)]
+            taken = self._with_advantages([self._sample(b, update, i, metrics) for i, b in enumerate(batches)])
         with timers("student"):
             for used in self._samples_of_updates(taken, update):
                 losses = [partial(self._loss, s, k, metrics) for s in used for k in range(len(s.trained))]
@@ -185,12 +189,23 @@ class Step(Base):
                 x = x + (after - t) * v
             states.append(x)
         x0 = x - times[-1] * self._velocity(x, times[-1], text, given)
-        rewards = self._compute_rewards(batch, x0, metrics)
-        advantages = grpo.advantages(rewards, s.advantage_std == "batch").flatten()
-        if s.advantage_clip:
-            advantages = advantages.clamp(-s.advantage_clip, s.advantage_clip)
-        found = Trajectories(text, references, times, tuple(states), trained, tuple(before), (), advantages)
+        rewards = self._compute_rewards(batch, x0, metrics).flatten()
+        none_yet = torch.zeros_like(rewards)
+        found = Trajectories(text, references, times, tuple(states), trained, tuple(before), (), rewards, none_yet)
         return replace(found, reference=self._reference_means(found)) if s.kl_weight else found
+
+    def _with_advantages(self, taken: Sequence[Trajectories]) -> list[Trajectories]:
+        """The trajectories of an update with their advantages. With `advantage_std: batch` these are divided by the
+        standard deviation of all rewards of the update, in all batches and processes."""
+        s = self.settings
+        rewards = [samples.rewards.view(s.group, -1) for samples in taken]
+        if s.advantage_std == "batch":
+            advantages = _advantages_in_update(rewards)
+        else:
+            advantages = [grpo.advantages(r) for r in rewards]
+        if s.advantage_clip:
+            advantages = [a.clamp(-s.advantage_clip, s.advantage_clip) for a in advantages]
+        return [replace(samples, advantages=a.flatten()) for samples, a in zip(taken, advantages, strict=True)]
 
     def _draw_window(self, generator: torch.Generator) -> tuple[int, ...]:
         """The numbers of the steps that are noisy and trained. The last step never is."""
@@ -288,3 +303,11 @@ class Step(Base):
             raise ValueError(f"expected {len(self.start)} tensors of the start; got {len(state)}")
         for name, place in self.start.items():
             place.copy_(state[name])
+
+
+def _advantages_in_update(rewards: Sequence[Tensor]) -> list[Tensor]:
+    """The advantages (group, b) of each of this process's batches, by the standard deviation of all rewards."""
+    sizes, device = [r.shape[1] for r in rewards], rewards[0].device
+    everyone = torch.cat(all_gather(torch.cat(list(rewards), 1).cpu()), 1).to(device)
+    mine = grpo.advantages(everyone, whole_batch=True).split(sum(sizes), 1)[rank()]
+    return list(mine.split(sizes, 1))

@@ -56,7 +56,9 @@ class NpEditSettings(DistributionMatchingSettings, CriticGradientSettings):
     balance: Balance = "none"  # of the critic's gradient with DMD's
     fake_updates: int = Field(5, ge=1, le=50)
     fake_samples: Literal["fresh", "replay"] = "fresh"  # what fake score updates after the first are trained on
-    replay_updates: int = Field(4, ge=1, le=64)  # with replay: from how many updates samples are kept
+    replay_updates: int = Field(
+        4, ge=1, le=64
+    )  # with replay: from how many updates samples are kept, at most fake_updates
     student: LearnerSettings = LearnerSettings()
     fake: LearnerSettings = LearnerSettings()
 
@@ -79,7 +81,8 @@ class Step(Base):
         self.balance = GradientBalance(settings.balance, settings.critic_weight, has_dmd=bool(settings.dmd_weight))
         self.item_errors: list[ItemErrors] = []
         self.student_samples: list[Samples] = []  # the student's output in this update, by batch
-        self.replay = ReplayBuffer(settings.replay_updates if settings.fake_samples == "replay" else 1, parts.device)
+        kept = min(settings.replay_updates, settings.fake_updates)  # no turn goes back further
+        self.replay = ReplayBuffer(kept if settings.fake_samples == "replay" else 1, parts.device)
 
     @classmethod
     def batches_per_update(cls, settings: NpEditSettings) -> int:

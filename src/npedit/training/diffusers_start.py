@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -54,4 +55,22 @@ def _load_transformer(start: DiffusersStart, family: Family, student: nn.Module)
     found, expected = transformer_class(start), family.denoiser.__name__
     if found != expected:
         raise UserError(f"start: expected a {expected}; got {found or 'no class'} in {start}; correct the recipe")
-    student.load_state_dict(family.open_net(start.path).state_dict())
+    load_whole_net(start.path, family, student)
+
+
+def load_whole_net(folder: Path, family: Family, student: nn.Module) -> None:
+    """Load the weights of a transformer's folder into a model that is trained completely.
+
+    Raises:
+        UserError: it was trained with its references in another form: a Z-Image from `npedit convert` has them as
+            frames, which its config says and `ZImage.velocity` reads.
+    """
+    net: Any = family.open_net(folder)
+    ours: Any = student
+    found, expected = (n.config.get("_references", "the family's own form") for n in (net, ours))
+    if found != expected:
+        raise UserError(
+            f"start: expected a transformer that takes its references as this recipe's base does ({expected}); got one "
+            f"that takes them as {found} in {folder}; training cannot start from it: choose another start"
+        )
+    student.load_state_dict(net.state_dict())

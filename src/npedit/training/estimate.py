@@ -94,7 +94,7 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
     """
     check_processes(recipe, processes)
     is_sharded = processes > 1 and recipe.trainer.shard != "none"
-    counter, phases = MemoryCounter(), []
+    counter, phases, checkpoint_size = MemoryCounter(), [], 0
     with counter, _count_optimizer_steps(counter, at_once):
         parts = _open_parts(recipe, counter, is_sharded)
         gathered_bytes = _gathered_weights(parts.family) if is_sharded else 0
@@ -106,11 +106,12 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
                 _count_shards(recipe, i, parts, processes)
             step = _build_step(recipe, i, student, parts)
             _run_update(recipe, i, step, processes)
+            checkpoint_size = max(checkpoint_size, _checkpoint_size(step))
             phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes, stage)
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
         phases += _collect_phases("", counter, gathered_bytes)
-        disk = _disk_usage(recipe, parts, step)
+        disk = _disk_usage(recipe, parts, step, checkpoint_size)
     return Estimate(tuple(phases), disk)
 
 
@@ -381,8 +382,12 @@ def _collect_phases(
     return found
 
 
-def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step) -> dict[str, int]:
-    checkpoint_size = sum(_bytes(learner.state()[0].values()) for learner in step.learners.values())
+def _checkpoint_size(step: Step) -> int:
+    learners = sum(_bytes(learner.state()[0].values()) for learner in step.learners.values())
+    return learners + _bytes(step.extra_state().values())
+
+
+def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step, checkpoint_size: int) -> dict[str, int]:
     net = step.learners["student"].net
     final = _bytes(master_weight(p) for p in net.parameters() if p.requires_grad)
     pipe = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]

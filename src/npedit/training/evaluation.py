@@ -27,6 +27,7 @@ from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
+from npedit.scoring.reward_hacking import ITEMS_KEY
 from npedit.steps.base import Parts, Step
 from npedit.training.samples import benchmark_items, evaluation_batches, samples_folder, write_samples
 
@@ -158,7 +159,7 @@ class Evaluation:
             with self.parts.on_device("judge"):
                 scores = self._score_batches(judge.critic, judge.wording, edited)
             edit_types = [edit_type for batch in self.judge_batches for edit_type in batch.edit_types]
-            metrics |= scores.mean_by_kind("judge", edit_types)
+            metrics |= scores.mean_by_kind("judge", edit_types) | {ITEMS_KEY: float(len(edit_types))}
         if n == max(self.stage_ends) and is_toy and self.parts.critic and self.judge_batches:
             self._attribute_failures(self.parts.critic, self.judge_batches[0], edited[0])
         return metrics

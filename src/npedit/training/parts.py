@@ -28,7 +28,7 @@ from npedit.runs.resolve import EditorSource
 from npedit.runs.start import DiffusersStart, resolve_start
 from npedit.steps.base import Judge, Parts
 from npedit.training.checkpoint_warnings import checkpoint_warnings
-from npedit.training.diffusers_start import load_diffusers_start
+from npedit.training.diffusers_start import load_diffusers_start, load_whole_net
 from npedit.training.failure_sampling import check_failure_sampling
 from npedit.training.progress_display import plain_console
 
@@ -126,7 +126,7 @@ def _load_editor(source: EditorSource, recipe: Recipe, parts: Parts, student: nn
         elif isinstance(student, LoraAdapter):
             student.load_weights(source.folder)
         else:
-            student.load_state_dict(parts.family.open_net(source.folder / "transformer").state_dict())
+            load_whole_net(source.folder / "transformer", parts.family, student)
 
 
 def _editor_kind(source: EditorSource, recipe: Recipe) -> dict[str, Any]:
@@ -180,8 +180,6 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         UserError: names what is missing or of the wrong size.
     """
     check_processes(recipe, distributed.world_size())
-    if recipe.start:
-        resolve_start(recipe.start)
     if distributed.world_size() > 1 and distributed.world_size() > len(data):
         raise UserError(
             f"data: expected at least one item per process; got {len(data)} items and {distributed.world_size()} "

@@ -28,6 +28,7 @@ from npedit.report.report import write_report
 from npedit.runs import checkpoint
 from npedit.runs.final import write_final
 from npedit.runs.lock import Lock
+from npedit.runs.start import resolve_start
 from npedit.scoring.reward_hacking import RewardHackingMonitor
 from npedit.steps.base import Parts, Step, Timers
 from npedit.training.evaluation import Evaluation, EvaluationStopped
@@ -84,6 +85,8 @@ def train(
         explain_out_of_memory(recipe, run, progress),
         open_trackers(recipe, run) as trackers,
     ):
+        if recipe.start and not checkpoint.complete_checkpoints(run):  # a resumed run does not read it again
+            resolve_start(recipe.start)
         data = source(recipe)
         restore_held_out_rows(run, data)
         made = parts(recipe)
@@ -91,7 +94,7 @@ def train(
         check_steps(recipe, made)
         fingerprint = data.fingerprint()
         if distributed.is_main_process():
-            manifest = checkpoint.make_manifest(recipe, fingerprint, made.device)
+            manifest = checkpoint.make_manifest(recipe, fingerprint, made.device, run)
             inventory = data.inventory() if hasattr(data, "inventory") else None
             print_changes(checkpoint.write_run_metadata(run, recipe, manifest, inventory))
         require_shared_files(run, fingerprint)
