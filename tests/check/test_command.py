@@ -74,6 +74,19 @@ def test_the_sections_are_the_ones_that_are_asked_for() -> None:
     assert list(SECTIONS) == ["data", "critic", "gradient", "base", "cost"]
 
 
+@pytest.mark.parametrize("name", ["critic", "gradient", "base"])
+def test_a_section_that_exhausts_the_memory_has_a_finding_and_the_others_are_reported(monkeypatch, name) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB")
+
+    place = {"critic": "critic.ask_critic", "gradient": "gradient.check_question", "base": "base.generate_images"}[name]
+    monkeypatch.setattr(f"npedit.check.{place}", exhausted)
+    report = check_recipe(load_recipe("demo"), CheckOptions(samples=4), ["data", name])
+    assert [s.name for s in report.sections] == ["data", name] and report.exit_code == 0
+    assert severities(report.sections[1]) == {"section-out-of-memory": "warning"}
+    assert "Tried to allocate 8.00 GiB" in report.sections[1].findings[0].measured
+
+
 def test_two_updates_of_each_stage_are_timed_by_phase(demo) -> None:
     recipe = load_recipe("demo", ["stages.0.batch_size=2", "stages.1.batch_size=2"])
     memory, section = PhaseMemory(CPU), Section("cost", "Cost")

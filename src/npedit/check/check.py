@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Collection
 
@@ -13,7 +14,9 @@ from npedit.check.findings import CheckReport, Section
 from npedit.check.gradient import check_gradient
 from npedit.check.subject import CheckOptions, Subject, read_examples
 from npedit.errors import UserError, did_you_mean
+from npedit.nets.device import device_name
 from npedit.recipe.config import Recipe
+from npedit.training.out_of_memory import failed_part, is_out_of_memory
 from npedit.training.parts import build_parts, build_source, check_recipe_fits
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
@@ -49,10 +52,32 @@ def check_recipe(
     if not subject.examples:
         raise UserError("data: expected at least one example that is no 'do nothing' edit; got none; add rows")
     sections = []
-    for name, run in SECTIONS.items():
+    for name in SECTIONS:
         if not only or name in only:
             report_progress(f"Checking: {name}")
             began = time.monotonic()
-            sections.append(run(subject))
+            sections.append(run_section(name, subject))
             sections[-1].seconds = time.monotonic() - began
+            gc.collect()  # what a section that failed for want of memory still holds
     return CheckReport(recipe.name, tuple(sections))
+
+
+def run_section(name: str, subject: Subject) -> Section:
+    """The section of this name. Memory that is exhausted becomes its finding, so that the other sections are reported.
+
+    Raises:
+        UserError: bad input, such as labelled edits that cannot be read.
+    """
+    try:
+        return SECTIONS[name](subject)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        section = Section(name, name.capitalize())
+        section.add(
+            "section-out-of-memory", "warning", f"The memory of {device_name(subject.parts.device)} was exhausted"
+            f"{failed_part(error)}: {str(error).splitlines()[0] if str(error) else 'no more is known'}",
+            "This section has no results. Whether the recipe can train here is measured by the section cost.",
+            "Save memory as docs/one-gpu.md says, or check on a device with more memory.",
+        )  # fmt: skip
+        return section

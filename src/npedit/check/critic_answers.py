@@ -12,11 +12,10 @@ from npedit.check.known_edits import OBJECT_ABSENT, KnownEdit
 from npedit.check.subject import Subject
 from npedit.critics.base import Critic
 from npedit.data import collate
+from npedit.generator import items_per_pass
 from npedit.item_questions import USUAL_QUESTIONS, QuestionChoice, Use
 from npedit.questions import IDENTITY_EDIT
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
-
-CHUNK = 16  # edits whose questions are asked at a time
 
 
 @dataclass(frozen=True)
@@ -88,4 +87,4 @@ def _score(
     critic: Critic, wording: str, members: Sequence[KnownEdit], choice: QuestionChoice = USUAL_QUESTIONS
 ) -> CriticScores:
     batch, edited = collate([e.example for e in members]), torch.stack([e.edited for e in members])
-    return score_with_critic(critic, wording, batch, edited, CHUNK, choice)
+    return score_with_critic(critic, wording, batch, edited, items_per_pass(*edited.shape[-2:]), choice)
