@@ -231,7 +231,8 @@ class Editor:
     ) -> Iterator[Image.Image]:
         """Edit pictures one after the other in bounded memory: yields each result in order, as soon as it is ready.
 
-        `images` is read a few at a time (`BATCH_ITEMS`, `WINDOW_PIXELS`), so it may open files when asked for them. It has one picture for each instruction. A list of seeds has one for each picture.
+        `images` is read a few at a time (`BATCH_ITEMS`, `WINDOW_PIXELS`), so it may open files when asked for them.
+        It has one picture for each instruction. A list of seeds has one for each picture.
         `finish(picture, reference, edited)` makes each result, in order, from the upright RGB picture and its edit at
         working size. Errors are those of `edit`.
         """

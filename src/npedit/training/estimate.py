@@ -29,7 +29,7 @@ from npedit.data import PairedBatch
 from npedit.errors import UserError
 from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
-from npedit.generator import edit_images, sample_training_times, seeded_generator
+from npedit.generator import edit_images
 from npedit.nets.master_weights import add_master_weights, master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
 from npedit.questions import SCENE
@@ -37,6 +37,7 @@ from npedit.recipe.config import EMBEDDED, Recipe, Stage, find_class, find_modul
 from npedit.steps.base import Parts, Step
 from npedit.training.evaluation import CHUNK
 from npedit.training.parts import STAGE_SEEDS, check_processes
+from npedit.training.stages import stage_names, student_calls
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 SAMPLE_RUBRIC = json.dumps([{"question": "Is the fence in the photo dark red?", "answer": "yes"}] * 3)
@@ -101,12 +102,12 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
         if is_sharded:
             _count_shards(recipe, 0, parts, processes)
         student = parts.create_trainable("student", recipe.seed)
-        for i, stage in enumerate(recipe.stages):
+        for i, (stage, name) in enumerate(zip(recipe.stages, stage_names(recipe), strict=True)):
             if is_sharded:
                 _count_shards(recipe, i, parts, processes)
             step = _build_step(recipe, i, student, parts)
             _run_update(recipe, i, step, processes)
-            phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes, stage)
+            phases += _collect_phases(f"{name}: ", counter, gathered_bytes, stage)
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
         phases += _collect_phases("", counter, gathered_bytes)
@@ -312,15 +313,12 @@ def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -
 
 def _run_update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
     """One update of a stage, with the largest pictures and two transitions of the few-step generator."""
-    stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
-    times = torch.ones(recipe.trainer.steps)
-    two_step_updates = (
-        u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2
-    )
+    stage = recipe.stages[i]
+    update = next((u for u in range(100) if student_calls(recipe, i, u) == 2), 0)
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
     batch = _largest_batch(recipe, stage.batch_size // processes)
     with _counted_part("update"):
-        step.step([batch] * (per_update * min(2, stage.accumulate)), next(two_step_updates, 0))
+        step.step([batch] * (per_update * min(2, stage.accumulate)), update)
 
 
 def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
