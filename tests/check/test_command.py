@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npedit.check import cost
-from npedit.check.check import SECTIONS, check_recipe
+from npedit.check.check import SECTIONS, check_recipe, run_section
 from npedit.check.cost import check_cost, chosen_updates, measure_updates
 from npedit.check.findings import Section
 from npedit.check.subject import CheckOptions, Subject
@@ -87,6 +87,24 @@ def test_a_section_that_exhausts_the_memory_has_a_finding_and_the_others_are_rep
     assert [s.name for s in report.sections] == ["data", name] and report.exit_code == 0
     assert severities(report.sections[1]) == {"section-out-of-memory": "warning"}
     assert "Tried to allocate 8.00 GiB" in report.sections[1].findings[0].measured
+
+
+def test_a_sharded_recipe_is_not_run_in_one_process(demo) -> None:
+    recipe = load_recipe("demo", ["trainer.shard=full"])
+    subject = Subject(recipe, demo.data, demo.parts, demo.options, demo.examples[:1])
+    for name in ("gradient", "cost"):
+        section = run_section(name, subject)
+        assert severities(section) == {"sharded": "note"} and "npedit rehearse" in section.findings[0].advice
+    assert severities(run_section("data", subject)).keys().isdisjoint({"sharded"})
+
+
+@pytest.mark.parametrize("name", ["gradient", "cost"])
+def test_a_stage_that_training_refuses_is_a_finding(demo, name) -> None:
+    """The toy's critic has no digits; the report of the other sections must not be lost."""
+    recipe = load_recipe("demo", ["stages.1.settings.grade=beside"])
+    section = run_section(name, Subject(recipe, demo.data, demo.parts, demo.options, demo.examples[:1]))
+    assert severities(section) == {"stage-refused": "will not learn"}
+    assert "grade" in section.findings[0].measured
 
 
 def test_updates_with_one_call_and_with_two_are_run() -> None:
