@@ -13,7 +13,7 @@ import yaml
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.families.flux import Flux
 from npedit.nets.device import CPU
-from npedit.recipe.config import EMBEDDED, load_recipe
+from npedit.recipe.config import EMBEDDED, load_recipe, make_recipe
 from npedit.rehearsal.random_models import limit_depth, write_random_models
 from npedit.rehearsal.random_photos import types_of_shares, write_random_photos
 from npedit.rehearsal.rehearse import _phase_seconds, rehearsal_recipe
@@ -109,6 +109,18 @@ def test_stages_with_the_same_step_have_names_of_their_own(tmp_path) -> None:
     assert _phase_seconds(tmp_path, stage_names(recipe)) == {
         "np_edit (stages.0): update": 10, "np_edit (stages.1): update": 20,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("webdataset", {}), ("webdataset", {"streaming": True}), ("hub", {"streaming": True}), ("hub", {"split": "test"})],
+)
+def test_random_photos_take_the_place_of_every_source_of_photos(tmp_path, name, extra) -> None:
+    photos = write_random_photos(tmp_path, [(SIDE, SIDE)])
+    own = {"name": name, "path": "owner/photos", "sizes": [[SIDE, SIDE]], "nothing_share": 0.5, **extra}
+    short = rehearsal_recipe(make_recipe(load_recipe("demo").as_dict() | {"data": own}), {}, photos, None)
+    assert (short.data.name, short.data.settings.nothing_share) == ("imagefolder", 0.5)
+    assert len(build_source(short).batch(0, 2)) == 2
 
 
 def test_random_photos_are_a_training_set(tmp_path) -> None:

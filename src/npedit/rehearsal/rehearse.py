@@ -1,9 +1,9 @@
 """Run a recipe end to end for a few updates, with random weights, and measure what a real training would need.
 
 The rehearsal trains through the ordinary code: `trainer.train`, the ordinary loaders, the ordinary run folder. Only the
-recipe differs (`rehearsal_recipe`): its models are folders of random weights, its photos are random, and each stage has
-two updates. The seed is one with which the second of them calls the student twice, as most updates do. Training is
-stopped by SIGTERM before its last update, resumed, and finished.
+recipe differs (`rehearsal_recipe`): its models are folders of random weights, its photos are a random `imagefolder`,
+and each stage has two updates. The seed is one with which the second of them calls the student twice, as most updates
+do. Training is stopped by SIGTERM before its last update, resumed, and finished.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from npedit.data._settings import PhotoSettings
 from npedit.errors import UserError, explain_write_errors
 from npedit.nets import distributed
 from npedit.nets.device import device_name, is_accelerator, pick_device, synchronize
@@ -84,7 +85,9 @@ def rehearsal_recipe(
         part, name = key.split(".")
         raw[part][name] = folder
     if photos:
-        raw["data"] |= {"path": str(photos), "columns": {}, "share": 1.0, "held_out": 0}
+        shared = {key: value for key, value in raw["data"].items() if key in PhotoSettings.model_fields}
+        own = {"name": "imagefolder", "path": str(photos), "columns": {}, "share": 1.0, "held_out": 0}
+        raw["data"] = shared | own
     if size:
         raw["data"]["sizes"] = [list(size)]
     return _with_long_updates(make_recipe(raw))
