@@ -39,8 +39,6 @@ from npedit.runs.resolve import resolve_editor
 
 log = logging.getLogger(__name__)
 
-BATCH_PIXELS = 1024 * 1024  # of one pass through the editor, counted at the size that it works at
-BATCH_ITEMS = 16  # the most pictures in one pass
 WINDOW_PIXELS = 64_000_000  # of the pictures that `edit_each` holds at a time, at their full size
 MOST_WARNED = 1000  # instructions that are remembered, so that each is reported once
 NOT_QUANTISED = ("lm_head", "visual")  # parts of text encoders that editing does not call
@@ -178,7 +176,7 @@ class Editor:
             raise ValueError(f"expected {len(references)} of each; got {got}")
         if steps < 1:
             raise ValueError(f"expected at least one step; got {steps}")
-        done, count = [], max(1, min(BATCH_ITEMS, BATCH_PIXELS // (references.shape[2] * references.shape[3])))
+        done, count = [], generator.items_per_pass(*references.shape[2:])
         for i in range(0, len(references), count):
             part = slice(i, i + count)
             given = references[part].to(self.family.device)
@@ -251,7 +249,7 @@ class Editor:
         for image, text, number in zip(images, instructions, seeds, strict=True):
             image = to_rgb(image)
             pixels = sum(im.width * im.height for im, *_ in window) + image.width * image.height
-            if window and (len(window) == BATCH_ITEMS or pixels > WINDOW_PIXELS):
+            if window and (len(window) == generator.BATCH_ITEMS or pixels > WINDOW_PIXELS):
                 yield from self._edit_window(window, steps, extra, finish)
                 window = []
             window.append((image, text, number))

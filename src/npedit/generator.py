@@ -21,7 +21,15 @@ from npedit.families import _decode
 from npedit.families.base import EncodedText, Family
 from npedit.nets.distributed import global_batch_size, local_slice
 
+BATCH_PIXELS = 1024 * 1024  # of one pass without gradient, counted at the size that it works at
+BATCH_ITEMS = 16  # the most pictures in one pass
 NOISE_VERSION = 2  # raise it when `seeded_noise` gives a seed other noise: benchmarks then make their pictures anew
+
+
+def items_per_pass(height: int, width: int) -> int:
+    """How many pictures of this size are made or looked at in one pass without gradient: at most `BATCH_PIXELS` in all,
+    so that memory does not depend on the number of pictures."""
+    return max(1, min(BATCH_ITEMS, BATCH_PIXELS // (height * width)))
 
 
 def seeded_generator(*key: object) -> torch.Generator:
@@ -95,9 +103,10 @@ def generate_images(
     noise: Float[Tensor, "b c h w"],
     times: Sequence[float],
     guidance: float,
+    tile: int = 0,
 ) -> Float[Tensor, "b 3 H W"]:
     """Images in [0, 1] that the base model generates from captions alone: Euler steps of the velocity with
-    classifier-free guidance, from `noise` at times[0] = 1 down to 0."""
+    classifier-free guidance, from `noise` at times[0] = 1 down to 0. `tile` as in `edit_images`."""
     text, blank, x = family.encode_text(captions), family.encode_negative_text([""] * len(captions)), noise
     for now, then in zip(times, [*times[1:], 0.0]):
         t = torch.full((len(captions),), now, device=x.device)
@@ -106,7 +115,7 @@ def generate_images(
             v0 = family.velocity(family.base, x, t, blank)
             v = v0 + guidance * (v - v0)
         x = x + (then - now) * v
-    return family.decode(x).clamp(0, 1).float()
+    return _decode.decode_latents(family, x, tile).clamp(0, 1).float()
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from npedit import generator
 from npedit.check.base import captioned_objects, check_base
 from npedit.check.subject import CheckOptions, Subject, read_examples
 from npedit.data import Example
 from npedit.families.flux import Flux
 from npedit.nets.device import CPU
-from npedit.recipe.config import embedded_weights
+from npedit.recipe.config import MemorySettings, embedded_weights
 from npedit.steps.base import Parts
 from tests.check.conftest import severities
 
@@ -56,6 +57,18 @@ def test_pictures_that_are_not_finite_are_found(subject) -> None:
     broken = with_weights(small, lambda net: net.proj_out.weight.fill_(float("nan")))
     broken.parts = replace(broken.parts, critic=None)
     assert severities(check_base(broken)) == {"base-not-finite": "will not learn", "no-critic": "note"}
+
+
+def test_large_pictures_are_made_one_by_one_and_in_the_recipes_tiles(subject, monkeypatch) -> None:
+    small = copy.copy(subject)
+    small.examples = subject.examples[:3]
+    small.parts = replace(subject.parts, critic=None, memory=MemorySettings(decode_tile=16))
+    monkeypatch.setattr(generator, "BATCH_PIXELS", 32 * 32)
+    decoded, decode = [], subject.parts.family.decode
+    monkeypatch.setattr(subject.parts.family, "decode", lambda x: (decoded.append(tuple(x.shape)), decode(x))[1])
+    check_base(small)
+    stride = subject.parts.family.facts.stride
+    assert {(shape[0], *shape[2:]) for shape in decoded} == {(1, 16 // stride, 16 // stride)}
 
 
 def example(kind: str, thing: str, before: str, after: str) -> Example:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from npedit.check.check import SECTIONS, check_recipe
-from npedit.check.cost import check_cost, measure_updates
+from npedit.check import cost
+from npedit.check.check import SECTIONS, check_recipe, run_section
+from npedit.check.cost import check_cost, chosen_updates, measure_updates
 from npedit.check.findings import Section
 from npedit.check.subject import CheckOptions, Subject
 from npedit.errors import UserError
@@ -18,6 +19,7 @@ from npedit.recipe.config import load_recipe
 from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.toy.dataset import write_dataset
 from npedit.toy_models.critic import untrained_critic
+from npedit.training.stages import student_calls
 from tests.check.conftest import severities
 from tests.check.test_critic import changed_critic, swap, use_spare_tokens
 from tests.check.test_data import drop_objects_of_one_type, mix_captions, repeat_captions
@@ -74,7 +76,66 @@ def test_the_sections_are_the_ones_that_are_asked_for() -> None:
     assert list(SECTIONS) == ["data", "critic", "gradient", "base", "cost"]
 
 
-def test_two_updates_of_each_stage_are_timed_by_phase(demo) -> None:
+@pytest.mark.parametrize("name", ["critic", "gradient", "base"])
+def test_a_section_that_exhausts_the_memory_has_a_finding_and_the_others_are_reported(monkeypatch, name) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB")
+
+    place = {"critic": "critic.ask_critic", "gradient": "gradient.check_question", "base": "base.generate_images"}[name]
+    monkeypatch.setattr(f"npedit.check.{place}", exhausted)
+    report = check_recipe(load_recipe("demo"), CheckOptions(samples=4), ["data", name])
+    assert [s.name for s in report.sections] == ["data", name] and report.exit_code == 0
+    assert severities(report.sections[1]) == {"section-out-of-memory": "warning"}
+    assert "Tried to allocate 8.00 GiB" in report.sections[1].findings[0].measured
+
+
+def test_a_sharded_recipe_is_not_run_in_one_process(demo) -> None:
+    recipe = load_recipe("demo", ["trainer.shard=full"])
+    subject = Subject(recipe, demo.data, demo.parts, demo.options, demo.examples[:1])
+    for name in ("gradient", "cost"):
+        section = run_section(name, subject)
+        assert severities(section) == {"sharded": "note"} and "npedit rehearse" in section.findings[0].advice
+    assert severities(run_section("data", subject)).keys().isdisjoint({"sharded"})
+
+
+@pytest.mark.parametrize("name", ["gradient", "cost"])
+def test_a_stage_that_training_refuses_is_a_finding(demo, name) -> None:
+    """The toy's critic has no digits; the report of the other sections must not be lost."""
+    recipe = load_recipe("demo", ["stages.1.settings.grade=beside"])
+    section = run_section(name, Subject(recipe, demo.data, demo.parts, demo.options, demo.examples[:1]))
+    assert severities(section) == {"stage-refused": "will not learn"}
+    assert "grade" in section.findings[0].measured
+
+
+def test_updates_with_one_call_and_with_two_are_run() -> None:
+    recipe = load_recipe("z-image-8x80gb")
+    for number in range(2):
+        warm_up, short, long = chosen_updates(recipe, number)
+        assert warm_up != long
+        assert [student_calls(recipe, number, u) for u in (warm_up, short, long)] == [2, 1, 2]
+    assert load_recipe("demo").trainer.steps == 1 and chosen_updates(load_recipe("demo"), 1) == [0, 1, 2]
+
+
+def test_the_time_of_training_weighs_updates_with_one_call_and_stages_with_the_same_step(demo, monkeypatch) -> None:
+    """An update takes a second for each item and each call of the student; the editor has four steps."""
+    stages = [f"stages.{i}={{step: np_edit, updates: 1000, batch_size: {size}}}" for i, size in ((0, 8), (1, 2))]
+    recipe = load_recipe("demo", [*stages, "trainer.steps=4"])
+
+    def seconds(subject, stage, step, update) -> dict[str, float]:
+        number = subject.recipe.stages.index(stage)
+        return {"time/update": float(stage.batch_size * student_calls(recipe, number, update))}
+
+    monkeypatch.setattr(cost, "build_step", lambda *_: None)
+    monkeypatch.setattr(cost, "run_update", seconds)
+    monkeypatch.setattr(cost, "_estimate", lambda *_: None)
+    section = check_cost(Subject(recipe, demo.data, demo.parts, demo.options, demo.examples))
+    expected = 1000 * (8 + 2) * (1 / 4 * 1 + 3 / 4 * 2) / 3600
+    assert any(f"2000 updates take about {expected:.1f} hours" in f.measured for f in section.findings)
+    rows = {row[0]: row[1] for row in section.tables[0].rows}
+    assert rows["np_edit (stages.0): update"] == 16 and rows["np_edit (stages.1): update with one call"] == 2
+
+
+def test_updates_of_each_stage_are_timed_by_phase(demo) -> None:
     recipe = load_recipe("demo", ["stages.0.batch_size=2", "stages.1.batch_size=2"])
     memory, section = PhaseMemory(CPU), Section("cost", "Cost")
     seconds = measure_updates(section, Subject(recipe, demo.data, demo.parts, demo.options, demo.examples), memory)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from npedit.check.critic import check_critic
-from npedit.check.critic_answers import ask_critic, ask_own_questions
+from npedit.check.critic_answers import ask_critic, ask_own_questions, asked_kinds
 from npedit.check.known_edits import COPY, LEAST_CHANGE, OBJECT_ABSENT, make_known_edits
 from npedit.check.labelled_edits import read_labelled_edits, toy_labelled_edits
 from npedit.check.subject import CheckOptions, Subject
@@ -135,6 +135,51 @@ def test_a_grade_is_tested_with_a_critic_that_has_digits(demo) -> None:
     rows = next(t.rows for t in section.tables if t.title == "Rubrics and grades on edits with known answers")
     assert {row[0] for row in rows} == {"grade"}
     assert all(row[4] == pytest.approx(1 + 4 * row[3]) and 1 <= row[4] <= 5 for row in rows)
+
+
+def wrong_in(demo, words: str, critic=None) -> LlavaOnevision:
+    """The toy's critic, or another, with Yes and No exchanged in the questions that contain these words."""
+    critic = critic or LlavaOnevision.load(embedded_weights("critic"), torch.float32, CPU)
+    real = critic.logits
+
+    def swapped(questions, seen, packed=False, answers=()):
+        out = real(questions, seen, packed, answers)
+        for i in (i for i, question in enumerate(questions) if words in question):
+            out[i, [critic.yes, critic.no]] = out[i, [critic.no, critic.yes]]
+        return out
+
+    critic.logits = swapped
+    return critic
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"), [("is all else", "identity_weight=0"), ("was this edit done", "rubric=instead")]
+)
+def test_a_question_that_the_recipe_does_not_ask_is_in_the_table_alone(demo, words, setting) -> None:
+    kind = "identity" if "else" in words else "edit"
+    examples = [e for e in demo.examples if e.edit_type not in ("remove", "nothing")][:3]
+    assert all(e.questions for e in examples)
+    for change, expected in (("rubric='off'", {"will not learn"}), (setting, set())):
+        section = check_critic(with_questions(demo, change, critic=wrong_in(demo, words), examples=examples))
+        found = {f.severity for f in section.findings if f.measured.startswith(f"Question {kind}:")}
+        assert found == expected
+    names = [row[0] for t in section.tables if t.title.startswith("Accuracy on edits") for row in t.rows]
+    assert f"{kind} (not asked)" in names
+    assert "critic-copies" not in severities(section) and "critic-types" not in severities(section)
+
+
+def test_the_kinds_of_questions_that_training_asks(demo) -> None:
+    edit = {"edit", "presence", "returned"}
+    for changes, kinds in (
+        ((), {*edit, "identity"}),
+        (("identity_weight=0",), edit),
+        (("grade=beside",), {*edit, "identity", "grade"}),
+        (("grade=instead",), {"identity", "grade"}),
+        (("grade=instead", "identity_weight=0"), {"grade"}),
+        (("rubric=instead",), {"rubric"}),
+        (("rubric=beside",), {*edit, "identity", "rubric"}),
+    ):
+        assert asked_kinds(with_questions(demo, *changes)) == kinds, changes
 
 
 def test_a_critic_without_digits_and_data_without_rubrics_are_found(demo) -> None:

@@ -19,7 +19,7 @@ from npedit.generator import generate_images
 from npedit.recipe.config import find_class, load_recipe, make_recipe
 from npedit.recipe.packaged import recipe_path
 from npedit.training.checkpoint_warnings import checkpoint_warnings
-from npedit.training.estimate import PUBLISHED
+from npedit.training.models_without_weights import PUBLISHED
 from npedit.training.parts import build_parts
 
 CPU = torch.device("cpu")

@@ -13,11 +13,13 @@ import yaml
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.families.flux import Flux
 from npedit.nets.device import CPU
-from npedit.recipe.config import EMBEDDED, load_recipe
+from npedit.recipe.config import EMBEDDED, load_recipe, make_recipe
 from npedit.rehearsal.random_models import limit_depth, write_random_models
 from npedit.rehearsal.random_photos import types_of_shares, write_random_photos
-from npedit.rehearsal.rehearse import rehearsal_recipe
+from npedit.rehearsal.rehearse import _phase_seconds, rehearsal_recipe
+from npedit.runs.checkpoint import METRICS
 from npedit.training.parts import build_source
+from npedit.training.stages import stage_names, student_calls
 from tests.support.command_line import run
 
 SIDE = 32
@@ -83,10 +85,42 @@ def test_the_rehearsal_changes_length_models_and_photos_and_nothing_else(recipe_
     raw, want = short.as_dict(), recipe.as_dict()
     want["family"]["weights"], want["critic"]["weights"] = "F", "C"
     want["data"] |= {"path": str(tmp_path), "sizes": [[16, 48]]}
+    want["seed"] = short.seed
     for stage in want["stages"]:
         stage["updates"] = 2
     want["trainer"] |= {"sample_every": 0, "evaluate_every": 0, "save_every": 1, "evaluate_items": 16}
     assert raw == want
+
+
+@pytest.mark.parametrize("name", ["z-image-8x80gb", "sana-24gb"])
+def test_the_last_update_of_each_stage_calls_the_student_twice(name) -> None:
+    short = rehearsal_recipe(load_recipe(name), {}, None, None)
+    for number, stage in enumerate(short.stages):
+        assert student_calls(short, number, stage.updates - 1) == 2
+
+
+def test_stages_with_the_same_step_have_names_of_their_own(tmp_path) -> None:
+    assert stage_names(load_recipe("demo")) == ["reference_copy", "np_edit"]
+    stages = [f"stages.{i}={{step: np_edit, updates: 1, batch_size: 2}}" for i in (0, 1)]
+    recipe = load_recipe("demo", [*stages, "trainer.steps=4"])
+    assert stage_names(recipe) == ["np_edit (stages.0)", "np_edit (stages.1)"]
+    rows = [{"step": i + 1, "stage": i, "stage_name": "np_edit", "time/update": 10.0 * (i + 1)} for i in (0, 1)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert _phase_seconds(tmp_path, stage_names(recipe)) == {
+        "np_edit (stages.0): update": 10, "np_edit (stages.1): update": 20,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("webdataset", {}), ("webdataset", {"streaming": True}), ("hub", {"streaming": True}), ("hub", {"split": "test"})],
+)
+def test_random_photos_take_the_place_of_every_source_of_photos(tmp_path, name, extra) -> None:
+    photos = write_random_photos(tmp_path, [(SIDE, SIDE)])
+    own = {"name": name, "path": "owner/photos", "sizes": [[SIDE, SIDE]], "nothing_share": 0.5, **extra}
+    short = rehearsal_recipe(make_recipe(load_recipe("demo").as_dict() | {"data": own}), {}, photos, None)
+    assert (short.data.name, short.data.settings.nothing_share) == ("imagefolder", 0.5)
+    assert len(build_source(short).batch(0, 2)) == 2
 
 
 def test_random_photos_are_a_training_set(tmp_path) -> None:

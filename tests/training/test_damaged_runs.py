@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tests.training.test_trainer as usual
+from npedit import generator
 from npedit.errors import UserError
 from npedit.recipe.config import Recipe
 from npedit.report.report import write_report
@@ -227,7 +228,7 @@ def test_a_stop_ends_an_evaluation_between_two_batches(tmp_path: Path, monkeypat
     """The signal comes while the first of three batches of samples is made; the resumed run makes the samples."""
     made = recipe(
         stages=[STAGES[0] | {"updates": 2}],
-        trainer=PACE | {"sample_items": 2 * evaluation.CHUNK + 1, "sample_every": 1},
+        trainer=PACE | {"sample_items": 2 * generator.BATCH_ITEMS + 1, "sample_every": 1},
     )
     edit_images, calls = evaluation.edit_images, []
 
@@ -253,7 +254,7 @@ def test_a_stop_ends_an_evaluation_between_two_batches(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_stop_ends_the_first_evaluation_and_a_late_one(tmp_path: Path, monkeypatch, number: int) -> None:
     """A stop before training, and then (number 2) once more while that evaluation is repeated."""
-    made = recipe(stages=[STAGES[0] | {"updates": 1}], trainer=PACE | {"sample_items": evaluation.CHUNK + 1})
+    made = recipe(stages=[STAGES[0] | {"updates": 1}], trainer=PACE | {"sample_items": generator.BATCH_ITEMS + 1})
     edit_images = evaluation.edit_images
 
     def edit_and_signal(*given, **named):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from npedit import generator
 from npedit.cli.main import app
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.data import Batch
@@ -20,15 +21,13 @@ from npedit.generator import sample_training_times, seeded_generator
 from npedit.recipe.config import Recipe, load_recipe, make_recipe
 from npedit.steps.np_edit import NpEditSettings, Step
 from npedit.training.estimate import (
-    PUBLISHED,
     SAMPLE_PROMPT,
     Estimate,
     _largest_batch,
-    config_folder,
     estimate,
-    open_without_weights,
 )
 from npedit.training.estimate_table import estimate_table, estimate_values, fit_message
+from npedit.training.models_without_weights import PUBLISHED, config_folder, open_without_weights
 from npedit.training.parts import build_parts
 
 SIDE, ITEMS = 32, 4
@@ -172,6 +171,22 @@ def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
     if not memory:
         joint = {p.name: p for p in plain.phases}
         assert found["np_edit: draft"].flops < joint["np_edit: draft"].flops
+
+
+def test_a_judge_is_counted_as_a_frozen_model_that_looks_at_few_pictures_at_a_time(models, monkeypatch) -> None:
+    judge = {"name": "llava_onevision", "weights": str(models / "critic"), "wording": "short", "resolution": 0}
+    of = recipe(models, stages=[{**COPY, "batch_size": 1}], critic=None, judge=judge, memory={"offload": True})
+    found = {p.name: p for p in estimate(of, at_once=False).phases}
+    size = counted(LlavaOnevision.tiny(0).model)
+    assert size <= found["judge"].bytes_by_part["judge"] <= 1.01 * size + 4096
+    assert found["samples"].bytes_by_part["judge"] == 0
+    monkeypatch.setattr(generator, "BATCH_PIXELS", SIDE * SIDE)
+    one = {p.name: p for p in estimate(of, at_once=False).phases}
+    for name in ("samples", "judge"):
+        activations = [phases[name].bytes_by_part["activations"] for phases in (one, found)]
+        assert activations[0] < 0.2 * activations[1], name
+    with pytest.raises(UserError, match=r"judge\.name: expected a single critic"):
+        estimate(recipe(models, judge={"name": "ensemble", "weights": "x.yaml"}))
 
 
 def test_scenes_of_photos_and_of_the_toy_have_another_photo_in_the_critic(models, plain) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from npedit import generator
 from npedit.critics.llava_onevision import LlavaOnevision
 from npedit.errors import UserError
 from npedit.export import card as export_card
@@ -199,6 +200,23 @@ def test_training_reads_no_metrics_again_at_an_evaluation(tmp_path: Path, monkey
     run = train(made, tmp_path / "run", on_event=record)
     assert len(at_evaluation) >= 4 and set(at_evaluation) == {0}
     assert len(parsed) == len(checkpoint.read_rows(run / checkpoint.METRICS))  # by the report, each line once
+
+
+def test_large_pictures_are_edited_and_judged_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the size of the toy's pictures, one pass has at most two of them here."""
+    monkeypatch.setattr(generator, "BATCH_PIXELS", 2 * 32 * 32)
+    sizes: dict[str, list[int]] = {"edit_images": [], "score_with_critic": []}
+    for name, place in (("edit_images", 2), ("score_with_critic", 3)):
+        plain = getattr(evaluation, name)
+
+        def record(*given, plain=plain, seen=sizes[name], place=place, **more):
+            seen.append(len(given[place]))
+            return plain(*given, **more)
+
+        monkeypatch.setattr(evaluation, name, record)
+    made = recipe("reference_copy", judge=JUDGE, trainer=TRAINER | {"evaluate_items": 3})
+    train_until(1, made, tmp_path / "run")
+    assert sizes == {"edit_images": [1, 2, 1], "score_with_critic": [2, 1]}  # one sample; then the judge's three
 
 
 def test_the_judge_must_be_another_critic() -> None:

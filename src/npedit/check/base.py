@@ -16,9 +16,9 @@ from npedit.critics.base import Critic
 from npedit.data import Example
 from npedit.families._published import sampling_guidance
 from npedit.flow import few_step_times
-from npedit.generator import generate_images, seeded_generator
+from npedit.generator import generate_images, items_per_pass, seeded_generator
 from npedit.questions import questions_for
-from npedit.training.evaluation import CHUNK, TEACHER_STEPS
+from npedit.training.evaluation import TEACHER_STEPS
 
 MOST_CAPTIONS = 32
 SHOWN = 6
@@ -96,11 +96,12 @@ def _generate(subject: Subject, cases: Sequence[CaptionedObject], steps: int, gu
     shape = (family.facts.channels, height // stride, width // stride)
     generator = seeded_generator(subject.recipe.seed, "check base")
     noise = torch.randn((len(cases), *shape), generator=generator)
+    count, tile = items_per_pass(height, width), parts.memory.decode_tile
     with parts.on_device("text", "vae"):
-        for start in range(0, len(cases), CHUNK):
-            captions = [c.caption for c in cases[start : start + CHUNK]]
-            part = noise[start : start + CHUNK].to(parts.device)
-            done.append(generate_images(family, captions, part, times, guidance).cpu())
+        for start in range(0, len(cases), count):
+            captions = [c.caption for c in cases[start : start + count]]
+            part = noise[start : start + count].to(parts.device)
+            done.append(generate_images(family, captions, part, times, guidance, tile).cpu())
     return torch.cat(done)
 
 

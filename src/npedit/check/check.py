@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Collection
 
@@ -13,8 +14,10 @@ from npedit.check.findings import CheckReport, Section
 from npedit.check.gradient import check_gradient
 from npedit.check.subject import CheckOptions, Subject, read_examples
 from npedit.errors import UserError, did_you_mean
-from npedit.recipe.config import Recipe
+from npedit.nets.device import device_name
+from npedit.recipe.config import Recipe, find_class
 from npedit.runs.start import resolve_start
+from npedit.training.out_of_memory import failed_part, is_out_of_memory
 from npedit.training.parts import build_parts, build_source, check_recipe_fits
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
@@ -24,6 +27,7 @@ SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "base": check_base,
     "cost": check_cost,
 }
+TRAINING_SECTIONS = ("gradient", "cost")  # that run updates of the recipe's stages
 
 
 def check_recipe(
@@ -52,10 +56,54 @@ def check_recipe(
     if not subject.examples:
         raise UserError("data: expected at least one example that is no 'do nothing' edit; got none; add rows")
     sections = []
-    for name, run in SECTIONS.items():
+    for name in SECTIONS:
         if not only or name in only:
             report_progress(f"Checking: {name}")
             began = time.monotonic()
-            sections.append(run(subject))
+            sections.append(run_section(name, subject))
             sections[-1].seconds = time.monotonic() - began
+            gc.collect()  # what a section that failed for want of memory still holds
     return CheckReport(recipe.name, tuple(sections))
+
+
+def why_not_trained(name: str, subject: Subject) -> Section | None:
+    """The section of this name without results, where no update of the recipe can be run here; else None."""
+    section = Section(name, name.capitalize())
+    if subject.recipe.trainer.shard != "none":
+        section.add(
+            "sharded", "note", f"trainer.shard is {subject.recipe.trainer.shard}: the recipe is for several processes, "
+            "and npedit check runs one, with whole models and whole batches.", "This section was left out.",
+            "Run npedit rehearse on the machines that will train: it measures time and memory in all processes.",
+        )  # fmt: skip
+        return section
+    for stage in subject.recipe.stages:
+        try:
+            find_class("steps", stage.step).check_parts(stage.settings, subject.parts)
+        except UserError as error:
+            section.add("stage-refused", "will not learn", f"{stage.step}: {error}",
+                        "Training refuses this recipe, so no update can be run here.")  # fmt: skip
+            return section
+    return None
+
+
+def run_section(name: str, subject: Subject) -> Section:
+    """The section of this name. Memory that is exhausted becomes its finding, so that the other sections are reported.
+
+    Raises:
+        UserError: bad input, such as labelled edits that cannot be read.
+    """
+    if name in TRAINING_SECTIONS and (refusal := why_not_trained(name, subject)):
+        return refusal
+    try:
+        return SECTIONS[name](subject)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        section = Section(name, name.capitalize())
+        section.add(
+            "section-out-of-memory", "warning", f"The memory of {device_name(subject.parts.device)} was exhausted"
+            f"{failed_part(error)}: {str(error).splitlines()[0] if str(error) else 'no more is known'}",
+            "This section has no results. Whether the recipe can train here is measured by the section cost.",
+            "Save memory as docs/one-gpu.md says, or check on a device with more memory.",
+        )  # fmt: skip
+        return section

@@ -1,9 +1,10 @@
-"""The cost section: two updates of each stage with the real weights, their time and memory, and the estimate."""
+"""The cost section: three updates of each stage with the real weights, their time and memory, and the estimate."""
 
 from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -14,12 +15,14 @@ from npedit.check.subject import Subject
 from npedit.check.trial import build_step, measure_memory, run_update
 from npedit.errors import UserError
 from npedit.nets.device import device_name, is_accelerator
-from npedit.recipe.config import Recipe, Stage
+from npedit.recipe.config import Recipe
 from npedit.rehearsal.phase_memory import PhaseMemory
 from npedit.training.estimate import GIB, Estimate, estimate
 from npedit.training.out_of_memory import failed_part, is_out_of_memory
+from npedit.training.stages import stage_names, student_calls
 
-UPDATES = 2  # of each stage; the second is timed
+LOOKED_THROUGH = 1000  # updates, for those that are run
+ONE_CALL = "update with one call"  # of the student; the other rows are of an update with two
 FINITE = ("loss/", "grad_norm/")
 
 
@@ -39,19 +42,19 @@ def check_cost(subject: Subject) -> Section:
 
 
 def measure_updates(section: Section, subject: Subject, memory: PhaseMemory) -> dict[str, float] | None:
-    """Run `UPDATES` updates of each stage; the seconds of the last one by phase. None where memory was exhausted, which
-    becomes a finding."""
+    """Run the updates of `chosen_updates` of each stage; the seconds by phase of those with two calls of the student,
+    and of the whole update with one. None where memory was exhausted, which becomes a finding."""
     seconds: dict[str, float] = {}
     with measure_memory(memory):
-        for stage in subject.recipe.stages:
-            memory.prefix = f"{stage.step}: "
+        for number, name in enumerate(stage_names(subject.recipe)):
+            memory.prefix = f"{name}: "
             gc.collect()
             try:
-                _measure_stage(section, subject, stage, seconds)
+                seconds |= {f"{name}: {part}": s for part, s in _measure_stage(section, subject, number, name).items()}
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                _report_out_of_memory(section, subject, stage, failed_part(error))
+                _report_out_of_memory(section, subject, name, failed_part(error))
                 return None
     return seconds
 
@@ -71,21 +74,35 @@ def _estimate_or_message(recipe: Recipe, at_once: bool) -> Estimate:
     return estimate(recipe, 1, at_once)
 
 
-def _measure_stage(section: Section, subject: Subject, stage: Stage, seconds: dict[str, float]) -> None:
-    """Run the updates; put the seconds of the last one by phase into `seconds`."""
+def chosen_updates(recipe: Recipe, number: int) -> list[int]:
+    """The numbers of the updates of a stage that are run: one to warm up, one that calls the student once, and one that
+    calls it twice. An editor of one step has no such second kind."""
+    calls = [student_calls(recipe, number, update) for update in range(LOOKED_THROUGH)]
+    if 2 not in calls:
+        return [0, 1, 2]
+    first = calls.index(2)
+    return [first, calls.index(1), calls.index(2, first + 1)]
+
+
+def _measure_stage(section: Section, subject: Subject, number: int, name: str) -> dict[str, float]:
+    """Run the updates; returns seconds by phase, see `measure_updates`."""
+    stage = subject.recipe.stages[number]
     step = build_step(subject, stage, subject.student(), {})
-    broken: dict[str, float] = {}
-    for update in range(UPDATES):
-        metrics = run_update(subject, stage, step, update)
-        broken |= {k: v for k, v in metrics.items() if k.startswith(FINITE) and not math.isfinite(v)}
-        found = {k: v for k, v in metrics.items() if k.startswith("time/")}
-    seconds |= {f"{stage.step}: {key.removeprefix('time/')}": value for key, value in found.items()}
+    logged = [run_update(subject, stage, step, update) for update in chosen_updates(subject.recipe, number)]
+    _report_finite(section, name, logged)
+    _, short, long = logged
+    parts = {key.removeprefix("time/"): value for key, value in long.items() if key.startswith("time/")}
+    return parts | {ONE_CALL: short["time/update"]}
+
+
+def _report_finite(section: Section, name: str, logged: Sequence[dict[str, float]]) -> None:
+    broken = {k for metrics in logged for k, v in metrics.items() if k.startswith(FINITE) and not math.isfinite(v)}
     if broken:
-        section.add("update-not-finite", "will not learn", f"{stage.step}: {', '.join(sorted(broken))} are not finite "
-                    f"in the first {UPDATES} updates.", "Such updates are skipped.",
+        section.add("update-not-finite", "will not learn", f"{name}: {', '.join(sorted(broken))} are not finite "
+                    f"in {len(logged)} updates.", "Such updates are skipped.",
                     "Lower lr, or use float32 for family and critic.")  # fmt: skip
     else:
-        section.add("update-finite", "ok", f"{stage.step}: losses and gradients of {UPDATES} updates are finite.")
+        section.add("update-finite", "ok", f"{name}: losses and gradients of {len(logged)} updates are finite.")
 
 
 def _model_bytes(subject: Subject) -> int:
@@ -97,10 +114,10 @@ def _model_bytes(subject: Subject) -> int:
     return sum(weights.values())
 
 
-def _report_out_of_memory(section: Section, subject: Subject, stage: Stage, part: str) -> None:
+def _report_out_of_memory(section: Section, subject: Subject, name: str, part: str) -> None:
     section.add(
-        "out-of-memory", "will not learn", f"{stage.step}: the memory of {device_name(subject.parts.device)} was "
-        f"exhausted in the part {part or 'unknown'}.", "The recipe cannot train on this device.",
+        "out-of-memory", "will not learn", f"{name}: the memory of {device_name(subject.parts.device)} was "
+        f"exhausted in the part {part or 'unknown'}.", "The recipe cannot train on this device with one process.",
         "See docs/one-gpu.md for the settings that save memory, or use a smaller batch_size.",
     )  # fmt: skip
 
@@ -113,7 +130,7 @@ def _report_phases(
     names = dict.fromkeys([*seconds, *measured, *planned])
     rows: list[tuple[Cell, ...]] = [(n, seconds.get(n), measured.get(n), planned.get(n)) for n in names]
     section.add_table(
-        f"Phases of an update (time of update {UPDATES}; memory with the models)",
+        "Phases of an update (time of an update with two calls of the student; memory with the models)",
         ("phase", "seconds", "peak GiB", "estimate GiB"),
         rows,
     )
@@ -123,9 +140,13 @@ def _report_phases(
 
 
 def _report_eta(section: Section, subject: Subject, seconds: dict[str, float]) -> None:
-    total = sum(stage.updates * seconds[f"{stage.step}: update"] for stage in subject.recipe.stages)
+    recipe, total = subject.recipe, 0.0
+    share = 1 / recipe.trainer.steps  # of updates with one call of the student
+    for stage, name in zip(recipe.stages, stage_names(recipe), strict=True):
+        one, two = seconds[f"{name}: {ONE_CALL}"], seconds[f"{name}: update"]
+        total += stage.updates * (share * one + (1 - share) * two)
     section.add(
-        "eta", "ok", f"{subject.recipe.total_updates()} updates take about {_duration(total)} with one process on "
+        "eta", "ok", f"{recipe.total_updates()} updates take about {_duration(total)} with one process on "
         "this machine, without samples, evaluations and saves.",
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from npedit.check.accuracy import Accuracy, calibration_rows, measure_accuracy
 from npedit.check.answer_tokens import report_answer_tokens, unknown_words
-from npedit.check.critic_answers import Answer, ask_critic, ask_own_questions, recipe_choice
+from npedit.check.critic_answers import EDIT_KINDS, Answer, ask_critic, ask_own_questions, asked_kinds, recipe_choice
 from npedit.check.findings import Cell, ReportPicture, Section, Severity
 from npedit.check.grids import draw_grid
 from npedit.check.known_edits import COPY, KnownEdit, make_known_edits
@@ -31,7 +31,6 @@ MISCALIBRATED = 0.2
 LARGEST_DROP = 0.15  # of accuracy, by what every sample of a student has
 SCALES = (0.5, 0.25)  # of the sides
 NOISES = (0.0, 0.1, 0.2, 0.4)  # standard deviation of noise on the latents
-EDIT_KINDS = ("edit", "presence", "returned")  # questions of every recipe that ask whether the edit was carried out
 KINDS = (*EDIT_KINDS, "identity", "rubric", "grade")
 HARDER_SHARE = 2  # edits that resolution and noise are tried on, for each of `CheckOptions.samples`
 SHOWN = 10
@@ -43,9 +42,10 @@ def check_critic(subject: Subject) -> Section:
     if critic is None:
         section.add("no-critic", "note", "No stage of the recipe asks a critic.")
         return section
-    edits = _edits_to_ask(section, subject, critic)
+    edits, asked = _edits_to_ask(section, subject, critic), asked_kinds(subject)
+    copies = [e for e in edits if e.probe == COPY and asked != {"grade"}]  # a grade is no Yes or No
     with subject.parts.on_device("critic"):
-        report_answer_tokens(section, critic, subject.parts.wording, [e for e in edits if e.probe == COPY])
+        report_answer_tokens(section, critic, subject.parts.wording, copies)
         answers = ask_critic(critic, subject.parts.wording, edits)
         own = _ask_own_questions(section, subject, critic, edits)
     if not all(0 <= a.p <= 1 for a in [*answers, *own]):  # NaN is neither
@@ -54,12 +54,13 @@ def check_critic(subject: Subject) -> Section:
             "No gradient of use comes from it.", "Use critic.dtype float32 or bfloat16, or other weights.",
         )  # fmt: skip
         return section
-    _report_accuracy(section, [*answers, *own])
-    _report_copies(section, answers)
+    _report_accuracy(section, [*answers, *own], asked)
+    teaching = answers if "edit" in asked else own  # what asks in training whether the edit was carried out
+    _report_copies(section, teaching)
     _report_own_questions(section, own)
-    _report_types(section, answers, sorted({e.edit_type for e in subject.examples}))
+    _report_types(section, teaching, sorted({e.edit_type for e in subject.examples}))
     _report_probes(section, answers)
-    _report_harder(section, subject, critic, edits, answers)
+    _report_harder(section, subject, critic, edits, answers, asked)
     _show_edits(section, answers)
     return section
 
@@ -123,17 +124,21 @@ def _measure(answers: Sequence[Answer]) -> Accuracy:
 # ---------------------------------------------------------------------------------------------------------- accuracy
 
 
-def _report_accuracy(section: Section, answers: Sequence[Answer]) -> None:
+def _report_accuracy(section: Section, answers: Sequence[Answer], asked_in_training: Collection[str]) -> None:
+    """The table of all kinds of questions; findings of those that training asks."""
     table: list[Sequence[Cell]] = []
     for kind in KINDS:
         asked = [a for a in answers if a.kind == kind]
         if not asked:
             continue
         found = _measure(asked)
-        table.append((kind, found.count, found.positive, found.share, found.auc, found.calibration_error))
+        is_asked = kind in asked_in_training
+        name = kind if is_asked else f"{kind} (not asked)"
+        table.append((name, found.count, found.positive, found.share, found.auc, found.calibration_error))
         rows = calibration_rows([a.p for a in asked], [a.truth for a in asked])
         section.add_table(f"Calibration: {kind}", ("p of the wanted answer", "cases", "mean p", "share right"), rows)
-        _judge_accuracy(section, kind, found)
+        if is_asked:
+            _judge_accuracy(section, kind, found)
     head = ("question", "cases", "wanted answer is right", "accuracy", "AUC", "calibration error")
     section.add_table("Accuracy on edits with known answers", head, table)
 
@@ -244,21 +249,34 @@ def _report_probes(section: Section, answers: Sequence[Answer]) -> None:
 
 
 def _report_harder(
-    section: Section, subject: Subject, critic: Critic, edits: Sequence[KnownEdit], answers: Sequence[Answer]
+    section: Section,
+    subject: Subject,
+    critic: Critic,
+    edits: Sequence[KnownEdit],
+    answers: Sequence[Answer],
+    asked: Collection[str],
 ) -> None:
-    """Accuracy at lower resolution, and on pictures with noise in their latents, as a few-step sample has."""
+    """Accuracy of the usual questions that training asks, at lower resolution, and on pictures with noise in their
+    latents, as a few-step sample has."""
     stride = max(1, len(edits) // (HARDER_SHARE * subject.options.samples))
     chosen = list(edits[::stride])
-    base = _measure(_answers_of(answers, chosen)).share
+    known = [a for a in _answers_of(answers, chosen) if a.kind in asked]
+    if not known:
+        section.add("critic-vae-not-checked", "note", "The critic was not tried at lower resolution and with noise: "
+                    "this is done with the usual questions, which this recipe does not ask.")  # fmt: skip
+        return
+    base = _measure(known).share
     rows: list[Sequence[Cell]] = [("as they are", base, None)]
     for scale in SCALES:
         changed = [_changed(e, partial(_at_scale, scale=scale), of_both=True) for e in chosen]
-        rows.append(_harder_row(f"sides x {scale:g}, both pictures", subject, critic, changed))
+        rows.append(_harder_row(f"sides x {scale:g}, both pictures", subject, critic, changed, asked))
     for noise in NOISES:
         generator = seeded_generator(subject.recipe.seed, "check", str(noise))
         add_noise = partial(_with_noise, subject, noise=noise, generator=generator)
         changed = [_changed(e, add_noise) for e in chosen]
-        rows.append(_harder_row(f"edited picture through the VAE, latent noise {noise:g}", subject, critic, changed))
+        rows.append(
+            _harder_row(f"edited picture through the VAE, latent noise {noise:g}", subject, critic, changed, asked)
+        )
     section.add_table(f"Resolution and noise ({len(chosen)} edits)", ("pictures", "accuracy", "AUC"), rows)
     through_vae = rows[1 + len(SCALES)][1]
     assert isinstance(through_vae, float)
@@ -275,9 +293,12 @@ def _answers_of(answers: Sequence[Answer], edits: Sequence[KnownEdit]) -> list[A
     return [a for a in answers if id(a.edit) in chosen]
 
 
-def _harder_row(name: str, subject: Subject, critic: Critic, edits: Sequence[KnownEdit]) -> tuple[str, float, Cell]:
+def _harder_row(
+    name: str, subject: Subject, critic: Critic, edits: Sequence[KnownEdit], asked: Collection[str]
+) -> tuple[str, float, Cell]:
     with subject.parts.on_device("critic"):
-        found = _measure(ask_critic(critic, subject.parts.wording, edits))
+        answers = ask_critic(critic, subject.parts.wording, edits)
+    found = _measure([a for a in answers if a.kind in asked])
     return name, found.share, found.auc
 
 

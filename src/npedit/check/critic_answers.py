@@ -12,11 +12,13 @@ from npedit.check.known_edits import OBJECT_ABSENT, KnownEdit
 from npedit.check.subject import Subject
 from npedit.critics.base import Critic
 from npedit.data import collate
-from npedit.item_questions import USUAL_QUESTIONS, QuestionChoice, Use
+from npedit.generator import items_per_pass
+from npedit.item_questions import USUAL_QUESTIONS, QuestionChoice, Use, item_questions
 from npedit.questions import IDENTITY_EDIT
+from npedit.recipe.config import find_class
 from npedit.scoring.critic_scores import CriticScores, score_with_critic
 
-CHUNK = 16  # edits whose questions are asked at a time
+EDIT_KINDS = ("edit", "presence", "returned")  # questions of every recipe that ask whether the edit was carried out
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,30 @@ def ask_own_questions(critic: Critic, wording: str, edits: Sequence[KnownEdit], 
 
 def recipe_choice(subject: Subject) -> QuestionChoice | None:
     """The rubrics and grades that the recipe's stages ask, each beside the usual questions; None if no stage does."""
-    stages = [stage.settings for stage in subject.recipe.stages]
-    rubric: Use = "beside" if any(getattr(s, "rubric", "off") != "off" for s in stages) else "off"
-    grade: Use = "beside" if any(getattr(s, "grade", "off") != "off" for s in stages) else "off"
+    choices = stage_choices(subject)
+    rubric: Use = "beside" if any(c.rubric != "off" for c in choices) else "off"
+    grade: Use = "beside" if any(c.grade != "off" for c in choices) else "off"
     return None if rubric == grade == "off" else QuestionChoice(rubric, grade, identity_weight=0)
+
+
+def stage_choices(subject: Subject) -> list[QuestionChoice]:
+    """The questions that each stage asks which needs the critic; the usual ones where the step has no choice."""
+    asking = [s for s in subject.recipe.stages if "critic" in find_class("steps", s.step).requirements(s.settings)]
+    own = [getattr(stage.settings, "question_choice", None) for stage in asking]
+    return [choose() if choose else USUAL_QUESTIONS for choose in own]
+
+
+def asked_kinds(subject: Subject) -> frozenset[str]:
+    """The kinds of questions, as in `Answer.kind`, that training asks about the examples. An edit question stands for
+    those of all edit types."""
+    wording = subject.parts.wording
+    kinds = {
+        entry.question.kind
+        for choice in stage_choices(subject)
+        for e in subject.examples
+        for entry in item_questions(e.edit_type, e.instruction, e.object, e.questions, wording, choice)
+    }
+    return frozenset(kinds | (set(EDIT_KINDS) if "edit" in kinds else set()))
 
 
 def _same_size(edits: Sequence[KnownEdit]) -> list[list[KnownEdit]]:
@@ -88,4 +110,4 @@ def _score(
     critic: Critic, wording: str, members: Sequence[KnownEdit], choice: QuestionChoice = USUAL_QUESTIONS
 ) -> CriticScores:
     batch, edited = collate([e.example for e in members]), torch.stack([e.edited for e in members])
-    return score_with_critic(critic, wording, batch, edited, CHUNK, choice)
+    return score_with_critic(critic, wording, batch, edited, items_per_pass(*edited.shape[-2:]), choice)

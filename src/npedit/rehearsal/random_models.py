@@ -19,7 +19,7 @@ from npedit.errors import UserError, explain_write_errors
 from npedit.families._without_weights import family_without_weights
 from npedit.nets.device import CPU
 from npedit.recipe.config import EMBEDDED, CriticChoice, FamilyChoice, Recipe, find_class, torch_dtype
-from npedit.training.estimate import config_folder
+from npedit.training.models_without_weights import config_folder
 
 DEPTH_KEYS = frozenset(
     {

@@ -1,8 +1,9 @@
 """Run a recipe end to end for a few updates, with random weights, and measure what a real training would need.
 
 The rehearsal trains through the ordinary code: `trainer.train`, the ordinary loaders, the ordinary run folder. Only the
-recipe differs (`rehearsal_recipe`): its models are folders of random weights, its photos are random, and each stage has
-two updates. Training is stopped by SIGTERM before its last update, resumed, and finished.
+recipe differs (`rehearsal_recipe`): its models are folders of random weights, its photos are a random `imagefolder`,
+and each stage has two updates. The seed is one with which the second of them calls the student twice, as most updates
+do. Training is stopped by SIGTERM before its last update, resumed, and finished.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from npedit.data._settings import PhotoSettings
 from npedit.errors import UserError, explain_write_errors
 from npedit.nets import distributed
 from npedit.nets.device import device_name, is_accelerator, pick_device, synchronize
@@ -35,9 +38,11 @@ from npedit.runs.resolve import complete_checkpoints
 from npedit.steps.base import Parts, Timers
 from npedit.training.estimate import FROZEN, GIB, Estimate, estimate
 from npedit.training.parts import build_parts, build_source
+from npedit.training.stages import stage_names, student_calls
 from npedit.training.trainer import train
 
-UPDATES = 2  # of each stage
+UPDATES = 2  # of each stage; the last one calls the student twice
+SEEDS = 10_000  # that are tried for this
 EVALUATED = 16  # items of an evaluation, at most
 LOADER_SECONDS = 3.0
 PARTS = {"time/look": "samples and evaluation", "time/data": "waiting for data"}
@@ -80,10 +85,21 @@ def rehearsal_recipe(
         part, name = key.split(".")
         raw[part][name] = folder
     if photos:
-        raw["data"] |= {"path": str(photos), "columns": {}, "share": 1.0, "held_out": 0}
+        shared = {key: value for key, value in raw["data"].items() if key in PhotoSettings.model_fields}
+        own = {"name": "imagefolder", "path": str(photos), "columns": {}, "share": 1.0, "held_out": 0}
+        raw["data"] = shared | own
     if size:
         raw["data"]["sizes"] = [list(size)]
-    return make_recipe(raw)
+    return _with_long_updates(make_recipe(raw))
+
+
+def _with_long_updates(recipe: Recipe) -> Recipe:
+    """The recipe with the first seed, from its own on, with which each stage's last update calls the student twice. An
+    editor of one step has no such update, and keeps its seed."""
+    seeds = range(recipe.seed, recipe.seed + SEEDS) if recipe.trainer.steps > 1 else ()
+    tried = (recipe.model_copy(update={"seed": seed}) for seed in seeds)
+    stages = range(len(recipe.stages))
+    return next((r for r in tried if all(student_calls(r, i, UPDATES - 1) == 2 for i in stages)), recipe)
 
 
 def _short_stage(stage: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +194,8 @@ class _Watch:
 
     def __init__(self, recipe: Recipe, memory: PhaseMemory) -> None:
         self.recipe, self.memory = recipe, memory
-        self.stage_of = [stage.step for stage in recipe.stages for _ in range(stage.updates)]
+        named = zip(stage_names(recipe), recipe.stages, strict=True)
+        self.stage_of = [name for name, stage in named for _ in range(stage.updates)]
         self.saved: list[float] = []
         self._name_stage(0)
 
@@ -220,7 +237,7 @@ def _collect(recipe: Recipe, run: Path, expected: Estimate, memory: PhaseMemory,
         recipe,
         run,
         expected,
-        seconds=_phase_seconds(run),
+        seconds=_phase_seconds(run, stage_names(recipe)),
         memory={name: max(p[name] for p in peaks) for name in peaks[0]},
         baseline=memory.baseline,
         checkpoint_bytes=_folder_bytes(complete_checkpoints(run)[-1]),
@@ -233,13 +250,13 @@ def _collect(recipe: Recipe, run: Path, expected: Estimate, memory: PhaseMemory,
     )
 
 
-def _phase_seconds(run: Path) -> dict[str, float]:
+def _phase_seconds(run: Path, names: Sequence[str]) -> dict[str, float]:
     """Seconds of each part, in the last update of each stage; "STAGE: update" is the whole update."""
     found: dict[str, float] = {}
     for row in read_rows(run / METRICS):
         for key, value in row.items():
-            if key.startswith("time/") and "stage_name" in row:
-                found[f"{row['stage_name']}: {PARTS.get(key, key.removeprefix('time/'))}"] = value
+            if key.startswith("time/") and "stage" in row:
+                found[f"{names[row['stage']]}: {PARTS.get(key, key.removeprefix('time/'))}"] = value
     return found
 
 
@@ -311,7 +328,7 @@ def measured_values(found: Measured) -> dict[str, Any]:
         "recipe": found.recipe.name,
         "processes": distributed.world_size(),
         "device": device_name(pick_device()),
-        "updates": {stage: _update_values(found, stage) for stage in _stages(found)},
+        "updates": {stage: _update_values(found, stage) for stage in stage_names(found.recipe)},
         "seconds": found.seconds,
         "peak_gib": found.memory,
         "estimate": phases,
@@ -321,10 +338,6 @@ def measured_values(found: Measured) -> dict[str, Any]:
         "reduce_gb_per_second": found.reduce_gb_per_second,
         "product_flops_per_second": found.product_flops_per_second,
     }
-
-
-def _stages(found: Measured) -> list[str]:
-    return list(dict.fromkeys(stage.step for stage in found.recipe.stages))
 
 
 def _update_values(found: Measured, stage: str) -> dict[str, float]:
@@ -348,7 +361,7 @@ def _phase_table(found: Measured) -> list[str]:
 
 def _update_lines(found: Measured) -> list[str]:
     speed, lines = found.product_flops_per_second / 1e12, []
-    for stage in _stages(found):
+    for stage in stage_names(found.recipe):
         values = _update_values(found, stage)
         lines.append(
             f"{stage}: {values['seconds']:.3g} s an update of {values['flops'] / 1e12:.3g} TFLOP in each process: "

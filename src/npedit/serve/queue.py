@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from npedit.editor import BATCH_ITEMS, Editor
+from npedit.editor import Editor
 from npedit.errors import UserError
 from npedit.full_size import keep_unchanged, scale_back
+from npedit.generator import BATCH_ITEMS
 
 
 class QueueFull(Exception):

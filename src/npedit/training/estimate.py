@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,34 +22,29 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from npedit.critics._bits import bytes_per_weight, quantisable_weights
-from npedit.critics._without_weights import critic_without_weights
 from npedit.critics.base import Critic
 from npedit.data import PairedBatch
-from npedit.errors import UserError
-from npedit.families._without_weights import family_without_weights
 from npedit.families.base import Family
-from npedit.generator import edit_images, sample_training_times, seeded_generator
+from npedit.generator import edit_images, items_per_pass
 from npedit.nets.master_weights import add_master_weights, master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
 from npedit.questions import SCENE
-from npedit.recipe.config import EMBEDDED, Recipe, Stage, find_class, find_module, torch_dtype
-from npedit.steps.base import Parts, Step
-from npedit.training.evaluation import CHUNK
+from npedit.recipe.config import CriticChoice, Recipe, Stage, find_class, find_module, torch_dtype
+from npedit.scoring.critic_scores import score_with_critic
+from npedit.steps.base import Judge, Parts, Step
+from npedit.training.models_without_weights import open_critic, open_without_weights
 from npedit.training.parts import STAGE_SEEDS, check_processes
+from npedit.training.stages import stage_names, student_calls
 
-PUBLISHED = Path(__file__).parents[1] / "published"
 SAMPLE_RUBRIC = json.dumps([{"question": "Is the fence in the photo dark red?", "answer": "yes"}] * 3)
 SAMPLE_PROMPT = "paint the fence dark red"  # used for every prompt; the stand-in tokenizers give it a usual length
 FROZEN = {"text": "text", "vae": "VAE", "critic": "critic", "judge": "judge"}  # a name of `Parts.on_device` -> a column
 COLUMNS = ("base", *FROZEN.values(), "student", "fake", "averages", "optimizer", "gradients", "gathered", ACTIVATIONS)
-OPTIMIZER_TEMPORARIES, EIGHT_BIT, QUANTISED_CRITIC = (
-    "stepping",
-    "moments of 8 bits",
-    "critic of few bits",
-)  # counted separately, shown in another column
+OPTIMIZER_TEMPORARIES, EIGHT_BIT = "stepping", "moments of 8 bits"  # counted separately, shown in another column
+QUANTISED = {column: f"{column} of few bits" for column in ("critic", "judge")}
 COMPUTE_WEIGHTS = {role: f"{role} rounded" for role in ("student", "fake")}  # weights in the compute dtype
-SHOWN_AS = {OPTIMIZER_TEMPORARIES: ACTIVATIONS, EIGHT_BIT: "optimizer", QUANTISED_CRITIC: "critic"} | {
-    v: k for k, v in COMPUTE_WEIGHTS.items()
+SHOWN_AS = {OPTIMIZER_TEMPORARIES: ACTIVATIONS, EIGHT_BIT: "optimizer"} | {
+    v: k for k, v in (COMPUTE_WEIGHTS | QUANTISED).items()
 }
 SHARE_OF_8_BIT = 0.2539  # of float32: one byte per number, and one float32 per 256 numbers
 GIB = 2**30
@@ -101,15 +95,18 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
         if is_sharded:
             _count_shards(recipe, 0, parts, processes)
         student = parts.create_trainable("student", recipe.seed)
-        for i, stage in enumerate(recipe.stages):
+        for i, (stage, name) in enumerate(zip(recipe.stages, stage_names(recipe), strict=True)):
             if is_sharded:
                 _count_shards(recipe, i, parts, processes)
             step = _build_step(recipe, i, student, parts)
             _run_update(recipe, i, step, processes)
             checkpoint_size = max(checkpoint_size, _checkpoint_size(step))
-            phases += _collect_phases(f"{stage.step}: ", counter, gathered_bytes, stage)
+            phases += _collect_phases(f"{name}: ", counter, gathered_bytes, stage)
         with _counted_part("samples"):
             _run_samples(recipe, parts, step)
+        if parts.judge:
+            with _counted_part("judge"):
+                _ask_judge(recipe, parts, parts.judge)
         phases += _collect_phases("", counter, gathered_bytes)
         disk = _disk_usage(recipe, parts, step, checkpoint_size)
     return Estimate(tuple(phases), disk)
@@ -151,61 +148,29 @@ class _MetaParts(Parts):
         return _bytes(t for t in tensors if t.is_meta)  # other tensors were not counted
 
 
-def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
-    """The recipe's family, and its critic if it names one, without weights. Errors as in `estimate`."""
-    chosen, judge = recipe.family, recipe.critic
-    try:
-        kind, folder = find_class("families", chosen.name), config_folder("family", chosen.weights, chosen.folder)
-        family = family_without_weights(kind, folder, chosen.dtypes())
-        if chosen.isolated_references:
-            family.isolate_references()
-        if recipe.judge is not None:
-            raise UserError("judge: expected none, as it is not estimated; got one; set judge=null and add its weights")
-        if judge is None:
-            return family, None
-        if judge.name == "ensemble":
-            raise UserError("critic.name: expected a single critic; got an ensemble; estimate its largest member")
-        kind, folder = find_class("critics", judge.name), config_folder("critic", judge.weights, judge.folder)
-        return family, critic_without_weights(kind, folder, torch_dtype(judge.dtype), judge.resolution)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"expected the recipe's models by their configs; got: {error}; correct the recipe") from error
-
-
-def config_folder(part: str, weights: str, folder: Any) -> Path:
-    """The folder with the configs of these weights: a local folder, or the package's copy of a published model's
-    configs.
-
-    Raises:
-        UserError: neither exists.
-    """
-    if weights == EMBEDDED or Path(weights).is_dir():
-        return Path(folder())
-    packaged = PUBLISHED / weights.replace("/", "--")
-    if packaged.is_dir():
-        return packaged
-    known = ", ".join(sorted(p.name.replace("--", "/") for p in PUBLISHED.iterdir() if p.is_dir()))
-    raise UserError(
-        f"{part}.weights: expected a local folder, or one of these, whose configs are in the package: {known}; got "
-        f"{weights!r}; give a folder with that model's config files, which needs no weights"
-    )
-
-
 def _open_parts(recipe: Recipe, counter: MemoryCounter, is_sharded: bool) -> _MetaParts:
     (family, critic), chosen = open_without_weights(recipe), recipe.critic
+    judge = Judge(open_critic("judge", recipe.judge), recipe.judge.wording) if recipe.judge else None
     used = any("critic" in find_class("steps", s.step).requirements(s.settings) for s in recipe.stages)
     counter.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
     pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
     counter.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
     counter.label("VAE", _tensors(pipe["vae"]))
     if used and critic is not None and chosen is not None:
-        counter.label("critic", _tensors(critic.model))
-        if chosen.bits:
-            counter.share[QUANTISED_CRITIC] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
-            counter.label(QUANTISED_CRITIC, quantisable_weights(critic.model))
-            critic.model.is_quantized = True  # so it is not moved
+        _count_critic(counter, "critic", critic, chosen)
+    if judge is not None and recipe.judge is not None:
+        _count_critic(counter, "judge", judge.critic, recipe.judge)
     wording = chosen.wording if chosen else "plain"
-    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, counter=counter,
-                  is_sharded=is_sharded)  # fmt: skip
+    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, judge=judge,
+                  counter=counter, is_sharded=is_sharded)  # fmt: skip
+
+
+def _count_critic(counter: MemoryCounter, column: str, critic: Critic, chosen: CriticChoice) -> None:
+    counter.label(column, _tensors(critic.model))
+    if chosen.bits:
+        counter.share[QUANTISED[column]] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
+        counter.label(QUANTISED[column], quantisable_weights(critic.model))
+        critic.model.is_quantized = True  # so it is not moved
 
 
 def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
@@ -313,19 +278,16 @@ def _build_step(recipe: Recipe, i: int, student: nn.Module, parts: _MetaParts) -
 
 def _run_update(recipe: Recipe, i: int, step: Step, processes: int) -> None:
     """One update of a stage, with the largest pictures and two transitions of the few-step generator."""
-    stage, seed = recipe.stages[i], recipe.seed + STAGE_SEEDS * i
-    times = torch.ones(recipe.trainer.steps)
-    two_step_updates = (
-        u for u in range(100) if len(sample_training_times(times, seeded_generator(seed, "times", u))) == 2
-    )
+    stage = recipe.stages[i]
+    update = next((u for u in range(100) if student_calls(recipe, i, u) == 2), 0)
     per_update = 2 if hasattr(step.settings, "fake_updates") and step.batches_per_update(step.settings) > 1 else 1
     batch = _largest_batch(recipe, stage.batch_size // processes)
     with _counted_part("update"):
-        step.step([batch] * (per_update * min(2, stage.accumulate)), next(two_step_updates, 0))
+        step.step([batch] * (per_update * min(2, stage.accumulate)), update)
 
 
 def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
-    height, width = max(_picture_sizes(recipe), key=lambda s: s[0] * s[1])
+    height, width = _largest_size(recipe)
     pictures, texts = torch.empty(size, 3, height, width, device=META), (SAMPLE_PROMPT,) * size
     settings: Any = recipe.data.settings
     has_share = getattr(settings, "shares", {}).get(SCENE, 0) > 0
@@ -336,20 +298,31 @@ def _largest_batch(recipe: Recipe, size: int) -> PairedBatch:
     return PairedBatch(texts, pictures, texts, kinds, texts, texts, texts, **own, edited=pictures)
 
 
-def _picture_sizes(recipe: Recipe) -> Sequence[tuple[int, int]]:
-    settings = recipe.data.settings
-    if hasattr(settings, "sizes"):
-        return settings.sizes
-    return find_module("data", recipe.data.name).Source(settings, recipe.seed).sizes
+def _largest_size(recipe: Recipe) -> tuple[int, int]:
+    settings: Any = recipe.data.settings
+    has_sizes = hasattr(settings, "sizes")
+    sizes = settings.sizes if has_sizes else find_module("data", recipe.data.name).Source(settings, recipe.seed).sizes
+    return max(sizes, key=lambda s: s[0] * s[1])
 
 
 def _run_samples(recipe: Recipe, parts: _MetaParts, step: Step) -> None:
     """The samples of a run, edited as the trainer edits them."""
-    count = CHUNK if recipe.trainer.benchmark else min(CHUNK, recipe.trainer.sample_items)
+    height, width = _largest_size(recipe)
+    count = items_per_pass(height, width)
+    if not (recipe.trainer.benchmark or parts.judge):
+        count = min(count, recipe.trainer.sample_items)
     batch = _largest_batch(recipe, count)
     with step.learners["student"].use_ema_weights() as net, parts.on_device("text", "vae"):
         edit_images(parts.family, net, batch.references, batch.instructions, list(range(count)), recipe.trainer.steps,
              recipe.memory.decode_tile)  # fmt: skip
+
+
+def _ask_judge(recipe: Recipe, parts: _MetaParts, judge: Judge) -> None:
+    """The judge's answers about edited pictures, as the trainer asks for them."""
+    count = items_per_pass(*_largest_size(recipe))
+    batch = _largest_batch(recipe, count)
+    with parts.on_device("text", "vae", "judge"):
+        score_with_critic(judge.critic, judge.wording, batch, batch.references, count)
 
 
 def _update_flops(stage: Stage | None, part: str, counter: MemoryCounter) -> float:

@@ -22,7 +22,7 @@ from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families._published import sampling_guidance
 from npedit.flow import few_step_times
-from npedit.generator import edit_images, generate_images, seeded_generator
+from npedit.generator import edit_images, generate_images, items_per_pass, seeded_generator
 from npedit.nets import distributed
 from npedit.recipe.config import Recipe, find_module
 from npedit.runs.checkpoint import FAILURES, write_text
@@ -31,7 +31,6 @@ from npedit.scoring.reward_hacking import ITEMS_KEY
 from npedit.steps.base import Parts, Step
 from npedit.training.samples import benchmark_items, evaluation_batches, samples_folder, write_samples
 
-CHUNK = 16  # pictures that are edited at a time
 TEACHER_STEPS = 20  # sampling steps of the base model, where a wrong edit is attributed
 
 
@@ -123,14 +122,15 @@ class Evaluation:
     ) -> Tensor:
         """Edited images on the CPU. All processes share the work; item i has the seed `first_seed` + i."""
         done: list[Tensor] = []
-        for start in range(0, len(references), CHUNK * distributed.world_size()):
+        count = items_per_pass(*references.shape[-2:])
+        for start in range(0, len(references), count * distributed.world_size()):
             self._stop_if_asked()
-            mine = start + CHUNK * distributed.rank()
+            mine = start + count * distributed.rank()
             k = mine if mine < len(references) else start  # each process must call a sharded net equally often
-            part = references[k : k + CHUNK].to(self.parts.device)
+            part = references[k : k + count].to(self.parts.device)
             seeds = list(range(first_seed + k, first_seed + k + len(part)))
-            texts = list(instructions[k : k + CHUNK])
-            extra = None if extra_references is None else extra_references[k : k + CHUNK].to(self.parts.device)
+            texts = list(instructions[k : k + count])
+            extra = None if extra_references is None else extra_references[k : k + count].to(self.parts.device)
             steps, tile = self.recipe.trainer.steps, self.parts.memory.decode_tile
             edited = edit_images(
                 self.parts.family, net, part, texts, steps=steps, seeds=seeds, tile=tile, extra_references=extra
@@ -174,16 +174,17 @@ class Evaluation:
         return metrics
 
     def _score_batches(self, critic: Critic, wording: str, edited: Sequence[Tensor]) -> CriticScores:
-        """What a critic says about the edited images of `judge_batches`, `CHUNK` at a time."""
+        """What a critic says about the edited images of `judge_batches`, as many at a time as are edited."""
         items: list[int] = []
         kinds: list[str] = []
         chances: list[Tensor] = []
         first = 0  # the number of the batch's first item
         for batch, images in zip(self.judge_batches, edited, strict=True):
-            for start in range(0, len(batch), CHUNK):
+            count = items_per_pass(*images.shape[-2:])
+            for start in range(0, len(batch), count):
                 self._stop_if_asked()
-                part = batch.slice(start, start + CHUNK)
-                scores = score_with_critic(critic, wording, part, images[start : start + CHUNK], CHUNK)
+                part = batch.slice(start, start + count)
+                scores = score_with_critic(critic, wording, part, images[start : start + count], count)
                 items += [first + start + i for i in scores.items]
                 kinds += scores.kinds
                 chances.append(scores.p)
@@ -197,13 +198,14 @@ class Evaluation:
             is_accepted = self._score_batches(critic, self.parts.wording, [edited]).is_accepted()
         guidance = [s.settings.guidance for s in self.recipe.stages if hasattr(s.settings, "guidance")]
         times = few_step_times(TEACHER_STEPS, family.noise_shift(*edited.shape[-2:])).tolist()
-        generated = []
-        for start in range(0, len(edited), CHUNK):
+        generated, count, tile = [], items_per_pass(*edited.shape[-2:]), self.parts.memory.decode_tile
+        for start in range(0, len(edited), count):
             self._stop_if_asked()
-            captions = batch.target_captions[start : start + CHUNK]
+            captions = batch.target_captions[start : start + count]
             size = (len(captions), family.facts.channels, *(s // family.facts.stride for s in edited.shape[-2:]))
             noise = torch.randn(size, generator=seeded_generator("blame", start)).to(self.parts.device)
-            images = generate_images(family, captions, noise, times, (guidance or [sampling_guidance(family)])[-1])
+            scale = (guidance or [sampling_guidance(family)])[-1]
+            images = generate_images(family, captions, noise, times, scale, tile)
             generated.append(images.cpu())
         items = benchmark_items(self.recipe, len(edited))
         counts = module.attribute_failures(items, edited, is_accepted, torch.cat(generated))
