@@ -42,7 +42,8 @@ def rehearse(
     """Run a recipe end to end with random weights at the real models' width, and measure time and memory.
 
     Nothing is downloaded. Every stage makes two updates (the second with two calls of the student); then samples,
-    evaluation, save, stop, resume, export and an edit. For several machines: torchrun ... -m npedit rehearse RECIPE, see docs/clusters.md.
+    evaluation, save, stop, resume, export and an edit. For several machines: torchrun ... -m npedit rehearse RECIPE,
+    see docs/clusters.md.
     """
     with text_on_stderr(as_json):
         code, values = run_rehearse(recipe, overrides or [], layers, size, processes, folder, keep, as_json)
