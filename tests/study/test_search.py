@@ -15,6 +15,7 @@ from npedit.steps.flow_grpo import Step
 from npedit.study import study
 from npedit.study.file import Study, Variant, load_study, quick_study, variant_recipe
 from npedit.study.jobs import SELECTION, StudyWork
+from npedit.study.page import publish_results
 from npedit.study.search import STAGES, expand_search
 from npedit.study.search_page import search_alarms, search_section
 from tests.study.test_study import TINY
@@ -111,6 +112,13 @@ def test_the_page_shows_configurations_that_are_not_finished_and_alarms_of_all_t
     text = "\n".join(search_section(made, "s", tmp_path))
     assert "The search is not finished" in text and text.count("not finished |") == 2 and "| a |" in text
     assert [words[:16] for words in search_alarms(made, "s", tmp_path)] == ["`s.short.a-0` at"]
+    (run / "manifest.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "claims.json").write_text("[]")
+    (tmp_path / "results.md").write_text(text)
+    copy = publish_results(tmp_path / "results.md", tmp_path / "docs" / "page.md").with_suffix("")
+    assert "\n".join(search_section(made, "s", copy)) == text  # a study can go on from its published copy
+    assert search_alarms(made, "s", copy) == search_alarms(made, "s", tmp_path)
     used = made.model_copy(update={"variants": made.variants | {"s": Variant(of="s.short.a")}})
     assert not search_alarms(used, "s", tmp_path)  # an alarm of the row itself is told there
 

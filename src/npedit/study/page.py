@@ -17,7 +17,7 @@ from typing import Any
 from npedit.benchmarks import toy
 from npedit.errors import UserError
 from npedit.report.plots import plot_comparison, points_plot_png
-from npedit.runs.checkpoint import explain_write_errors, write_text
+from npedit.runs.checkpoint import METRICS, explain_write_errors, write_text
 from npedit.runs.files import read_json_object
 from npedit.scoring.seed_intervals import SeedSpread, mean_interval
 from npedit.scoring.tables import format_interval, markdown_table
@@ -192,7 +192,8 @@ def require_page_name(page: Path) -> None:
 
 def publish_results(results: Path, page: Path) -> Path:
     """Copy a study's results for others to read: the page, and in a folder of its name the plots, the numbers and, of
-    each run that they name, manifest, recipe and scores, where the page's links find them. Returns the page.
+    each run that they name, manifest, recipe and scores, where the page's links find them. Of the configurations of
+    searches also the metrics, from which the page has rewards and alarms. Returns the page.
 
     The copy can be used as the study's folder, runs/NAME, to resume the study. Paths on this machine are removed: the
     program is given by name only, and an absolute path of the study's folder becomes runs/NAME.
@@ -203,12 +204,14 @@ def publish_results(results: Path, page: Path) -> Path:
     require_page_name(page)
     study, target = results.parent, page.with_suffix("")
     runs = {run for row in json.loads((study / "results.json").read_text()).values() for run in row["runs"]}
-    runs |= {path.parent.name for path in study.glob("*.*.*-*/passes.json")}  # configurations of searches
+    configurations = {path.parent.name for path in study.glob("*.*.*-*/passes.json")}
+    runs |= configurations
     with explain_write_errors(target):
         files = [study / run / name for run in sorted(runs) for name in RUN_FILES]
         files += [
             path for run in sorted(runs) for found in OPTIONAL_RUN_FILES for path in sorted((study / run).glob(found))
         ]
+        files += [study / run / METRICS for run in sorted(configurations)]
         numbers = [study / "results.json", study / CLAIMS_FILE]
         shown = [study / name for name in _PICTURE.findall(results.read_text(encoding="utf-8"))]
         for path in [*shown, *numbers, *files]:
