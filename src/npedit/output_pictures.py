@@ -19,8 +19,6 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ALPHA = {".png", ".webp"}  # the suffixes of formats with transparency
 OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}  # of Pillow, by format
 LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # in pixels, by the formats' own specifications
-
-
 STRIP_ROWS = 256  # of a picture whose transparency is restored at a time
 
 

@@ -42,9 +42,8 @@ class GradientBalance:
         if self.balance == "none" or not self.has_dmd:
             return 1.0 / len(from_critic) if self.balance == "item" else 1.0
         processes = global_batch_size(1)
-        all_wrong = processes * norm_over_global_batch(
-            torch.ones(len(from_critic))
-        )  # the global batch's items, each of norm 1
+        one_each = torch.ones(len(from_critic))  # the norms if every item's answer is entirely wrong
+        all_wrong = processes * norm_over_global_batch(one_each)
         if self.balance == "item":
             self._fit_batch_size(float(all_wrong))
         ours = all_wrong if self.balance == "item" else norm_over_global_batch(from_critic) / self.critic_weight

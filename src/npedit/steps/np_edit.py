@@ -56,9 +56,7 @@ class NpEditSettings(DistributionMatchingSettings, CriticGradientSettings):
     balance: Balance = "none"  # of the critic's gradient with DMD's
     fake_updates: int = Field(5, ge=1, le=50)
     fake_samples: Literal["fresh", "replay"] = "fresh"  # what fake score updates after the first are trained on
-    replay_updates: int = Field(
-        4, ge=1, le=64
-    )  # with replay: from how many updates samples are kept, at most fake_updates
+    replay_updates: int = Field(4, ge=1, le=64)  # with replay: updates whose samples are kept; at most fake_updates
     student: LearnerSettings = LearnerSettings()
     fake: LearnerSettings = LearnerSettings()
 
