@@ -176,8 +176,11 @@ def test_the_estimate_knows_isolated_references(models, plain, memory) -> None:
 def test_a_judge_is_counted_as_a_frozen_model_that_looks_at_few_pictures_at_a_time(models, monkeypatch) -> None:
     judge = {"name": "llava_onevision", "weights": str(models / "critic"), "wording": "short", "resolution": 0}
     of = recipe(models, stages=[{**COPY, "batch_size": 1}], critic=None, judge=judge, memory={"offload": True})
-    found = {p.name: p for p in estimate(of, at_once=False).phases}
-    size = counted(LlavaOnevision.tiny(0).model)
+    measured, size = estimate(of, at_once=False), counted(LlavaOnevision.tiny(0).model)
+    found = {p.name: p for p in measured.phases}
+    opened, without = (e.disk["models to open, in the recipe's types:"] for e in (measured, estimate(
+        recipe(models, stages=[{**COPY, "batch_size": 1}], critic=None), at_once=False)))  # fmt: skip
+    assert opened - without == size
     assert size <= found["judge"].bytes_by_part["judge"] <= 1.01 * size + 4096
     assert found["samples"].bytes_by_part["judge"] == 0
     monkeypatch.setattr(generator, "BATCH_PIXELS", SIDE * SIDE)

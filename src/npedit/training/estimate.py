@@ -364,7 +364,8 @@ def _disk_usage(recipe: Recipe, parts: _MetaParts, step: Step, checkpoint_size: 
     net = step.learners["student"].net
     final = _bytes(master_weight(p) for p in net.parameters() if p.requires_grad)
     pipe = [m for m in parts.family.pipe.components.values() if isinstance(m, nn.Module)]
-    models = [*pipe, *([parts.critic.model] if parts.critic else [])]
+    asked = [parts.critic, parts.judge.critic if parts.judge else None]
+    models = [*pipe, *(critic.model for critic in asked if critic)]
     keep = recipe.trainer.keep
     return {
         "models to open, in the recipe's types:": sum(_bytes(m.parameters()) for m in models),
