@@ -27,13 +27,19 @@ from writer_server import (
     writing,
 )
 
+from npedit.cli.prepare import print_summary
 from npedit.critics.smolvlm import SmolVLM
+from npedit.errors import UserError
 from npedit.judges.cache import AnswerCache
+from npedit.judges.chat_client import ChatClient
 from npedit.judges.local import LocalJudge
 from npedit.prepare.asking import Asker, Meter
+from npedit.prepare.merge import merge
 from npedit.prepare.passes import Passes, prepare_photo
+from npedit.prepare.prepare import PrepareSettings
+from npedit.prepare.prepare import prepare as prepare_set
 from npedit.prepare.prompts import load_prompts
-from npedit.prepare.writer import WRITER, LocalWriter, Request, open_writer
+from npedit.prepare.writer import WRITER, LocalWriter, Request, ServerWriter, open_writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,6 +222,47 @@ def test_a_busy_server_is_asked_again(tmp_path):
     with serving(busy) as server:
         said = prepare(server, photos(tmp_path / "photos", 1), tmp_path / "set", "--no-verify")
     assert "2 edits of 1 photos" in said and passes_of(server) == ["look", "look", "write"]
+
+
+def failing_from(number, after=503):
+    """A server that answers `number` requests and then fails."""
+    return lambda n, body: (
+        json.dumps(good_answer(body)) if n < number else lambda handler: send(handler, after, b"down")
+    )
+
+
+def prepared(server, source, out):
+    """`prepare` with a client that asks once, so that no test waits."""
+    writer = ServerWriter(ChatClient(server.url, "tiny", WRITER, max_attempts=1), workers=1)
+    settings = PrepareSettings(shares={"recolour": 1.0}, per_photo=1, rounds=1)
+    return prepare_set(source, out, settings, load_prompts(), writer, None, Meter())
+
+
+def test_a_server_that_fails_for_long_stops_the_run_and_no_photo_is_lost(tmp_path):
+    source = photos(tmp_path / "photos", 20)
+    with serving(failing_from(6)) as server:
+        with pytest.raises(UserError, match="8 requests in a row got none.*503.*all answers are kept"):
+            prepared(server, source, tmp_path / "set")
+        assert len(server.bodies) == 6 + 8
+    with writing() as server:
+        facts = prepared(server, source, tmp_path / "set")
+        assert facts["counts"]["photos_with_rows"] == 20 and not facts["stopped"]
+        assert len(server.bodies) == 2 * 20 - 6
+
+
+def test_a_set_with_photos_that_got_no_answer_is_not_finished(tmp_path):
+    """Fewer failures than stop a run: the set is written, says so, and is no finished shard."""
+    source = photos(tmp_path / "photos", 5)
+    with serving(failing_from(6)) as server:
+        facts = prepared(server, source, tmp_path / "set")
+    assert facts["counts"]["photos_with_rows"] == 3
+    assert facts["stopped"].startswith("2 edits or photos got no answer") and "503" in facts["stopped"]
+    with pytest.raises(UserError, match="no answered question is asked again"):
+        print_summary(tmp_path / "set", facts)
+    with pytest.raises(UserError, match="expected a finished shard"):
+        merge(tmp_path / "merged", [tmp_path / "set"])
+    with writing() as server:
+        assert not prepared(server, source, tmp_path / "set")["stopped"]
 
 
 class ScriptedCritic(SmolVLM):

@@ -28,6 +28,7 @@ from npedit.benchmarks._protocol import Protocol, Question
 from npedit.data._photos import BadImage, read_photo
 from npedit.errors import UserError
 from npedit.judges.base import (
+    MAX_FAILURES_IN_A_ROW,
     MISSING_IMAGE,
     OK,
     REFUSED,
@@ -40,7 +41,6 @@ from npedit.judges.base import (
 from npedit.judges.cache import AnswerCache, answer_cache_key
 from npedit.judges.workers import results_as_finished
 
-MAX_FAILURES_IN_A_ROW = 8  # calls without an answer
 MAX_REJECTIONS_IN_A_ROW = 5  # requests that the server refuses with the same message
 MAX_UNREADABLE_ANSWERS = 10  # answers without scores, while no answer could be read
 

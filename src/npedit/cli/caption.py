@@ -85,7 +85,7 @@ def show_result(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
     """What was filled; with `as_json` the facts as they are in prepare.json.
 
     Raises:
-        UserError: the run stopped at the cost ceiling.
+        UserError: the run stopped at the cost ceiling, or requests got no answer.
     """
     if as_json:
         print_json({"folder": folder} | facts)
@@ -94,7 +94,7 @@ def show_result(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
     if facts["stopped"]:
         raise UserError(
             f"expected to complete all rows; stopped: {facts['stopped']}. The set holds the rows that are complete. To "
-            "go on, raise the ceiling and run the same command: no answered question is asked again"
+            "go on, run the same command: no answered question is asked again"
         )
 
 

@@ -188,7 +188,7 @@ def print_summary(folder: Path, facts: dict[str, Any], as_json: bool = False) ->
     """What was made, what it cost, and how to train on it; with `as_json` the facts as they are in prepare.json.
 
     Raises:
-        UserError: the run stopped at the cost ceiling.
+        UserError: the run stopped at the cost ceiling, or requests got no answer.
     """
     if as_json:
         print_json({"folder": folder} | facts)
@@ -197,7 +197,7 @@ def print_summary(folder: Path, facts: dict[str, Any], as_json: bool = False) ->
     if facts["stopped"]:
         raise UserError(
             f"expected to finish all photos; stopped: {facts['stopped']}. The set holds the photos that are finished. "
-            "To go on, raise the ceiling and run the same command: no answered question is asked again"
+            "To go on, run the same command: no answered question is asked again"
         )
 
 

@@ -21,6 +21,7 @@ RANGE_ERROR = "range_error"  # a score is outside the scale
 REFUSED = "refused"  # the judge, or a content filter, refuses this item
 REJECTED = "rejected"  # the server does not accept this request (too long, too large)
 TRANSPORT_ERROR = "transport_error"  # no answer after the last attempt
+MAX_FAILURES_IN_A_ROW = 8  # requests without an answer; then the model counts as unavailable
 MISSING_IMAGE = "missing_image"  # the edited picture is missing or broken; the judge was not asked
 NOT_IN_FILE = "not_in_file"  # an imported file of scores has none for this item
 FINAL_OUTCOMES = (OK, REFUSED)  # asking again would give the same

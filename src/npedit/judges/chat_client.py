@@ -181,6 +181,11 @@ class ChatClient:
             )
         return self._stopping.wait(seconds)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run is being stopped, so that requests may end without an answer."""
+        return self._stopping.is_set()
+
     def stop_retrying(self) -> None:
         """End the retries of requests in other threads. Called when the run ends early."""
         self._stopping.set()

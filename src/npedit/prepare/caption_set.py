@@ -22,7 +22,7 @@ from npedit.prepare import out_folder
 from npedit.prepare.asking import Meter
 from npedit.prepare.caption_rows import FILLED, caption_photo, is_complete
 from npedit.prepare.engine import Engine, LocalEngine
-from npedit.prepare.passes import Passes, short_reason
+from npedit.prepare.passes import Passes, short_reason, unanswered_reason
 from npedit.prepare.prepare import PrepareSettings, Progress, ReportProgress, make_passes
 from npedit.prepare.prompts import CAPTION, Prompts
 from npedit.prepare.set_folder import (
@@ -174,6 +174,7 @@ def ask_for_captions(
         progress.rows_by_type.update(row["edit_type"] for row in result["rows"])
         progress.rejected, progress.cost = len(rejected), passes.writer.meter.cost
         report(progress)
+    stopped = stopped or unanswered_reason(rejected.values())
     return [made[n] for n in sorted(made)], [rejected[n] for n in sorted(rejected)], stopped
 
 

@@ -53,7 +53,7 @@ class Engine(ABC):
 
 def ceiling_reason(meter: Meter) -> str:
     """Why a run ended at the cost ceiling."""
-    return f"the next request could cost more than --max-cost {meter.max_cost:g}"
+    return f"the next request could cost more than --max-cost {meter.max_cost:g}; raise it"
 
 
 class LocalEngine(Engine):

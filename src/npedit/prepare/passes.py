@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from npedit.data._photos import BadImage, read_photo
+from npedit.judges.base import TRANSPORT_ERROR
 from npedit.prepare.answers import (
     look_schema,
     parse_look,
@@ -239,6 +240,12 @@ def _judge_verification(found: Mapping[str, Any], proposal: Mapping[str, Any]) -
 
 def _rejected(row: Mapping[str, Any], photo: Mapping[str, Any], name: str, reason: str) -> Row:
     return {**row, "photo": photo["id"], "pass": name, "reason": reason}
+
+
+def unanswered_reason(rejected: Iterable[Mapping[str, Any]]) -> str:
+    """Why a run is not finished although every photo was asked: some requests got no answer; "" if all did."""
+    reasons = [row["reason"] for row in rejected if row["reason"].startswith(TRANSPORT_ERROR)]
+    return f"{len(reasons)} edits or photos got no answer, the last one because of {reasons[-1]}" if reasons else ""
 
 
 def short_reason(reason: str) -> str:

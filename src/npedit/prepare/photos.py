@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from npedit.data._photos import BadImage, decoding, read_photo
+from npedit.data._photos import BadImage, decoding, open_image, read_photo
 from npedit.errors import UserError
 from npedit.prepare.duplicates import similarity_facts
 from npedit.runs.files import append_row, repair_rows, write_rows
@@ -164,10 +161,6 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data))
-
-
 # ------------------------------------------------------------------------------------------------ licence and source
 
 
@@ -176,7 +169,7 @@ def read_rights(data: bytes) -> dict[str, str]:
     found = {"licence": "", "source": ""}
     try:
         with decoding():
-            with _open(data) as image:
+            with open_image(data) as image:
                 for key, value in image.info.items():
                     if isinstance(key, str) and isinstance(value, str) and key.lower() in TEXT_KEYS:
                         found[TEXT_KEYS[key.lower()]] = _clean(value)

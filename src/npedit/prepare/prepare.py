@@ -21,7 +21,7 @@ from npedit.prepare.card import count_values, write_card
 from npedit.prepare.duplicates import MAX_BITS, group_near_duplicates, join_groups
 from npedit.prepare.engine import Engine, LocalEngine
 from npedit.prepare.out_folder import PREPARE, begin_set, require_folder
-from npedit.prepare.passes import Passes, prepare_photo
+from npedit.prepare.passes import Passes, prepare_photo, unanswered_reason
 from npedit.prepare.plan import refill_types, wanted_types
 from npedit.prepare.prompts import Prompts
 from npedit.prepare.set_folder import (
@@ -224,7 +224,7 @@ def ask_for_edits(
         readable = [p for p, r in made.items() if not any(row["pass"] == "look" for row in r["rejected"])]
         types = {p: [row["asked_type"] for row in made[p]["rows"]] for p in readable}
         plan = refill_types(readable, types, asked, settings.shares, settings.per_photo)
-    return made, ""
+    return made, unanswered_reason(row for result in made.values() for row in result["rejected"])
 
 
 def _count(progress: Progress, result: Mapping[str, list[Row]], meter: Meter) -> None:

@@ -12,7 +12,14 @@ from typing import Any, Self
 from PIL import Image
 
 from npedit.errors import UserError
-from npedit.judges.base import REJECTED, Reply, RequestSettings
+from npedit.judges.base import (
+    MAX_FAILURES_IN_A_ROW,
+    REJECTED,
+    TRANSPORT_ERROR,
+    JudgeUnavailable,
+    Reply,
+    RequestSettings,
+)
 from npedit.judges.chat_client import ChatClient, ServerNames, encode_data_url
 
 WRITER_KEY = "NPEDIT_WRITER_KEY"
@@ -75,12 +82,14 @@ class Writer(ABC):
 
 class ServerWriter(Writer):
     """A model behind a server. The schema is sent as `response_format`. If the server refuses that, this and all
-    further requests state the schema in words. `jpeg_quality` 0 sends PNG."""
+    further requests state the schema in words. `jpeg_quality` 0 sends PNG. A server that leaves several requests in a
+    row without an answer counts as unavailable: otherwise every photo would lose its edits while the server is down."""
 
     def __init__(self, client: ChatClient, workers: int = 8, jpeg_quality: int = 90, revision: str = ""):
         self.client, self.workers, self.jpeg_quality, self.revision = client, workers, jpeg_quality, revision
         self.name = client.model
         self._takes_schema = True
+        self._failures_in_a_row, self._lock = 0, threading.Lock()
 
     def __reduce__(self) -> Any:
         return ServerWriter, (self.client, self.workers, self.jpeg_quality, self.revision)
@@ -104,8 +113,19 @@ class ServerWriter(Writer):
         refused = reply.outcome == REJECTED and any(mark in reply.detail.lower() for mark in SCHEMA_MARKERS)
         if structured and refused:
             self._takes_schema = False
-            return self._send(request, structured=False)
+            reply = self._send(request, structured=False)
+        self._check_failures(reply)
         return reply
+
+    def _check_failures(self, reply: Reply) -> None:
+        with self._lock:
+            self._failures_in_a_row = self._failures_in_a_row + 1 if reply.outcome == TRANSPORT_ERROR else 0
+            if self._failures_in_a_row < MAX_FAILURES_IN_A_ROW or self.client.is_stopping:
+                return
+        raise JudgeUnavailable(
+            f"expected answers from {self.address}; {self._failures_in_a_row} requests in a row got none, the last one "
+            f"because of: {reply.detail}; check the server and run the same command: all answers are kept"
+        )
 
     def _send(self, request: Request, structured: bool) -> Reply:
         form = {"name": request.name, "schema": request.schema, "strict": True}
