@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from npedit.data._photos import BadImage, decoding, refuse_animation, to_srgb
+from npedit.data._photos import BadImage, decoding, open_image, refuse_animation, to_srgb
 from npedit.errors import UserError
 
 MAX_PIXELS = 100_000_000
@@ -31,7 +31,7 @@ def open_picture(path: Path) -> Image.Image:
         with decoding():
             if path.stat().st_size == 0:
                 raise UserError(f"expected a picture; {path} is empty (0 bytes).")
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 check_size(image, str(path))
                 refuse_animation(image)
                 return to_srgb(image, keep_alpha=True)
@@ -51,7 +51,7 @@ def open_picture(path: Path) -> Image.Image:
 def colour_conversion(path: Path) -> str:
     """Why the colours of a picture that `open_picture` returns differ from those in the file: "colour profile",
     "CMYK", "16 bits a channel"; "" if they are the same."""
-    with decoding(), Image.open(path) as image:
+    with decoding(), open_image(path) as image:
         reasons = {
             "16 bits a channel": image.mode.startswith("I") or ";16" in str(image.tile),
             "CMYK": image.mode == "CMYK",

@@ -23,6 +23,8 @@ from npedit.data._photos import (
 )
 from npedit.errors import UserError
 from npedit.input_pictures import open_picture
+from npedit.prepare.photos import scan_photo
+from tests.support.grey_profile import grey_profile
 from tests.support.photo_sets import encoded, good_rows, opened
 
 PHOTO = Image.fromarray(skimage.data.astronaut()[::16, ::16].copy())  # 32 x 32
@@ -133,6 +135,30 @@ def test_broken_exif_data_count_as_none_in_training_and_in_edit(tmp_path):
         assert to_srgb(Image.open(path)).size == (32, 32)
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_in_a_file_is_run(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name is."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(POSTSCRIPT)
+    with pytest.raises(OSError):  # the false Ghostscript wrote no picture
+        Image.open(path).load()
+    (tmp_path / "was-run").unlink()
+    for read in (read_photo, read_photo_size, lambda p: load_photo(p, (32, 32))):
+        with pytest.raises(BadImage, match="not a picture"):
+            read(path)
+    with pytest.raises(UserError, match="is not one"):
+        open_picture(path)
+    assert "not a picture" in scan_photo(tmp_path, path.name, None, 10**8, 16)["reason"]
+    assert not (tmp_path / "was-run").exists()
+
+
 # ---- colour profiles
 
 
@@ -202,6 +228,23 @@ def test_a_profile_holds_for_the_colours_behind_transparency_and_for_palettes():
 def test_a_grey_picture_with_an_rgb_profile_is_converted_too():
     seen = np.asarray(read_photo(saved("JPEG", Image.new("L", (8, 8), 60), icc_profile=profile(SRGB, 1.0))))
     assert abs(seen.astype(int) - 133).max() <= 2  # linear 60 / 255 in sRGB
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_a_grey_profile_holds_for_grey_pictures(mode):
+    grey = Image.new("L", (8, 8), 60 if mode != "1" else 255).convert(mode)
+    seen = np.asarray(read_photo(saved("PNG", grey, icc_profile=grey_profile(1.0))))
+    assert abs(seen.astype(int) - (255 if mode == "1" else 133)).max() <= 2  # linear 60 / 255 in sRGB
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_picture_with_a_grey_profile_keeps_its_colours(mode, caplog):
+    red = Image.new("RGBA", (8, 8), (200, 30, 30, 128)).convert(mode)
+    wanted = to_srgb(red, keep_alpha=True)
+    assert len(set(np.asarray(wanted)[0, 0, :3])) > 1
+    seen = read_photo(saved("PNG", red, icc_profile=grey_profile(2 + len(mode) / 10)), keep_alpha=True)
+    assert np.array_equal(np.asarray(seen), np.asarray(wanted))
+    assert "GRAY pictures" in caplog.text
 
 
 @pytest.mark.parametrize("icc", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from npedit.data import _photos, imagefolder
+from npedit.data._photos import read_photo_size
 from tests.support.photo_sets import SMALL, encoded, good_rows, opened, plain, row, save, write_metadata
 
 # ---- cutting (fault 6: no black bars)
@@ -63,6 +64,12 @@ def first(folder, image, name="a.png", **save_options):
     return opened(folder).batch(0, 1).references[0]
 
 
+def encoded_file(folder, image, exif, **options):
+    path = folder.with_name(f"size-{folder.name}")
+    image.save(path, exif=exif, **options)
+    return path
+
+
 def mean(reference):
     return reference.mean((1, 2)).tolist()
 
@@ -78,7 +85,14 @@ def test_exif_orientation_is_honoured(tmp_path, orientation):
         stored = stored.transpose(Image.Transpose[undo[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for name, options in (("a.jpg", {"quality": 95}), ("b.png", {}), ("c.webp", {"lossless": True})):
+    for name, options in (
+        ("a.jpg", {"quality": 95}),
+        ("b.png", {}),
+        ("c.webp", {"lossless": True}),
+        ("d.tif", {}),
+    ):
+        if name != "b.png":  # its orientation may be stored after its pixels, and is not read for the size
+            assert read_photo_size(encoded_file(tmp_path / name, stored, exif, **options)) == (48, 80), name
         seen = first(tmp_path / name, stored, name, exif=exif, **options)
         assert seen.shape == (3, 48, 80), name
         assert mean(seen[:, 4:20, 4:36]) == pytest.approx([1, 0, 0], abs=0.03)

@@ -125,6 +125,16 @@ def test_broken_pictures_of_a_stream_are_bad_rows_and_too_many_stop_it(tmp_path,
         opened("webdataset", write(tmp_path / "b.tar", ("k", {"jpg": b"x", **text})), max_bad_share=1.0).batch(0, 1)
 
 
+def test_a_broken_picture_in_the_second_of_two_folders_is_a_bad_row(tmp_path):
+    text, jpg = {"txt": b"make it blue"}, encoded("JPEG")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        samples = [(f"{name}{i}", {"jpg": b"broken" if (name, i) == ("b", 3) else jpg, **text}) for i in range(40)]
+        write(tmp_path / name / "000.tar", *samples)
+    source = webdataset.Source(webdataset.Settings(path=str(tmp_path / "{a,b}/000.tar"), sizes=[(32, 32)]), 0)
+    assert [bad["metadata"] for bad in source.bad_rows] == [(tmp_path / "b/000.tar").as_posix()] and len(source) == 79
+
+
 def test_edited_images_of_a_stream_are_not_kept(tmp_path):
     files = {"jpg": encoded("JPEG"), "edited.jpg": b"trap", "txt": b"make it blue"}
     assert opened("webdataset", write(tmp_path / "a.tar", ("k", files))).batch(0, 2).ids == ("k", "k")

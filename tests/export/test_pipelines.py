@@ -25,6 +25,7 @@ from npedit.export.export import export_editor
 from npedit.families.flux import Flux
 from npedit.generator import generate_few_step, seeded_noise
 from tests.support.exported import SIZES, STEPS, load, noise, seeds, write_editor
+from tests.support.grey_profile import grey_profile
 from tests.support.hub_downloads import serve_repositories
 
 FAMILIES = ("flux", "krea2", "qwen_image", "sana", "sd3", "z_image")
@@ -130,7 +131,10 @@ def test_a_transparent_turned_or_grey_picture_is_read_as_by_the_editor(
     noise((32, 64)).save(tmp_path / "turned.png", exif=exif)
     clear = noise((64, 32)).convert("RGBA")
     clear.putalpha(noise((64, 32), 4).convert("L"))
-    for picture in (Image.open(tmp_path / "turned.png"), clear, noise((32, 32)).convert("L")):
+    for kind in ("L", "RGB"):  # a profile for grey pictures holds for grey ones alone
+        noise((32, 32)).convert(kind).save(tmp_path / f"{kind}.png", icc_profile=grey_profile(1.0))
+    files = [Image.open(tmp_path / name) for name in ("turned.png", "L.png", "RGB.png")]
+    for picture in (*files, clear, noise((32, 32)).convert("L")):
         (wanted,) = editor.edit(picture.copy(), WORDS[0], seed=3)
         assert largest_difference(pipe(image=picture, prompt=WORDS[0], generator=seeds(3)).images[0], wanted) <= 1
 

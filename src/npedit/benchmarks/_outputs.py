@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from npedit.data._photos import BadImage, read_photo
+from npedit.data._photos import BadImage, decoding, open_image, read_photo
 from npedit.errors import explain_write_errors
 from npedit.generator import NOISE_VERSION
 from npedit.judges.cache import answer_cache_key, hash_json
@@ -129,9 +129,9 @@ def _hash_photo(path: Path) -> str:
 def has_cache_key(path: Path, key: str) -> bool:
     """Whether `path` is a readable picture that was saved with this key."""
     try:
-        with Image.open(path) as picture:
+        with decoding(), open_image(path) as picture:
             return picture.info.get(CACHE_KEY_FIELD) == key
-    except (OSError, ValueError, SyntaxError):
+    except BadImage:
         return False
 
 

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 
 from npedit.errors import UserError
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_PIXELS = 100_000_000
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose files with several frames are animations
 ORIENTATION = 0x0112  # EXIF; the TIFF tags below are those of the TIFF 6.0 specification
+NOT_OPENED = ("EPS",)  # Pillow would run Ghostscript on such a file: the program that stands in it
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 UPRIGHT = {  # EXIF orientation -> the transposition that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -135,7 +136,9 @@ def read_photo_size(source: Path | bytes | IO[bytes], max_pixels: int = MAX_PIXE
             _check_pixels(image, max_pixels)
             width, height = image.size
             # A PNG's orientation may be stored after its pixels. It is not read: any photo fits any bucket, cropped.
-            swapped = not (image.format == "PNG" and "exif" not in image.info) and _orientation(image) in SWAPS_SIDES
+            # Pillow gives the size of a TIFF as it is shown, that of every other format as it is stored.
+            is_shown = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+            swapped = not is_shown and _orientation(image) in SWAPS_SIDES
             refuse_animation(image)
             image.verify()
     return (width, height) if swapped else (height, width)
@@ -156,12 +159,20 @@ def load_photo(source: Path | bytes, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255))
 
 
+def open_image(source: Path | bytes | IO[bytes]) -> ImageFile.ImageFile:
+    """A picture whose pixels are not decoded yet, as Pillow opens it, but not of a format in `NOT_OPENED`: its name may
+    end in .jpg. To be called within `decoding`."""
+    Image.init()
+    formats = [name for name in Image.OPEN if name not in NOT_OPENED]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+
+
 def _open_image(source: Path | bytes | IO[bytes]) -> Image.Image:
     if isinstance(source, Path):
         _require_file(source)
     elif source == b"":
         raise BadImage("an empty file")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return open_image(source)
 
 
 def _require_file(path: Path) -> None:
@@ -347,7 +358,8 @@ def _convert_colours(image: Image.Image, icc: bytes | None, name: str) -> Image.
     """The picture as RGB in sRGB; `icc` is its colour profile, `name` is its name in a message."""
     if not icc:
         return image.convert("RGB")
-    mode, transform = _transform_to_srgb(icc, image.mode == "CMYK", name)
+    kind = {"CMYK": "CMYK", "L": "GRAY", "1": "GRAY"}.get(image.mode, "RGB")
+    mode, transform = _transform_to_srgb(icc, kind, name)
     if transform is None:
         return image.convert("RGB")
     converted = ImageCms.applyTransform(image.convert(mode), transform)
@@ -356,22 +368,23 @@ def _convert_colours(image: Image.Image, icc: bytes | None, name: str) -> Image.
 
 
 @lru_cache(maxsize=64)
-def _transform_to_srgb(icc: bytes, is_cmyk: bool, name: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+def _transform_to_srgb(icc: bytes, kind: str, name: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """(mode of the pictures that a profile is for, its transform to sRGB); None where that changes no colour by more
     than one step of 255, and where the profile cannot be used, which is reported."""
     try:
         with decoding():
-            return _build_transform(icc, is_cmyk)
+            return _build_transform(icc, kind)
     except BadImage as error:
         log.warning("%s: its colour profile cannot be used (%s); it is read as sRGB", name, error)
         return "RGB", None
 
 
-def _build_transform(icc: bytes, is_cmyk: bool) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+def _build_transform(icc: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """`kind` is RGB, GRAY or CMYK. A grey picture may have an RGB profile too."""
     profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     space = profile.profile.xcolor_space.strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
-    if mode is None or (mode == "CMYK") != is_cmyk:
+    if mode is None or space not in (kind, "RGB" if kind == "GRAY" else kind):
         raise BadImage(f"it is for {space} pictures")
     transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode != "CMYK":

@@ -279,7 +279,8 @@ class PhotoSource:
     def _record_bad_row(self, number: int, row: Row, reason: str) -> None:
         entry = {"id": row.id, "file": row.photo, "line": row.line, "reason": reason}
         if row.metadata.parent != self.folder or row.offset >= 0:
-            entry["metadata"] = row.metadata.relative_to(self.folder).as_posix()
+            inside = row.metadata.is_relative_to(self.folder)  # tar files may lie in several folders
+            entry["metadata"] = (row.metadata.relative_to(self.folder) if inside else row.metadata).as_posix()
         with self._lock:
             if number in self._bad:
                 return  # another thread found it at the same time

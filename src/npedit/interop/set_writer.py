@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from PIL import Image
-
+from npedit.data._photos import BadImage, decoding, open_image
 from npedit.errors import UserError, explain_write_errors
 from npedit.interop.set_records import PICTURES
 from npedit.runs.files import fsync_file, fsync_folder, write_rows, write_text
@@ -188,9 +187,9 @@ class SetWriter:
 def _read_suffix(source: Path | io.BytesIO) -> str:
     """The usual suffix of a picture's format, by its header."""
     try:
-        with Image.open(source) as picture:
+        with decoding(), open_image(source) as picture:
             kind = picture.format or ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadImage as error:
         raise BadPhoto(f"no picture that can be opened: {' '.join(str(error).split())[:200]}") from None
     if kind not in SUFFIXES:
         raise BadPhoto(f"a picture of the format {kind}")

@@ -228,19 +228,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """An upright 8-bit RGB picture in sRGB; transparent parts become white."""
     if not isinstance(image, Image.Image) or image.mode.startswith(("I", "F")):
         raise ValueError(f"expected a PIL picture of 8 bits a channel; got {getattr(image, 'mode', type(image))}")
-    profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
+    profile, mode, image = image.info.get("icc_profile"), image.mode, ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    converted = _convert_profile(image, profile) if profile else None
+    converted = _convert_profile(image, profile, mode) if profile else None
     return image.convert("RGB") if converted is None else converted
 
 
-def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """The picture in sRGB; None if its colour profile is broken or is for another kind of picture."""
-    image = image if image.mode == "CMYK" else image.convert("RGB")
+def _convert_profile(image: Image.Image, profile: bytes, mode: str) -> Image.Image | None:
+    """The picture in sRGB; None if its colour profile is broken or is for another kind of picture. `mode` is the mode
+    in which it was given."""
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        is_grey = source.profile.xcolor_space.strip() == "GRAY"
+        if is_grey and mode not in ("1", "L", "LA", "La"):
+            return None
+        image = image.convert("L") if is_grey else image if image.mode == "CMYK" else image.convert("RGB")
         return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
