@@ -20,7 +20,7 @@ from uvicorn import Server as Uvicorn
 from npedit.serve.body_limit import TOGETHER, BodyLimit
 from npedit.serve.connections import TimedConnection
 from npedit.serve.limits import MOST_SCANS, BadRequest, Limits, read_picture
-from npedit.serve.memory import BYTES_PER_PIXEL, MemoryFull, PictureMemory
+from npedit.serve.memory import MemoryFull, PictureMemory, memory_needed
 
 
 def file_of(image, kind="PNG", **options):
@@ -78,7 +78,7 @@ def test_a_very_large_colour_profile_is_refused():
 
 
 def test_the_memory_of_all_pictures_together_is_limited():
-    limits = Limits(memory=PictureMemory(2 * 32 * 32 * BYTES_PER_PIXEL))
+    limits = Limits(memory=PictureMemory(2 * memory_needed(32 * 32)))
     first, second = read_picture(GOOD, limits), read_picture(GOOD, limits)
     assert first.size == second.size
     with pytest.raises(BadRequest, match="wait") as told:
@@ -88,8 +88,17 @@ def test_the_memory_of_all_pictures_together_is_limited():
     gc.collect()
     with pytest.raises(BadRequest, match="picture"):
         read_picture(GOOD[:60], limits)  # a broken one is counted out again
-    assert limits.memory.held == 32 * 32 * BYTES_PER_PIXEL
+    assert limits.memory.held == memory_needed(32 * 32) == 32 * 32 * 12
     assert read_picture(GOOD, limits).size == (32, 32)
+
+
+def test_every_result_counts_as_memory_and_what_never_fits_need_not_wait():
+    limits = Limits(memory=PictureMemory(memory_needed(32 * 32, 4)))
+    kept = read_picture(GOOD, limits, results=4)
+    assert kept.size == (32, 32) and limits.memory.held == limits.memory.most == 32 * 32 * 36
+    with pytest.raises(BadRequest, match="fewer results") as told:
+        read_picture(GOOD, limits, results=5)
+    assert told.value.status == 413
 
 
 def test_no_picture_is_decoded_when_memory_is_full():
@@ -112,6 +121,7 @@ def test_uploads_that_are_broken_off_leave_no_file_open(server, client):
 
 class ShortTimes(TimedConnection):
     most_connections, most_seconds, seconds_between_looks = 4, 0.5, 0.1
+    least_bytes_per_second = 2**20
 
 
 async def reads_body(scope, receive, send):
@@ -171,6 +181,29 @@ def test_a_client_that_does_not_read_is_disconnected_and_others_are_not(short_ti
             pass
         assert received < 30_000_000
     assert len(httpx.get(short_times.url, timeout=20).content) == 30_000_000
+
+
+def test_a_client_that_reads_or_sends_slowly_but_steadily_is_served(short_times):
+    """Both take several times the limit for a client that does nothing."""
+    with connect(short_times) as one:
+        one.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\nConnection: close\r\n\r\n")
+        for _ in range(20):
+            one.sendall(bytes(400_000))
+            time.sleep(0.1)
+        received = 0
+        while part := one.recv(2**20):
+            received += len(part)
+            time.sleep(len(part) / 1e7)
+    assert received > 30_000_000
+
+
+def test_a_client_that_sends_a_little_again_and_again_is_disconnected(short_times):
+    with connect(short_times) as one:
+        one.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(100):
+                one.sendall(b"a")
+                time.sleep(0.1)
 
 
 def test_further_connections_are_closed_at_once(short_times):

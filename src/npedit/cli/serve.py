@@ -111,12 +111,12 @@ def make_limits(mib: float, megapixels: float, memory_gib: float) -> Limits:
         UserError: the memory is less than one picture may need.
     """
     from npedit.serve.limits import Limits
-    from npedit.serve.memory import BYTES_PER_PIXEL, PictureMemory
+    from npedit.serve.memory import PictureMemory, memory_needed
 
     pixels, memory = int(megapixels * 1e6), int(memory_gib * 2**30)
-    if memory < pixels * BYTES_PER_PIXEL:
+    if memory < memory_needed(pixels):
         raise UserError(
-            f"expected --max-memory-gib of at least {pixels * BYTES_PER_PIXEL / 2**30:.2f}, which one picture of "
+            f"expected --max-memory-gib of at least {memory_needed(pixels) / 2**30:.2f}, which one picture of "
             f"{megapixels:g} megapixels needs; got {memory_gib:g}. Or give a smaller --max-megapixels."
         )
     return Limits(bytes=int(mib * 2**20), pixels=pixels, memory=PictureMemory(memory))

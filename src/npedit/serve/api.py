@@ -266,8 +266,8 @@ def _media_type(output_format: str) -> str:
     return MEDIA_TYPES[output_format]
 
 
-async def _picture(upload: UploadFile, limits: Limits, param: str) -> Image.Image:
-    return await asyncio.to_thread(read_picture, await upload.read(), limits, param)
+async def _picture(upload: UploadFile, limits: Limits, param: str, results: int = 1) -> Image.Image:
+    return await asyncio.to_thread(read_picture, await upload.read(), limits, param, results)
 
 
 async def _references(
@@ -317,11 +317,11 @@ def _add_openai(app: FastAPI) -> None:
         uploads = [*(image or []), *(images or [])]
         if not uploads:
             raise BadRequest("expected a picture in 'image'; got none", "image")
-        photo = await _picture(uploads[0], limits, "image")
+        count = read_int(n, "n", 1, 1, limits.results) or 1
+        photo = await _picture(uploads[0], limits, "image", count)
         run, editor = await asyncio.to_thread(choice.find, model if choice.runs else "", "model")
         further = await _references(uploads[1:], limits, queue, run)
         text = read_instruction(prompt, limits, "prompt")
-        count = read_int(n, "n", 1, 1, limits.results) or 1
         first = read_int(seed, "seed", 0, 0, MOST_SEED - count) or 0
         wanted = [EditRequest(photo, text, first + i, None, further, run=run) for i in range(count)]
         pictures = await _edited(request, queue, wanted)

@@ -10,7 +10,7 @@ from PIL import Image
 from npedit.data._photos import BadImage, decoding, refuse_animation
 from npedit.errors import UserError
 from npedit.input_pictures import check_size, to_rgb
-from npedit.serve.memory import MemoryFull, PictureMemory
+from npedit.serve.memory import MemoryFull, PictureMemory, memory_needed
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # that are decoded; Pillow is not asked for any other
 MOST_PROFILE_BYTES = 4 * 2**20  # of a colour profile; profiles are kept in a cache
@@ -42,9 +42,9 @@ class BadRequest(UserError):
         self.param, self.status = param, status
 
 
-def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Image:
+def read_picture(data: bytes, limits: Limits, param: str = "image", results: int = 1) -> Image.Image:
     """The upright RGB picture in a file's bytes. The size is read from the file's head, and the pixels are decoded only
-    if they are few enough.
+    if they are few enough. `results` is the number of edits of this picture that are asked for.
 
     Raises:
         BadRequest: it is no picture of `FORMATS`, broken, an animation, or too large; or the pictures of other requests
@@ -58,7 +58,8 @@ def read_picture(data: bytes, limits: Limits, param: str = "image") -> Image.Ima
             refuse_animation(image)
             _check_pixels(image, limits, param)
             _check_cost(image, data, param)
-        return limits.memory.decode(lambda: to_rgb(image), image.width * image.height)
+            _check_memory(image, limits, param, results)
+        return limits.memory.decode(lambda: to_rgb(image), image.width * image.height, results)
     except BadRequest:
         raise
     except MemoryFull:
@@ -75,6 +76,17 @@ def _check_pixels(image: Image.Image, limits: Limits, param: str) -> None:
             f"expected at most {limits.pixels / 1e6:g} megapixels in {param!r}; got {found}; scale it down", param, 413
         )
     check_size(image, f"the picture in {param!r}")
+
+
+def _check_memory(image: Image.Image, limits: Limits, param: str, results: int) -> None:
+    """Refuse a picture that would never find room, however long it waits."""
+    if memory_needed(image.width * image.height, results) > limits.memory.most:
+        raise BadRequest(
+            f"expected a picture in {param!r} with room for {results} results of its size; got {image.width}x"
+            f"{image.height}; ask for fewer results, or scale it down",
+            param,
+            413,
+        )
 
 
 def _check_cost(image: Image.Image, data: bytes, param: str) -> None:

@@ -8,8 +8,14 @@ from collections.abc import Callable
 
 from PIL import Image
 
-BYTES_PER_PIXEL = 12  # of a request's picture: itself (Pillow holds RGB in 4 bytes), its result, and the result's file
+BYTES_PER_PIXEL = 4  # of a request's picture: Pillow holds RGB in 4 bytes
+BYTES_PER_RESULT = 8  # for each pixel: the result, and the result's file
 DECODERS = 2  # pictures that are decoded at a time: a decoder needs several times the memory of its picture
+
+
+def memory_needed(pixels: int, results: int = 1) -> int:
+    """The bytes that a request with a picture of so many pixels needs."""
+    return pixels * (BYTES_PER_PIXEL + BYTES_PER_RESULT * results)
 
 
 class MemoryFull(Exception):
@@ -31,13 +37,13 @@ class PictureMemory:
         """Bytes of the pictures that exist now."""
         return self._held
 
-    def decode(self, make: Callable[[], Image.Image], pixels: int) -> Image.Image:
-        """The picture of so many pixels that `make` returns.
+    def decode(self, make: Callable[[], Image.Image], pixels: int, results: int = 1) -> Image.Image:
+        """The picture of so many pixels that `make` returns; so many results of its size will be made of it.
 
         Raises:
             MemoryFull: there is no room for it; `make` is not called.
         """
-        count = pixels * BYTES_PER_PIXEL
+        count = memory_needed(pixels, results)
         self._add(count)
         try:
             with self._decoders:

@@ -48,9 +48,9 @@ async def make_turn(
         UserError, QueueFull, TooLate, Draining: it cannot be edited.
     """
     limits = parts.settings.limits
-    picture = await asyncio.to_thread(_read_upload, photo, limits)
-    text = read_instruction(str(instruction or ""), limits, "Instruction")
     results = read_int(_digits(count), "Number of seeds", 1, 1, min(MOST_RESULTS, limits.results)) or 1
+    picture = await asyncio.to_thread(_read_upload, photo, limits, results)
+    text = read_instruction(str(instruction or ""), limits, "Instruction")
     first = read_int(_digits(seed), "First seed", 0, 0, MOST_SEED - results) or 0
     request = EditRequest(picture, text, first, keep_resolution=bool(keep), run=_check_run(parts.runs, run))
     edited = await _edited(parts.queue, [replace(request, seed=first + i) for i in range(results)])
@@ -60,7 +60,7 @@ async def make_turn(
     return Turn(before, text, tuple(made))
 
 
-def _read_upload(photo: Any, limits: Limits) -> Image.Image:
+def _read_upload(photo: Any, limits: Limits, results: int) -> Image.Image:
     """The picture that a visitor uploaded. Gradio has checked that its file is one of the page's own."""
     path = photo.get("path") if isinstance(photo, dict) else None
     if not path:
@@ -69,7 +69,7 @@ def _read_upload(photo: Any, limits: Limits) -> Image.Image:
         data = Path(path).read_bytes()
     except OSError:
         raise UserError("expected the picture's file; it is no longer kept; drop the picture again") from None
-    return read_picture(data, limits, "Picture")
+    return read_picture(data, limits, "Picture", results)
 
 
 def _digits(value: Any) -> str:
