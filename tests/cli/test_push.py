@@ -11,6 +11,8 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
+from npedit.export.hub import stale_files
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.recipe import config
 from tests.support.command_line import run
 from tests.support.hub_server import TOKEN, Hub, serve_hub
@@ -40,6 +42,25 @@ def test_an_exported_folder_is_pushed_as_it_is(here: Path, hub: Hub) -> None:
     assert hub.files["npedit.json"] == Path("mine/npedit.json").read_bytes()
     run("push", "mine", "me/mine")
     assert hub.commits == 2
+
+
+@pytest.mark.parametrize("order", [("lora", "whole"), ("whole", "lora")])
+def test_a_push_leaves_no_file_of_the_editor_that_was_there(here: Path, hub: Hub, order: tuple[str, str]) -> None:
+    """A LoRA file that stays beside a transformer would be what opens."""
+    run("export", "embedded", "whole", "--as", "diffusers")
+    shutil.copytree("whole", "lora", ignore=shutil.ignore_patterns("*transformer*", "model_index.json", "pipeline.py"))
+    (here / "lora" / LORA_FILE).write_bytes(b"x")
+    hub.files |= {".gitattributes": b"x", "samples/a.png": b"x"}  # of the repository, and of a person
+    for name in order:
+        run("push", name, "me/mine")
+    pushed = {p.relative_to(order[1]).as_posix() for p in Path(order[1]).rglob("*") if p.is_file()}
+    assert set(hub.files) == pushed | {".gitattributes", "samples/a.png"}
+
+
+def test_files_for_comfyui_may_stand_beside_an_editor() -> None:
+    present = ["npedit.json", "transformer/a.safetensors", "vae/base_part.json", "vae/base_part.py", "notes/b.txt"]
+    assert stale_files(present, ["README.md", "workflow.json", "loras/a.safetensors"]) == []
+    assert stale_files(present, ["npedit.json", LORA_FILE]) == present[1:4]
 
 
 def test_a_folder_for_comfyui_is_pushed_as_it_is(here: Path, hub: Hub) -> None:

@@ -164,6 +164,17 @@ def test_results_in_the_runs_folder_count_if_they_are_of_these_weights(trained: 
     assert "No pairs were used" in model_card(trained / "final", resolve_editor(trained))
 
 
+@pytest.mark.parametrize("name", ["summary.json", "settings.json"])
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_a_damaged_file_of_scores_is_left_out_of_a_card(trained: Path, name: str, content: str) -> None:
+    write_toy(trained / "mine.json", trained)
+    write_own(trained / "own", PictureSource(str(trained), None, False, "", 0, None).facts())
+    (trained / "own" / name).write_text(content)
+    assert "| 90 |" in shown(trained) and "| 77 |" not in shown(trained)
+    with pytest.raises(UserError, match="damaged"):
+        read_scores([trained / "own"])
+
+
 def test_scores_of_a_checkpoint_are_not_those_of_the_later_end(trained: Path) -> None:
     """A run's name means its latest checkpoint until there is final/."""
     (trained / "final").rename(trained / "aside")

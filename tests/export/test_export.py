@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_npedit_edits_alike_with_every_form(lora: Path, tmp_path: Path, form: st
     torch.testing.assert_close(edited(tmp_path / "out"), edited(lora), atol=1e-5, rtol=0)
     assert (tmp_path / "out" / LORA).exists() != merge
     assert (tmp_path / "out" / "transformer" / "config.json").exists() == merge
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_full_disk_is_told_and_leaves_nothing(lora: Path, tmp_path: Path, merge: bool) -> None:
+    """safetensors has an error of its own for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((lora / LORA).stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(UserError, match="expected room on the disk"):
+            export_editor(str(lora), tmp_path / "out", merge=merge)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merged_editor_is_whole_in_diffusers(lora: Path, tmp_path: Path) -> None:

@@ -43,6 +43,10 @@ class Hub:
             return self._commit(body, path.split("/api/models/")[1].split("/commit/")[0])
         return {}
 
+    def list_files(self) -> list[dict[str, Any]]:
+        """The answer to a request for the tree of a repository."""
+        return [{"type": "file", "path": name, "oid": "1" * 40, "size": len(c)} for name, c in self.files.items()]
+
     def _mode(self, name: str) -> dict[str, Any]:
         mode = "lfs" if name.endswith(".safetensors") else "regular"
         return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
@@ -57,6 +61,8 @@ class Hub:
                 self.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.files[value["path"]] = self.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.files[value["path"]]
         self.commits += 1
         return {
             "success": True,
@@ -69,7 +75,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
-    def _reply(self, status: int, body: dict[str, Any], headers: Mapping[str, str] = MappingProxyType({})) -> None:
+    def _reply(self, status: int, body: Any, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -103,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {})
 
     def do_GET(self) -> None:
+        if "/tree/" in self.path and not self.hub.refuse:
+            return self._reply(200, self.hub.list_files())
         return self._reply(self.hub.refuse or 404, {"error": "not here"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET

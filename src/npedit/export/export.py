@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npedit.editor import Editor
-from npedit.errors import UserError
+from npedit.errors import UserError, explain_write_errors
 from npedit.export.card import CARD, model_card
 from npedit.export.comfyui import write_comfyui
 from npedit.export.diffusers_folder import PART_FILE, PIPELINE_FILE, write_pipeline
@@ -61,10 +61,11 @@ def export_editor(name: str, folder: Path, form: str = "", base: str = "", merge
         raise UserError(f"expected a new or empty folder; got {folder}, which is not; choose another")
     work = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.tmp-{os.getpid()}"
     try:
-        work.mkdir(parents=True)
-        done = _write_form(source, work / folder.name, form, _absolute(base), merge)
-        _open_permissions(work / folder.name)
-        _move_into_place(work / folder.name, folder)
+        with explain_write_errors(folder):
+            work.mkdir(parents=True)
+            done = _write_form(source, work / folder.name, form, _absolute(base), merge)
+            _open_permissions(work / folder.name)
+            _move_into_place(work / folder.name, folder)
     except OSError as error:
         raise UserError(f"expected a folder to write to; got {folder}: {error}; choose another") from None
     finally:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npedit.errors import UserError
 from npedit.export.card import CARD, HUB_ID, set_repository
+from npedit.export.diffusers_folder import PART_FILE, PIPELINE_FILE
 from npedit.hub_access import CLIENT_ERROR
+from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
+from npedit.runs.editor_facts import FACTS_FILE
+
+EDITOR_FILES = (FACTS_FILE, LORA_FILE, PIPELINE_FILE, "model_index.json")
+EDITOR_FOLDERS = ("scheduler", "transformer")
 
 
 def require_pushable(repository: str) -> None:
@@ -39,7 +45,7 @@ def require_pushable(repository: str) -> None:
 def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
     """Upload the files of a folder, without hidden ones, to the repository USER/NAME, which is made if there is none;
     returns the address of the commit. `private` counts for a new repository only. The card names the repository in its
-    examples.
+    examples. Files of an earlier editor there that this one has not are deleted in the same commit.
 
     Raises:
         UserError: a bad id, no token, or what the Hub answers.
@@ -48,8 +54,25 @@ def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
     with _explain_hub_errors(repository):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.create_commit(repository, upload_operations(folder, repository), commit_message="Upload an editor")
+        operations = upload_operations(folder, repository)
+        stale = stale_files(api.list_repo_files(repository), [operation.path_in_repo for operation in operations])
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [
+            *operations,
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+        commit = api.create_commit(repository, changes, commit_message="Upload an editor")
     return commit.commit_url
+
+
+def stale_files(present: Iterable[str], added: Iterable[str]) -> list[str]:
+    """The files of a repository that belong to an editor and would be opened with the new one, such as a LoRA file
+    beside a whole transformer. [] if no editor is added: files for ComfyUI may stand beside an editor."""
+    present, added = sorted(present), set(added)
+    if FACTS_FILE not in added:
+        return []
+    parts = {str(PurePosixPath(name).parent) for name in present if PurePosixPath(name).stem == PART_FILE}
+    folders = {*EDITOR_FOLDERS, *parts}
+    return [n for n in present if n not in added and (n in EDITOR_FILES or n.split("/")[0] in folders)]
 
 
 def upload_operations(folder: Path, repository: str) -> list[CommitOperationAdd]:

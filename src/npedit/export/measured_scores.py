@@ -7,7 +7,7 @@ evaluation in a run's metrics.jsonl.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from npedit.runs.final import public_name
 from npedit.runs.resolve import EditorSource
 from npedit.scoring.results import SETTINGS, SUMMARY
 from npedit.toy.edits import EDIT_TYPES
+
+log = logging.getLogger(__name__)
 
 SHARES = ("both", "applied", "preserved")  # the toy benchmark's headlines
 
@@ -55,9 +57,17 @@ def read_scores(paths: Sequence[Path], steps: int | None = None) -> list[Measure
     number of steps: the title of results of another number states it.
 
     Raises:
-        UserError: a path is neither.
+        UserError: a path is neither, or a file is damaged.
     """
-    return [score for path in paths for score in _read_path(path, steps)]
+    found: list[MeasuredScore] = []
+    for path in paths:
+        try:
+            found += _read_path(path, steps)
+        except ValueError as error:
+            raise UserError(
+                f"expected scores in {path}; got a damaged file ({error}); run npedit evaluate again"
+            ) from None
+    return found
 
 
 def find_scores(source: EditorSource) -> list[Path]:
@@ -74,8 +84,15 @@ def find_scores(source: EditorSource) -> list[Path]:
 
 def _hash_of_scored(path: Path) -> str:
     """The hash of the editor whose pictures were scored, as `npedit evaluate` wrote it; "" if these are not pictures of
-    an editor, or no hash is there."""
-    facts = _editor_facts(read_json_object(path / SETTINGS if path.is_dir() else path))
+    an editor, no hash is there, or the file is damaged: that must not keep an editor from being exported."""
+    file = path / SETTINGS if path.is_dir() else path
+    try:
+        facts = _editor_facts(read_json_object(file))
+        if path.is_dir():
+            read_json_object(path / SUMMARY)
+    except ValueError as error:
+        log.warning("the scores in %s are left out of the model card: %s", path, error)
+        return ""
     return "" if facts.get("text_only") else str(facts.get("weights") or facts.get("files") or "")
 
 
@@ -127,7 +144,7 @@ def _read_toy(path: Path, steps: int | None) -> Iterator[MeasuredScore]:
 
 
 def _read_results(folder: Path, steps: int | None) -> Iterator[MeasuredScore]:
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_json_object(folder / SUMMARY)
     settings = read_json_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     title = _title(settings, folder) + _changed_settings(_editor_facts(settings), steps)
     prefix = _judged_prefix(settings)

@@ -47,14 +47,22 @@ class AnswerCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._hold()
             self._load()
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"expected {path} to be free; another evaluation writes it; wait, or use --out") from None
-        except UserError:
+        except BaseException:
             self._file.close()
             raise
+
+    def _hold(self) -> None:
+        """Lock the file. A file system without `flock` locks nothing; the folder is held too (`runs/lock.py`)."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"expected {self.path} to be free; another evaluation writes it; wait, or use --out"
+            ) from None
+        except OSError:
+            log.debug("%s: this file system has no flock", self.path)
 
     def __enter__(self) -> Self:
         return self
