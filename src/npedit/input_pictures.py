@@ -26,7 +26,10 @@ def open_picture(path: Path) -> Image.Image:
     if os.path.isdir(path):
         raise UserError(f"expected a picture; {path} is a folder. Name the pictures in it.")
     if not os.path.exists(path):
-        raise UserError(f"expected a picture; there is no {path}.")
+        raise UserError(
+            f"expected a picture; there is no file {str(path)!r}. An instruction of several words needs quotes: "
+            'npedit edit picture.png "make it night"'
+        )
     try:
         with decoding():
             if path.stat().st_size == 0:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from npedit.benchmarks._outputs import hash_editor
 from npedit.cli import main as cli
+from npedit.cli.console import train_command
 from npedit.recipe import config
 from npedit.toy.edits import EDIT_TYPES
 from tests.support.command_line import names, picture, run
@@ -194,3 +195,13 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(here):
 
 def test_version():
     assert re.fullmatch(r"npedit \d+\.\d+\.\d+ ", run("--version"))
+
+
+@pytest.mark.parametrize("held_out", [None, "", "a\n"])
+def test_the_command_that_trains_on_a_set_leaves_held_out_rows_out(tmp_path, held_out):
+    folder = tmp_path / "my set"
+    folder.mkdir()
+    if held_out is not None:
+        (folder / "held_out.txt").write_text(held_out)
+    wanted = f"train RECIPE data.path='{folder}'" + (f" data.held_out='{folder}/held_out.txt'" if held_out else "")
+    assert train_command(folder).endswith(wanted)

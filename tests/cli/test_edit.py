@@ -67,7 +67,7 @@ def test_words_unknown_to_the_embedded_editor_are_named(here):
 
 
 BAD_EDITS = {
-    "missing": (["none.png", "x"], "there is no none.png"),
+    "missing": (["none.png", "x"], "there is no file 'none.png'"),
     "folder": (["folder", "x"], "folder is a folder"),
     "no picture": (["words.png", "x"], "is not one"),
     "empty": (["empty.png", "x"], "empty"),
@@ -75,8 +75,8 @@ BAD_EDITS = {
     "no instruction": (["a.png"], "then an instruction"),
     "picture last": (["a.png", "b.png"], "then an instruction"),
     "picture missing at the end": (["a.png", "typo.PNG"], "there is no picture typo.PNG"),
-    "long instruction": (["none.png", "paint the circle red " * 20], "there is no none.png"),
-    "long picture": (["a" * 300 + ".png", "x"], "there is no aaa"),
+    "long instruction": (["none.png", "paint the circle red " * 20], "there is no file 'none.png'"),
+    "long picture": (["a" * 300 + ".png", "x"], "there is no file 'aaa"),
     "long output": (["a.png", "x", "-o", "a" * 300 + ".png"], "can be written"),
     "long model": (["a.png", "x", "-m", "a" * 300], "not a folder"),
     "blank instruction": (["a.png", " "], "empty one"),

@@ -17,6 +17,7 @@ from npedit.runs import checkpoint
 from npedit.steps.base import Parts
 from npedit.training import trainer
 from npedit.training.parts import build_parts, build_source, check_recipe_fits
+from tests.support.command_line import run
 from tests.support.photo_sets import opened, plain, row, save, write_metadata
 
 
@@ -28,6 +29,10 @@ def raw(*stages: dict, **changes) -> dict:
 
 def parts(made: Recipe) -> Parts:
     return Parts(Flux.tiny(0), LlavaOnevision.tiny(0), "short", torch.device("cpu"))
+
+
+def never(recipe: Recipe) -> Parts:
+    raise AssertionError("no model should be opened")
 
 
 def photos(folder: Path, *captions: str):
@@ -46,10 +51,19 @@ def test_sources_say_whether_they_have_the_references_captions(tmp_path: Path) -
 
 def test_the_warm_up_wants_the_references_captions(tmp_path: Path) -> None:
     made = make_recipe(raw({}, {"step": "reference_copy"}))
-    said = r"stages.1: expected data with source_caption.*metadata.jsonl:2; add the captions"
+    said = r"stages.1: expected data with source_caption.*metadata.jsonl:2; write what each photo shows.*npedit caption"
     with pytest.raises(UserError, match=said):
-        trainer.train(made, tmp_path / "run", parts=parts, source=lambda r: photos(tmp_path / "photos", "red", ""))
+        trainer.train(made, tmp_path / "run", parts=never, source=lambda r: photos(tmp_path / "photos", "red", ""))
     assert not checkpoint.is_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", [["train"], ["check", "--only", "data"]])
+def test_missing_captions_are_told_before_any_model_is_opened(tmp_path: Path, command: list[str]) -> None:
+    photos(tmp_path / "photos", "red", "")
+    recipe = ["sana-24gb", f"data.path={tmp_path / 'photos'}", "data.held_out=0", "data.max_enlargement=100"]
+    recipe += ["--out", str(tmp_path / "run")] if command == ["train"] else []
+    said = run(*command, *recipe, code=2)
+    assert "expected data with" in said and "npedit caption SET --out NEW" in said and "weights" not in said
 
 
 @pytest.mark.parametrize(

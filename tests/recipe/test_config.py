@@ -219,3 +219,17 @@ def test_only_families_that_can_isolate_references_are_asked_to(name):
     else:
         with pytest.raises(UserError, match=f"family.isolated_references: expected false with {name}.*flux, krea2"):
             make_recipe(raw)
+
+
+def test_a_study_is_no_recipe_and_is_not_listed_as_one():
+    with pytest.raises(UserError, match="which is a study; run npedit study"):
+        load_recipe("study-toy")
+    with pytest.raises(UserError) as told:
+        load_recipe("nothing-like-it")
+    recipes, studies = str(told.value).split(" (for npedit study: ")
+    assert "study-" not in recipes and "demo" in recipes and "study-toy" in studies
+
+
+def test_a_number_where_a_list_is_wanted_is_told_so():
+    with pytest.raises(UserError, match=r"data.sizes: expected a list, such as \[512, 512\]; got 512"):
+        load_recipe("sana-24gb", ["data.sizes=512"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from npedit.cli.rehearse import BEGUN, _begin, _require_place
 from npedit.critics.llava_onevision import LlavaOnevision
+from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.nets.device import CPU
 from npedit.recipe.config import EMBEDDED, load_recipe, make_recipe
@@ -219,6 +221,24 @@ def test_a_recipe_is_rehearsed_end_to_end(recipe_file, tmp_path, processes, capf
         v["flops"] for k, v in values["estimate"].items() if re.match("np_edit: (?!set-up)", k)
     )
     assert update["share"] == update["flops"] / update["seconds"] / values["product_flops_per_second"]
+
+
+def test_a_rehearsal_that_did_not_end_is_begun_again(tmp_path) -> None:
+    place = tmp_path / "rehearsal"
+    with pytest.raises(RuntimeError), _begin(place):
+        (place / "models").mkdir()
+        (place / "models" / "large.safetensors").write_text("x")
+        (place / "rehearsal.txt").write_text("a part")
+        with pytest.raises(UserError, match="rehearse"), _begin(place):  # another process, while this one runs
+            pass
+        raise RuntimeError("out of memory")
+    _require_place(place)
+    with _begin(place):
+        assert [path.name for path in place.iterdir()] == [BEGUN]
+        (place / "rehearsal.txt").write_text("whole")
+    with pytest.raises(UserError, match="new or empty"):
+        _require_place(place)
+    assert [path.name for path in place.iterdir()] == ["rehearsal.txt"]
 
 
 def test_an_old_rehearsal_is_not_written_over(recipe_file, tmp_path) -> None:

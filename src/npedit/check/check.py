@@ -18,7 +18,7 @@ from npedit.nets.device import device_name
 from npedit.recipe.config import Recipe, find_class
 from npedit.runs.start import resolve_start
 from npedit.training.out_of_memory import failed_part, is_out_of_memory
-from npedit.training.parts import build_parts, build_source, check_recipe_fits
+from npedit.training.parts import build_parts, build_source, check_data_fits, check_recipe_fits
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "data": check_data,
@@ -50,6 +50,7 @@ def check_recipe(
     if recipe.start:
         resolve_start(recipe.start)
     data = build_source(recipe)
+    check_data_fits(recipe, data)
     parts = build_parts(recipe)
     check_recipe_fits(recipe, data, parts)
     subject = Subject(recipe, data, parts, options, read_examples(data, options.samples))

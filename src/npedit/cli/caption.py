@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import err, out
+from npedit.cli.console import err, out, train_command
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.prepare_progress import progress_display
 from npedit.cli.writers import (
@@ -36,7 +35,7 @@ from npedit.cli.writers import (
     print_usage,
     require_options,
 )
-from npedit.errors import UserError, npedit_command
+from npedit.errors import UserError
 
 
 def caption(
@@ -107,5 +106,4 @@ def print_captions(folder: Path, facts: dict[str, Any]) -> None:
     for reason, count in list(facts["reasons"].items())[:5]:
         out.print(escape(f"  {count} {reason}"))
     print_usage(facts)
-    words = f"{npedit_command()} train RECIPE data.path={shlex.quote(str(folder))}"
-    out.print(f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(words)}")
+    out.print(f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(train_command(folder))}")

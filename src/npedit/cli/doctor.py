@@ -39,7 +39,8 @@ def run_checks() -> Iterator[Check]:
     try:
         packages = [_check_package(requirement) for requirement in required_packages()]
     except PackageNotFoundError:
-        packages = [("npedit", False, "not installed as a package, so what it needs is unknown; pip install npedit")]
+        words = "not installed as a package, so what it needs is unknown; run pip install . in npedit's folder"
+        packages = [("npedit", False, words)]
     yield from packages
     if not all(is_fine for _, is_fine, _ in packages):
         return

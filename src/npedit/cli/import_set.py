@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import out
+from npedit.cli.console import out, train_command
 from npedit.cli.json_output import JsonOption, print_json
 from npedit.errors import UserError
 
@@ -54,7 +54,7 @@ def import_set(
         return
     for line in report_lines(report):
         out.print(escape(line))
-    out.print(f"Data set: {escape(str(folder))}")
+    out.print(f"Data set: {escape(str(folder))}. Train on it: {escape(train_command(folder))}")
 
 
 def _split_column(text: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import err, out
+from npedit.cli.console import err, out, train_command
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.prepare_progress import progress_display
 from npedit.cli.writers import (
@@ -37,7 +36,7 @@ from npedit.cli.writers import (
     print_usage,
     require_options,
 )
-from npedit.errors import UserError, npedit_command
+from npedit.errors import UserError
 
 if TYPE_CHECKING:
     from npedit.prepare.asking import Meter
@@ -51,6 +50,7 @@ PerPhotoOption = Annotated[int, typer.Option(help="Wanted edits of each photo.",
 RoundsOption = Annotated[
     int, typer.Option(help="Rounds of asking. After the first, only photos that lack edits are asked.", min=1)
 ]
+MinSideOption = Annotated[int, typer.Option(help="Photos with a shorter side below this are not used.", min=1)]
 LanguageOption = Annotated[str, typer.Option(help="Language of the instructions; captions are English.")]
 CustomOption = Annotated[
     Path | None, typer.Option(help="A YAML file with further edit_types, styles, examples, or a language.")
@@ -81,6 +81,7 @@ def prepare(
     types: TypesOption = "",
     per_photo: PerPhotoOption = 2,
     rounds: RoundsOption = 2,
+    min_side: MinSideOption = 16,
     workers: WorkersOption = 8,
     side: SideOption = 1024,
     jpeg_quality: JpegQualityOption = 90,
@@ -118,8 +119,8 @@ def prepare(
     models = open_models(*served, verify, workers, jpeg_quality, parameters)
     job = Job(
         photos, target, loaded, models, open_engine(engine, ray_address, models), licences, meter,
-        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "subjects": subjects,
-         "duplicates": duplicates, "held_out": held_out, "shard": part},
+        {"shares": shares, "per_photo": per_photo, "side": side, "seed": seed, "rounds": rounds, "min_side": min_side,
+         "subjects": subjects, "duplicates": duplicates, "held_out": held_out, "shard": part},
     )  # fmt: skip
     return show_dry_run(job, dry_run) if dry_run else run_job(job, as_json)
 
@@ -210,11 +211,7 @@ def _print_facts(folder: Path, facts: dict[str, Any]) -> None:
         f"{photos['bad']} bad photos, {photos['duplicates']} near-duplicates; {facts['held_out']} rows held out"
     )
     print_usage(facts)
-    held = f" data.held_out={shlex.quote(str(folder / 'held_out.txt'))}" if facts["held_out"] else ""
-    out.print(
-        f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(npedit_command())} train RECIPE "
-        f"data.path={escape(shlex.quote(str(folder)))}{escape(held)}"
-    )
+    out.print(f"Set: [bold]{escape(str(folder))}[/]. Train on it: {escape(train_command(folder))}")
 
 
 def show_dry_run(job: Job, count: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,12 @@ from rich.markup import escape
 from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.errors import UserError
+from npedit.runs.lock import hold
 
 if TYPE_CHECKING:
     from npedit.rehearsal.rehearse import Measured
 
+BEGUN = ".begun"  # a folder in that of a rehearsal that has not ended
 INSTRUCTION = "paint the table dark red"
 
 
@@ -80,16 +83,28 @@ def run_rehearse(
         count = 1 if distributed.is_multi_process() else processes or launch.default_process_count()
         parts.check_processes(loaded, count)
         if distributed.is_main_process():
-            _require_new_folder(place)
+            _require_place(place)
         if count > 1:
             return launch.start_processes(count, _arguments(name, overrides, layers, size, place, keep, as_json)), {}
-        found = rehearsal.rehearse(loaded, place, layers, size)
-        return 0, _finish(found, place, keep) if distributed.is_main_process() else {}
+        with _begin(place) if distributed.is_main_process() else nullcontext():
+            found = rehearsal.rehearse(loaded, place, layers, size)
+            return 0, _finish(found, place, keep) if distributed.is_main_process() else {}
 
 
-def _require_new_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _require_place(folder: Path) -> None:
+    if not (folder / BEGUN).is_dir() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"expected a new or empty folder; got {folder}; remove it, or choose another with --out")
+
+
+@contextmanager
+def _begin(folder: Path) -> Iterator[None]:
+    """Hold the folder of a rehearsal in a `with` block. What a rehearsal that did not end left there is deleted."""
+    with hold(folder / BEGUN, "rehearse"):
+        for path in folder.iterdir():
+            if path.name != BEGUN:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    shutil.rmtree(folder / BEGUN)
 
 
 def _arguments(
@@ -129,7 +144,7 @@ def _finish(found: Measured, place: Path, keep: bool) -> dict[str, Any]:
     for line in lines:
         out.print(escape(line))
     if not keep:
-        for inner in (path for path in place.iterdir() if path.is_dir()):
+        for inner in (path for path in place.iterdir() if path.is_dir() and path.name != BEGUN):
             shutil.rmtree(inner)
     out.print(f"Written: {escape(str(place / 'rehearsal.txt'))}" + ("" if keep else " (all else is removed)"))
     return values | {"folder": str(place)}

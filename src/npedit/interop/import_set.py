@@ -292,7 +292,10 @@ def report_lines(report: ImportReport) -> list[str]:
     lines += [f"Edit types: {', '.join(f'{kind} {count}' for kind, count in report.types.most_common())}."]
     for caption, need in (("target_caption", "dmd_weight above 0"), ("source_caption", "the warm-up (reference_copy)")):
         if count := report.missing[caption]:
-            lines.append(f"{caption} is empty in {count} of {report.rows} rows; training with {need} needs it.")
+            lines.append(
+                f"{caption} is empty in {count} of {report.rows} rows; training with {need} needs it; npedit "
+                "caption writes it."
+            )
     if count := report.without_object["from the instruction"]:
         lines.append(f"Removals whose object is taken from the instruction: {count}.")
     if count := report.without_object[OTHER]:

@@ -189,6 +189,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"expected a recipe with keys such as name and stages; got {path}, a {type(raw).__name__}; see recipes/"
         )
+    if "variants" in raw:
+        raise UserError(f"expected a recipe; got {path}, which is a study; run npedit study {path}")
     for override in overrides:
         apply_override(raw, override)
     if isinstance(raw.get("stages"), list):
@@ -311,7 +313,8 @@ def _explain_validation_error(model: type[BaseModel], error: Mapping[str, Any], 
         return f"{where}: expected one of {', '.join(known)}; got an unknown key; remove or rename it.{hint}"
     if error["type"] == "missing":
         return f"{where}: expected a value; got none; add the key"
-    return f"{where}: expected another value ({error['msg']}); got {error['input']!r}; change it"
+    wanted = "a list, such as [512, 512]" if "tuple" in error["type"] else f"another value ({error['msg']})"
+    return f"{where}: expected {wanted}; got {error['input']!r}; change it"
 
 
 def _known_keys(model: Any, loc: Sequence[str]) -> list[str]:

@@ -21,5 +21,10 @@ def recipe_path(name: str | Path) -> Path:
     packaged = {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
     if str(name) in packaged:
         return packaged[str(name)]
-    known, hint = ", ".join(packaged) or "none", did_you_mean(str(name), packaged)
-    raise UserError(f"expected a recipe file or one of: {known}; got {str(name)!r}; check the path.{hint}")
+    hint = did_you_mean(str(name), packaged)
+    studies = [stem for stem in packaged if stem.startswith("study-")]
+    known = ", ".join(stem for stem in packaged if stem not in studies)
+    raise UserError(
+        f"expected a recipe file or one of: {known} (for npedit study: {', '.join(studies)}); got {str(name)!r}; check "
+        f"the path.{hint}"
+    )

@@ -164,7 +164,7 @@ def _prepare(recipe: Recipe, folder: Path, layers: int | None, size: tuple[int, 
 
 def _estimate(recipe: Recipe) -> Estimate:
     """The recipe's estimate, made in a new process: outside the process group, and without use of this one's memory."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         count, at_once = distributed.world_size(), is_accelerator(pick_device())
         return pool.submit(estimate, recipe, count, at_once).result()
 

@@ -58,7 +58,10 @@ def resolve_editor(name: str | Path) -> EditorSource:
     if match := CHECKPOINT_NAME.fullmatch(folder.name):
         return _resolve_checkpoint(folder, int(match[1]))
     if not os.path.isdir(folder):  # unlike Path.is_dir, it does not fail on a name that is too long
-        raise UserError(f"expected a run or an editor's folder; {folder} is not a folder. Give a run, or 'embedded'.")
+        raise UserError(
+            f"expected a run or an editor's folder; {folder} is not a folder. Give a run, or 'embedded'. Of an "
+            "editor on the Hub give the folder of: hf download USER/NAME --local-dir FOLDER"
+        )
     for candidate, run in ((folder, folder.parent), (folder / "final", folder)):
         if (candidate / FACTS_FILE).is_file():
             return EditorSource(candidate, run if (run / CONFIG).is_file() else None)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ViTModel
 
 from npedit.errors import UserError
-from npedit.hub_access import is_local_only
+from npedit.hub_access import hub_error_text, is_local_only
 from npedit.nets.device import pick_device
 from npedit.scoring.results import MissingScore
 
@@ -133,12 +133,15 @@ def open_encoder(kind: type[Dino] | type[Clip], weights: str = "") -> Dino | Cli
     try:
         return kind.load(weights or kind.default_weights, pick_device())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())
+        said = hub_error_text(error)
         if weights:
             raise UserError(
                 f"expected {name} weights, a Hub id or a folder; got {weights!r}: {said}; name others, or 'none'"
             ) from None
-        return MissingEncoder(tag, f"{kind.default_weights} cannot be opened: {said[:200]}")
+        option = f"--{name.lower()}"
+        return MissingEncoder(
+            tag, f"{kind.default_weights} cannot be opened: {said}; give {option} FOLDER, or {option} none"
+        )
 
 
 def _load_model(kind: Any, expected: str, weights: str, **options: Any) -> Any:

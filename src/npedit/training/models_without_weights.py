@@ -65,5 +65,6 @@ def config_folder(part: str, weights: str, folder: Any) -> Path:
     known = ", ".join(sorted(p.name.replace("--", "/") for p in PUBLISHED.iterdir() if p.is_dir()))
     raise UserError(
         f"{part}.weights: expected a local folder, or one of these, whose configs are in the package: {known}; got "
-        f"{weights!r}; give a folder with that model's config files, which needs no weights"
+        f"{weights!r}; give a folder with that model's config files, which needs no weights: hf download ID "
+        "--include '*.json' '*.txt' '*.model' --local-dir FOLDER"
     )

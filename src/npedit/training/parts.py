@@ -16,11 +16,12 @@ from npedit.critics._bits import quantisation_arguments
 from npedit.critics.base import Critic
 from npedit.errors import UserError
 from npedit.families._prompts import truncation_message
+from npedit.hub_access import is_local_only
 from npedit.nets import distributed
 from npedit.nets.device import allow_tf32, device_name, pick_device, supports_dtype
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
-from npedit.recipe.config import CriticChoice, Recipe, find_class, find_module, torch_dtype
+from npedit.recipe.config import EMBEDDED, CriticChoice, Recipe, find_class, find_module, torch_dtype
 from npedit.runs.checkpoint import read_config
 from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.editor_weights import load_ema_weights, require_finite_weights
@@ -35,6 +36,7 @@ from npedit.training.progress_display import plain_console
 log = logging.getLogger(__name__)
 
 STAGE_SEEDS = 1_000_003  # difference between the seeds of two stages
+CAPTION_COMMAND = "npedit caption SET --out NEW --writer URL --writer-model NAME"
 
 
 def build_parts(recipe: Recipe) -> Parts:
@@ -165,6 +167,11 @@ def explain_loading_errors(key: str, weights: str) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:  # also truncated files
+        if weights != EMBEDDED and isinstance(error, OSError) and is_local_only(weights):
+            raise UserError(
+                f"{key}: expected a model that opens; got {weights!r}: the Hugging Face Hub does not answer, and the "
+                "model is not complete on this computer; check the network and HF_HUB_OFFLINE, or give a folder"
+            ) from error
         raise UserError(f"{key}: expected a model that opens; got {weights!r} ({error}); correct the recipe") from error
 
 
@@ -173,11 +180,11 @@ def build_source(recipe: Recipe) -> Any:
     return find_module("data", recipe.data.name).Source(recipe.data.settings, recipe.seed)
 
 
-def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
-    """Refuse data that the stages, the family or the benchmark cannot use; report texts that are too long.
+def check_data_fits(recipe: Recipe, data: Any) -> None:
+    """Refuse data that the stages cannot use. It needs no models, so it is done before they are downloaded.
 
     Raises:
-        UserError: names what is missing or of the wrong size.
+        UserError: names what is missing.
     """
     check_processes(recipe, distributed.world_size())
     if distributed.world_size() > 1 and distributed.world_size() > len(data):
@@ -190,14 +197,13 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         if "target_caption" in needs and not data.has_target_captions:
             raise UserError(
                 f"stages.{i}: expected data with target_caption, which {stage.step} needs here; got "
-                f"{_rows_without(data, 'target_caption')}; add the captions or set the weight of the loss that needs "
-                "them to 0"
+                f"{_rows_without(data, 'target_caption')}; write them, or let a model do it: {CAPTION_COMMAND}"
             )
         if "source_caption" in needs and not data.has_source_captions:
             raise UserError(
                 f"stages.{i}: expected data with source_caption, which {stage.step} needs as its text, in every row; "
-                f"got {_rows_without(data, 'source_caption')}; add the captions (what each photo shows, in a few "
-                "words) or leave this stage out"
+                f"got {_rows_without(data, 'source_caption')}; write what each photo shows, or let a model "
+                f"do it: {CAPTION_COMMAND}"
             )
         if "edited" in needs and not getattr(data, "has_pairs", False):
             raise UserError(f"stages.{i}: {stage.step} expected pairs; got data.name {recipe.data.name}; use toy_pairs")
@@ -209,6 +215,15 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
     check_failure_sampling(recipe, data)
     if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
         raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
+
+
+def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
+    """Refuse data that the stages, the family or the benchmark cannot use; report texts that are too long.
+
+    Raises:
+        UserError: names what is missing or of the wrong size.
+    """
+    check_data_fits(recipe, data)
     most = getattr(data, "most_references", 1)
     if most > parts.family.most_references:
         raise UserError(

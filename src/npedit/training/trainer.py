@@ -40,6 +40,7 @@ from npedit.training.parts import (
     STAGE_SEEDS,
     build_parts,
     build_source,
+    check_data_fits,
     check_recipe_fits,
     check_steps,
     load_start_weights,
@@ -89,6 +90,7 @@ def train(
             resolve_start(recipe.start)
         data = source(recipe)
         restore_held_out_rows(run, data)
+        check_data_fits(recipe, data)
         made = parts(recipe)
         check_recipe_fits(recipe, data, made)
         check_steps(recipe, made)
