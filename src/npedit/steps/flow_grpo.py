@@ -117,6 +117,7 @@ class Step(Base):
     """See the module's head."""
 
     Settings = FlowGrpoSettings
+    most_references = 1
 
     def __init__(self, settings: FlowGrpoSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
         self.settings, self.parts, self.seed = settings, parts, seed
