@@ -23,8 +23,9 @@ class TestLlavaOnevision(ChatCriticChecks):
         return LlavaOnevision.tiny(seed)
 
     def hf_pixels(self, critic, array):
-        """The base patch, which is the whole image without tiles."""
-        return critic.processor(Image.fromarray(array), return_tensors="pt")["pixel_values"][0, :1]
+        """The image as one of several, which have no tiles."""
+        image = Image.fromarray(array)
+        return critic.processor([[image, image]], return_tensors="pt")["pixel_values"][0]
 
     def hf_inputs(self, critic, prompts, pictures):
         """Images by their number: each is one square, as among several."""
@@ -33,7 +34,7 @@ class TestLlavaOnevision(ChatCriticChecks):
         text = critic.tokenizer(
             [p.replace("<image>", "<image> " * each) for p in prompts], padding=True, return_tensors="pt"
         )
-        seen = [critic.processor(p, return_tensors="pt")["pixel_values"][0, :1] for looks in pictures for p in looks]
+        seen = [critic.processor([[p, p]], return_tensors="pt")["pixel_values"][0] for looks in pictures for p in looks]
         return {
             "input_ids": text.input_ids,
             "attention_mask": text.attention_mask,
@@ -45,6 +46,27 @@ class TestLlavaOnevision(ChatCriticChecks):
     def test_pixels_at_the_towers_size_are_exact(self, critic):
         array = photo(32, 32, 5)
         torch.testing.assert_close(critic.pixels(tensor(array)), self.hf_pixels(critic, array), atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("size", [(40, 8), (41, 130), (130, 41), (96, 160), (160, 96), (31, 32), (33, 32)])
+    def test_pixels_are_the_processors_with_edges_whatever_side_is_longer(self, critic, size):
+        """Tall ones with hard edges too: what is resized is a square."""
+        self.test_pixels_are_the_processors(critic, size, True)
+
+    def test_a_picture_keeps_its_aspect_ratio_in_a_square_of_the_mean_colour(self, critic):
+        for way in (torch.float32, torch.bfloat16):
+            wide, tall = (critic.pixels(images(1, *size).to(way)) for size in ((24, 96), (96, 24)))
+            for square in (wide, tall.transpose(-1, -2)):
+                around = torch.cat([square[..., :10, :], square[..., 22:, :]], -2)  # the picture is in lines 12 to 19
+                assert torch.allclose(around, torch.tensor((127 / 255 - 0.5) / 0.5), atol=1e-5)
+                assert square[..., 12:20, :].std() > 0.1 and square.dtype is torch.float32
+
+    @pytest.mark.parametrize("size", [(24, 40), (40, 24)])
+    def test_every_pixel_of_a_picture_that_is_not_square_has_its_own_gradient(self, critic, size):
+        """That of the padded and resized picture, and none through the colour around it."""
+        picture = (0.1 + 0.8 * images(1, *size).double()).requires_grad_()
+        assert torch.autograd.gradcheck(critic.pixels, picture, fast_mode=True)
+        critic.margin([SHORT], [critic.encode_images(picture.float())]).sum().backward()
+        assert (picture.grad.abs().amax(1) > 0).all()
 
     def test_pixels_use_each_channels_own_mean_and_deviation(self):
         critic = LlavaOnevision.tiny(0)

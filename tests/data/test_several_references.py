@@ -12,7 +12,7 @@ from npedit.errors import UserError
 from npedit.families.flux import Flux
 from npedit.generator import edit_images
 from npedit.steps import np_edit, reference_copy
-from npedit.training.parts import check_recipe_fits
+from npedit.training.parts import build_source, check_recipe_fits
 from tests.support.parts import example, parts, weights
 from tests.support.photo_sets import plain, row, save, write_metadata
 from tests.training.test_trainer import recipe
@@ -82,10 +82,19 @@ def test_more_references_than_the_family_takes_are_refused_before_training(tmp_p
         save(tmp_path, name, plain(64, 64))
     rows = [row("a.png"), row("b.png", reference_file_names=["a.png"] * 3)]
     settings = imagefolder.Settings(path=str(write_metadata(tmp_path, rows)), sizes=((64, 64),), prefetch=0)
-    source = imagefolder.Source(settings, 0)
+    source, frozen = imagefolder.Source(settings, 0), parts()
     assert source.most_references == 4
-    frozen = parts()
+    stage, policy = ({"step": s, "updates": 1, "batch_size": 1} for s in ("np_edit", "flow_grpo"))
+    stage["settings"] = {"steps": 2}
+    check_recipe_fits(recipe(stages=[stage]), source, frozen)
+    with pytest.raises(UserError, match=r"stages\.1: expected .* at most 1, as flow_grpo .*got 4; .*remove"):
+        check_recipe_fits(recipe(stages=[stage, policy]), source, frozen)
     frozen.family.most_references = 3
-    stage = {"step": "np_edit", "updates": 1, "batch_size": 1, "settings": {"steps": 2}}
     with pytest.raises(UserError, match="at most 3 references"):
         check_recipe_fits(recipe(stages=[stage]), source, frozen)
+
+
+def test_rows_with_one_reference_fit_each_step():
+    """Also a data source that says nothing of references."""
+    made = recipe(stages=[{"step": "flow_grpo", "updates": 1, "batch_size": 1}])
+    check_recipe_fits(made, build_source(made), parts())

@@ -226,17 +226,6 @@ def test_a_window_of_noisy_steps_is_drawn_in_the_first_half_and_the_other_steps_
     assert begun == {0, 1}
 
 
-def test_split_samples_are_used_once_each(frozen: Parts) -> None:
-    step = make(frozen, policy_updates=2, split_samples=True, group=4)
-    found, _ = sampled(step)
-    parts_used = [used[0] for used in step._samples_of_updates([found], 0)]
-    rows = torch.cat([p.states[0] for p in parts_used])
-    assert [len(p.advantages) for p in parts_used] == [4, 4]
-    assert sorted(rows.sum((1, 2, 3)).tolist()) == sorted(found.states[0].sum((1, 2, 3)).tolist())
-    whole = [used[0] for used in make(frozen)._samples_of_updates([found], 0)]
-    assert len(whole) == 2 and all(used is found for used in whole)
-
-
 def test_large_advantages_are_cut(frozen: Parts) -> None:
     free, _ = sampled(make(frozen, group=6))
     cut, _ = sampled(make(frozen, group=6, advantage_clip=0.5))

@@ -1,7 +1,9 @@
 """LLaVA-OneVision (arXiv 2408.03326), the paper's critic; the embedded toy critic is the same classes at toy size.
 
-Each image is resized to the vision tower's square without tiles, as the model's own processor makes the base patch of
-a single image. The question and the images are laid out by the model's own chat template.
+Each image is padded to a square with the mean colour and resized to the vision tower's square, without tiles, as the
+model's own processor prepares several images. A question about one image is asked in this form too. So an image has
+one set of tokens, whatever its questions are, and their number does not depend on its size. The question and the images
+are laid out by the model's own chat template.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from npedit.critics._chat import ChatCritic, normalise, resize_bicubic
+from npedit.critics._chat import ChatCritic, at_least_float32, normalise, resize_bicubic
 from npedit.questions import GRADES, WORDINGS
 
 TINY_WORDS = (
@@ -98,12 +100,13 @@ class LlavaOnevision(ChatCritic):
         """(n, 3, H, W) in [0, 1] -> n tensors (tokens, dim): one per patch and the newline."""
         pixels = self.pixels(images).to(self.model.dtype)
         sizes = torch.full((len(pixels), 2), self.side, device=pixels.device)
-        together = torch.tensor([max(2, len(pixels))])  # "several images": one square each, no tiles
+        together = torch.tensor([max(2, len(pixels))])  # "several images": the model would take one alone for tiles
         return list(self.model.model.get_image_features(pixels, sizes, batch_num_images=together).pooler_output)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [0, 1] -> (n, 3, side, side), scaled and normalised."""
-        return normalise(resize_bicubic(images, self.side, self.side), self.processor)
+        """(n, 3, H, W) in [0, 1] -> (n, 3, side, side), padded to a square, scaled and normalised."""
+        colour = [int(mean * 255) / 255 for mean in self.processor.image_mean]  # rounded down, as the processor does
+        return normalise(resize_bicubic(pad_to_square(images, colour), self.side, self.side), self.processor)
 
     def hidden_states(
         self, questions: Sequence[str], visual_tokens: Sequence[Sequence[Tensor]]
@@ -127,3 +130,17 @@ class LlavaOnevision(ChatCritic):
         """The answer follows the prompt at once. The model's own template has a space before the line's end in an
         answered turn and none in the prompt, and that of the toy critic has no answered turns."""
         return word
+
+
+def pad_to_square(images: Tensor, colour: Sequence[float]) -> Tensor:
+    """(n, 3, H, W) in [0, 1] -> (n, 3, longer side, longer side), differentiable: each image in the middle of a square
+    of this colour. Of an odd number of added lines, the greater part is below or on the right."""
+    height, width = images.shape[-2:]
+    if height == width:
+        return images
+    images, side = at_least_float32(images), max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = torch.tensor(colour, dtype=images.dtype, device=images.device)[:, None, None]
+    square = square.repeat(len(images), 1, side, side)
+    square[..., top : top + height, left : left + width] = images
+    return square

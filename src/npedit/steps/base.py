@@ -249,6 +249,7 @@ class Step(ABC):
     settings: Any  # an instance of `Settings`
     learners: dict[str, Learner]
     reports_item_errors: ClassVar[bool] = False  # whether `item_errors` is filled if the step has a critic
+    most_references: ClassVar[int | None] = None  # of an example, the photo included; None: as many as the family takes
     item_errors: Sequence[ItemErrors] = ()  # of the last update, by batch
 
     @abstractmethod

@@ -40,7 +40,7 @@ from npedit.data import Batch
 from npedit.errors import UserError
 from npedit.families.base import EncodedText, References
 from npedit.generator import sample_noise, seeded_generator
-from npedit.nets.distributed import all_gather, rank
+from npedit.nets.distributed import all_gather, global_batch_size, rank
 from npedit.nets.learner import Learner, LearnerSettings
 from npedit.nets.master_weights import master_weight, set_weight
 from npedit.recipe.config import Settings
@@ -88,7 +88,7 @@ class Trajectories:
     `states` holds x (n, c, h, w) at each of `times`. `trained` are the numbers of the steps that are noisy. For each of
     these, `before` holds the log-probability (n,), and `reference` the mean (n, c, h, w) that the reference policy
     gives it (nothing, if the KL's weight is 0). `advantages` (n,) are those of the rewards (n,), and zero until the
-    rewards of the whole update are known.
+    rewards of the whole update are known. `weight` is how much these samples count in the mean over the processes.
     """
 
     text: EncodedText
@@ -100,6 +100,7 @@ class Trajectories:
     reference: tuple[Tensor, ...]
     rewards: Tensor
     advantages: Tensor
+    weight: float = 1.0
 
     def select(self, rows: Tensor) -> Trajectories:
         """These rows of all."""
@@ -109,7 +110,9 @@ class Trajectories:
             references=self.references[rows],
             rewards=self.rewards[rows],
             advantages=self.advantages[rows],
-            **{k: tuple(x[rows] for x in getattr(self, k)) for k in ("states", "before", "reference")},
+            states=tuple(x[rows] for x in self.states),
+            before=tuple(x[rows] for x in self.before),
+            reference=tuple(x[rows] for x in self.reference),
         )
 
 
@@ -117,6 +120,7 @@ class Step(Base):
     """See the module's head."""
 
     Settings = FlowGrpoSettings
+    most_references = 1
 
     def __init__(self, settings: FlowGrpoSettings, parts: Parts, student: nn.Module, updates: int, seed: int):
         self.settings, self.parts, self.seed = settings, parts, seed
@@ -153,15 +157,29 @@ class Step(Base):
         return means | {f"{k}/student": v for k, v in logged.items()} | timers.seconds
 
     def _samples_of_updates(self, taken: list[Trajectories], update: int) -> Iterator[list[Trajectories]]:
-        """The samples that each policy update uses: all of them, or with `split_samples` a part, drawn at random."""
+        """The samples that each policy update uses: all of them, or with `split_samples` a part, drawn at random among
+        those of the global batch."""
         count = self.settings.policy_updates
         if not self.settings.split_samples:
             yield from [taken] * count
             return
         generator = seeded_generator(self.seed, "flow_grpo split", update, 0)
-        parts = [torch.randperm(len(s.advantages), generator=generator).tensor_split(count) for s in taken]
+        sizes = [global_batch_size(len(s.advantages)) for s in taken]
+        parts = [torch.randperm(size, generator=generator).tensor_split(count) for size in sizes]
         for k in range(count):
-            yield [s.select(rows[k].to(s.advantages.device)) for s, rows in zip(taken, parts)]
+            yield [self._select_own(s, rows[k]) for s, rows in zip(taken, parts)]
+
+    def _select_own(self, samples: Trajectories, rows: Tensor) -> Trajectories:
+        """This process's samples among these rows of the global batch, weighted by their number: a mean over the
+        processes is then that over all rows. A process without any makes a pass with weight 0 all the same, because
+        sharded models need equal numbers of passes."""
+        items = len(samples.advantages) // self.settings.group
+        sample, item = rows // global_batch_size(items), rows % global_batch_size(items)
+        own = item // items == rank()
+        mine = (sample * items + item % items)[own]
+        chosen = mine if len(mine) else torch.zeros(1, dtype=torch.long)
+        weight = global_batch_size(len(mine)) / len(rows)
+        return replace(samples.select(chosen.to(samples.advantages.device)), weight=weight)
 
     # -------------------------------------------------------------------------------------------------- sampling
 
@@ -268,8 +286,8 @@ class Step(Base):
             kl = grpo.kl_divergence(mean, samples.reference[k], std)
             seen["loss/kl"] = float(kl.detach())
             loss = loss + s.kl_weight * kl
-        metrics.append(seen)
-        return loss
+        metrics.append({key: samples.weight * value for key, value in seen.items()})
+        return samples.weight * loss
 
     # ------------------------------------------------------------------------------------------- reference policy
 

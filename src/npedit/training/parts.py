@@ -224,12 +224,7 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         UserError: names what is missing or of the wrong size.
     """
     check_data_fits(recipe, data)
-    most = getattr(data, "most_references", 1)
-    if most > parts.family.most_references:
-        raise UserError(
-            f"data: expected rows with at most {parts.family.most_references} references, the photo included, as "
-            f"{recipe.family.name} takes no more; got {most}; shorten reference_file_names"
-        )
+    _check_references(recipe, getattr(data, "most_references", 1), parts.family.most_references)
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
         if height % multiple or width % multiple:
@@ -240,6 +235,23 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
     if distributed.is_main_process() and (message := truncation_message(parts.family, data.texts())):
         log.warning("data: %s", message)
+
+
+def _check_references(recipe: Recipe, most: int, limit: int) -> None:
+    """Refuse rows with up to `most` references if the family, whose limit is given, or a stage takes fewer."""
+    if most > limit:
+        raise UserError(
+            f"data: expected rows with at most {limit} references, the photo included, as {recipe.family.name} takes "
+            f"no more; got {most}; shorten reference_file_names"
+        )
+    for i, stage in enumerate(recipe.stages):
+        of_step = find_class("steps", stage.step).most_references
+        if of_step is not None and most > of_step:
+            raise UserError(
+                f"stages.{i}: expected rows whose number of references, the photo included, is at most {of_step}, as "
+                f"{stage.step} takes no more; got {most}; shorten or remove reference_file_names, or leave this stage "
+                "out"
+            )
 
 
 def check_steps(recipe: Recipe, parts: Parts) -> None:
