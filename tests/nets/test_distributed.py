@@ -12,7 +12,8 @@ from torch import nn
 import tests.support.side_by_side as two
 from npedit.errors import UserError
 from npedit.generator import sample_noise, seeded_generator
-from npedit.nets import distributed
+from npedit.nets import distributed, sharded_checkpoint
+from npedit.recipe.config import Recipe
 from npedit.runs import checkpoint
 from npedit.training.parts import check_dtype, check_processes
 
@@ -135,13 +136,19 @@ def test_split_samples_of_flow_grpo_equal_those_of_one(tmp_path: Path, shard: st
 # --------------------------------------------------------------------------------------------------- stop and go on
 
 
+def train_with_small_pieces(run: Path, made: Recipe) -> None:
+    """Read the checkpoint in many pieces."""
+    sharded_checkpoint.PIECE_BYTES = 50_000
+    two.train(run, made)
+
+
 def test_a_signal_to_one_stops_both_and_they_go_on(sharded: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ends = two.together(tmp_path, two.train, run, two.recipe("full"), (1, 3), "SIGTERM")
     assert [end.get("exit") for end in ends] == [75, 75], ends
     assert checkpoint.latest_complete_checkpoint(run).name == "checkpoint-000003"
     shutil.copytree(run, tmp_path / "one")
-    ends = two.together(tmp_path, two.train, run, two.recipe("full"))
+    ends = two.together(tmp_path, train_with_small_pieces, run, two.recipe("full"))
     assert all("value" in end for end in ends), ends
     assert_same_bits(weights(run, 4), weights(sharded, 4))
     two.train(tmp_path / "one", two.recipe())  # what two wrote, one reads

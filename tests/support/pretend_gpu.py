@@ -162,6 +162,8 @@ def _factory(gpu: PretendGpu, make: Callable[..., Tensor]) -> Callable[..., Tens
     @wraps(make)
     def made(*args: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
+        if kwargs.pop("pin_memory", False) and device is not None and _place(device) == GPU:
+            raise WrongDevice("page-locked memory on the GPU")
         if device is None:
             return gpu.keep(make(*args, **kwargs))
         if _place(device) not in (CPU, GPU):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -175,45 +174,53 @@ class Learner:
         kind, name = key.split(".", 1)
         return self._masters.get(name.split(".", 1)[1] if kind == "optimizer" else name)
 
-    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Load what `state` returned.
+        """Load what `state` returned. Errors as in `load_tensors`."""
+        self.load_tensors(tensors.items(), numbers)
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Load what `state` returned, its tensors one by one: each is copied before the next one is asked for.
 
         Raises:
-            ValueError: the tensors are those of another model; the message names the first wrong one.
+            ValueError: the tensors are those of another model; the message names a wrong one.
         """
-        wanted: dict[str, Tensor] = {f"net.{n}": p for n, p in self._masters.items()}
-        wanted |= {f"ema.{n}": e for n, e in self._ema.items()}
-        wanted |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
-        for name, place in wanted.items():
-            if name not in tensors or tensors[name].shape != place.shape:
-                got = tuple(tensors[name].shape) if name in tensors else "nothing"
-                raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
-            place.copy_(tensors[name])
+        places: dict[str, Tensor] = {f"net.{n}": p for n, p in self._masters.items()}
+        places |= {f"ema.{n}": e for n, e in self._ema.items()}
+        places |= {f"buffer.{n}": b for n, b in self.net.named_buffers()}
+        missing = dict.fromkeys(places)
+        self._optimizer.state.clear()
+        for name, tensor in tensors:
+            if name.startswith("optimizer."):
+                self._load_optimizer_tensor(name, tensor)
+            elif name in places:
+                _require_shape(name, places[name], tuple(tensor.shape))
+                places[name].copy_(tensor)
+                del missing[name]
+        for name in missing:
+            _require_shape(name, places[name], "nothing")
         round_master_weights(self._params.values())
-        self._load_optimizer_state(tensors)
         self.updates, self.skipped = int(numbers["updates"]), int(numbers["skipped"])
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
-    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the optimizer's tensors. A first moment that `betas` has no use for, as in older checkpoints, is left
-        out."""
-        unused = {"exp_avg"} if isinstance(self._optimizer, AdamWWithoutMomentum) else set()
-        self._optimizer.state.clear()
-        found: dict[str, dict[str, Any]] = defaultdict(dict)
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, key, param_name = name.split(".", 2)
-                if key not in unused:
-                    found[param_name][key] = value
-        for name, param in self._masters.items():
-            for key, value in found[name].items():
-                kept: Tensor | int
-                if key == "step":
-                    kept = value.clone() if value.is_floating_point() else int(value)
-                else:
-                    kept = value.to(param.device, copy=True)
-                self._optimizer.state[param][key] = kept
+    def _load_optimizer_tensor(self, name: str, value: Tensor) -> None:
+        """Load one tensor of the optimizer. A first moment that `betas` has no use for, as in older checkpoints, is
+        left out."""
+        _, key, param_name = name.split(".", 2)
+        param = self._masters.get(param_name)
+        if param is None or (key == "exp_avg" and isinstance(self._optimizer, AdamWWithoutMomentum)):
+            return
+        kept: Tensor | int
+        if key == "step":
+            kept = value.clone() if value.is_floating_point() else int(value)
+        else:
+            kept = value.to(param.device, copy=True)
+        self._optimizer.state[param][key] = kept
+
+
+def _require_shape(name: str, place: Tensor, got: object) -> None:
+    if got != tuple(place.shape):
+        raise ValueError(f"expected {name} of shape {tuple(place.shape)} in the checkpoint; got {got}")
 
 
 def _make_optimizer(settings: LearnerSettings, params: list[Tensor]) -> torch.optim.Optimizer:

@@ -347,18 +347,23 @@ def usable_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def load_checkpoint(
-    folder: Path, like: Callable[[str], Tensor | None] = lambda key: None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and numbers that `save_checkpoint` was given; the tensors as `sharded_checkpoint.read_tensors`
-    returns them.
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and numbers that `save_checkpoint` was given; the tensors in full, on the CPU.
 
     Raises:
         UserError: the checkpoint is damaged although it has the file COMPLETE.
     """
     numbers = read_state(folder)
+    return dict(iterate_tensors(folder, "", lambda name: None)), numbers
+
+
+def iterate_tensors(folder: Path, prefix: str, like: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint whose names begin with `prefix`, as `sharded_checkpoint.iterate_tensors` gives them.
+    The prefix is taken from the names, also from those for `like`. Errors as in `load_checkpoint`."""
+    start = len(prefix)
     try:
-        return sharded_checkpoint.read_tensors(folder, like), numbers
+        for name, tensor in sharded_checkpoint.iterate_tensors(folder, lambda name: like(name[start:]), prefix):
+            yield name[start:], tensor
     except (OSError, SafetensorError) as error:
         raise _damage_error(folder, error) from error
 

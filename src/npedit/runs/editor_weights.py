@@ -57,12 +57,11 @@ def load_ema_weights(checkpoint: Path, net: nn.Module) -> None:
 
 
 def _student_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The student's weights and buffers by name, without the optimizer's state where one file holds all."""
+    """The student's weights and buffers by name, without the optimizer's state."""
     wanted = (EMA_PREFIX, NET_PREFIX, BUFFER_PREFIX)
     single = checkpoint / sharded_checkpoint.SINGLE_FILE
     if not single.is_file():
-        every = sharded_checkpoint.read_tensors(checkpoint, lambda name: None)
-        yield from ((name, tensor) for name, tensor in every.items() if name.startswith(wanted))
+        yield from sharded_checkpoint.iterate_tensors(checkpoint, lambda name: None, wanted)
         return
     with safe_open(single, "pt") as file:
         names = [name for name in file.keys() if name.startswith(wanted)]  # noqa: SIM118 - not a dict

@@ -10,7 +10,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -287,6 +287,11 @@ class Step(ABC):
         """Load what `extra_state` returned."""
         if state:
             raise ValueError(f"expected no state in addition to the learners'; got {', '.join(state)}")
+
+    def load_extra_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load what `extra_state` returned, from tensors that are read one by one. A step with large ones overrides
+        this method, and copies each before it asks for the next."""
+        self.load_extra_state(dict(tensors))
 
 
 PART_NOTE = "part of the update: "  # the note that `Timers` adds to an exception, before the part's name

@@ -25,7 +25,7 @@ settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -317,10 +317,17 @@ class Step(Base):
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Load what `extra_state` returned."""
-        if state.keys() != self.start.keys():
-            raise ValueError(f"expected {len(self.start)} tensors of the start; got {len(state)}")
-        for name, place in self.start.items():
-            place.copy_(state[name])
+        self.load_extra_tensors(state.items())
+
+    def load_extra_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load what `extra_state` returned, one tensor at a time."""
+        loaded = set()
+        for name, tensor in tensors:
+            if name in self.start:
+                self.start[name].copy_(tensor)
+            loaded.add(name)
+        if loaded != self.start.keys():
+            raise ValueError(f"expected {len(self.start)} tensors of the start; got {len(loaded)}")
 
 
 def _advantages_in_update(rewards: Sequence[Tensor]) -> list[Tensor]:

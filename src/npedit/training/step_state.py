@@ -10,7 +10,7 @@ from torch import Tensor
 from npedit.errors import UserError
 from npedit.runs import checkpoint
 from npedit.steps.base import Step
-from npedit.training.failure_sampling import FailureSampler
+from npedit.training.failure_sampling import PREFIX, FailureSampler
 
 
 def collect_state(step: Step, sampler: FailureSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -31,24 +31,16 @@ def restore_state(step: Step, sampler: FailureSampler, folder: Path) -> None:
     Raises:
         UserError: the checkpoint is damaged, or is one of another model.
     """
-
-    def like(key: str) -> Tensor | None:
-        role, _, name = key.partition("/")
-        return step.learners[role].parameter_of(name) if role in step.learners else step.extra_state().get(name)
-
-    tensors, numbers = checkpoint.load_checkpoint(folder, like)
+    state = checkpoint.read_state(folder)
     try:
         for role, learner in step.learners.items():
-            learner.load_state(_with_prefix(tensors, f"{role}/"), numbers["learners"][role])
-        step.load_extra_state(_with_prefix(tensors, "extra/"))
-        sampler.load_state(tensors)
+            tensors = checkpoint.iterate_tensors(folder, f"{role}/", learner.parameter_of)
+            learner.load_tensors(tensors, state["learners"][role])
+        step.load_extra_tensors(checkpoint.iterate_tensors(folder, "extra/", step.extra_state().get))
+        record = checkpoint.iterate_tensors(folder, PREFIX, lambda name: None)
+        sampler.load_state({PREFIX + name: tensor for name, tensor in record})
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"expected a checkpoint of this recipe and its weights; got another ({error}); "
             "put the weights back that the run was started with, or choose another folder"
         ) from error
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, under their names without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
