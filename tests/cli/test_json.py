@@ -37,7 +37,7 @@ trainer: {sample_items: 1}
 def test_estimate(here):
     (here / "small.yaml").write_text(RECIPE)
     found, _ = call("estimate", "small.yaml", "--gpu", "24GB")
-    assert set(found) == {"recipe", "processes", "warnings", "phases", "peak", "disk_bytes", "fit"}
+    assert set(found) == {"recipe", "processes", "warnings", "phases", "peak", "disk_bytes", "offloaded_bytes", "fit"}
     totals = {phase["name"]: sum(phase["bytes"].values()) for phase in found["phases"]}
     assert totals == {phase["name"]: phase["total_bytes"] for phase in found["phases"]}
     assert totals[found["peak"]["phase"]] == found["peak"]["bytes"] == max(totals.values())

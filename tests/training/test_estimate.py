@@ -192,6 +192,29 @@ def test_a_judge_is_counted_as_a_frozen_model_that_looks_at_few_pictures_at_a_ti
         estimate(recipe(models, judge={"name": "ensemble", "weights": "x.yaml"}))
 
 
+def test_loading_is_a_phase_in_which_offloaded_models_are_never_together(models, plain) -> None:
+    """Without offload it holds all models. With offload each model leaves before the next one opens;
+    a quantised critic stays, and is never whole."""
+    judge = {"name": "llava_onevision", "weights": str(models / "critic"), "wording": "plain"}
+    base, text, vae, critic = (worst(plain, column) for column in ("base", "text", "VAE", "critic"))
+    first = plain.phases[0]
+    assert first.name == "loading" and first.total == base + text + vae + critic and plain.offloaded == 0
+    small = {"step": "np_edit", "updates": 1, "batch_size": 1, "settings": {"dmd_weight": 0.0}}
+    away = {"judge": judge, "memory": {"offload": True}, "lora": {"rank": 1, "alpha": 1}, "stages": [small]}
+    found = estimate(recipe(models, **away))
+    assert found.phases[0].total == base + max(text + vae, critic)
+    weights = text + vae + 2 * critic
+    assert weights <= found.offloaded <= 2 * weights  # tiny arenas; those of real models: tests/nets/test_offload.py
+    few = {"name": "llava_onevision", "weights": str(models / "critic"), "bits": 4}
+    quantised = estimate(recipe(models, critic=few, **away))
+    held = worst(quantised, "critic", "np_edit: set-up")
+    assert quantised.phases[0].total == base + max(text + vae, held + critic) and 0 < held < critic
+    assert text + vae + critic <= quantised.offloaded < found.offloaded
+    line = f"CPU memory: {found.offloaded / 2**30:.1f} GiB in each process, for memory.offload."
+    assert line in estimate_table(found) and not any("CPU memory" in line for line in estimate_table(plain))
+    assert estimate_values(found)["offloaded_bytes"] == found.offloaded
+
+
 def test_scenes_of_photos_and_of_the_toy_have_another_photo_in_the_critic(models, plain) -> None:
     photos = {"name": "imagefolder", "path": "photos", "sizes": [[SIDE, SIDE], [16, 16]], "shares": {"scene": 0.3}}
     for data in (photos, {"name": "toy", "edit_types": ["scene"]}):

@@ -199,18 +199,38 @@ class Parts:
         """Free the device's copies of parts; the names are those of `on_device`."""
         for name in names:
             if name not in self.offloaded:
-                self.offloaded[name] = [OffloadedModule(m, self.device) for m in self.frozen_modules(name)]
+                self.offloaded[name] = offload_modules(self.frozen_modules(name), self.device)
             for module in self.offloaded[name]:
                 module.unload()
 
     def frozen_modules(self, name: str) -> list[nn.Module]:
         """The frozen modules that a name of `on_device` stands for."""
-        if name in ("critic", "judge"):
-            critic = self.critic if name == "critic" else self.judge and self.judge.critic
-            members = getattr(critic, "members", [critic]) if critic else []
-            return [m.model for m in members if not is_quantised(m.model)]  # quantised models cannot be moved
-        pipe = {n: m for n, m in self.family.pipe.components.items() if isinstance(m, nn.Module)}
-        return [m for n, m in pipe.items() if (n == "vae" if name == "vae" else n.startswith("text_encoder"))]
+        if name == "critic":
+            return critic_modules(self.critic)
+        if name == "judge":
+            return critic_modules(self.judge.critic if self.judge else None)
+        return family_modules(self.family, name)
+
+
+def family_modules(family: Family, name: str) -> list[nn.Module]:
+    """The frozen modules of a family that "text" or "vae" stands for."""
+    return family.text_encoders() if name == "text" else [family.pipe.vae]
+
+
+def critic_modules(critic: Critic | None) -> list[nn.Module]:
+    """The modules of a critic, or of an ensemble's members, that can be moved to another device: those that are not
+    quantised."""
+    members = getattr(critic, "members", [critic]) if critic else []
+    return [m.model for m in members if not is_quantised(m.model)]
+
+
+def offload_modules(modules: Sequence[nn.Module], device: torch.device) -> list[OffloadedModule]:
+    """The modules, moved from the device to host memory."""
+    moved = []
+    for module in modules:
+        moved.append(OffloadedModule(module, device))
+        moved[-1].unload()
+    return moved
 
 
 Key = TypeVar("Key", bound=Hashable)

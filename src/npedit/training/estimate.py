@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from npedit.families.base import Family
 from npedit.generator import edit_images, items_per_pass
 from npedit.nets.master_weights import add_master_weights, master_weight
 from npedit.nets.meta_device import ACTIVATIONS, META, MemoryCounter, current_part
+from npedit.nets.offload import host_bytes
 from npedit.questions import SCENE
 from npedit.recipe.config import CriticChoice, Recipe, Stage, find_class, find_module, torch_dtype
 from npedit.scoring.critic_scores import score_with_critic
-from npedit.steps.base import Judge, Parts, Step
-from npedit.training.models_without_weights import open_critic, open_without_weights
+from npedit.steps.base import Judge, Parts, Step, family_modules
+from npedit.training.models_without_weights import open_critic, open_family
 from npedit.training.parts import STAGE_SEEDS, check_processes
 from npedit.training.stages import stage_names, student_calls
 
@@ -52,9 +53,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Phase:
-    """The peak memory of one part of training: bytes by the names in `COLUMNS`. The parts of a step are those of
-    `time/*` in metrics.jsonl; "student" is the student's backward pass and update. `flops` is the floating-point
-    operations of the part in one update of one process."""
+    """The peak memory of one part of training: bytes by the names in `COLUMNS`. "loading" is the opening of the models.
+    The parts of a step are those of `time/*` in metrics.jsonl; "student" is the student's backward pass and update.
+    `flops` is the floating-point operations of the part in one update of one process."""
 
     name: str
     bytes_by_part: dict[str, int]
@@ -68,10 +69,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one process by phase, and `disk`: bytes of what is written or downloaded."""
+    """The memory of one process by phase; `disk`: bytes of what is written or downloaded; `offloaded`: bytes in the
+    CPU's memory that each process keeps frozen models in, with `memory.offload`."""
 
     phases: tuple[Phase, ...]
     disk: dict[str, int]
+    offloaded: int
 
     @property
     def peak(self) -> Phase:
@@ -88,9 +91,10 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
     """
     check_processes(recipe, processes)
     is_sharded = processes > 1 and recipe.trainer.shard != "none"
-    counter, phases, checkpoint_size = MemoryCounter(), [], 0
+    counter, checkpoint_size = MemoryCounter(), 0
     with counter, _count_optimizer_steps(counter, at_once):
         parts = _open_parts(recipe, counter, is_sharded)
+        phases = _collect_phases("", counter, 0)
         gathered_bytes = _gathered_weights(parts.family) if is_sharded else 0
         if is_sharded:
             _count_shards(recipe, 0, parts, processes)
@@ -109,7 +113,8 @@ def estimate(recipe: Recipe, processes: int = 1, at_once: bool = True) -> Estima
                 _ask_judge(recipe, parts, parts.judge)
         phases += _collect_phases("", counter, gathered_bytes)
         disk = _disk_usage(recipe, parts, step, checkpoint_size)
-    return Estimate(tuple(phases), disk)
+        offloaded = [m for name in FROZEN for m in parts.frozen_modules(name)] if recipe.memory.offload else []
+    return Estimate(tuple(phases), disk, host_bytes(offloaded))
 
 
 # ------------------------------------------------------------------------------------------------------ the models
@@ -123,8 +128,7 @@ class _MetaParts(Parts):
     is_sharded: bool = False
 
     def __post_init__(self) -> None:
-        if self.memory.offload:
-            self.unload_modules(list(FROZEN))  # they were counted when they were opened
+        """Nothing: `_open_parts` moves each part away when it is opened."""
 
     def create_trainable(self, role: str, seed: int) -> nn.Module:
         with META:
@@ -143,34 +147,48 @@ class _MetaParts(Parts):
         for name in names:
             self.counter.add_bytes(FROZEN[name], -self._size(name))
 
+    def move_away(self, *names: str) -> None:
+        """With `memory.offload`, parts that were just opened leave the device."""
+        if self.memory.offload:
+            self.unload_modules(names)
+
     def _size(self, name: str) -> int:
         tensors = (t for module in self.frozen_modules(name) for t in _tensors(module))
         return _bytes(t for t in tensors if t.is_meta)  # other tensors were not counted
 
 
 def _open_parts(recipe: Recipe, counter: MemoryCounter, is_sharded: bool) -> _MetaParts:
-    (family, critic), chosen = open_without_weights(recipe), recipe.critic
-    judge = Judge(open_critic("judge", recipe.judge), recipe.judge.wording) if recipe.judge else None
-    used = any("critic" in find_class("steps", s.step).requirements(s.settings) for s in recipe.stages)
+    """The recipe's models, opened and moved away in the order of `build_parts`; counted as the phase "loading"."""
+    family, chosen = open_family(recipe), recipe.critic
     counter.label("base", [*_tensors(family.base), *_tensors(family.lora_base() if recipe.lora else family.base)])
-    pipe = {n: m for n, m in family.pipe.components.items() if isinstance(m, nn.Module)}
-    counter.label("text", (t for n, m in pipe.items() if n.startswith("text_encoder") for t in _tensors(m)))
-    counter.label("VAE", _tensors(pipe["vae"]))
-    if used and critic is not None and chosen is not None:
-        _count_critic(counter, "critic", critic, chosen)
-    if judge is not None and recipe.judge is not None:
-        _count_critic(counter, "judge", judge.critic, recipe.judge)
+    for name in ("text", "vae"):
+        counter.label(FROZEN[name], (t for module in family_modules(family, name) for t in _tensors(module)))
+    held = [counter.live.copy()]
     wording = chosen.wording if chosen else "plain"
-    return _MetaParts(family, critic if used else None, wording, META, recipe.lora, recipe.memory, judge=judge,
-                  counter=counter, is_sharded=is_sharded)  # fmt: skip
+    parts = _MetaParts(family, None, wording, META, recipe.lora, recipe.memory, counter=counter, is_sharded=is_sharded)
+    parts.move_away("text", "vae")
+    if chosen and any("critic" in find_class("steps", s.step).requirements(s.settings) for s in recipe.stages):
+        parts = replace(parts, critic=_open_critic("critic", chosen, counter))
+        held.append(counter.live.copy())
+        parts.move_away("critic")
+    if recipe.judge:
+        judge = Judge(_open_critic("judge", recipe.judge, counter), recipe.judge.wording)
+        parts = replace(parts, judge=judge)
+        held.append(counter.live.copy())
+        parts.move_away("judge")
+    counter.peaks = {"loading": max(held, key=lambda sizes: sizes.total())}
+    return parts
 
 
-def _count_critic(counter: MemoryCounter, column: str, critic: Critic, chosen: CriticChoice) -> None:
+def _open_critic(part: str, chosen: CriticChoice, counter: MemoryCounter) -> Critic:
+    """A critic or a judge, counted."""
+    critic, column = open_critic(part, chosen), FROZEN[part]
     counter.label(column, _tensors(critic.model))
     if chosen.bits:
         counter.share[QUANTISED[column]] = bytes_per_weight(chosen.bits) / torch_dtype(chosen.dtype).itemsize
         counter.label(QUANTISED[column], quantisable_weights(critic.model))
         critic.model.is_quantized = True  # so it is not moved
+    return critic
 
 
 def _gradients(params: Iterable[Tensor]) -> list[Tensor]:

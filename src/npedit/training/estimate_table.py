@@ -19,6 +19,8 @@ def estimate_table(found: Estimate) -> list[str]:
         figures = [*((c, phase.bytes_by_part.get(c, 0)) for c in shown), ("total", phase.total)]
         lines.append(f"{phase.name:{width}}" + "".join(f"{size / GIB:{max(7, len(c) + 1)}.2f}" for c, size in figures))
     lines.append(f"Peak: {found.peak.total / GIB:.1f} GiB, in {found.peak.name}.")
+    if found.offloaded:
+        lines.append(f"CPU memory: {found.offloaded / GIB:.1f} GiB in each process, for memory.offload.")
     return lines + [f"Disk: {what} {size / GIB:.1f} GiB" for what, size in found.disk.items()]
 
 
@@ -46,7 +48,12 @@ def estimate_values(found: Estimate, gpu: str = "") -> dict[str, Any]:
     """
     phases = [{"name": p.name, "bytes": p.bytes_by_part, "total_bytes": p.total} for p in found.phases]
     disk = dict(zip(DISK_KEYS, found.disk.values(), strict=True))
-    values = {"phases": phases, "peak": {"phase": found.peak.name, "bytes": found.peak.total}, "disk_bytes": disk}
+    values: dict[str, Any] = {
+        "phases": phases,
+        "peak": {"phase": found.peak.name, "bytes": found.peak.total},
+        "disk_bytes": disk,
+        "offloaded_bytes": found.offloaded,
+    }
     if not gpu:
         return values | {"fit": None}
     size, peak = parse_gpu_size(gpu), found.peak.total / GIB

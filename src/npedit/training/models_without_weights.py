@@ -24,13 +24,18 @@ def open_without_weights(recipe: Recipe) -> tuple[Family, Critic | None]:
     Raises:
         UserError: configs are missing or belong to another family or critic; an ensemble.
     """
+    return open_family(recipe), open_critic("critic", recipe.critic) if recipe.critic else None
+
+
+def open_family(recipe: Recipe) -> Family:
+    """The recipe's family without weights. Errors as in `open_without_weights`."""
     chosen = recipe.family
     with _explain_config_errors():
         kind, folder = find_class("families", chosen.name), config_folder("family", chosen.weights, chosen.folder)
         family = family_without_weights(kind, folder, chosen.dtypes())
         if chosen.isolated_references:
             family.isolate_references()
-    return family, open_critic("critic", recipe.critic) if recipe.critic else None
+    return family
 
 
 def open_critic(part: str, chosen: CriticChoice) -> Critic:

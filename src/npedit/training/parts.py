@@ -21,13 +21,14 @@ from npedit.nets import distributed
 from npedit.nets.device import allow_tf32, device_name, pick_device, supports_dtype
 from npedit.nets.lora import WEIGHTS_FILE as LORA_FILE
 from npedit.nets.lora import LoraAdapter
+from npedit.nets.offload import OffloadedModule
 from npedit.recipe.config import EMBEDDED, CriticChoice, Recipe, find_class, find_module, torch_dtype
 from npedit.runs.checkpoint import read_config
 from npedit.runs.editor_facts import EditorFacts
 from npedit.runs.editor_weights import load_ema_weights, require_finite_weights
 from npedit.runs.resolve import EditorSource
 from npedit.runs.start import DiffusersStart, resolve_start
-from npedit.steps.base import Judge, Parts
+from npedit.steps.base import Judge, Parts, critic_modules, family_modules, offload_modules
 from npedit.training.checkpoint_warnings import checkpoint_warnings
 from npedit.training.diffusers_start import load_diffusers_start, load_whole_net
 from npedit.training.failure_sampling import check_failure_sampling
@@ -65,10 +66,17 @@ def build_parts(recipe: Recipe) -> Parts:
     if distributed.is_main_process():
         for message in checkpoint_warnings(recipe, family):
             log.warning("family.weights: %s", message)
+    offloaded: dict[str, list[OffloadedModule]] = {}  # each model is moved away before the next one is opened
+    if recipe.memory.offload:
+        offloaded |= {name: offload_modules(family_modules(family, name), device) for name in ("text", "vae")}
     critic = _open_critic("critic", recipe.critic, device) if "critic" in wanted and recipe.critic else None
+    if recipe.memory.offload:
+        offloaded["critic"] = offload_modules(critic_modules(critic), device)
     wording = recipe.critic.wording if recipe.critic else "plain"
     judge = Judge(_open_critic("judge", recipe.judge, device), recipe.judge.wording) if recipe.judge else None
-    return Parts(family, critic, wording, device, recipe.lora, recipe.memory, judge=judge)
+    if recipe.memory.offload:
+        offloaded["judge"] = offload_modules(critic_modules(judge.critic if judge else None), device)
+    return Parts(family, critic, wording, device, recipe.lora, recipe.memory, judge=judge, offloaded=offloaded)
 
 
 def _open_critic(part: str, chosen: CriticChoice, device: torch.device) -> Critic:
