@@ -67,6 +67,13 @@ def npedit_command() -> str:
     return f"{python_command()} -m npedit"
 
 
+def train_command(folder: Path) -> str:
+    """The command that trains on a set, without its held-out rows."""
+    held_out, path = folder / "held_out.txt", shlex.quote(str(folder))
+    held = f" data.held_out={shlex.quote(str(held_out))}" if held_out.is_file() and held_out.stat().st_size else ""
+    return f"{npedit_command()} train RECIPE data.path={path}{held}"
+
+
 def python_command() -> str:
     """How to call this Python from this shell and folder, quoted."""
     found = shutil.which("python")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from npedit.benchmarks._outputs import hash_editor
 from npedit.cli import main as cli
-from npedit.cli.console import train_command
+from npedit.errors import train_command
 from npedit.recipe import config
 from npedit.toy.edits import EDIT_TYPES
 from tests.support.command_line import names, picture, run

@@ -197,6 +197,16 @@ def test_a_client_that_reads_or_sends_slowly_but_steadily_is_served(short_times)
     assert received > 30_000_000
 
 
+def test_a_client_that_sends_much_and_reads_nothing_is_disconnected(short_times):
+    with connect(short_times) as one:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        one.settimeout(1)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(100):
+                one.send(bytes(200_000))
+                time.sleep(0.1)
+
+
 def test_a_client_that_sends_a_little_again_and_again_is_disconnected(short_times):
     with connect(short_times) as one:
         one.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import err, out, train_command
+from npedit.cli.console import err, out
 from npedit.cli.json_output import JsonOption, print_json, text_on_stderr
 from npedit.cli.prepare_progress import progress_display
 from npedit.cli.writers import (
@@ -35,7 +35,7 @@ from npedit.cli.writers import (
     print_usage,
     require_options,
 )
-from npedit.errors import UserError
+from npedit.errors import UserError, train_command
 
 
 def caption(

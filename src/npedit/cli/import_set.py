@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from npedit.cli.console import out, train_command
+from npedit.cli.console import out
 from npedit.cli.json_output import JsonOption, print_json
-from npedit.errors import UserError
+from npedit.errors import UserError, train_command
 
 FORMATS = (
     "pico-banana, gpt-image-edit, magicbrush, instructpix2pix, ultraedit, omniedit, merged-list, edit-r1, "

@@ -24,10 +24,8 @@ class TimedConnection(H11Protocol):
     _look_task: asyncio.TimerHandle | None = None
     _waits_for: tuple[str, Any] = ("", None)
     _since = 0.0
-    _moved, _unsent = (
-        0,
-        0,
-    )  # bytes of the body or answer that were moved since then; bytes that were unsent at the last look
+    _moved = 0  # bytes of the body that came since then, or of the answer that went
+    _unsent = 0  # bytes of the answer at the last look
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
@@ -39,7 +37,8 @@ class TimedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
-        self._moved += len(data)
+        if self._waits_for[0] == "body":  # a client that does not read gains no time by what it sends
+            self._moved += len(data)
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:

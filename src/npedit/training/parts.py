@@ -220,9 +220,20 @@ def check_data_fits(recipe: Recipe, data: Any) -> None:
                 f"stages.{i}.settings.keep_weight: expected data with masks of what must stay; got {recipe.data.name} "
                 "without any; add a column mask_file_name, or set keep_weight to 0"
             )
+        _check_references_of_step(i, stage.step, getattr(data, "most_references", 1))
     check_failure_sampling(recipe, data)
     if getattr(data, "has_pairs", False) and not recipe.is_trained_with_pairs():
         raise UserError(f"data.name: every stage trains without pairs; got {recipe.data.name}, which has them; use toy")
+
+
+def _check_references_of_step(number: int, name: str, most: int) -> None:
+    """Refuse rows with up to `most` references if the step of a stage takes fewer."""
+    limit = find_class("steps", name).most_references
+    if limit is not None and most > limit:
+        raise UserError(
+            f"stages.{number}: expected rows whose number of references, the photo included, is at most {limit}, as "
+            f"{name} takes no more; got {most}; shorten or remove reference_file_names, or leave this stage out"
+        )
 
 
 def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
@@ -232,7 +243,12 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         UserError: names what is missing or of the wrong size.
     """
     check_data_fits(recipe, data)
-    _check_references(recipe, getattr(data, "most_references", 1), parts.family.most_references)
+    most, limit = getattr(data, "most_references", 1), parts.family.most_references
+    if most > limit:
+        raise UserError(
+            f"data: expected rows with at most {limit} references, the photo included, as {recipe.family.name} takes "
+            f"no more; got {most}; shorten reference_file_names"
+        )
     multiple = parts.family.facts.multiple
     for height, width in data.sizes:
         if height % multiple or width % multiple:
@@ -243,23 +259,6 @@ def check_recipe_fits(recipe: Recipe, data: Any, parts: Parts) -> None:
         _check_benchmark(recipe.trainer.benchmark, data.sizes, multiple)
     if distributed.is_main_process() and (message := truncation_message(parts.family, data.texts())):
         log.warning("data: %s", message)
-
-
-def _check_references(recipe: Recipe, most: int, limit: int) -> None:
-    """Refuse rows with up to `most` references if the family, whose limit is given, or a stage takes fewer."""
-    if most > limit:
-        raise UserError(
-            f"data: expected rows with at most {limit} references, the photo included, as {recipe.family.name} takes "
-            f"no more; got {most}; shorten reference_file_names"
-        )
-    for i, stage in enumerate(recipe.stages):
-        of_step = find_class("steps", stage.step).most_references
-        if of_step is not None and most > of_step:
-            raise UserError(
-                f"stages.{i}: expected rows whose number of references, the photo included, is at most {of_step}, as "
-                f"{stage.step} takes no more; got {most}; shorten or remove reference_file_names, or leave this stage "
-                "out"
-            )
 
 
 def check_steps(recipe: Recipe, parts: Parts) -> None:
