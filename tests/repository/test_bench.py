@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.critic_bits import bits_table
 from benchmarks.critic_packing import critic_table, update_table
+from benchmarks.gradient_agreement import agreement, gradients, recipes
 from benchmarks.inference import inference_table
 from benchmarks.isolated_reference import TINY as TINY_NETS
 from benchmarks.isolated_reference import _edits, _operations, isolation_table
@@ -175,3 +176,18 @@ def test_fewer_bits_change_answers_and_gradients_more() -> None:
     """The table of the toy's critic: 4 bits differ more than 8 bits, and 8 bits differ."""
     eight, four = (list(map(float, re.findall(r"0\.\d+", row))) for row in bits_table(2).splitlines()[2:])
     assert all(0 <= a < b for a, b in zip(eight, four)) and eight[1] > 0
+
+
+def test_the_agreement_of_gradients_is_their_mean_cosine():
+    east, north = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert agreement([east, 3 * east, east])[0] == pytest.approx(1)
+    assert agreement([east, north, east])[0] == pytest.approx(1 / 3)
+    assert agreement([east, east, -east])[0] == pytest.approx(-1 / 3)
+
+
+def test_each_update_has_one_gradient_of_the_student():
+    recipe = recipes("embedded")["np_edit"]
+    stage = recipe.stages[0].model_copy(update={"batch_size": 2})
+    recipe = recipe.model_copy(update={"stages": (stage,)})
+    (alone,), (first, second) = gradients(recipe, 1), gradients(recipe, 2)
+    assert torch.equal(alone, first) and first.shape == second.shape and not torch.equal(first, second)
